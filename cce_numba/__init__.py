@@ -1,0 +1,36 @@
+"""Cut Cross-Entropy: loss and gradients of a linear layer with cross-entropy, without ever storing the logits.
+
+>>> import cce_numba as cce
+>>> e, c, targets = np.zeros((2, 4)), np.ones((8, 4)), np.array([3, 5])
+>>> loss, grads = cce.linear_cross_entropy_with_grad(e, c, targets)
+>>> loss.round(4), grads.c.shape
+(np.float64(2.0794), (8, 4))
+"""
+
+from cce_numba.loss import (
+    Result,
+    backward,
+    explain,
+    forward,
+    indexed_dot,
+    linear_cross_entropy,
+    linear_cross_entropy_with_grad,
+    linear_logsumexp,
+)
+from cce_numba.plan import BackendUnavailable, Gradients, Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "Gradients",
+    "Plan",
+    "Result",
+    "backward",
+    "explain",
+    "forward",
+    "indexed_dot",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_grad",
+    "linear_logsumexp",
+]

@@ -1,0 +1,367 @@
+"""What callers may pass, made canonical: every check that needs no kernel, each with a message that says what must come."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
+
+import ml_dtypes
+import numpy as np
+
+from cce_numba import interchange
+from cce_numba.interchange import BFLOAT16, Kind
+
+DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
+REDUCTIONS = ("mean", "sum", "none")
+GRADIENTS = ("e", "c", "bias")
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+class LossOptions(TypedDict, total=False):
+    """The options that the public functions take by name; `linear_cross_entropy` tells what they mean."""
+
+    bias: Any
+    ignore_index: int
+    softcap: float | None
+    reduction: Reduction
+    shift: int | bool
+    filter_eps: float | str | None
+    filter_e_grad: bool
+    filter_c_grad: bool
+    accum_e_fp32: bool
+    accum_c_fp32: bool
+    check_targets: bool | None
+    backend: str | None
+
+
+DEFAULTS: dict[str, Any] = {
+    "bias": None,
+    "ignore_index": -100,
+    "softcap": None,
+    "reduction": "mean",
+    "shift": 0,
+    "filter_eps": "auto",
+    "filter_e_grad": True,
+    "filter_c_grad": True,
+    "accum_e_fp32": False,
+    "accum_c_fp32": False,
+    "check_targets": None,
+    "backend": None,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the loss, checked. `filter_eps` is a probability, or None for exact gradients."""
+
+    ignore_index: int
+    softcap: float | None
+    reduction: Reduction
+    shift: int
+    filter_eps: float | None
+    filter_e_grad: bool
+    filter_c_grad: bool
+    accum_e_fp32: bool
+    accum_c_fp32: bool
+
+    @property
+    def filter_eps_e(self) -> float | None:
+        """The threshold for `dE`, or None where it is exact."""
+        return self.filter_eps if self.filter_e_grad else None
+
+    @property
+    def filter_eps_c(self) -> float | None:
+        """The threshold for `dC` and `dbias`, or None where they are exact."""
+        return self.filter_eps if self.filter_c_grad else None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call's inputs in the one form that backends take: NumPy or CuPy arrays, flattened, checked.
+
+    Attributes:
+        e: (N, D) float, any strides.
+        c: (V, D) of e's dtype, any strides.
+        targets: (N,) int64, already shifted, or None when only the log-sum-exp is wanted.
+        bias: (V,) of e's dtype or float32, or None.
+        options: the checked options.
+        e_shape: shape of the caller's `e`.
+        token_shape: shape of the tokens before the shift; their product is N.
+        kind: how to give results back.
+    """
+
+    e: Any
+    c: Any
+    targets: Any | None
+    bias: Any | None
+    options: Options
+    e_shape: tuple[int, ...]
+    token_shape: tuple[int, ...]
+    kind: Kind
+
+    @property
+    def N(self) -> int:
+        """Tokens, those that are ignored or shifted away included."""
+        return self.e.shape[0]
+
+    @property
+    def V(self) -> int:
+        """Vocabulary entries."""
+        return self.c.shape[0]
+
+    @property
+    def D(self) -> int:
+        """Hidden size."""
+        return self.c.shape[1]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of `e` and `c`."""
+        return np.dtype(self.e.dtype)
+
+    @property
+    def compute_dtype(self) -> np.dtype:
+        """The dtype of logits, loss and accumulators: float64 for float64 inputs, float32 for all others."""
+        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
+
+    @property
+    def grad_e_dtype(self) -> np.dtype:
+        """The dtype of `dE`."""
+        return self.compute_dtype if self.options.accum_e_fp32 else self.dtype
+
+    @property
+    def grad_c_dtype(self) -> np.dtype:
+        """The dtype of `dC`."""
+        return self.compute_dtype if self.options.accum_c_fp32 else self.dtype
+
+    @property
+    def on_device(self) -> bool:
+        """True for CuPy arrays."""
+        return interchange.is_on_device(self.e)
+
+    @property
+    def device(self) -> str:
+        """`"cpu"` or `"cuda:<index>"`."""
+        return interchange.device_of(self.e)
+
+    @property
+    def xp(self) -> Any:
+        """`numpy` or `cupy`."""
+        return interchange.array_module(self.e)
+
+    def per_token(self, flat: Any) -> Any:
+        """(N,) as the caller sees it: the shape of `targets[..., shift:]`."""
+        batch = flat.reshape(self.token_shape)
+        return batch[..., : batch.shape[-1] - min(self.options.shift, batch.shape[-1])] if self.options.shift else batch
+
+
+def options(dtype: np.dtype, given: Mapping[str, Any]) -> Options:
+    """Checks each option by name; see `cce_numba.linear_cross_entropy` for what they mean.
+
+    Raises TypeError or ValueError, naming the option; an unknown one is told from its likely neighbour.
+    """
+    for name in given:
+        if name not in DEFAULTS:
+            close = difflib.get_close_matches(name, DEFAULTS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; options are {', '.join(DEFAULTS)}"
+            raise TypeError(f"{name}: is not an option{hint}")
+    value = DEFAULTS | dict(given)
+    if value["reduction"] not in REDUCTIONS:
+        raise ValueError(f"reduction: must be one of {', '.join(map(repr, REDUCTIONS))}, got {value['reduction']!r}")
+    if value["check_targets"] is not None:
+        _flag("check_targets", value["check_targets"])
+    return Options(
+        ignore_index=_integer("ignore_index", value["ignore_index"]),
+        softcap=_softcap(value["softcap"]),
+        reduction=value["reduction"],
+        shift=_shift(value["shift"]),
+        filter_eps=_filter_eps(value["filter_eps"], dtype),
+        filter_e_grad=_flag("filter_e_grad", value["filter_e_grad"]),
+        filter_c_grad=_flag("filter_c_grad", value["filter_c_grad"]),
+        accum_e_fp32=_flag("accum_e_fp32", value["accum_e_fp32"]),
+        accum_c_fp32=_flag("accum_c_fp32", value["accum_c_fp32"]),
+    )
+
+
+def problem(e: Any, c: Any, targets: Any | None, given: Mapping[str, Any]) -> Problem:
+    """Checks the arrays and the options against each other and makes them canonical, without a copy where strides allow.
+
+    `targets=None` makes a problem without targets (every token counts). Raises TypeError for what is not an array or has
+    a wrong dtype, ValueError for shapes, devices, targets and option values that do not fit.
+
+    >>> p = problem(np.ones((2, 3, 4)), np.ones((5, 4)), np.zeros((2, 3), int), {"shift": 1})
+    >>> p.N, p.V, p.D, p.targets.tolist()
+    (6, 5, 4, [0, 0, -100, 0, 0, -100])
+    """
+    native_e, native_c = interchange.take("e", e), interchange.take("c", c)
+    dtype = np.dtype(native_e.dtype)
+    if dtype not in DTYPES:
+        raise TypeError(f"e: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
+    checked = options(dtype, given)
+    _check_classifier(native_c, dtype)
+    if native_e.ndim < 1:
+        raise ValueError("e: must have shape (..., D), got a 0-d array")
+    if native_e.shape[-1] != native_c.shape[1]:
+        raise ValueError(
+            f"e: last dimension must be the hidden size D = {native_c.shape[1]} of c {native_c.shape}, got {native_e.shape}"
+        )
+    _check_same_device("c", native_c, native_e)
+    token_shape = tuple(native_e.shape[:-1])
+    if checked.shift and not token_shape:
+        raise ValueError(f"shift: needs a token axis to shift along, but e has shape {native_e.shape}; shift must be 0")
+    bias, look = given.get("bias"), given.get("check_targets")
+    p = Problem(
+        e=native_e.reshape(math.prod(token_shape), native_e.shape[-1]),
+        c=native_c,
+        targets=None if targets is None else _targets(targets, native_e, checked),
+        bias=None if bias is None else _bias(bias, native_e, native_c),
+        options=checked,
+        e_shape=tuple(native_e.shape),
+        token_shape=token_shape,
+        kind=interchange.kind_of(e),
+    )
+    if p.targets is not None and (look or (look is None and not p.on_device)):  # on a device, looking would wait for it
+        _check_range_of_targets(p)
+    return p
+
+
+def upstream(name: str, gradient: Any, p: Problem, shape: tuple[int, ...]) -> Any:
+    """An upstream gradient as a flat (N,) array of the compute dtype: zero for tokens that the shift took away.
+
+    A scalar counts for every token. Raises TypeError or ValueError, naming the argument, if it is not a real number or
+    an array of `shape` on the problem's device.
+    """
+    xp = p.xp
+    if isinstance(gradient, numbers.Real):
+        native = xp.asarray(gradient, dtype=p.compute_dtype)
+    else:
+        native = interchange.take(name, gradient)
+        if native.dtype.kind not in "fiu" and native.dtype != BFLOAT16:
+            raise TypeError(f"{name}: must be real numbers, got dtype {native.dtype}")
+        if native.ndim or interchange.is_on_device(native):  # a host scalar is welcome anywhere
+            _check_same_device(name, native, p.e)
+        native = xp.asarray(native).astype(p.compute_dtype, copy=False)
+    if native.shape not in ((), shape):
+        raise ValueError(f"{name}: must be a scalar or have shape {shape}, got shape {native.shape}")
+    flat = xp.zeros(p.N, dtype=p.compute_dtype)
+    p.per_token(flat)[...] = native
+    return flat
+
+
+def wanted(wrt: Any, p: Problem) -> frozenset[str]:
+    """Checks the names of the gradients that are asked for; None means all that exist."""
+    if wrt is None:
+        return frozenset(GRADIENTS if p.bias is not None else GRADIENTS[:2])
+    names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+    for name in names:
+        if name not in GRADIENTS:
+            raise ValueError(f"wrt: must name gradients out of {', '.join(map(repr, GRADIENTS))}, got {name!r}")
+    if "bias" in names and p.bias is None:
+        raise ValueError("wrt: asks for the gradient of bias, but no bias was given")
+    return frozenset(names)
+
+
+def _check_classifier(c: Any, dtype: np.dtype) -> None:
+    if np.dtype(c.dtype) != dtype:
+        raise TypeError(f"c: dtype must be that of e, {dtype}, got {c.dtype}; cast one of them, for example c.astype(e.dtype)")
+    if c.ndim != 2:
+        raise ValueError(f"c: must have shape (V, D), got shape {c.shape}")
+    if c.shape[0] < 1 or c.shape[1] < 1:
+        raise ValueError(f"c: must have V >= 1 and D >= 1, got shape {c.shape}")
+
+
+def _check_same_device(name: str, array: Any, e: Any) -> None:
+    if (device := interchange.device_of(array)) != (e_device := interchange.device_of(e)):
+        raise ValueError(f"{name}: must be on the device of e, {e_device}, got an array on {device}")
+
+
+def _targets(targets: Any, e: Any, checked: Options) -> Any:
+    native = interchange.take("targets", targets)
+    if native.dtype.kind not in "iu":
+        raise TypeError(f"targets: must be integers, got dtype {native.dtype}")
+    if native.shape != e.shape[:-1]:
+        raise ValueError(f"targets: must have the shape of e without its last dimension, {e.shape[:-1]}, got {native.shape}")
+    _check_same_device("targets", native, e)
+    if native.dtype == np.uint64:
+        native = native.clip(max=2**63 - 1)  # so that the cast cannot turn a target out of range into an ignored one
+    native = native.astype(np.int64, copy=False)
+    if checked.shift:
+        # Tokens stay where they are and meet a later target; those at the end meet none. So e is never copied.
+        shifted = interchange.array_module(native).full_like(native, checked.ignore_index)
+        shifted[..., : -checked.shift] = native[..., checked.shift :]
+        native = shifted
+    return native.reshape(-1)
+
+
+def _check_range_of_targets(p: Problem) -> None:
+    wrong = (p.targets != p.options.ignore_index) & ((p.targets < 0) | (p.targets >= p.V))
+    if bool(wrong.any()):
+        first = int(wrong.argmax())
+        raise ValueError(
+            f"targets: must lie in [0, V) = [0, {p.V}) or equal ignore_index = {p.options.ignore_index}, got "
+            f"{int(p.targets[first])} for token {first} ({int(wrong.sum())} of {p.N} tokens out of range)"
+        )
+
+
+def _bias(bias: Any, e: Any, c: Any) -> Any:
+    native = interchange.take("bias", bias)
+    allowed = {np.dtype(e.dtype)} if e.dtype == np.float64 else {np.dtype(e.dtype), np.dtype(np.float32)}
+    if np.dtype(native.dtype) not in allowed:
+        raise TypeError(f"bias: dtype must be {' or '.join(sorted(map(str, allowed)))}, got {native.dtype}")
+    if native.shape != (c.shape[0],):
+        raise ValueError(f"bias: must have shape (V,) = ({c.shape[0]},), got shape {native.shape}")
+    _check_same_device("bias", native, e)
+    return native
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: must be an integer, got {value!r}") from None
+    if not -(2**63) <= integer < 2**63:
+        raise ValueError(f"{name}: must fit in 64 bits, got {value!r}")
+    return integer
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: must be True or False, got {value!r}")
+    return bool(value)
+
+
+def _shift(shift: Any) -> int:
+    value = int(shift) if isinstance(shift, bool | np.bool_) else _integer("shift", shift)
+    if value < 0:
+        raise ValueError(f"shift: must be False, True or an integer >= 0, got {shift!r}")
+    return value
+
+
+def _softcap(softcap: Any) -> float | None:
+    if softcap is None:
+        return None
+    if not isinstance(softcap, numbers.Real) or isinstance(softcap, bool):
+        raise TypeError(f"softcap: must be a positive number or None, got {softcap!r}")
+    if not 0 < float(softcap) < math.inf:
+        raise ValueError(f"softcap: must be positive and finite, or None, got {softcap!r}")
+    return float(softcap)
+
+
+def _filter_eps(filter_eps: Any, dtype: np.dtype) -> float | None:
+    if filter_eps is None:
+        return None
+    if isinstance(filter_eps, str):
+        if filter_eps != "auto":
+            raise ValueError(f"filter_eps: must be 'auto', a number in (0, 1) or None, got {filter_eps!r}")
+        return float(ml_dtypes.finfo(dtype).eps) * 2.0**-9
+    if not isinstance(filter_eps, numbers.Real) or isinstance(filter_eps, bool):
+        raise TypeError(f"filter_eps: must be 'auto', a number in (0, 1) or None, got {filter_eps!r}")
+    if not 0 < float(filter_eps) < 1:
+        raise ValueError(f"filter_eps: must be 'auto', a number in (0, 1) or None (exact), got {filter_eps!r}")
+    return float(filter_eps)

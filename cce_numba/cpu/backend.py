@@ -1,0 +1,57 @@
+"""What the CPU path offers to `plan.Backend`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cce_numba.arguments import Problem
+from cce_numba.cpu import backward as backward_loops
+from cce_numba.cpu import forward as forward_loops
+from cce_numba.cpu.tiles import choose_tiles
+from cce_numba.plan import Gradients, Plan, Statistics, survivor_bytes
+
+_quiet = np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")  # inf and nan speak for themselves
+
+
+def why_not(p: Problem) -> str | None:
+    """It takes every problem whose arrays are on the host."""
+    return f"the arrays are on {p.device}; this backend takes NumPy arrays" if p.on_device else None
+
+
+def plan(p: Problem) -> Plan:
+    """Blocks and bytes."""
+    tiles = choose_tiles(p)
+    itemsize = p.compute_dtype.itemsize
+    accumulator = tiles.dE_group * p.D * itemsize if p.grad_e_dtype != p.compute_dtype else 0
+    blocks = tiles.block_bytes(p.D, itemsize)
+    separate = ", dE and dC in separate passes" if tiles.dE_group < p.N else ""
+    return Plan(
+        backend="cpu",
+        how=f"blocks of {tiles.block_v} vocabulary entries through the BLAS in {p.compute_dtype}{separate}",
+        tiles=tiles,
+        forward_bytes=blocks,
+        survivor_bytes=0 if p.options.filter_eps is None else survivor_bytes(p, tiles.survivor_block),
+        backward_bytes=blocks + accumulator,
+    )
+
+
+@_quiet
+def indexed_dot(p: Problem, plan: Plan) -> Any:
+    """See `plan.Backend`."""
+    return forward_loops.target_logits(p, forward_loops.counting_tokens(p), plan.tiles.block_n)
+
+
+@_quiet
+def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
+    """See `plan.Backend`."""
+    return forward_loops.forward(p, plan.tiles, record_survivors)
+
+
+@_quiet
+def backward(
+    p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, wrt: frozenset[str]
+) -> Gradients:
+    """See `plan.Backend`."""
+    return backward_loops.backward(p, plan.tiles, statistics, softmax_weight, target_weight, wrt)

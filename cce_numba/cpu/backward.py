@@ -1,0 +1,142 @@
+"""Backward on the CPU: recompute the surviving logits of a block, turn them into G, and multiply.
+
+Vocabulary blocks are the outer loop, so that a block of `dC` is complete, and rounded once, before the next one starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cce_numba.arguments import Problem
+from cce_numba.cpu.blocks import finish_logits, ranges, rows, threads
+from cce_numba.cpu.fold import add_rows, gradient_block
+from cce_numba.cpu.tiles import CpuTiles
+from cce_numba.plan import Gradients, Statistics
+from cce_numba.progress import advance
+
+
+_ROWS_OF_A_THREAD = 128  # of G, at a time
+
+
+def backward(
+    p: Problem, tiles: CpuTiles, statistics: Statistics, softmax_weight: Any, target_weight: Any, wrt: frozenset[str]
+) -> Gradients:
+    """Gradients in their final dtypes; None where not in `wrt`."""
+    upstream = Upstream(softmax_weight, target_weight)
+    d_e = np.zeros((p.N, p.D), p.grad_e_dtype) if "e" in wrt else None
+    d_c = np.zeros((p.V, p.D), p.grad_c_dtype) if "c" in wrt else None
+    d_bias = np.zeros(p.V, p.bias.dtype) if "bias" in wrt else None
+    tokens = statistics.tokens
+    if d_e is None or tiles.dE_group >= len(tokens):
+        sweeps = [(0, len(tokens), d_e, d_c, d_bias)]
+    else:
+        sweeps = [(first, last, d_e, None, None) for first, last in ranges(len(tokens), tiles.dE_group)]
+        sweeps += [(0, len(tokens), None, d_c, d_bias)]
+    steps = -(-p.V // tiles.block_v)
+    for done, (first, last, *gradients) in enumerate(sweeps):
+        for step in _sweep(p, tiles, statistics, upstream, first, last, *gradients):
+            advance("backward", done * steps + step, len(sweeps) * steps)
+    return Gradients(d_e, d_c, d_bias)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """(N,) weights of the softmax and of the one-hot target in G, of the compute dtype."""
+
+    softmax_weight: Any
+    target_weight: Any
+
+    def alive(self, tokens: Any) -> Any:
+        """Those of the tokens that any gradient comes from."""
+        return tokens[(self.softmax_weight[tokens] != 0) | (self.target_weight[tokens] != 0)]
+
+
+def _sweep(
+    p: Problem, tiles: CpuTiles, statistics: Statistics, upstream: Upstream, first: int, last: int, d_e: Any, d_c: Any, d_bias: Any
+) -> Any:
+    """Adds to the gradients that are given what comes from the counting tokens [first, last); yields after each block.
+
+    d_e (N, D), d_c (V, D), d_bias (V,), each may be None. Sums are kept in the compute dtype: in the gradient itself where
+    it has that dtype, else in a buffer that is rounded once.
+    """
+    dtype = p.compute_dtype
+    filter_e = d_e is not None and p.options.filter_eps_e is not None
+    filter_c = (d_c is not None or d_bias is not None) and p.options.filter_eps_c is not None
+    filter_all = (filter_e or d_e is None) and (filter_c or (d_c is None and d_bias is None))
+    step = tiles.survivor_block if filter_e or filter_c else tiles.block_n
+    d_e_sum = d_e if d_e is None or d_e.dtype == dtype else np.zeros_like(d_e[first:last], dtype)
+    for v_block, (v0, v1) in enumerate(ranges(p.V, tiles.block_v)):
+        c = np.ascontiguousarray(p.c[v0:v1], dtype)
+        d_c_sum = None if d_c is None else d_c[v0:v1] if d_c.dtype == dtype else np.zeros((v1 - v0, p.D), dtype)
+        d_bias_sum = np.zeros(v1 - v0)
+        for n0, n1 in ranges(last - first, step):
+            tokens = upstream.alive(statistics.tokens[first + n0 : first + n1])
+            kept = _kept_columns(statistics, first + n0, v0, v1) if filter_e or filter_c else None
+            if len(tokens) == 0 or (filter_all and kept is not None and len(kept) == 0):
+                continue
+            columns = kept if filter_all else None
+            e = rows(p.e, tokens, dtype)
+            g = _gradient_of_logits(p, statistics, upstream, tokens, e, c, v0, columns)
+            if d_e is not None:
+                partial = _columns(g, columns, kept if filter_e else None) @ _rows(c, kept if filter_e else None)
+                d_e_sum[tokens if d_e_sum is d_e else np.searchsorted(statistics.tokens[first:last], tokens)] += partial
+            g = _columns(g, columns, kept if filter_c else None)
+            if d_c is not None and filter_c and kept is not None:
+                add_rows(d_c_sum, kept, g.T @ e)
+            elif d_c is not None and n0 == 0:
+                np.matmul(g.T, e, out=d_c_sum)
+            elif d_c is not None:
+                d_c_sum += g.T @ e
+            if d_bias is not None:
+                d_bias_sum[slice(None) if not filter_c or kept is None else kept] += g.sum(axis=0, dtype=np.float64)
+        if d_c is not None and d_c.dtype != dtype:
+            d_c[v0:v1] = d_c_sum
+        if d_bias is not None:
+            d_bias[v0:v1] = d_bias_sum
+        yield v_block + 1
+    if d_e is not None and d_e_sum is not d_e:
+        d_e[statistics.tokens[first:last]] = d_e_sum
+
+
+def _kept_columns(statistics: Statistics, position: int, v0: int, v1: int) -> Any:
+    """Survivors of [v0, v1), counted from v0, in the block of the counting token at `position`; None means all."""
+    bits = statistics.survivors[position // statistics.survivor_block, v0 // 8 : -(-v1 // 8)]
+    kept = np.flatnonzero(np.unpackbits(bits, count=v1 - v0, bitorder="little"))
+    return None if len(kept) == v1 - v0 else kept
+
+
+def _rows(c: Any, kept: Any) -> Any:
+    return c if kept is None else c[kept]
+
+
+def _columns(g: Any, present: Any, wanted: Any) -> Any:
+    """The wanted columns of g, whose columns are those that are present."""
+    return g if wanted is present else g[:, wanted]
+
+
+def _gradient_of_logits(
+    p: Problem, statistics: Statistics, upstream: Upstream, tokens: Any, e: Any, c: Any, v0: int, columns: Any
+) -> Any:
+    """G (n, k) of these tokens and columns (counted from v0; None means all of c's block), from recomputed logits."""
+    z = e @ _rows(c, columns).T
+    finish_logits(z, p, slice(v0, v0 + len(c)) if columns is None else columns + v0)
+    wanted = p.targets[tokens] - v0
+    if columns is None:
+        target_column = np.where((wanted >= 0) & (wanted < len(c)), wanted, -1)
+    else:
+        found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
+        target_column = np.where(columns[found] == wanted, found, -1)
+    inverse_softcap = z.dtype.type(0 if p.options.softcap is None else 1 / p.options.softcap)
+    # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
+    softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, upstream.softmax_weight[tokens])
+    per_token = statistics.lse[tokens], softmax_weight.astype(z.dtype, copy=False), upstream.target_weight[tokens], target_column
+
+    def fill(span: tuple[int, int]) -> None:
+        some = slice(*span)
+        gradient_block(z[some], *(x[some] for x in per_token), inverse_softcap)
+
+    list(threads().map(fill, ranges(len(tokens), _ROWS_OF_A_THREAD)))
+    return z

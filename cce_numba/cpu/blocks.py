@@ -1,0 +1,45 @@
+"""Blocks of rows in the dtype that the products are computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from os import cpu_count
+from typing import Any
+
+import numpy as np
+
+from cce_numba.arguments import Problem
+
+
+def ranges(total: int, step: int) -> Iterator[tuple[int, int]]:
+    """Consecutive [start, stop) of at most `step`.
+
+    >>> list(ranges(5, 2))
+    [(0, 2), (2, 4), (4, 5)]
+    """
+    return ((start, min(start + step, total)) for start in range(0, total, step))
+
+
+def rows(array: Any, index: Any, dtype: np.dtype) -> Any:
+    """array[index] in `dtype`: a view where the rows are consecutive and need no conversion, else a copy."""
+    if len(index) and index[-1] - index[0] == len(index) - 1:  # ascending and distinct, hence consecutive
+        return array[index[0] : index[-1] + 1].astype(dtype, copy=False)
+    return array[index].astype(dtype, copy=False)
+
+
+def finish_logits(z: Any, p: Problem, columns: Any) -> None:
+    """Adds the bias of these columns to the products z (n, v) and caps them, in place."""
+    if p.bias is not None:
+        z += p.bias[columns].astype(z.dtype, copy=False)
+    if p.options.softcap is not None:
+        z /= z.dtype.type(p.options.softcap)
+        np.tanh(z, out=z)
+        z *= z.dtype.type(p.options.softcap)
+
+
+@cache
+def threads() -> ThreadPoolExecutor:
+    """Threads for work that releases the interpreter lock, one a core."""
+    return ThreadPoolExecutor(cpu_count(), thread_name_prefix="cce_numba")

@@ -1,0 +1,258 @@
+"""The public functions: check the arguments, plan, call the backend, and make the loss out of its statistics.
+
+The algebra of the loss lives here, once for all backends: a backend gives each token's log-sum-exp and target logit, and
+takes two weights per token back (`plan.Backend`). A new loss term changes how these are combined, not the kernels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Unpack
+
+import numpy as np
+
+from cce_numba import arguments, interchange
+from cce_numba import plan as planning
+from cce_numba.arguments import LossOptions, Problem
+from cce_numba.plan import Gradients, Plan, Statistics
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `forward` found, and what `backward` needs; arrays are of the kind that `e` was.
+
+    Attributes:
+        loss: 0-d for "mean" and "sum"; per token for "none". float32, or float64 for float64 inputs, as all below.
+        nll: negative log-likelihood per token, in the shape of `targets[..., shift:]`; 0 where ignored.
+        lse: natural-log log-sum-exp of the logits per token; 0 where ignored.
+        target_logit: the target's logit per token; 0 where ignored.
+        n_valid: 0-d int64, how many tokens count.
+        plan: how it ran.
+    """
+
+    loss: Any
+    nll: Any
+    lse: Any
+    target_logit: Any
+    n_valid: Any
+    plan: Plan
+    _problem: Problem
+    _statistics: Statistics
+    _e: Any  # the caller's own e: names the stream that the backward must run on
+
+    def survivor_counts(self) -> np.ndarray:
+        """(n_blocks,) how many vocabulary entries each block of counting tokens keeps in the backward.
+
+        A block is `plan.tiles.survivor_block` consecutive counting tokens. Waits for the device, if there is one.
+        Raises ValueError if nothing was recorded (`filter_eps=None`).
+
+        >>> e, c = np.eye(4, 8) * 50, np.eye(5, 8)
+        >>> forward(e, c, np.arange(4)).survivor_counts()  # each of four certain tokens keeps its own target
+        array([4])
+        """
+        if self._statistics.survivors is None:
+            raise ValueError("result: has no survivors, since its gradients are exact (filter_eps=None)")
+        n_blocks = -(-int(self._statistics.n_valid) // self._statistics.survivor_block)
+        return planning.unpack_survivors(self._statistics, self._problem.V)[:n_blocks].sum(axis=1)
+
+
+def linear_cross_entropy(
+    e: Any, c: Any, targets: Any, *, return_lse: bool = False, **options: Unpack[LossOptions]
+) -> Any:
+    """Cross-entropy of `softmax(e @ c.T + bias)` with `targets`, without storing the logits (arXiv 2411.09009).
+
+    Args:
+        e: (..., D) embeddings: float16, bfloat16 (`ml_dtypes.bfloat16`), float32 or float64; NumPy, CuPy, or anything
+            with `__cuda_array_interface__` or DLPack. Strides are welcome.
+        c: (V, D) classifier, of e's dtype, on e's device.
+        targets: (...) integers in [0, V), or `ignore_index`.
+        return_lse: return `(loss, lse)`.
+        bias: (V,) added to the logits; of e's dtype or float32.
+        ignore_index: tokens with this target take no part, whatever stands in their rows.
+        softcap: logits become `softcap * tanh(logits / softcap)`, after the bias.
+        reduction: "mean" over the tokens that count (nan if none does), "sum", or "none".
+        shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
+        filter_eps: gradients leave out what has a probability below this in all of a block's tokens; "auto" is
+            `finfo(dtype).eps / 512` (2^-16 for bfloat16), None is exact. The loss itself is always exact.
+        filter_e_grad: False keeps the gradient of `e` exact.
+        filter_c_grad: False keeps the gradients of `c` and `bias` exact (the paper's FullC).
+        accum_e_fp32: return the gradient of `e` in float32, as it was accumulated.
+        accum_c_fp32: return the gradient of `c` in float32, as it was accumulated.
+        check_targets: True raises for a target out of range, on any device. None does so on the host, where looking is
+            free; on a device, where it would wait for the device, such a token's loss and gradient become NaN.
+        backend: "cpu", "simt", or None to choose by device and dtype (`explain` tells).
+
+    Returns:
+        The loss, an array of e's kind on e's device: 0-d, or for "none" in the shape of `targets[..., shift:]` with 0
+        where ignored. float32, or float64 for float64 inputs.
+
+    Raises:
+        TypeError: an argument is no array, or has the wrong dtype.
+        ValueError: shapes, devices, targets or option values do not fit.
+        BackendUnavailable: the backend that was asked for cannot run here.
+
+    >>> e, c = np.zeros((3, 4), np.float32), np.ones((8, 4), np.float32)
+    >>> float(linear_cross_entropy(e, c, np.array([1, 2, 3])) / np.log(8))
+    1.0
+    """
+    with _prepared(e, c, targets, options) as (problem, plan):
+        result = _forward(problem, plan, e, with_grad=False)
+    return (result.loss, result.lse) if return_lse else result.loss
+
+
+def linear_cross_entropy_with_grad(
+    e: Any,
+    c: Any,
+    targets: Any,
+    *,
+    return_lse: bool = False,
+    wrt: Iterable[str] | None = None,
+    **options: Unpack[LossOptions],
+) -> Any:
+    """The loss and its gradients: `(loss, grads)`, or `(loss, lse, grads)` with `return_lse`.
+
+    Arguments, errors and the loss are those of `linear_cross_entropy`. For "none" the gradients are those of the sum.
+
+    Args:
+        wrt: which gradients to compute, out of "e", "c", "bias"; all that exist by default. Others are None.
+
+    Returns:
+        grads.e in the shape and dtype of `e`, grads.c of `c`, grads.bias of `bias` (None without one).
+
+    >>> e, c = np.zeros((1, 2)), np.array([[1.0, 0.0], [0.0, 1.0]])
+    >>> loss, grads = linear_cross_entropy_with_grad(e, c, np.array([0]))
+    >>> grads.e
+    array([[-0.5,  0.5]])
+    """
+    with _prepared(e, c, targets, options) as (problem, plan):
+        gradients = arguments.wanted(wrt, problem)
+        result = _forward(problem, plan, e, with_grad=True)
+        grads = _backward(result, None, None, gradients)
+    return (result.loss, result.lse, grads) if return_lse else (result.loss, grads)
+
+
+def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Result:
+    """The loss with its parts, ready for `backward`; arguments and errors are those of `linear_cross_entropy`.
+
+    The result keeps `e`, `c` and `bias` (not copies): they must not change before `backward`.
+
+    >>> result = forward(np.zeros((2, 4)), np.ones((8, 4)), np.array([1, -100]))
+    >>> result.nll.round(4), int(result.n_valid)
+    (array([2.0794, 0.    ]), 1)
+    """
+    with _prepared(e, c, targets, options) as (problem, plan):
+        return _forward(problem, plan, e, with_grad=True)
+
+
+def backward(result: Result, d_loss: Any = None, d_lse: Any = None, *, wrt: Iterable[str] | None = None) -> Gradients:
+    """Vector-Jacobian product: the gradients of `sum(d_loss * loss) + sum(d_lse * lse)`.
+
+    Args:
+        result: what `forward` returned; it may be used again.
+        d_loss: upstream gradient of the loss: a scalar, or for "none" also an array in the shape of the loss. 1 by default.
+        d_lse: upstream gradient of the lse: a scalar or an array in its shape. 0 by default. `2 * w * result.lse / n` adds
+            a z-loss of weight w.
+        wrt: which gradients to compute, out of "e", "c", "bias"; all that exist by default. Others are None.
+
+    Raises TypeError or ValueError, naming the argument, if an upstream gradient does not fit.
+
+    >>> result = forward(np.zeros((1, 2)), np.eye(2), np.array([0]), reduction="sum")
+    >>> backward(result, d_loss=10.0).e
+    array([[-5.,  5.]])
+    """
+    if not isinstance(result, Result):
+        raise TypeError(f"result: must be what forward returned, got {type(result).__qualname__}")
+    gradients = arguments.wanted(wrt, result._problem)
+    with interchange.callers_stream("e", result._e):
+        return _backward(result, d_loss, d_lse, gradients)
+
+
+def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Any:
+    """Each token's target logit, one dot product per token: paper section 4.1. Arguments as `linear_cross_entropy`.
+
+    Returns an array in the shape of `targets[..., shift:]`, 0 where ignored; float32, or float64 for float64 inputs.
+
+    >>> indexed_dot(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [3.0, 4.0]]), np.array([1]))
+    array([11.])
+    """
+    with _prepared(e, c, targets, options) as (problem, plan):
+        return problem.kind.export(problem.per_token(planning.backend_module(plan.backend).indexed_dot(problem, plan)))
+
+
+def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
+    """Each token's natural-log log-sum-exp of `e @ c.T + bias`: paper section 4.2. Arguments as `linear_cross_entropy`.
+
+    Returns an array in the shape of `e[..., :-shift, 0]`; float32, or float64 for float64 inputs.
+
+    >>> linear_logsumexp(np.zeros((1, 2)), np.ones((4, 2))).round(4)
+    array([1.3863])
+    """
+    with _prepared(e, c, None, options) as (problem, plan):
+        statistics = planning.backend_module(plan.backend).forward(problem, plan, record_survivors=False)
+        return problem.kind.export(problem.per_token(statistics.lse))
+
+
+def explain(e: Any, c: Any, targets: Any = None, **options: Unpack[LossOptions]) -> Plan:
+    """What a call with these arguments would run: backend, tiles, bytes, and why; nothing is computed.
+
+    Takes the arguments of `linear_cross_entropy` and raises its errors. Print the result, or read its fields.
+
+    >>> explain(np.ones((2, 4)), np.ones((8, 4)), np.array([1, 2]), backend="cpu").backend
+    'cpu'
+    """
+    with _prepared(e, c, targets, options) as (_, plan):
+        return plan
+
+
+@contextlib.contextmanager
+def _prepared(e: Any, c: Any, targets: Any, options: LossOptions) -> Iterator[tuple[Problem, Plan]]:
+    with interchange.callers_stream("e", e):
+        problem = arguments.problem(e, c, targets, options)
+        yield problem, planning.choose(problem, options.get("backend"))
+
+
+def _forward(problem: Problem, plan: Plan, e: Any, *, with_grad: bool) -> Result:
+    xp, reduction = problem.xp, problem.options.reduction
+    record = with_grad and (problem.options.filter_eps_e is not None or problem.options.filter_eps_c is not None)
+    statistics = planning.backend_module(plan.backend).forward(problem, plan, record_survivors=record)
+    nll = problem.per_token(statistics.lse - statistics.target_logit)
+    if reduction == "none":
+        loss = nll
+    else:
+        total = nll.sum(dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: 0 / 0 = nan, as PyTorch has it
+            loss = xp.asarray(total / statistics.n_valid if reduction == "mean" else total, dtype=problem.compute_dtype)
+    export = problem.kind.export
+    return Result(
+        loss=export(loss),
+        nll=export(nll),
+        lse=export(problem.per_token(statistics.lse)),
+        target_logit=export(problem.per_token(statistics.target_logit)),
+        n_valid=export(statistics.n_valid),
+        plan=plan,
+        _problem=problem,
+        _statistics=statistics,
+        _e=e,
+    )
+
+
+def _backward(result: Result, d_loss: Any, d_lse: Any, wrt: frozenset[str]) -> Gradients:
+    problem, statistics = result._problem, result._statistics
+    per_token_shape = tuple(problem.per_token(statistics.lse).shape)
+    loss_shape = per_token_shape if problem.options.reduction == "none" else ()
+    d_nll = arguments.upstream("d_loss", 1.0 if d_loss is None else d_loss, problem, loss_shape)
+    if problem.options.reduction == "mean":
+        with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: then no backend reads this
+            d_nll /= statistics.n_valid.astype(problem.compute_dtype)
+    # nll = lse - target_logit, so d_nll reaches both; d_lse the log-sum-exp alone, whose gradient is the softmax.
+    softmax_weight = d_nll if d_lse is None else d_nll + arguments.upstream("d_lse", d_lse, problem, per_token_shape)
+    module = planning.backend_module(result.plan.backend)
+    grads = module.backward(problem, result.plan, statistics, softmax_weight, d_nll, wrt)
+    export = problem.kind.export
+    return Gradients(
+        e=None if grads.e is None else export(grads.e.reshape(problem.e_shape)),
+        c=None if grads.c is None else export(grads.c),
+        bias=None if grads.bias is None else export(grads.bias),
+    )

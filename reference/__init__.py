@@ -1,0 +1,25 @@
+"""Cut Cross-Entropy written down plainly: NumPy, float64, the logits stored. The definition of right.
+
+Every kernel is tested against this package, and it is the place to start reading. In order:
+
+* `building_blocks`  logits, log-sum-exp, softmax, one-hot rows: one formula each
+* `loss`             `forward` and `backward`: the loss and its gradients, from stored logits
+* `online`           the log-sum-exp folded tile by tile, and why tiles may be merged in any grouping
+* `filters`          which entries of the gradient are too small to matter, known already in the forward
+* `blocked`          all of it together in the kernels' loop order: a tile of logits at a time, none stored
+
+>>> import numpy as np
+>>> e, c, targets = np.eye(3), np.eye(4, 3), np.array([0, 1, -100])
+>>> result = forward(e, c, targets)
+>>> result.nll.round(3).tolist(), float(result.loss.round(3)), result.n_valid
+([0.744, 0.744, 0.0], 0.744, 2)
+>>> backward(e, c, targets).c.shape
+(4, 3)
+"""
+# ruff: noqa: F401 - everything imported here is a public name
+
+from . import blocked
+from .building_blocks import logit_gradient, logits, logsumexp, onehot, softmax, target_logit
+from .filters import auto_eps, column_filter, column_flags, dropped_mass, forward_flags, tile_filter
+from .loss import Forward, Gradients, backward, forward
+from .online import merge, online_logsumexp, to_lse

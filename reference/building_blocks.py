@@ -1,0 +1,99 @@
+"""The formulas that everything else is made of, one function each.
+
+Shapes: `e (n, D)`, `c (V, D)`, `bias (V,)`, `targets (n,)` int, logits `z (n, V)`. Everything is float64.
+The loss of a token is `nll = logsumexp(z) - z[target]` (Wijmans et al., ICLR 2025, arXiv 2411.09009, section 3).
+"""
+
+import numpy as np
+
+# NaN and inf are data here, not accidents: they go through silently and end where the arithmetic puts them.
+quiet = np.errstate(over="ignore", divide="ignore", invalid="ignore")
+
+
+def blocks(length, size):
+    """Cut `range(length)` into consecutive slices of `size` elements, the last one possibly shorter.
+
+    >>> blocks(5, 2)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def bias_and_softcap(z, bias=None, softcap=None):
+    """Finish raw dot products `z (n, V)`: add `bias (V,)`, then squash into (-softcap, softcap) by tanh.
+
+    >>> bias_and_softcap(np.array([[1.0, 99.0]]), bias=np.array([0.5, 1.0]), softcap=30.0).round(3).tolist()
+    [[1.499, 29.924]]
+    """
+    if bias is not None:
+        z = z + np.asarray(bias, np.float64)
+    return z if softcap is None else softcap * np.tanh(z / softcap)
+
+
+@quiet
+def logits(e, c, bias=None, softcap=None):
+    """The scores `z (n, V)` of every vocabulary entry for every token: `e @ c.T + bias`, softcapped.
+
+    >>> logits([[1.0, 2.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]).tolist()
+    [[1.0, 2.0, 3.0]]
+    """
+    return bias_and_softcap(np.asarray(e, np.float64) @ np.asarray(c, np.float64).T, bias, softcap)
+
+
+@quiet
+def logsumexp(logits):
+    """`log(sum(exp(z)))` over the last axis `(..., V) -> (...,)`, without overflow; NaN if a +inf or NaN is in the row.
+
+    >>> logsumexp(np.array([[1000.0, 1000.0], [-np.inf, -np.inf]])).round(3).tolist()
+    [1000.693, -inf]
+    """
+    m = np.max(logits, axis=-1)
+    m = np.where(m == -np.inf, 0.0, m)  # a row of -inf: exp(-inf - 0) = 0, where -inf - -inf would be NaN
+    return np.log(np.sum(np.exp(logits - m[..., None]), axis=-1)) + m
+
+
+@quiet
+def softmax(logits):
+    """Probabilities `exp(z - lse)` over the last axis, `(..., V) -> (..., V)`.
+
+    >>> softmax(np.log([[1.0, 3.0]])).round(3).tolist()
+    [[0.25, 0.75]]
+    """
+    return np.exp(logits - logsumexp(logits)[..., None])
+
+
+def onehot(targets, vocabulary):
+    """Rows `(n, V)` of 0 with a 1 at the target; a row of NaN where the target is outside `[0, V)`.
+
+    >>> onehot(np.array([2, 7]), 3).tolist()
+    [[0.0, 0.0, 1.0], [nan, nan, nan]]
+    """
+    hot = (targets[:, None] == np.arange(vocabulary)).astype(np.float64)
+    hot[(targets < 0) | (targets >= vocabulary)] = np.nan
+    return hot
+
+
+def target_logit(logits, targets):
+    """The logit `(n,)` of each token's target, NaN where the target is outside `[0, V)` (paper: section 4.1).
+
+    >>> target_logit(np.array([[10.0, 11.0], [20.0, 21.0]]), np.array([1, 2])).tolist()
+    [11.0, nan]
+    """
+    inside = (targets >= 0) & (targets < logits.shape[-1])
+    picked = logits[np.arange(len(targets)), np.where(inside, targets, 0)]
+    return np.where(inside, picked, np.nan)
+
+
+@quiet
+def logit_gradient(logits, targets, a, b, softcap=None):
+    """G `(n, V)`: the gradient of `sum(b * nll + (a - b) * lse)` with respect to the logits before the softcap.
+
+    `a (n,)` is all that flows into a token's lse, `b (n,)` what flows out of its target logit; plain nll: a = b.
+    Softmax is the gradient of lse, one-hot that of the target logit (paper: section 4.3), and
+    `d/dz softcap * tanh(z / softcap) = 1 - tanh(z / softcap)^2`.
+
+    >>> logit_gradient(np.log([[1.0, 3.0]]), np.array([1]), a=np.ones(1), b=np.ones(1)).round(3).tolist()
+    [[0.25, -0.25]]
+    """
+    g = a[:, None] * softmax(logits) - b[:, None] * onehot(targets, logits.shape[-1])
+    return g if softcap is None else g * (1.0 - (logits / softcap) ** 2)
