@@ -23,7 +23,8 @@ def argument(array: Any) -> Any:
     """
     if array.dtype == BFLOAT16:
         array = array.view(np.uint16)
-    return array if SIMULATED else cuda.as_cuda_array(array, sync=False)
+    # The simulator copies arrays in and out, and only takes contiguous ones; strided ones are always inputs.
+    return np.ascontiguousarray(array) if SIMULATED else cuda.as_cuda_array(array, sync=False)
 
 
 def kernel_of(threads: int, ctas: int) -> Any:

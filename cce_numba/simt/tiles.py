@@ -70,7 +70,7 @@ class SimtTiles:
 
 
 SIMULATOR_TILES = SimtTiles(block_n=4, block_v=8, block_k=4, thread_n=2, thread_v=4)
-GPU_TILES = SimtTiles(block_n=128, block_v=128, block_k=16, thread_n=8, thread_v=8)
+GPU_TILES = SimtTiles(block_n=128, block_v=128, block_k=8, thread_n=8, thread_v=8)
 GPU_TILES_FLOAT64 = SimtTiles(block_n=64, block_v=64, block_k=16, thread_n=4, thread_v=4)
 
 

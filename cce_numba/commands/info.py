@@ -1,0 +1,107 @@
+"""`python -m cce_numba info`: versions, devices, which backend would run, and what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from cce_numba import arguments
+from cce_numba import plan as planning
+from cce_numba.commands import Exit, machine, show
+from cce_numba.interchange import BFLOAT16
+
+# By what they are called, the names that they are distributed under, and what installs them.
+_PACKAGES = {
+    "numpy": (("numpy",), "pip install numpy"),
+    "numba": (("numba",), "pip install numba"),
+    "numba-cuda": (("numba-cuda",), "pip install numba-cuda"),
+    "ml_dtypes": (("ml_dtypes",), "pip install ml_dtypes"),
+    "cupy": (("cupy-cuda13x", "cupy-cuda12x", "cupy"), machine.GET_CUPY),
+    "torch": (("torch",), "pip install 'cce_numba[torch]'"),
+    "rich": (("rich",), "pip install 'cce_numba[cli]'"),
+}
+
+
+def run(as_json: bool) -> int:
+    """Prints what there is; finding little is no failure."""
+    found = _gather()
+    show.as_json(found) if as_json else _show(found)
+    return Exit.FINE
+
+
+def _gather() -> dict[str, Any]:
+    no_gpu = machine.why_no_gpu()
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            "cce_numba": importlib.import_module("cce_numba").__version__,
+            **{name: _version(names) for name, (names, _) in _PACKAGES.items()},
+        },
+        "cpu_cores": machine.cpu_cores(),
+        "simulator": machine.simulated(),
+        "driver_cuda": machine.driver_version(),
+        "devices": [] if no_gpu else [asdict(gpu) for gpu in machine.gpus()],
+        "no_device": no_gpu,
+        "backends": {
+            "NumPy float32": _choices(np, np.dtype(np.float32)),
+            "CuPy bfloat16": {"runs": None, "how": None, "not": {"every backend": no_gpu}}
+            if no_gpu
+            else _choices(importlib.import_module("cupy"), BFLOAT16),
+        },
+    }
+
+
+def _version(names: tuple[str, ...]) -> str | None:
+    """Of the first of the distributions that is installed; nothing is imported."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _choices(xp: Any, dtype: np.dtype) -> dict[str, Any]:
+    """Which backend would run for arrays of this kind, and why each of the others would not."""
+    e, c, targets = (xp.asarray(array) for array in (np.zeros((8, 8), dtype), np.zeros((16, 8), dtype), np.zeros(8, np.int64)))
+    problem = arguments.problem(e, c, targets, {})
+    reasons = {name: planning.backend_module(name).why_not(problem) for name in planning.BACKENDS}
+    runs = next((name for name in planning.BACKENDS if reasons[name] is None), None)
+    how = None if runs is None else planning.choose(problem, runs).how
+    others = {name: reason or f"{runs} is preferred" for name, reason in reasons.items() if name != runs}
+    return {"runs": runs, "how": how, "not": others}
+
+
+def _show(found: dict[str, Any]) -> None:
+    out = show.console()
+    rows = [(name, found["versions"][name] or _missing(name)) for name in found["versions"]]
+    out.print(show.facts("Versions", rows))
+
+    rows = [("CPU", f"{found['cpu_cores']} cores")]
+    rows += [(f"GPU {gpu['index']}", _gpu(gpu)) for gpu in found["devices"]]
+    if found["no_device"]:
+        rows.append(("GPU", f"none: {found['no_device']}"))
+    rows.append(("driver", f"knows CUDA up to {found['driver_cuda']}" if found["driver_cuda"] else "no NVIDIA driver found"))
+    simulator = "on" if found["simulator"] else "off (NUMBA_ENABLE_CUDASIM=1 runs the simt backend without a GPU, slowly)"
+    rows.append(("simulator", simulator))
+    out.print(show.facts("Devices", rows))
+
+    rows = []
+    for kind, choice in found["backends"].items():
+        rows.append((kind, f"{choice['runs']}: {choice['how']}" if choice["runs"] else "cannot run here"))
+        rows += [(f"  not {name}", reason) for name, reason in choice["not"].items()]
+    out.print(show.facts("Which backend would run, by arrays", rows))
+
+
+def _missing(name: str) -> str:
+    return f"not installed; {_PACKAGES[name][1]}"
+
+
+def _gpu(gpu: dict[str, Any]) -> str:
+    memory = f"{gpu['memory_bytes'] / 2**30:,.1f} GiB"
+    return f"{gpu['name']}, compute capability {gpu['compute_capability']}, {memory}"

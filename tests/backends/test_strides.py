@@ -1,0 +1,60 @@
+"""Views of all kinds: rows apart, columns apart, reversed, transposed, leading dimensions, a single token without any."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cce_numba as cce
+from tests.cases import DTYPES, Case, make_case
+from tests.checks import check_forward, check_gradients, expect
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def views(array):
+    """Names and (parent, view) pairs of equal contents; the parent travels to the device, the view is taken there."""
+    rows, columns = array.shape
+    spaced = np.zeros((2 * rows, columns + 3), array.dtype)
+    spaced[::2, :columns] = array
+    between = np.zeros((rows, 2 * columns), array.dtype)
+    between[:, ::2] = array
+    return {
+        "rows apart": (spaced, lambda x: x[::2, :columns]),
+        "columns apart": (between, lambda x: x[:, ::2]),
+        "transposed": (np.ascontiguousarray(array.T), lambda x: x.T),
+        "reversed": (np.ascontiguousarray(array[::-1, ::-1]), lambda x: x[::-1, ::-1]),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("kind", ["rows apart", "columns apart", "transposed", "reversed"])
+@pytest.mark.parametrize("of", ["e", "c"])
+def test_strided_inputs(harness, edges, of, kind, dtype):
+    case = make_case(1, (edges.n[-1] + 1,), edges.v[-1] + 1, edges.d[-1] + 1, dtype, ignored=0.1)
+    parent, view = views(getattr(case, of))[kind]
+    strided = view(harness.device(parent))
+    assert not strided.flags.c_contiguous
+    arrays = [strided if name == of else harness.device(getattr(case, name)) for name in ("e", "c", "targets")]
+    result = cce.forward(*arrays, backend=harness.backend, **case.options)
+    expected = expect(case)
+    check_forward(expected, harness.numbers(result))
+    check_gradients(expected, harness.backward(result), harness.kept(result, case.c.shape[0]))
+
+
+SHAPES = [(), (1,), (2, 3), (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("shape", "shift"), [(shape, 0) for shape in SHAPES] + [(shape, 1) for shape in SHAPES if shape])
+def test_leading_dimensions(harness, edges, shape, shift):
+    case = make_case(2, shape, edges.v[-1] + 1, edges.d[-1], bias=True, shift=shift, reduction="none")
+    expected, result = expect(case), harness.forward(case)
+    check_forward(expected, harness.numbers(result))
+    check_gradients(expected, harness.backward(result), harness.kept(result, case.c.shape[0]))
+
+
+@pytest.mark.parametrize("integer", [np.int8, np.uint8, np.int16, np.int32, np.uint32, np.uint64])
+def test_integer_targets_of_any_width(harness, edges, integer):
+    case = make_case(3, (5,), 20, edges.d[-1])
+    narrow = Case(case.e, case.c, case.targets.astype(integer), case.options)
+    assert harness.numbers(harness.forward(narrow))["loss"] == harness.numbers(harness.forward(case))["loss"]

@@ -1,0 +1,206 @@
+"""What it means that a backend agrees with the reference: error bounds from number formats and reduction lengths.
+
+Bounds are per element, computed in float64 from the same inputs, and relative to the magnitudes that were summed; so a
+gradient of zeros, a skipped tile or a missing target term exceeds them (`test_checks.py` makes sure). NaN agrees only
+with NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+import reference
+from tests.cases import IGNORE, Case
+
+
+def assert_within(name: str, actual: Any, exact: np.ndarray, tolerance: Any) -> None:
+    """Fails, telling where and by how much, unless |actual - exact| <= tolerance everywhere, NaN exactly where NaN is due."""
+    actual = np.asarray(actual)
+    assert actual.shape == exact.shape, f"{name}: shape {actual.shape}, expected {exact.shape}"
+    wide = actual.astype(np.float64)
+    assert np.array_equal(np.isnan(wide), np.isnan(exact)), (
+        f"{name}: NaN at {np.argwhere(np.isnan(wide))[:5].tolist()}, expected at {np.argwhere(np.isnan(exact))[:5].tolist()}"
+    )
+    with np.errstate(invalid="ignore"):
+        fits = (np.abs(wide - exact) <= tolerance) | np.isnan(exact) | (wide == exact)
+    if not np.all(fits):
+        where = tuple(np.argwhere(~fits)[0])
+        bound = np.broadcast_to(tolerance, exact.shape)[where]
+        raise AssertionError(
+            f"{name}{list(map(int, where))} = {float(wide[where])!r}, expected {float(exact[where])!r} within {bound:.3g}; "
+            f"{np.count_nonzero(~fits)} of {fits.size} are off"
+        )
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The reference's results for a case, with the error that the compute dtype explains."""
+
+    case: Case
+    forward: reference.Forward
+    z_error: np.ndarray  # (n_valid, V) of a logit
+    lse_error: np.ndarray  # (n_valid,)
+    valid: np.ndarray  # mask of the tokens that count, in the shape of nll
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those that the reference knows."""
+        known = ("bias", "ignore_index", "softcap", "reduction", "shift")
+        return {name: self.case.options[name] for name in known if name in self.case.options}
+
+
+def expect(case: Case) -> Expectation:
+    """Runs the reference's forward and bounds the rounding errors of a backend that computes in float32 (or float64)."""
+    options = Expectation(case, None, None, None, None).options  # type: ignore[arg-type]
+    forward = reference.forward(case.e, case.c, case.targets, **options)
+    shift = int(options.get("shift", 0))
+    length = case.targets.shape[-1] if case.targets.ndim else 0
+    targets = case.targets[..., shift:] if shift else case.targets
+    e = case.e[..., : max(0, length - shift), :] if shift else case.e
+    valid = targets != options.get("ignore_index", IGNORE)
+    unit = compute_unit(case.e.dtype)
+    with np.errstate(all="ignore"):
+        magnitude = np.abs(e[valid].astype(np.float64)) @ np.abs(case.c.astype(np.float64)).T
+        if options.get("bias") is not None:
+            magnitude += np.abs(options["bias"].astype(np.float64))
+        # gamma_D of Higham's Accuracy and Stability, section 3.1, on the products' magnitudes; tanh to a few units.
+        z_error = (case.c.shape[1] + 4) * unit * magnitude + 8 * unit * np.abs(forward.logits)
+        lse = forward.lse[valid]
+        largest = z_error.max(axis=1, initial=0)
+        lse_error = largest + (32 + np.log2(case.c.shape[0])) * unit * (1 + np.abs(lse))
+    return Expectation(case, forward, z_error, lse_error, valid)
+
+
+def compute_unit(dtype: np.dtype) -> float:
+    """Unit roundoff of the arithmetic: float64 for float64 inputs, float32 for all others."""
+    return 2.0**-53 if dtype == np.float64 else 2.0**-24
+
+
+def check_forward(expected: Expectation, numbers: dict[str, np.ndarray]) -> None:
+    """loss, nll, lse, target_logit, n_valid against the reference."""
+    exact, valid = expected.forward, expected.valid
+    per_token = np.zeros(exact.lse.shape)
+    per_token[valid] = expected.lse_error
+    at_target = np.zeros(exact.lse.shape)
+    at_target[valid] = expected.z_error.max(axis=1, initial=0)
+    assert int(numbers["n_valid"]) == exact.n_valid
+    assert_within("lse", numbers["lse"], exact.lse, per_token)
+    assert_within("target_logit", numbers["target_logit"], exact.target_logit, at_target)
+    nll_error = per_token + at_target + 4 * compute_unit(expected.case.e.dtype) * np.abs(exact.nll)
+    assert_within("nll", numbers["nll"], exact.nll, nll_error)
+    loss, loss_error = np.asarray(exact.loss), nll_error
+    if loss.ndim == 0 and exact.nll.ndim:
+        loss_error = np.sum(nll_error) / (max(1, exact.n_valid) if expected.case.options.get("reduction", "mean") == "mean" else 1)
+        loss_error += 4 * compute_unit(expected.case.e.dtype) * np.abs(loss)
+    assert_within("loss", numbers["loss"], loss, loss_error)
+    wide = np.float64 if expected.case.e.dtype == np.float64 else np.float32
+    assert all(numbers[name].dtype == wide for name in ("loss", "nll", "lse", "target_logit"))
+
+
+def check_survivors(expected: Expectation, kept: np.ndarray, eps: float, block: int) -> None:
+    """`kept` (n_valid, V) must hold whatever the rule keeps; entries within rounding of the threshold may go either way."""
+    lse, targets = expected.forward.lse[expected.valid], shifted_targets(expected)
+    with np.errstate(all="ignore"):
+        probabilities = np.exp(expected.forward.logits - lse[:, None])
+        margin = np.exp(expected.z_error.max(axis=1, initial=0) + expected.lse_error)[:, None]
+    certain = np.zeros_like(kept)
+    if len(probabilities):
+        certain = reference.column_filter(np.where(np.isnan(margin), probabilities, probabilities / margin), targets, eps, block)
+    missed = certain & ~kept
+    assert not missed.any(), f"survivors missed at {np.argwhere(missed)[:5].tolist()}"
+
+
+def check_gradients(
+    expected: Expectation,
+    grads: Any,
+    kept: np.ndarray | None = None,
+    d_loss: Any = None,
+    d_lse: Any = None,
+) -> None:
+    """Gradients (NumPy) against the reference's with the same entries of G kept: exact where `kept` is None."""
+    case, options = expected.case, expected.options
+    filters = case.options
+    keep_e = kept if filters.get("filter_e_grad", True) and filters.get("filter_eps", "auto") is not None else None
+    keep_c = kept if filters.get("filter_c_grad", True) and filters.get("filter_eps", "auto") is not None else None
+    exact = reference.backward(
+        case.e, case.c, case.targets, d_loss=d_loss, d_lse=d_lse, keep_e=keep_e, keep_c=keep_c, **options
+    )
+    tolerance_e, tolerance_c, tolerance_bias = gradient_tolerances(expected, d_loss, d_lse, keep_e, keep_c)
+    wide = np.dtype(np.float64 if case.e.dtype == np.float64 else np.float32)
+    e_dtype = wide if filters.get("accum_e_fp32") else case.e.dtype
+    c_dtype = wide if filters.get("accum_c_fp32") else case.c.dtype
+    if grads.e is not None:
+        assert grads.e.dtype == e_dtype
+        assert_within("grads.e", grads.e, exact.e, rounded(tolerance_e, exact.e, e_dtype))
+    if grads.c is not None:
+        assert grads.c.dtype == c_dtype
+        assert_within("grads.c", grads.c, exact.c, rounded(tolerance_c, exact.c, c_dtype))
+    if grads.bias is not None:
+        assert grads.bias.dtype == options["bias"].dtype
+        assert_within("grads.bias", grads.bias, exact.bias, rounded(tolerance_bias, exact.bias, grads.bias.dtype))
+
+
+def rounded(tolerance: np.ndarray, exact: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The tolerance, with what one rounding to `dtype` adds: half its spacing, relative, and its subnormals' spacing."""
+    info = ml_dtypes.finfo(dtype)
+    # Past the largest number a rounding gives inf: nothing bounds the error there.
+    beyond = np.where(np.abs(exact) > float(info.max) * 0.99, np.inf, 0)
+    return tolerance + float(info.eps) * np.abs(exact) + float(info.smallest_subnormal) + beyond
+
+
+def gradient_tolerances(
+    expected: Expectation, d_loss: Any, d_lse: Any, keep_e: np.ndarray | None, keep_c: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First-order bounds, per element of dE, dC, dbias: G's error times its factor, and the rounding of the sums."""
+    case, exact = expected.case, expected.forward
+    unit = compute_unit(case.e.dtype)
+    reduction = case.options.get("reduction", "mean")
+    n_valid = max(1, exact.n_valid)
+    d_nll = np.broadcast_to(np.asarray(1.0 if d_loss is None else d_loss, np.float64), exact.nll.shape)[expected.valid]
+    if reduction == "mean":
+        d_nll = d_nll / n_valid
+    b = np.abs(d_nll)
+    a = np.abs(d_nll + np.broadcast_to(np.asarray(0.0 if d_lse is None else d_lse, np.float64), exact.lse.shape)[expected.valid])
+    # The weights come in the compute dtype, where their sum may cancel.
+    a_error = 4 * unit * (b + a)
+    with np.errstate(all="ignore"):
+        p = np.exp(exact.logits - exact.lse[expected.valid][:, None])
+        hot = reference.onehot(shifted_targets(expected), case.c.shape[0]) if len(p) else np.zeros_like(p)
+        underflow = 2 * float(np.finfo(np.float64 if case.e.dtype == np.float64 else np.float32).smallest_normal)
+        p_error = underflow + p * np.expm1(np.minimum(expected.z_error + expected.lse_error[:, None], 50)) + 8 * unit * p
+        g = a[:, None] * p + b[:, None] * hot  # magnitudes: of terms that cancel, both count
+        g_error = a[:, None] * p_error + a_error[:, None] * p + 4 * unit * g
+        if (softcap := case.options.get("softcap")) is not None:
+            tanh = exact.logits / softcap
+            slope_error = 2 * np.abs(tanh) * (expected.z_error / softcap + 8 * unit) + 8 * unit
+            g_error = g_error * (1 - tanh**2) + g * slope_error
+            g = g * (1 - tanh**2)
+    # What takes no part has no error either, whatever stands in it.
+    g, g_error = (np.where(np.isnan(x), 0, x) for x in (g, g_error))
+    e_all = np.abs(case.e.astype(np.float64))
+    shift = int(case.options.get("shift", 0))
+    length = case.targets.shape[-1] if case.targets.ndim else 0
+    e = (e_all[..., : max(0, length - shift), :] if shift else e_all)[expected.valid]
+    c = np.abs(case.c.astype(np.float64))
+    e, c = (np.where(np.isfinite(x), x, 0) for x in (e, c))
+
+    def of(keep: np.ndarray | None, terms: int) -> np.ndarray:
+        bound = g_error + (terms + 8) * unit * (g + g_error)
+        return bound if keep is None else np.where(keep, bound, 0)
+
+    for_c = of(keep_c, exact.n_valid)
+    d_e = np.zeros_like(e_all)
+    view = d_e[..., : max(0, length - shift), :] if shift else d_e
+    view[expected.valid] = of(keep_e, case.c.shape[0]) @ c
+    return d_e, for_c.T @ e, for_c.sum(axis=0)
+
+
+def shifted_targets(expected: Expectation) -> np.ndarray:
+    """(n_valid,) targets of the tokens that count."""
+    shift = int(expected.case.options.get("shift", 0))
+    targets = expected.case.targets[..., shift:] if shift else expected.case.targets
+    return targets[expected.valid]

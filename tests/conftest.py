@@ -1,0 +1,52 @@
+"""Hypothesis profiles, and the backends that the shared tests run on."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.cases import Edges
+from tests.harness import CpuHarness, GpuHarness, Harness, SimulatorHarness, why_no_gpu
+
+# quick is for every commit; long, on a GPU, looks around far more. Deadlines mean nothing where kernels are compiled.
+_CALM = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+settings.register_profile("quick", max_examples=100, **_CALM)
+settings.register_profile("simulator", max_examples=40, **_CALM)
+settings.register_profile("long", max_examples=500, **_CALM)
+settings.load_profile(os.environ.get("CCE_TEST_PROFILE", "simulator" if SimulatorHarness.is_active() else "quick"))
+
+REQUIRE_GPU = os.environ.get("CCE_REQUIRE_GPU") == "1"
+
+
+def skip_or_fail_without_gpu() -> None:
+    """Skips with the reason where there is no GPU; fails instead with CCE_REQUIRE_GPU=1."""
+    reason = why_no_gpu()
+    if reason and REQUIRE_GPU:
+        pytest.fail(f"CCE_REQUIRE_GPU=1, but {reason}")
+    if reason:
+        pytest.skip(f"needs a GPU: {reason}")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("simt", marks=pytest.mark.gpu)])
+def harness(request: pytest.FixtureRequest) -> Harness:
+    """How to call each backend: arrays where it wants them, and sizes around its own tiles."""
+    if request.param == "cpu":
+        return CpuHarness()
+    if SimulatorHarness.is_active():
+        return SimulatorHarness()
+    skip_or_fail_without_gpu()
+    return GpuHarness("simt")
+
+
+@pytest.fixture(scope="session")
+def gpu() -> None:
+    """For tests that are about a GPU alone."""
+    skip_or_fail_without_gpu()
+
+
+@pytest.fixture(scope="session")
+def edges(harness: Harness) -> Edges:
+    """Sizes around the tiles of the backend under test."""
+    return harness.edges

@@ -1,0 +1,109 @@
+"""How the shared tests call a backend: its arrays, its tile edges, its results as NumPy."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any, ClassVar
+
+import numpy as np
+from numba import config
+
+import cce_numba as cce
+from cce_numba.plan import unpack_survivors
+from tests.cases import Case, Edges
+
+
+def why_no_gpu() -> str | None:
+    """Why tests cannot run on a GPU here, or None if they can."""
+    if importlib.util.find_spec("cupy") is None:
+        return "CuPy is not installed"
+    import cupy
+
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CUDA says: {error}"
+    return None
+
+
+class Harness:
+    """A backend under test; NumPy arrays in and out."""
+
+    backend: str
+    edges: Edges
+
+    def device(self, array: np.ndarray) -> Any:
+        """The array where the backend wants it."""
+        return array
+
+    def host(self, array: Any) -> Any:
+        """A result as NumPy; None stays None."""
+        return array
+
+    def _options(self, case: Case) -> dict[str, Any]:
+        options = {"backend": self.backend, **case.options}
+        if isinstance(options.get("bias"), np.ndarray):
+            options["bias"] = self.device(options["bias"])
+        return options
+
+    def _arrays(self, case: Case) -> tuple[Any, Any, Any]:
+        return self.device(case.e), self.device(case.c), self.device(case.targets)
+
+    def forward(self, case: Case) -> cce.Result:
+        """The backend's own result, on its device."""
+        return cce.forward(*self._arrays(case), **self._options(case))
+
+    def backward(self, result: cce.Result, d_loss: Any = None, d_lse: Any = None, **named: Any) -> cce.Gradients:
+        """Gradients as NumPy."""
+        upstream = [self.device(x) if isinstance(x, np.ndarray) and x.ndim else x for x in (d_loss, d_lse)]
+        grads = cce.backward(result, *upstream, **named)
+        return cce.Gradients(*(self.host(getattr(grads, f.name)) for f in dataclasses.fields(grads)))
+
+    def numbers(self, result: cce.Result) -> dict[str, np.ndarray]:
+        """loss, nll, lse, target_logit, n_valid as NumPy."""
+        return {name: self.host(getattr(result, name)) for name in ("loss", "nll", "lse", "target_logit", "n_valid")}
+
+    def call(self, function: str, case: Case, *, targets: bool = True, **named: Any) -> Any:
+        """Another public function, its result as NumPy."""
+        arrays = self._arrays(case) if targets else self._arrays(case)[:2]
+        return self.host(getattr(cce, function)(*arrays, **self._options(case), **named))
+
+    def kept(self, result: cce.Result, V: int) -> np.ndarray | None:
+        """(n_valid, V) bool: what the filter keeps of G; None if nothing was recorded."""
+        statistics = result._statistics
+        if statistics.survivors is None:
+            return None
+        rows = np.repeat(unpack_survivors(statistics, V), statistics.survivor_block, axis=0)
+        return rows[: int(self.host(result.n_valid))]
+
+
+class CpuHarness(Harness):
+    backend = "cpu"
+    # Survivor blocks of 128 tokens; bytes of 8 survivor bits. The blocks of the BLAS are tested by making them small.
+    edges: ClassVar = Edges(n=(1, 128, 256), v=(1, 8, 64), d=(1, 8), max_n=300, max_v=150, max_d=40)
+
+
+class SimulatorHarness(Harness):
+    backend = "simt"
+    edges: ClassVar = Edges(n=(1, 4, 8), v=(1, 8, 16, 32), d=(1, 4, 8), max_n=9, max_v=40, max_d=9)
+
+    @staticmethod
+    def is_active() -> bool:
+        """Whether this process runs kernels in Numba's simulator."""
+        return bool(config.ENABLE_CUDASIM)
+
+
+class GpuHarness(Harness):
+    edges: ClassVar = Edges(n=(1, 64, 128, 256), v=(1, 8, 64, 128, 1024), d=(1, 8, 16), max_n=400, max_v=1500, max_d=300)
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def device(self, array: np.ndarray) -> Any:
+        import cupy
+
+        return cupy.asarray(array)
+
+    def host(self, array: Any) -> Any:
+        return array.get() if hasattr(array, "get") else array

@@ -1,0 +1,150 @@
+"""Bad input gets a clear error before anything runs: which argument, what came, what must come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cce_numba as cce
+from cce_numba import arguments, interchange
+
+e = np.ones((3, 4), np.float32)
+c = np.ones((5, 4), np.float32)
+targets = np.array([0, 1, 4])
+
+
+def error_of(kind, *arrays, **options):
+    with pytest.raises(kind) as caught:
+        cce.linear_cross_entropy(*arrays, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arrays", "says"),
+    [
+        (ValueError, (e[:, :3], c, targets), ["e:", "hidden size D = 4", "(3, 3)"]),
+        (ValueError, (e[0, 0], c, targets), ["e:", "(..., D)", "0-d"]),
+        (ValueError, (e, c[0], targets), ["c:", "(V, D)", "(4,)"]),
+        (ValueError, (e, c[:0], targets), ["c:", "V >= 1", "(0, 4)"]),
+        (ValueError, (e[:, :0], c[:, :0], targets), ["c:", "D >= 1", "(5, 0)"]),
+        (ValueError, (e, c, targets[:2]), ["targets:", "(3,)", "(2,)"]),
+        (ValueError, (e, c, targets[:, None]), ["targets:", "(3,)", "(3, 1)"]),
+        (TypeError, (e.astype(np.float64), c, targets), ["c:", "float64", "float32"]),
+        (TypeError, (e.astype(np.int32), c, targets), ["e:", "bfloat16", "int32"]),
+        (TypeError, (e.astype(np.complex64), c, targets), ["e:", "complex64"]),
+        (TypeError, (e.astype(">f4"), c, targets), ["e:", ">f4"]),
+        (TypeError, (e, c, targets.astype(np.float32)), ["targets:", "integers", "float32"]),
+        (TypeError, (e, c, targets == 1), ["targets:", "integers", "bool"]),
+        (TypeError, (e.tolist(), c, targets), ["e:", "array", "builtins.list"]),
+        (TypeError, (e, None, targets), ["c:", "array", "NoneType"]),
+        (TypeError, (e, c, [0, 1, 4]), ["targets:", "array", "list"]),
+        (TypeError, (np.ma.masked_array(e), c, targets), ["e:", "masked"]),
+        (ValueError, (e, c, np.array([0, 5, 1])), ["targets:", "[0, 5)", "got 5", "token 1", "1 of 3"]),
+        (ValueError, (e, c, np.array([0, -2, -1])), ["targets:", "ignore_index = -100", "got -2", "2 of 3"]),
+        (ValueError, (e, c, np.array([2**64 - 100, 0, 0], np.uint64)), ["targets:", "[0, 5)", "token 0"]),
+    ],
+)
+def test_arrays_that_do_not_fit(kind, arrays, says):
+    message = error_of(kind, *arrays)
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "says"),
+    [
+        (TypeError, {"soft_cap": 3.0}, ["soft_cap", "softcap"]),
+        (TypeError, {"frobnicate": 1}, ["frobnicate", "options are", "ignore_index"]),
+        (ValueError, {"reduction": "max"}, ["reduction", "'mean'", "'sum'", "'none'", "'max'"]),
+        (ValueError, {"softcap": 0.0}, ["softcap", "positive", "0.0"]),
+        (ValueError, {"softcap": -1}, ["softcap", "positive", "-1"]),
+        (ValueError, {"softcap": float("nan")}, ["softcap", "nan"]),
+        (ValueError, {"softcap": float("inf")}, ["softcap", "finite"]),
+        (TypeError, {"softcap": "30"}, ["softcap", "number", "'30'"]),
+        (TypeError, {"ignore_index": 1.5}, ["ignore_index", "integer", "1.5"]),
+        (ValueError, {"ignore_index": 2**70}, ["ignore_index", "64 bits"]),
+        (ValueError, {"shift": -1}, ["shift", ">= 0", "-1"]),
+        (TypeError, {"shift": 0.5}, ["shift", "integer", "0.5"]),
+        (ValueError, {"filter_eps": "high"}, ["filter_eps", "'auto'", "'high'"]),
+        (ValueError, {"filter_eps": 0.0}, ["filter_eps", "(0, 1)", "0.0"]),
+        (ValueError, {"filter_eps": 1.0}, ["filter_eps", "(0, 1)", "1.0"]),
+        (ValueError, {"filter_eps": float("nan")}, ["filter_eps", "nan"]),
+        (TypeError, {"filter_eps": [0.1]}, ["filter_eps", "[0.1]"]),
+        (TypeError, {"filter_e_grad": "yes"}, ["filter_e_grad", "True or False", "'yes'"]),
+        (TypeError, {"accum_c_fp32": 1}, ["accum_c_fp32", "True or False", "1"]),
+        (TypeError, {"check_targets": "no"}, ["check_targets", "True or False"]),
+        (ValueError, {"backend": "tpu"}, ["backend", "'cpu'", "'simt'", "'tpu'"]),
+        (ValueError, {"bias": np.ones(4, np.float32)}, ["bias", "(5,)", "(4,)"]),
+        (TypeError, {"bias": np.ones(5)}, ["bias", "float32", "float64"]),
+        (TypeError, {"bias": [0.0] * 5}, ["bias", "array", "list"]),
+    ],
+)
+def test_options_that_do_not_fit(kind, options, says):
+    message = error_of(kind, e, c, targets, **options)
+    assert all(part in message for part in says), message
+
+
+def test_shift_needs_an_axis():
+    message = error_of(ValueError, e[0], c, targets[0], shift=1)
+    assert "shift" in message
+    assert "(4,)" in message
+
+
+@pytest.mark.parametrize("name", ["c", "targets", "bias"])
+def test_arrays_on_different_devices(monkeypatch, name):
+    arrays = {"c": c, "targets": targets, "bias": np.zeros(5, np.float32)}
+    elsewhere = arrays[name]
+    monkeypatch.setattr(interchange, "device_of", lambda x: "cuda:1" if x is elsewhere else "cpu")
+    message = error_of(ValueError, e, arrays["c"], arrays["targets"], bias=arrays["bias"])
+    assert message == f"{name}: must be on the device of e, cpu, got an array on cuda:1"
+
+
+def test_nothing_is_changed_by_a_bad_call_or_a_good_one():
+    copies = e.copy(), c.copy(), targets.copy()
+    error_of(ValueError, e, c, np.array([0, 5, 1]))
+    cce.linear_cross_entropy_with_grad(e, c, targets, shift=1)
+    assert all((a == b).all() for a, b in zip(copies, (e, c, targets), strict=True))
+
+
+class TestBackward:
+    result = cce.forward(e, c, targets)
+    per_token = cce.forward(e, c, targets, reduction="none")
+
+    @pytest.mark.parametrize(
+        ("kind", "named", "says"),
+        [
+            (ValueError, {"d_loss": np.ones(3)}, ["d_loss", "scalar or have shape ()", "(3,)"]),
+            (ValueError, {"d_lse": np.ones(2)}, ["d_lse", "(3,)", "(2,)"]),
+            (TypeError, {"d_loss": "1"}, ["d_loss", "array", "str"]),
+            (TypeError, {"d_lse": np.array([1j, 0, 0])}, ["d_lse", "real", "complex128"]),
+            (ValueError, {"wrt": "d"}, ["wrt", "'e'", "'d'"]),
+            (ValueError, {"wrt": ("e", "bias")}, ["wrt", "no bias was given"]),
+        ],
+    )
+    def test_upstream_that_does_not_fit(self, kind, named, says):
+        with pytest.raises(kind) as caught:
+            cce.backward(self.result, **named)
+        assert all(part in str(caught.value) for part in says), caught.value
+
+    def test_only_a_result_has_a_backward(self):
+        with pytest.raises(TypeError, match="result: must be what forward returned, got float"):
+            cce.backward(1.0)
+
+    def test_scalars_of_all_kinds(self):
+        expected = cce.backward(self.per_token, d_loss=2.0).e
+        for two in (2, np.float32(2), np.float16(2), np.array(2.0), np.full(3, 2)):
+            np.testing.assert_array_equal(cce.backward(self.per_token, d_loss=two).e, expected)
+
+    def test_survivors_of_an_exact_result(self):
+        with pytest.raises(ValueError, match="filter_eps=None"):
+            cce.forward(e, c, targets, filter_eps=None).survivor_counts()
+
+
+def test_auto_eps_is_the_reference_s():
+    import reference
+
+    for dtype in arguments.DTYPES:
+        assert arguments.options(dtype, {}).filter_eps == reference.auto_eps(dtype)
+
+
+def test_defaults_name_every_option():
+    assert set(arguments.DEFAULTS) == set(arguments.LossOptions.__annotations__)

@@ -1,0 +1,112 @@
+"""The helpers that judge are judged: they accept the truth and rounding, and refuse each way of being wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cce_numba as cce
+import reference
+from tests.cases import DTYPES, Edges, cases, make_case, sizes
+from tests.checks import assert_within, check_forward, check_gradients, check_survivors, expect
+
+CASE = make_case(0, (40,), 50, 12, np.dtype(np.float32), bias=True, softcap=8.0, ignored=0.2)
+
+
+def test_assert_within():
+    exact = np.array([1.0, np.nan, np.inf])
+    assert_within("x", np.array([1.1, np.nan, np.inf]), exact, 0.2)
+    for wrong in ([1.3, np.nan, np.inf], [np.nan, np.nan, np.inf], [1.0, 0.0, np.inf], [1.0, np.nan, 1e300]):
+        with pytest.raises(AssertionError, match="x"):
+            assert_within("x", np.array(wrong), exact, 0.2)
+    with pytest.raises(AssertionError, match="shape"):
+        assert_within("x", np.ones(2), exact, 0.2)
+    with pytest.raises(AssertionError, match=r"x\[0\] = 1.3"):
+        assert_within("x", np.array([1.3, np.nan, np.inf]), exact, 0.2)
+
+
+def numbers_of(expected):
+    forward = expected.forward
+    numbers = {name: np.asarray(getattr(forward, name), np.float32) for name in ("loss", "nll", "lse", "target_logit")}
+    return numbers | {"n_valid": np.array(forward.n_valid)}
+
+
+def test_the_reference_rounded_is_accepted():
+    expected = expect(CASE)
+    check_forward(expected, numbers_of(expected))
+    exact = reference.backward(CASE.e, CASE.c, CASE.targets, **expected.options)
+    check_gradients(expected, cce.Gradients(*(x.astype(np.float32) for x in (exact.e, exact.c, exact.bias))))
+
+
+@pytest.mark.parametrize("name", ["loss", "nll", "lse", "target_logit"])
+@pytest.mark.parametrize("factor", [0.0, 1.0001, np.nan])
+def test_wrong_forwards_are_refused(name, factor):
+    expected = expect(CASE)
+    numbers = numbers_of(expected)
+    numbers[name] = (numbers[name] * factor).astype(np.float32)
+    with pytest.raises(AssertionError, match=name):
+        check_forward(expected, numbers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["e", "c", "bias"])
+@pytest.mark.parametrize("how", ["zeros", "scaled", "no target term", "a tile skipped", "nan"])
+def test_wrong_gradients_are_refused(name, how, dtype):
+    case = make_case(0, (40,), 50, 12, dtype, bias=True)
+    expected = expect(case)
+    exact = reference.backward(case.e, case.c, case.targets, **expected.options)
+    right = {name: getattr(exact, name) for name in ("e", "c", "bias")}
+    if how == "no target term":
+        # d_lse alone gives the softmax without the one-hot.
+        softmax = reference.backward(case.e, case.c, case.targets, d_loss=0.0, d_lse=1 / 40, **expected.options)
+        wrong = getattr(softmax, name)
+    elif how == "a tile skipped":
+        wrong = right[name].copy()
+        wrong[:8] = 0
+    else:
+        wrong = right[name] * {"zeros": 0.0, "scaled": 1.05, "nan": np.nan}[how]
+    grads = {k: (wrong if k == name else v).astype(dtype) for k, v in right.items()}
+    with pytest.raises(AssertionError, match=f"grads.{name}"):
+        check_gradients(expected, cce.Gradients(**grads))
+
+
+def test_a_missed_survivor_is_refused():
+    case = dataclasses.replace(CASE, options={})
+    expected = expect(case)
+    p = np.exp(expected.forward.logits - expected.forward.lse[expected.valid][:, None])
+    kept = reference.column_filter(p, case.targets[expected.valid], 2.0**-6, 8)
+    check_survivors(expected, kept, 2.0**-6, 8)
+    check_survivors(expected, np.ones_like(kept), 2.0**-6, 8)
+    worst = np.unravel_index(np.argmax(p), p.shape)
+    kept[worst[0] // 8 * 8 : worst[0] // 8 * 8 + 8, worst[1]] = False
+    with pytest.raises(AssertionError, match="survivors missed"):
+        check_survivors(expected, kept, 2.0**-6, 8)
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.data())
+def test_sizes_stay_in_range(edge, largest, data):
+    assert 1 <= data.draw(sizes((edge,), largest)) <= largest
+
+
+def test_cases_cover_what_matters():
+    """Among a few hundred draws: no tokens, one token, past a tile's edge, nothing valid, and every dtype."""
+    edges = Edges(n=(4,), v=(8,), d=(4,), max_n=9, max_v=20, max_d=9)
+    seen = set()
+
+    @given(cases(edges))
+    def collect(case):
+        seen.add(("N", case.targets.size))
+        seen.add(("V", len(case.c)))
+        seen.add(("dtype", str(case.e.dtype)))
+        seen.add(("bias", "bias" in case.options))
+        seen.add(("shift", int(case.options["shift"])))
+        seen.add(("none valid", bool((case.targets == case.options["ignore_index"]).all())))
+
+    collect()
+    assert {("N", 0), ("N", 1), ("V", 1), ("none valid", True), ("none valid", False), ("bias", True)} <= seen
+    assert {("dtype", str(dtype)) for dtype in DTYPES} <= seen
+    assert {("shift", 0), ("shift", 1), ("shift", 2)} <= seen

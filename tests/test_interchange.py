@@ -1,0 +1,88 @@
+"""Arrays of other libraries go in without a copy, and results come back as the caller's kind."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cce_numba as cce
+from cce_numba import interchange
+from tests.cases import make_case
+
+CASE = make_case(0, (6,), 20, 8)
+
+
+class OnlyDlpack:
+    """The least that a library may offer."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **named):
+        return self._array.__dlpack__(**named)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+
+class OnAnotherDevice(OnlyDlpack):
+    def __dlpack_device__(self):
+        return (4, 0)  # OpenCL
+
+
+def test_dlpack_is_enough_and_shares_memory():
+    array = np.ones((2, 3))
+    assert np.shares_memory(interchange.take("e", OnlyDlpack(array)), array)
+    loss = cce.linear_cross_entropy(OnlyDlpack(CASE.e), OnlyDlpack(CASE.c), OnlyDlpack(CASE.targets))
+    assert loss == cce.linear_cross_entropy(CASE.e, CASE.c, CASE.targets)
+
+
+def test_another_device_is_an_error():
+    with pytest.raises(TypeError, match="c: must be an array .* got .*OnAnotherDevice"):
+        cce.linear_cross_entropy(CASE.e, OnAnotherDevice(CASE.c), CASE.targets)
+
+
+def test_numpy_results_are_numpy_arrays_even_when_0_d():
+    loss = cce.linear_cross_entropy(CASE.e, CASE.c, CASE.targets)
+    assert type(loss) is np.ndarray
+    assert loss.shape == ()
+
+
+class TestTorchOnTheHost:
+    @pytest.fixture(autouse=True)
+    def torch(self):
+        return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+    def test_tensors_in_and_out(self, torch, dtype):
+        e, c = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in (CASE.e, CASE.c))
+        loss, lse, grads = cce.linear_cross_entropy_with_grad(
+            e, c, torch.from_numpy(CASE.targets), return_lse=True, bias=c.sum(1), reduction="none"
+        )
+        assert {type(x) for x in (loss, lse, grads.e, grads.c, grads.bias)} == {torch.Tensor}
+        assert grads.e.dtype == grads.c.dtype == grads.bias.dtype == e.dtype
+        assert loss.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+        numpy_dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
+        e_numpy, c_numpy = (x.to(torch.float64).numpy().astype(numpy_dtype) for x in (e, c))
+        bias = c.sum(1).to(torch.float64).numpy().astype(numpy_dtype)
+        expected, expected_grads = cce.linear_cross_entropy_with_grad(
+            e_numpy, c_numpy, CASE.targets, bias=bias, reduction="none"
+        )
+        np.testing.assert_array_equal(loss.numpy(), expected)
+        np.testing.assert_array_equal(grads.c.to(torch.float64).numpy(), expected_grads.c.astype(np.float64))
+
+    def test_no_copy_on_the_way_in(self, torch):
+        tensor = torch.ones(3, 4, dtype=torch.bfloat16)
+        assert interchange.take("e", tensor).__array_interface__["data"][0] == tensor.data_ptr()
+
+    def test_autograd_is_pointed_elsewhere(self, torch):
+        e = torch.from_numpy(CASE.e).requires_grad_()
+        with pytest.raises(TypeError, match=r"e: requires grad.*e.detach\(\)"):
+            cce.linear_cross_entropy(e, torch.from_numpy(CASE.c), torch.from_numpy(CASE.targets))
+        with torch.no_grad():
+            assert cce.linear_cross_entropy(e, torch.from_numpy(CASE.c), torch.from_numpy(CASE.targets)) > 0
+
+    def test_a_device_that_is_neither(self, torch):
+        with pytest.raises(TypeError, match="e: must be on the CPU or an NVIDIA GPU, got a tensor on meta"):
+            cce.linear_cross_entropy(torch.ones(2, 3, device="meta"), CASE.c, CASE.targets)
