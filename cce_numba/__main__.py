@@ -1,4 +1,4 @@
-"""The command line, `python -m cce_numba`: reads the arguments, runs a command, and turns what went wrong into exit codes."""
+"""The command line, `python -m cce_numba`: reads arguments, runs a command, turns what went wrong into exit codes."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(f"too little memory for this problem, choose a smaller one: {error}", Exit.USAGE)
     except BackendUnavailable as error:
         return _failed(error, Exit.UNAVAILABLE)
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="cce_numba",
-        description="Cut Cross-Entropy: loss and gradients of a linear layer with cross-entropy, without storing the logits.",
+        description="Cut Cross-Entropy: loss and gradients of a linear layer with cross-entropy, without stored logits.",
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -66,8 +68,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.description = (
-        "Computes the loss and its gradients, of a problem that it makes or reads, and shows time, memory and how well\n"
-        "they agree with float64 mathematics on a sample of tokens and vocabulary entries."
+        "Computes the loss and its gradients, of a problem that it makes or reads, and shows time, memory and how\n"
+        "well they agree with float64 mathematics on a sample of tokens and vocabulary entries."
     )
     demo.epilog = (
         "FILE.npz holds e (N, D) and c (V, D) in float16, float32, float64, or bfloat16 as uint16 bit patterns;\n"
@@ -80,7 +82,9 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--vocab", type=_size, metavar="V", help="how many vocabulary entries to make")
     demo.add_argument("--dim", type=_size, metavar="D", help="hidden size of the problem to make")
     demo.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of e and c; otherwise the file's own, or float32 on a CPU and bfloat16 on a GPU"
+        "--dtype",
+        choices=DTYPES,
+        help="of e and c; otherwise the file's own, or float32 on a CPU and bfloat16 on a GPU",
     )
     demo.add_argument("--backend", choices=BACKENDS, help="force a backend; otherwise a GPU is used if there is one")
     demo.add_argument(
@@ -88,21 +92,24 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
         type=_filter_eps,
         default="auto",
         metavar="EPS",
-        help="leave probabilities below EPS out of the gradients: a number in (0, 1), auto (default), or none for exact ones",
+        help="leave probabilities below this out of the gradients: auto (default), a number in (0, 1), or none",
     )
-    demo.add_argument("--seed", type=_seed, default=0, help="of the problem to make and of the sample to compare (default 0)")
+    demo.add_argument("--seed", type=_seed, default=0, help="of the problem and of the sample to compare (default 0)")
     demo.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
 def _size(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
+    return _integer(text, 1)
 
 
 def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer >= 0, got {text!r}")
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    # The upper limit keeps what sizes are multiplied to within 64 bits, so that too much is told by a MemoryError.
+    if not (text.isdecimal() and len(text) <= 9 and int(text) >= least):
+        raise argparse.ArgumentTypeError(f"must be an integer of at most 9 digits, and at least {least}, got {text!r}")
     return int(text)
 
 

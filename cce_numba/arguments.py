@@ -98,8 +98,8 @@ class Problem:
 
     e: Any
     c: Any
-    targets: Any | None
-    bias: Any | None
+    targets: Any  # or None
+    bias: Any  # or None
     options: Options
     e_shape: tuple[int, ...]
     token_shape: tuple[int, ...]

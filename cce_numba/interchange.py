@@ -1,4 +1,4 @@
-"""Arrays in and out: whatever the caller has becomes a NumPy or CuPy array without a copy, and results go back as the same kind.
+"""Arrays in and out: what the caller has becomes a NumPy or CuPy array without a copy, and results go back as the same kind.
 
 PyTorch, JAX and Numba are touched only when the caller's array comes from them, so importing this needs none of them.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -35,7 +36,7 @@ def is_on_device(array: Any) -> bool:
 
 def array_module(array: Any) -> ModuleType:
     """`numpy` or `cupy`, whichever made `array`."""
-    return importlib.import_module("cupy") if is_on_device(array) else np
+    return sys.modules["cupy"] if is_on_device(array) else np
 
 
 def device_of(array: Any) -> str:
@@ -99,12 +100,11 @@ def callers_stream(name: str, array: Any) -> Iterator[None]:
     cupy = importlib.import_module("cupy")
     cuda = importlib.import_module("numba.cuda")
     with cupy.cuda.Device(native.device.id), cuda.gpus[native.device.id]:
-        if library_of(array) != "torch":
+        if library_of(array) == "torch":
+            with _TorchStream(native.device.id).as_cupy():
+                yield
+        else:
             yield  # CuPy's current stream; __cuda_array_interface__ and DLPack have ordered the producer's work before it
-            return
-        torch = importlib.import_module("torch")
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream(native.device.id).cuda_stream):
-            yield
 
 
 def library_of(array: Any) -> str:
@@ -122,6 +122,19 @@ def _cupy_for(name: str, array: Any) -> Any:
         ) from error
 
 
+class _TorchStream:
+    """PyTorch's current stream of a device, for CuPy, by the CUDA stream protocol (which old PyTorch streams lack)."""
+
+    def __init__(self, device: int) -> None:
+        self._pointer = importlib.import_module("torch").cuda.current_stream(device).cuda_stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+    def as_cupy(self) -> Any:
+        return importlib.import_module("cupy").cuda.Stream.from_external(self)
+
+
 def _take_torch(name: str, tensor: Any) -> Any:
     torch = importlib.import_module("torch")
     if tensor.requires_grad and torch.is_grad_enabled():
@@ -133,7 +146,7 @@ def _take_torch(name: str, tensor: Any) -> Any:
     bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # bfloat16 by its bits: all versions do
     if tensor.device.type == "cuda":
         cupy = _cupy_for(name, tensor)
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream(tensor.device).cuda_stream):
+        with _TorchStream(tensor.device.index).as_cupy():
             native = cupy.from_dlpack(bits)
     elif tensor.device.type == "cpu":
         native = bits.numpy()

@@ -58,9 +58,7 @@ class Result:
         return planning.unpack_survivors(self._statistics, self._problem.V)[:n_blocks].sum(axis=1)
 
 
-def linear_cross_entropy(
-    e: Any, c: Any, targets: Any, *, return_lse: bool = False, **options: Unpack[LossOptions]
-) -> Any:
+def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = False, **options: Unpack[LossOptions]) -> Any:
     """Cross-entropy of `softmax(e @ c.T + bias)` with `targets`, without storing the logits (arXiv 2411.09009).
 
     Args:

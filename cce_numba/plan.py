@@ -75,8 +75,8 @@ class Statistics:
     tokens: Any
     n_valid: Any
     lse: Any
-    target_logit: Any | None
-    survivors: Any | None
+    target_logit: Any  # or None
+    survivors: Any  # or None
     survivor_block: int
 
 
@@ -109,7 +109,13 @@ class Backend(Protocol):
         """
 
     def backward(
-        self, p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, wrt: frozenset[str]
+        self,
+        p: Problem,
+        plan: Plan,
+        statistics: Statistics,
+        softmax_weight: Any,
+        target_weight: Any,
+        wrt: frozenset[str],
     ) -> Gradients:
         """Gradients from G[n, v] = softmax_weight[n] * softmax[n, v] - target_weight[n] * (v == targets[n]).
 
@@ -124,7 +130,7 @@ def backend_module(name: str) -> Backend:
     >>> backend_module("cpu").__name__
     'cce_numba.cpu.backend'
     """
-    return importlib.import_module(f"cce_numba.{name}.backend")  # type: ignore[return-value]
+    return importlib.import_module(f"cce_numba.{name}.backend")
 
 
 def choose(p: Problem, backend: str | None) -> Plan:
@@ -155,7 +161,7 @@ def survivor_bytes(p: Problem, block: int) -> int:
 def unpack_survivors(statistics: Statistics, V: int) -> np.ndarray:
     """(n_blocks, V) bool on the host, from the packed bits."""
     bits = statistics.survivors
-    host = bits if isinstance(bits, np.ndarray) else bits.get()  # type: ignore[union-attr]
+    host = bits if isinstance(bits, np.ndarray) else bits.get()
     return np.unpackbits(host, axis=1, bitorder="little")[:, :V].astype(bool)
 
 

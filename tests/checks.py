@@ -94,7 +94,9 @@ def check_forward(expected: Expectation, numbers: dict[str, np.ndarray]) -> None
     assert_within("nll", numbers["nll"], exact.nll, nll_error)
     loss, loss_error = np.asarray(exact.loss), nll_error
     if loss.ndim == 0 and exact.nll.ndim:
-        loss_error = np.sum(nll_error) / (max(1, exact.n_valid) if expected.case.options.get("reduction", "mean") == "mean" else 1)
+        loss_error = np.sum(nll_error) / (
+            max(1, exact.n_valid) if expected.case.options.get("reduction", "mean") == "mean" else 1
+        )
         loss_error += 4 * compute_unit(expected.case.e.dtype) * np.abs(loss)
     assert_within("loss", numbers["loss"], loss, loss_error)
     wide = np.float64 if expected.case.e.dtype == np.float64 else np.float32
@@ -109,7 +111,9 @@ def check_survivors(expected: Expectation, kept: np.ndarray, eps: float, block: 
         margin = np.exp(expected.z_error.max(axis=1, initial=0) + expected.lse_error)[:, None]
     certain = np.zeros_like(kept)
     if len(probabilities):
-        certain = reference.column_filter(np.where(np.isnan(margin), probabilities, probabilities / margin), targets, eps, block)
+        certain = reference.column_filter(
+            np.where(np.isnan(margin), probabilities, probabilities / margin), targets, eps, block
+        )
     missed = certain & ~kept
     assert not missed.any(), f"survivors missed at {np.argwhere(missed)[:5].tolist()}"
 
@@ -164,7 +168,9 @@ def gradient_tolerances(
     if reduction == "mean":
         d_nll = d_nll / n_valid
     b = np.abs(d_nll)
-    a = np.abs(d_nll + np.broadcast_to(np.asarray(0.0 if d_lse is None else d_lse, np.float64), exact.lse.shape)[expected.valid])
+    a = np.abs(
+        d_nll + np.broadcast_to(np.asarray(0.0 if d_lse is None else d_lse, np.float64), exact.lse.shape)[expected.valid]
+    )
     # The weights come in the compute dtype, where their sum may cancel.
     a_error = 4 * unit * (b + a)
     with np.errstate(all="ignore"):

@@ -11,7 +11,7 @@ from tests.cases import Edges
 from tests.harness import CpuHarness, GpuHarness, Harness, SimulatorHarness, why_no_gpu
 
 # quick is for every commit; long, on a GPU, looks around far more. Deadlines mean nothing where kernels are compiled.
-_CALM = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+_CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=100, **_CALM)
 settings.register_profile("simulator", max_examples=40, **_CALM)
 settings.register_profile("long", max_examples=500, **_CALM)

@@ -45,10 +45,8 @@ def compile_kernel(kernel: Any, signature: Any, cc: tuple[int, int]) -> Compiled
     """Compiles a `cuda.jit` dispatcher for a compute capability."""
     dispatcher = importlib.import_module("numba.cuda.dispatcher")
     # Device functions are compiled for "the current device", which is not there.
-    with mock.patch.object(dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=cc)):
-        ptx, _ = cuda.compile_ptx(
-            kernel.py_func, signature, cc=cc, launch_bounds=kernel.targetoptions.get("launch_bounds")
-        )
+    with mock.patch.object(dispatcher, "get_current_device", return_value=SimpleNamespace(compute_capability=cc)):
+        ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=cc, launch_bounds=kernel.targetoptions.get("launch_bounds"))
     log = _assemble(ptx, f"sm_{cc[0]}{cc[1]}")
     return Compiled(
         ptx,

@@ -99,6 +99,7 @@ def test_torch_tensors_on_their_current_stream(case, cupy, dtype):
         pytest.skip("this PyTorch has no CUDA")
     e, c = (torch.from_numpy(x).cuda().to(getattr(torch, dtype)) for x in (case.e, case.c))
     targets = torch.from_numpy(case.targets).cuda()
+    cce.linear_cross_entropy_with_grad(e, c, targets)  # compiles
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(200_000_000)

@@ -39,7 +39,7 @@ def test_dlpack_is_enough_and_shares_memory():
 
 
 def test_another_device_is_an_error():
-    with pytest.raises(TypeError, match="c: must be an array .* got .*OnAnotherDevice"):
+    with pytest.raises(TypeError, match=r"c: must be an array .* got .*OnAnotherDevice"):
         cce.linear_cross_entropy(CASE.e, OnAnotherDevice(CASE.c), CASE.targets)
 
 

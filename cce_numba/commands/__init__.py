@@ -19,6 +19,7 @@ class Exit(enum.IntEnum):
     DISAGREES = 1
     USAGE = 2
     UNAVAILABLE = 3
+    INTERRUPTED = 130  # as shells have it for Ctrl-C
 
 
 class UsageError(Exception):

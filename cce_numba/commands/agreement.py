@@ -1,8 +1,8 @@
 """Does a result agree with float64 mathematics? Found out on a sample, with whole rows of stored logits.
 
-The gradients are compared with the exact ones *of the entries that the filter kept*, so that the filter's own effect is no
-excuse for an error; and every entry that it dropped must be one that it may drop. A gradient of zeros, one without the
-target's term, or a filter that drops too much does not get through.
+The gradients are compared with the exact ones *of the entries that the filter kept*, so that the filter's own effect is
+no excuse for an error; and every entry that it dropped must be one that it may drop. A gradient of zeros, one without
+the target's term, or a filter that drops too much does not get through.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _compare_tokens(
     errors = [np.abs(computed.nll[tokens] - nll) / scale, np.abs(computed.lse[tokens] - lse) / scale]
     mean = computed.nll[counting].mean(dtype=np.float64)
     errors.append(np.array([np.abs(computed.loss - mean) / (1 + np.abs(mean))]))
-    loss = Check("loss per token, relative to 1 + max |logit|", float(np.concatenate(errors).max()), _loss_error(problem))
+    loss = Check("loss per token, / (1 + max |logit|)", float(np.concatenate(errors).max()), _loss_error(problem))
 
     p = np.exp(z - lse[:, None])
     hot = np.zeros_like(p)
@@ -196,7 +196,7 @@ def _gradient_check(what: str, actual: np.ndarray, rows: _Rows, delta: float, fi
     norm = float(np.linalg.norm(rows.exact_kept)) or 1.0  # an exact gradient of zero: then the errors are absolute
     rounding = float(np.linalg.norm(rounded - rows.exact_kept)) / norm
     return Check(
-        f"{what}, relative (Frobenius norm)",
+        f"{what}, / |{what}|",
         float(np.linalg.norm(actual.astype(np.float64) - rows.exact_kept)) / norm,
         2 * rounding + delta * float(np.linalg.norm(rows.magnitude)) / norm,
         rounding,

@@ -49,7 +49,7 @@ def _gather() -> dict[str, Any]:
         "no_device": no_gpu,
         "backends": {
             "NumPy float32": _choices(np, np.dtype(np.float32)),
-            "CuPy bfloat16": {"runs": None, "how": None, "not": {"every backend": no_gpu}}
+            "CuPy bfloat16": {"runs": None, "how": None, "not": {}}
             if no_gpu
             else _choices(importlib.import_module("cupy"), BFLOAT16),
         },
@@ -68,8 +68,8 @@ def _version(names: tuple[str, ...]) -> str | None:
 
 def _choices(xp: Any, dtype: np.dtype) -> dict[str, Any]:
     """Which backend would run for arrays of this kind, and why each of the others would not."""
-    e, c, targets = (xp.asarray(array) for array in (np.zeros((8, 8), dtype), np.zeros((16, 8), dtype), np.zeros(8, np.int64)))
-    problem = arguments.problem(e, c, targets, {})
+    e, c, targets = np.zeros((8, 8), dtype), np.zeros((16, 8), dtype), np.zeros(8, np.int64)
+    problem = arguments.problem(xp.asarray(e), xp.asarray(c), xp.asarray(targets), {})
     reasons = {name: planning.backend_module(name).why_not(problem) for name in planning.BACKENDS}
     runs = next((name for name in planning.BACKENDS if reasons[name] is None), None)
     how = None if runs is None else planning.choose(problem, runs).how
@@ -86,14 +86,16 @@ def _show(found: dict[str, Any]) -> None:
     rows += [(f"GPU {gpu['index']}", _gpu(gpu)) for gpu in found["devices"]]
     if found["no_device"]:
         rows.append(("GPU", f"none: {found['no_device']}"))
-    rows.append(("driver", f"knows CUDA up to {found['driver_cuda']}" if found["driver_cuda"] else "no NVIDIA driver found"))
-    simulator = "on" if found["simulator"] else "off (NUMBA_ENABLE_CUDASIM=1 runs the simt backend without a GPU, slowly)"
-    rows.append(("simulator", simulator))
+    if not found["simulator"]:
+        driver = f"knows CUDA up to {found['driver_cuda']}" if found["driver_cuda"] else "none found for NVIDIA GPUs"
+        rows.append(("driver", driver))
+    off = "off (NUMBA_ENABLE_CUDASIM=1 runs the simt backend without a GPU, slowly)"
+    rows.append(("simulator", "on" if found["simulator"] else off))
     out.print(show.facts("Devices", rows))
 
     rows = []
     for kind, choice in found["backends"].items():
-        rows.append((kind, f"{choice['runs']}: {choice['how']}" if choice["runs"] else "cannot run here"))
+        rows.append((kind, f"{choice['runs']}: {choice['how']}" if choice["runs"] else f"none: {found['no_device']}"))
         rows += [(f"  not {name}", reason) for name, reason in choice["not"].items()]
     out.print(show.facts("Which backend would run, by arrays", rows))
 

@@ -39,9 +39,9 @@ def why_no_gpu() -> str | None:
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"CUDA finds no usable GPU and driver: {_one_line(error)}"
+        return f"no NVIDIA GPU with a driver that is new enough for CuPy ({_one_line(error)}); nvidia-smi tells which is there"
     if count == 0:
-        return "CUDA finds no GPU"
+        return "CUDA finds no NVIDIA GPU"
     cuda = importlib.import_module("numba.cuda")
     if not cuda.is_available():
         return f"Numba cannot use the GPU: {_one_line(cuda.cuda_error() or 'its CUDA compiler libraries are missing')}"
@@ -66,10 +66,10 @@ def gpus() -> list[Gpu]:
 
 
 def driver_version() -> str | None:
-    """The newest CUDA version that the driver knows, like "13.0", or None without a driver."""
+    """The newest CUDA version that the driver knows, like "13.0"; None without a driver, and in the simulator."""
     with contextlib.suppress(Exception):  # whatever stands in the way, there is no driver to tell of
-        version = importlib.import_module("cupy").cuda.runtime.driverGetVersion()
-        return f"{version // 1000}.{version % 1000 // 10}" if version else None
+        major, minor = importlib.import_module("numba.cuda.cudadrv.driver").get_version()
+        return f"{major}.{minor}"
     return None
 
 

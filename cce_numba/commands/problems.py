@@ -65,11 +65,11 @@ def synthetic(tokens: int, vocab: int, dim: int, seed: int = 0) -> DemoProblem:
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape, np.float32)
 
-    frequency = 1 / np.arange(3.0, vocab + 3.0)  # Zipf's law; the first entries are the frequent ones, as in real tokenizers
-    frequency /= frequency.sum()
-    targets = rng.choice(vocab, tokens, p=frequency)
     c = normal(vocab, dim)
     c /= np.sqrt(np.float32(dim))
+    frequency = 1 / np.arange(3.0, vocab + 3.0)  # Zipf's law; frequent entries come first, as in real tokenizers
+    frequency /= frequency.sum()
+    targets = rng.choice(vocab, tokens, p=frequency)
     topics = np.repeat(normal(-(-tokens // _SEGMENT), dim), _SEGMENT, axis=0)[:tokens]
     e = np.float32(_SPREAD * _TOPIC_SHARE**0.5) * topics
     e += np.float32(_SPREAD * (1 - _TOPIC_SHARE) ** 0.5) * normal(tokens, dim)
@@ -94,20 +94,20 @@ def load(path: str, tokens: int | None, dtype: str | None) -> DemoProblem:
     if dtype is None and e.dtype != c.dtype:
         raise _wrong(path, f"e is {e.dtype} and c is {c.dtype}; choose one dtype for both with --dtype")
     if targets.shape != e.shape[:1] or targets.dtype.kind not in "iu":
-        raise _wrong(path, f"targets must be integers of shape (N,) = {e.shape[:1]}, got {targets.dtype} of {targets.shape}")
+        raise _wrong(path, f"targets must be (N,) = {e.shape[:1]} integers, got {targets.dtype} of shape {targets.shape}")
     if loss is not None and (loss.shape != e.shape[:1] or loss.dtype.kind != "f"):
-        raise _wrong(path, f"loss must be real numbers of shape (N,) = {e.shape[:1]}, got {loss.dtype} of {loss.shape}")
+        raise _wrong(path, f"loss must be (N,) = {e.shape[:1]} real numbers, got {loss.dtype} of shape {loss.shape}")
     if tokens is not None and tokens > len(e):
         raise _wrong(path, f"has {len(e)} tokens, --tokens asks for {tokens}")
     targets = targets[:tokens]
     wrong = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= len(c)))
     if wrong.any():
-        first = int(wrong.argmax())
-        raise _wrong(path, f"targets must lie in [0, V) = [0, {len(c)}) or be {IGNORE_INDEX}, token {first} has {targets[first]}")
+        first = targets[wrong][0]
+        raise _wrong(path, f"targets must lie in [0, V) = [0, {len(c)}) or be {IGNORE_INDEX}, one is {first}")
     if not (targets != IGNORE_INDEX).any():
         raise _wrong(path, f"has no token that counts: there are none, or all targets are {IGNORE_INDEX}")
-    problem = DemoProblem(e[:tokens], c, targets.astype(np.int64), None if loss is None else loss[:tokens], f"file {path}")
-    return problem.astype(dtype)
+    known_loss = None if loss is None else loss[:tokens]
+    return DemoProblem(e[:tokens], c, targets.astype(np.int64), known_loss, f"file {path}").astype(dtype)
 
 
 def _read(path: str) -> dict[str, np.ndarray]:
@@ -115,9 +115,10 @@ def _read(path: str) -> dict[str, np.ndarray]:
     if not Path(path).exists():
         raise UsageError(f"{path}: no such file; {_CONTENT}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise _wrong(path, "is no npz file but a single array")
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise _wrong(path, "is no npz file but a single array")
+        with file:
             if missing := [name for name in ("e", "c", "targets") if name not in file]:
                 raise _wrong(path, f"lacks {', '.join(missing)}; it has {', '.join(file) or 'nothing'}")
             return {name: file[name] for name in ("e", "c", "targets", "loss") if name in file}

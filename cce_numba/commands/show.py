@@ -52,14 +52,18 @@ def demo(report: Report) -> None:
         ("mean loss", f"{report.loss:.6f} nats, perplexity {_perplexity(report.loss):.4g}"),
     ]
     if report.known_loss is not None:
-        rows.append(("  the file's", f"{report.known_loss:.6f} nats, difference {report.loss - report.known_loss:+.2e}"))
-    rows += [("gradients", f"|dE| = {report.norm_d_e:.4e}, |dC| = {report.norm_d_c:.4e}"), ("survivors", _survivors(report))]
-    seconds = [f"{report.loss_seconds:.3g} s loss, {report.grad_seconds:.3g} s loss and gradients"]
-    if report.compile_seconds is not None:
-        seconds.append(f"{report.compile_seconds:.3g} s before that for a first call, which compiles")
+        difference = report.loss - report.known_loss
+        rows.append(("  the file's", f"{report.known_loss:.6f} nats, difference {difference:+.2e}"))
     rows += [
-        ("time", "; ".join(seconds)),
-        ("memory", f"{_size(report.peak_bytes)} at most beyond the inputs, of which {_size(report.grad_bytes)} are gradients"),
+        ("gradients", f"|dE| = {report.norm_d_e:.4e}, |dC| = {report.norm_d_c:.4e}"),
+        ("survivors", _survivors(report)),
+        ("time", f"{report.loss_seconds:.3g} s loss, {report.grad_seconds:.3g} s loss and gradients"),
+    ]
+    if report.compile_seconds is not None:
+        rows.append(("  first calls", f"{report.compile_seconds:.3g} s before that, to compile or to find it compiled"))
+    peak, gradients = _size(report.peak_bytes), _size(report.grad_bytes)
+    rows += [
+        ("memory", f"{peak} at most beyond the inputs, of which {gradients} are gradients"),
         ("  stored logits", f"would take {_size(plan.stored_logits_bytes)}, and as much again for their gradient"),
     ]
     out.print(facts("Cut Cross-Entropy: loss and gradients without stored logits", rows))
@@ -115,23 +119,26 @@ def _survivors(report: Report) -> str:
     if report.survivors is None:
         return "all: no filter, the gradients are exact"
     return (
-        f"{report.survivors:.1%} of the vocabulary in a block of {report.survivor_block} tokens has a probability that may reach "
-        f"{report.filter_eps:.3g}; the rest, {report.agreement.dropped_mass:.2e} of the probability, is left out of the gradients"
+        f"{report.survivors:.1%} of the vocabulary in a block of {report.survivor_block} tokens may reach a probability "
+        f"of {report.filter_eps:.3g}; the others, together {report.agreement.dropped_mass:.1e} of a token's probability, "
+        "are left out of the gradients"
     )
 
 
 def _agreement(report: Report) -> Table:
     """One row a check, and the verdict."""
     agreement = report.agreement
-    title = f"Agreement with float64 mathematics, on {agreement.tokens} tokens and {agreement.entries} vocabulary entries"
+    sample = f"{agreement.tokens} tokens and {agreement.entries} vocabulary entries"
+    title = f"Agreement with float64 mathematics, on a sample of {sample}"
     table = Table(title=title, title_justify="left", box=box.ROUNDED, expand=True)
     table.add_column("what", ratio=1)
     for name in ("error", "allowed", "rounding alone", "filter alone"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)
     for check in agreement.checks:
-        numbers = [f"{x:.1e}" if x is not None else "" for x in (check.error, check.allowed, check.rounding, check.filtered)]
-        table.add_row(check.what, *numbers, "PASS" if check.passed else "FAIL", style=None if check.passed else "red")
+        numbers = check.error, check.allowed, check.rounding, check.filtered
+        cells = ["" if number is None else f"{number:.1e}" for number in numbers]
+        table.add_row(check.what, *cells, "PASS" if check.passed else "FAIL", style=None if check.passed else "red")
     return table
 
 

@@ -17,7 +17,6 @@ from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.plan import Gradients, Statistics
 from cce_numba.progress import advance
 
-
 _ROWS_OF_A_THREAD = 128  # of G, at a time
 
 
@@ -55,7 +54,15 @@ class Upstream:
 
 
 def _sweep(
-    p: Problem, tiles: CpuTiles, statistics: Statistics, upstream: Upstream, first: int, last: int, d_e: Any, d_c: Any, d_bias: Any
+    p: Problem,
+    tiles: CpuTiles,
+    statistics: Statistics,
+    upstream: Upstream,
+    first: int,
+    last: int,
+    d_e: Any,
+    d_c: Any,
+    d_bias: Any,
 ) -> Any:
     """Adds to the gradients that are given what comes from the counting tokens [first, last); yields after each block.
 
@@ -132,7 +139,12 @@ def _gradient_of_logits(
     inverse_softcap = z.dtype.type(0 if p.options.softcap is None else 1 / p.options.softcap)
     # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
     softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, upstream.softmax_weight[tokens])
-    per_token = statistics.lse[tokens], softmax_weight.astype(z.dtype, copy=False), upstream.target_weight[tokens], target_column
+    per_token = (
+        statistics.lse[tokens],
+        softmax_weight.astype(z.dtype, copy=False),
+        upstream.target_weight[tokens],
+        target_column,
+    )
 
     def fill(span: tuple[int, int]) -> None:
         some = slice(*span)

@@ -93,14 +93,12 @@ def fold_block(
         if flags.shape[0] > 0:
             bound = np.float64(target_logit[n])
             if total > 0 and math.log(total) + shift > bound:
-                bound = math.log(total) + shift
+                bound = np.float64(math.log(total) + shift)
             _flag(z[n], _rounded(bound + log_eps, z), flags)
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def gradient_block(
-    z: Any, lse: Any, softmax_weight: Any, target_weight: Any, target_column: Any, inverse_softcap: Any
-) -> None:
+def gradient_block(z: Any, lse: Any, softmax_weight: Any, target_weight: Any, target_column: Any, inverse_softcap: Any) -> None:
     """Turns logits z (n, v) into G = softmax_weight * softmax - target_weight * onehot, times the softcap's derivative.
 
     In place. lse and both weights: (n,) of z's dtype. target_column (n,): where the row's target stands among the columns,

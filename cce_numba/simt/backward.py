@@ -20,9 +20,17 @@ from numba import cuda
 
 from cce_numba.arguments import Problem
 from cce_numba.plan import Gradients, Statistics
-from cce_numba.simt.launch import SIMULATED, ceil_div, kernel_of, launch
+from cce_numba.simt.launch import SIMULATED, argument, ceil_div, kernel_of, launch
 from cce_numba.simt.numbers import conversions
-from cce_numba.simt.product import ALIGNMENT, NO_ROW, finish_logit, make_column_stager, make_logits_tile, make_product, make_row_stager
+from cce_numba.simt.product import (
+    ALIGNMENT,
+    NO_ROW,
+    finish_logit,
+    make_column_stager,
+    make_logits_tile,
+    make_product,
+    make_row_stager,
+)
 from cce_numba.simt.tiles import SimtTiles
 
 WORKSPACE_BYTES = 64 * 2**20  # for G
@@ -385,62 +393,80 @@ def backward(
     p: Problem, tiles: SimtTiles, statistics: Statistics, softmax_weight: Any, target_weight: Any, wrt: frozenset[str]
 ) -> Gradients:
     """Gradients in their final dtypes; None where not in `wrt`."""
-    xp, real = p.xp, p.compute_dtype.type
+    xp: Any = p.xp
+    real: Any = p.compute_dtype.type
     d_e = xp.zeros((p.N, p.D), p.grad_e_dtype) if "e" in wrt else None
     d_c = xp.zeros((p.V, p.D), p.grad_c_dtype) if "c" in wrt else None
     d_bias = xp.zeros(p.V, p.bias.dtype) if "bias" in wrt else None
     if p.N == 0:
         return Gradients(d_e, d_c, d_bias)
     n_blocks, chunk = ceil_div(p.N, tiles.block_n), chunk_of(p, tiles)
-    bias = xp.zeros(1, p.dtype) if p.bias is None else p.bias
-    survivors = xp.zeros((1, 1), np.uint8) if statistics.survivors is None else statistics.survivors
-    tokens, n_valid = statistics.tokens, statistics.n_valid.reshape(1)
     keep_all_e, keep_all_c = p.options.filter_eps_e is None, p.options.filter_eps_c is None
     exact_g = (d_e is not None and keep_all_e) or ((d_c is not None or d_bias is not None) and keep_all_c)
-    weights = softmax_weight, target_weight
-    g = xp.empty((chunk, p.N), p.compute_dtype)
     # A gradient of the compute dtype is its own sum; one that must be rounded has a sum beside it, if there are chunks.
     sums_itself = p.grad_e_dtype == p.compute_dtype
     d_e_sum = d_e if sums_itself else xp.empty((p.N, p.D) if chunk < p.V else (1, 1), p.compute_dtype)
     d_e_rounded = xp.empty((1, 1), p.grad_e_dtype) if sums_itself else d_e
-    block, columns_shape = (tiles.threads_v, tiles.threads_n), (n_blocks, chunk)
 
-    def list_columns(keep_all: bool, v0: int, v1: int) -> tuple[Any, Any]:
-        columns, count = xp.empty(columns_shape, np.int64), xp.zeros(n_blocks, np.int64)
-        arguments = survivors, keep_all, tokens, n_valid, *weights, v0, v1, columns, count
-        launch(make_list_columns_kernel(tiles), (n_blocks,), (_LIST_THREADS,), *arguments)
-        return columns, count
+    # Kernels take these again and again.
+    e, c, targets, target_logit, lse = map(argument, (p.e, p.c, p.targets, statistics.target_logit, statistics.lse))
+    tokens, n_valid = argument(statistics.tokens), argument(statistics.n_valid.reshape(1))
+    survivors = argument(xp.zeros((1, 1), np.uint8) if statistics.survivors is None else statistics.survivors)
+    g = argument(xp.empty((chunk, p.N), p.compute_dtype))
+    weights = argument(softmax_weight), argument(target_weight)
+    bias = argument(xp.zeros(1, p.dtype) if p.bias is None else p.bias)
+    bias_dtype = p.dtype if p.bias is None else np.dtype(p.bias.dtype)
+    # One pair of lists for G, and another for dE where it is filtered and dC is not.
+    lists = [(argument(xp.empty((n_blocks, chunk), np.int64)), argument(xp.zeros(n_blocks, np.int64)))]
+    if d_e is not None and keep_all_e != exact_g:
+        lists.append((argument(xp.empty((n_blocks, chunk), np.int64)), argument(xp.zeros(n_blocks, np.int64))))
+    block, D_tiles = (tiles.threads_v, tiles.threads_n), ceil_div(p.D, tiles.block_v)
 
     for v0 in range(0, p.V, chunk):
         v1 = min(v0 + chunk, p.V)
-        chunk_tiles_v, chunk_tiles_n = ceil_div(v1 - v0, tiles.block_v), ceil_div(v1 - v0, tiles.block_n)
-        columns, count = list_columns(exact_g, v0, v1)
+        for (columns, count), keep_all in zip(lists, (exact_g, keep_all_e), strict=False):
+            launch(
+                make_list_columns_kernel(tiles),
+                (n_blocks,),
+                (_LIST_THREADS,),
+                *(survivors, keep_all, tokens, n_valid, *weights, v0, v1, columns, count),
+            )
+        columns, count = lists[0]
         launch(
-            make_gradient_of_logits_kernel(tiles, p.dtype, np.dtype(bias.dtype), real),
-            (n_blocks, chunk_tiles_v),
+            make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype, real),
+            (n_blocks, ceil_div(v1 - v0, tiles.block_v)),
             block,
-            *(p.e, p.c, bias, p.bias is not None, p.targets, tokens, n_valid, statistics.target_logit, statistics.lse),
-            *(real(p.options.softcap or 0), *weights, v0, columns, count, g),
+            *(
+                e,
+                c,
+                bias,
+                p.bias is not None,
+                targets,
+                tokens,
+                n_valid,
+                target_logit,
+                lse,
+                real(p.options.softcap or 0),
+            ),
+            *(*weights, v0, columns, count, g),
         )
         if d_e is not None:
-            columns_e, count_e = (columns, count) if keep_all_e == exact_g else list_columns(keep_all_e, v0, v1)
             launch(
                 make_d_e_kernel(tiles, p.dtype, p.grad_e_dtype, real),
-                (n_blocks, ceil_div(p.D, tiles.block_v)),
+                (n_blocks, D_tiles),
                 block,
-                *(g, p.c, v0, columns_e, count_e, tokens, n_valid, v0 == 0, v1 == p.V and not sums_itself),
-                *(d_e_sum, d_e_rounded),
+                *(g, c, v0, *lists[-1], tokens, n_valid, v0 == 0, v1 == p.V and not sums_itself, d_e_sum, d_e_rounded),
             )
         if d_c is not None:
             launch(
                 make_d_c_kernel(tiles, p.dtype, p.grad_c_dtype, real),
-                (chunk_tiles_n, ceil_div(p.D, tiles.block_v)),
+                (ceil_div(v1 - v0, tiles.block_n), D_tiles),
                 block,
-                *(g, p.e, v0, v1, survivors, keep_all_c, count, tokens, n_valid, *weights, d_c),
+                *(g, e, v0, v1, survivors, keep_all_c, count, tokens, n_valid, *weights, d_c),
             )
         if d_bias is not None:
             launch(
-                make_d_bias_kernel(tiles, np.dtype(bias.dtype), real),
+                make_d_bias_kernel(tiles, bias_dtype, real),
                 (ceil_div(v1 - v0, tiles.block_n),),
                 (tiles.block_n,),
                 *(g, v0, v1, survivors, keep_all_c, count, n_valid, d_bias),

@@ -235,7 +235,8 @@ def make_finish_kernel(tiles: SimtTiles, real: Any) -> Any:
 
 def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
     """Log-sum-exp, target logit and survivors of each token."""
-    xp, real = p.xp, p.compute_dtype.type
+    xp: Any = p.xp
+    real: Any = p.compute_dtype.type
     tokens, n_valid = list_tokens(p)
     if p.targets is None:
         targets, target_logit = tokens, xp.full(p.N, -math.inf, p.compute_dtype)

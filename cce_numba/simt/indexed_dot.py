@@ -27,7 +27,15 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype, real: Any) ->
 
     @cuda.jit
     def indexed_dot_kernel(
-        e: Any, c: Any, bias: Any, has_bias: Any, targets: Any, tokens: Any, n_valid: Any, softcap: Any, target_logit: Any
+        e: Any,
+        c: Any,
+        bias: Any,
+        has_bias: Any,
+        targets: Any,
+        tokens: Any,
+        n_valid: Any,
+        softcap: Any,
+        target_logit: Any,
     ) -> None:
         """target_logit[n] (N,) = finish_logit(<e[n], c[targets[n]]>) for listed tokens; NaN for a target out of range."""
         partial = cuda.shared.array(shape, real)
@@ -62,7 +70,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype, real: Any) ->
 
 def indexed_dot(p: Problem, tokens: Any, n_valid: Any) -> Any:
     """(N,) of the compute dtype: the target's logit, 0 for tokens that are not listed, NaN for a target out of range."""
-    real = p.compute_dtype.type
+    real: Any = p.compute_dtype.type
     bias = p.xp.zeros(1, p.dtype) if p.bias is None else p.bias
     target_logit = p.xp.zeros(p.N, p.compute_dtype)
     launch(

@@ -73,7 +73,15 @@ def test_any_upstream_gradient(harness, edges, data):
 @pytest.mark.parametrize("filter_eps", ["auto", None, 2.0**-5])
 def test_every_dtype_with_everything_on(harness, edges, dtype, filter_eps):
     case = make_case(
-        1, (3, edges.n[-1] // 3 + 1), edges.v[-1] + 3, edges.d[-1] + 1, dtype, ignored=0.2, bias=True, softcap=4.0, shift=1
+        1,
+        (3, edges.n[-1] // 3 + 1),
+        edges.v[-1] + 3,
+        edges.d[-1] + 1,
+        dtype,
+        ignored=0.2,
+        bias=True,
+        softcap=4.0,
+        shift=1,
     )
     case = case.with_options(filter_eps=filter_eps, reduction="none")
     expected, result = expect(case), harness.forward(case)

@@ -59,8 +59,7 @@ def test_column_filter_is_its_definition(problem, eps, block_n):
         for v in range(vocabulary):
             block = range(i // block_n * block_n, min((i // block_n + 1) * block_n, n))
             survives = any(
-                p[j, v] >= eps or np.isnan(p[j, v]) or targets[j] == v or not 0 <= targets[j] < vocabulary
-                for j in block
+                p[j, v] >= eps or np.isnan(p[j, v]) or targets[j] == v or not 0 <= targets[j] < vocabulary for j in block
             )
             assert keep[i, v] == flags[i // block_n, v] == survives
 

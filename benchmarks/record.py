@@ -1,0 +1,61 @@
+"""Where and with what a measurement was taken, and writing it down as data."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def surroundings() -> dict[str, Any]:
+    """Machine, versions, commit and date."""
+    packages = ("numpy", "numba", "numba-cuda", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "torch")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _output("git", "describe", "--always", "--dirty"),
+        "python": platform.python_version(),
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), ""),
+        "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+        "versions": {name: version for name in packages if (version := _version(name))},
+    }
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median and spread of repeated times, in ms."""
+    return {
+        "median_ms": round(statistics.median(times), 3),
+        "min_ms": round(min(times), 3),
+        "max_ms": round(max(times), 3),
+        "runs": len(times),
+    }
+
+
+def write(name: str, results: dict[str, Any]) -> Path:
+    """Writes results, with the surroundings, to results/<name>.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"surroundings": surroundings(), **results}, indent=1) + "\n")
+    return path
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
