@@ -1,6 +1,6 @@
 """The CPU backend against plain NumPy that stores the logits: loss + gradients, same BLAS, same threads.
 
-    python benchmarks/cpu.py DEMO_FILE.npz        a file of `make_demo_file.py`; without one, the demo's made-up problem
+python benchmarks/cpu.py DEMO_FILE.npz        a file of `make_demo_file.py`; without one, the demo's made-up problem
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--record", metavar="NAME", help="write results/NAME.json")
     arguments = parser.parse_args()
-    problem = problems.load(arguments.data) if arguments.data else problems.synthetic(2048, 49152, 576)
+    problem = problems.load(arguments.data, None, "float32") if arguments.data else problems.synthetic(2048, 49152, 576)
     e, c, targets = problem.e.astype(np.float32), problem.c.astype(np.float32), problem.targets
 
     def ours(filter_eps: float | None) -> Callable[[], Any]:

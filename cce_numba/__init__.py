@@ -1,6 +1,6 @@
 """Cut Cross-Entropy: loss and gradients of a linear layer with cross-entropy, without ever storing the logits.
 
->>> import cce_numba as cce
+>>> import numpy as np, cce_numba as cce
 >>> e, c, targets = np.zeros((2, 4)), np.ones((8, 4)), np.array([3, 5])
 >>> loss, grads = cce.linear_cross_entropy_with_grad(e, c, targets)
 >>> loss.round(4), grads.c.shape

@@ -68,7 +68,7 @@ class Statistics:
         lse: (N,) natural-log log-sum-exp of the compute dtype, 0 where ignored.
         target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets.
         survivors: (ceil(N / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
-            consecutive *counting* tokens (see `Backend.forward`); None if not recorded.
+            consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive: then all do.
         survivor_block: tokens in a block of `survivors`.
     """
 

@@ -39,6 +39,15 @@ def test_any_blocks(data):
         check_gradients(expected, harness.backward(result), harness.kept(result, len(case.c)))
 
 
+def test_where_nearly_everything_survives_all_does():
+    """Then picking columns would cost more than it saves; the gradients are exact, to the bit."""
+    flat = make_case(0, (300,), 200, 8, spread=0.1)
+    filtered, exact = (CpuHarness().forward(flat.with_options(filter_eps=eps)) for eps in (2.0**-12, None))
+    assert filtered.survivor_counts().tolist() == [200, 200, 200]
+    np.testing.assert_array_equal(cce.backward(filtered).e, cce.backward(exact).e)
+    np.testing.assert_array_equal(cce.backward(filtered).c, cce.backward(exact).c)
+
+
 @pytest.mark.parametrize("filter_eps", ["auto", None])
 @pytest.mark.parametrize(
     ("N", "V", "D", "dtype"),

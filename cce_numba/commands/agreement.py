@@ -51,13 +51,15 @@ class Check:
     """One comparison: it passes if the error is not above what is allowed.
 
     Attributes:
-        what: what was compared.
+        name: "loss", "dE", "dC" or "filter", for scripts.
+        what: what was compared, and by what it is divided.
         error: how far it is off.
         allowed: how far it may be off.
         rounding: the error that rounding the exact gradient to its dtype makes by itself.
         filtered: how far the exact gradient of the kept entries is from that of all; None if nothing is dropped.
     """
 
+    name: str
     what: str
     error: float
     allowed: float
@@ -118,7 +120,7 @@ def compare(problem: DemoProblem, computed: Computed, seed: int) -> Agreement:
     if computed.kept is not None and computed.filter_eps is not None:
         # "log-probabilities may be off by delta" holds for those that the filter judged by, too.
         largest = float(np.maximum(dropped, dropped_of_entries))  # NaN if either is
-        checks.append(Check("largest dropped probability", largest, computed.filter_eps * float(np.exp(delta))))
+        checks.append(Check("filter", "largest dropped probability", largest, computed.filter_eps * float(np.exp(delta))))
     return Agreement(len(positions), len(entries), tuple(checks), dropped_mass)
 
 
@@ -140,7 +142,7 @@ def _compare_tokens(
     errors = [np.abs(computed.nll[tokens] - nll) / scale, np.abs(computed.lse[tokens] - lse) / scale]
     mean = computed.nll[counting].mean(dtype=np.float64)
     errors.append(np.array([np.abs(computed.loss - mean) / (1 + np.abs(mean))]))
-    loss = Check("loss per token, / (1 + max |logit|)", float(np.concatenate(errors).max()), _loss_error(problem))
+    loss = Check("loss", "loss per token, / (1 + max |logit|)", float(np.concatenate(errors).max()), _loss_error(problem))
 
     p = np.exp(z - lse[:, None])
     hot = np.zeros_like(p)
@@ -186,7 +188,7 @@ def _compare_entries(
     return _gradient_check("dC", computed.d_c[entries], rows, delta, computed.kept is not None), largest
 
 
-def _gradient_check(what: str, actual: np.ndarray, rows: _Rows, delta: float, filtered: bool) -> Check:
+def _gradient_check(name: str, actual: np.ndarray, rows: _Rows, delta: float, filtered: bool) -> Check:
     """Frobenius norms, relative to that of the exact rows.
 
     Allowed is twice what rounding to the gradient's dtype costs, and what comes of probabilities that are off by the factor
@@ -196,7 +198,8 @@ def _gradient_check(what: str, actual: np.ndarray, rows: _Rows, delta: float, fi
     norm = float(np.linalg.norm(rows.exact_kept)) or 1.0  # an exact gradient of zero: then the errors are absolute
     rounding = float(np.linalg.norm(rounded - rows.exact_kept)) / norm
     return Check(
-        f"{what}, / |{what}|",
+        name,
+        f"{name}, / |{name}|",
         float(np.linalg.norm(actual.astype(np.float64) - rows.exact_kept)) / norm,
         2 * rounding + delta * float(np.linalg.norm(rows.magnitude)) / norm,
         rounding,

@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     show.demo_as_json(report) if arguments.json else show.demo(report)
     if report.agreement.passed:
         return Exit.FINE
-    wrong = ", ".join(check.what.partition(",")[0] for check in report.agreement.checks if not check.passed)
+    wrong = ", ".join(check.name for check in report.agreement.checks if not check.passed)
     print(f"cce_numba: error: does not agree with float64 mathematics: {wrong}", file=sys.stderr)
     return Exit.DISAGREES
 
@@ -108,7 +108,7 @@ def _problem(arguments: argparse.Namespace, where: str) -> DemoProblem:
 def _arrays(problem: DemoProblem, where: str) -> tuple[Any, Any, Any]:
     """e, c and targets where the backend wants them."""
     arrays = problem.e, problem.c, problem.targets
-    return tuple(map(importlib.import_module("cupy").asarray, arrays)) if where == "gpu" else arrays  # type: ignore[return-value]
+    return tuple(map(importlib.import_module("cupy").asarray, arrays)) if where == "gpu" else arrays
 
 
 def _measure(problem: DemoProblem, where: str, options: dict[str, Any], seed: int, console: Console) -> Report:

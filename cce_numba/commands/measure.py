@@ -87,7 +87,7 @@ def _host_peak(peak: PeakBytes) -> Iterator[None]:
 def _device_peak(peak: PeakBytes) -> Iterator[None]:
     cupy = importlib.import_module("cupy")
 
-    class Hook(cupy.cuda.MemoryHook):  # type: ignore[misc, name-defined]  # CuPy is imported only here
+    class Hook(cupy.cuda.MemoryHook):  # type: ignore[name-defined]  # CuPy is imported only here
         name = "cce_numba"
         in_use = 0
 

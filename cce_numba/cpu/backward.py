@@ -70,8 +70,9 @@ def _sweep(
     it has that dtype, else in a buffer that is rounded once.
     """
     dtype = p.compute_dtype
-    filter_e = d_e is not None and p.options.filter_eps_e is not None
-    filter_c = (d_c is not None or d_bias is not None) and p.options.filter_eps_c is not None
+    recorded = statistics.survivors is not None
+    filter_e = recorded and d_e is not None and p.options.filter_eps_e is not None
+    filter_c = recorded and (d_c is not None or d_bias is not None) and p.options.filter_eps_c is not None
     filter_all = (filter_e or d_e is None) and (filter_c or (d_c is None and d_bias is None))
     step = tiles.survivor_block if filter_e or filter_c else tiles.block_n
     d_e_sum = d_e if d_e is None or d_e.dtype == dtype else np.zeros_like(d_e[first:last], dtype)

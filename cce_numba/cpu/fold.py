@@ -121,6 +121,8 @@ def gradient_block(z: Any, lse: Any, softmax_weight: Any, target_weight: Any, ta
 
 @njit(cache=True, nogil=True)
 def add_rows(destination: Any, rows: Any, source: Any) -> None:
-    """destination[rows[k]] += source[k], rows distinct; one pass over memory."""
+    """destination[rows[k], d] += source[k, d], rows distinct; one pass over memory."""
     for k in range(rows.shape[0]):
-        destination[rows[k]] += source[k]
+        row = rows[k]
+        for d in range(source.shape[1]):
+            destination[row, d] += source[k, d]

@@ -15,6 +15,10 @@ from cce_numba.progress import advance
 from cce_numba.survivors import log_threshold
 
 
+# Picking columns costs some time for each; where more than this share of them survives, taking all is faster, and exact.
+_DENSE_ABOVE = 0.7
+
+
 def counting_tokens(p: Problem) -> Any:
     """(n_valid,) the tokens that are not ignored, ascending."""
     return np.arange(p.N) if p.targets is None else np.flatnonzero(p.targets != p.options.ignore_index)
@@ -71,6 +75,8 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
     lse[tokens] = np.log(running_sum) + np.where(running_max == -np.inf, 0, running_max)
     if survivors is not None:
         _keep_targets_and_nan(survivors, p, tokens, lse, target_logit, tiles.survivor_block)
+        if np.bitwise_count(survivors).sum(dtype=np.int64) > _DENSE_ABOVE * len(survivors) * p.V:
+            survivors = None
     return Statistics(tokens, np.array(len(tokens)), lse, target_logit, survivors, tiles.survivor_block)
 
 

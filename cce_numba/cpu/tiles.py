@@ -41,7 +41,8 @@ def choose_tiles(p: Problem) -> CpuTiles:
     if p.grad_e_dtype != p.compute_dtype:
         group = min(group, _survivor_multiple(max(1, _DE_ACCUMULATOR_BYTES // (itemsize * p.D))))
         budget -= group * p.D * itemsize
-    block_n = _survivor_multiple(min(_MAX_BLOCK_N, group))
+    whole = group >= p.N  # then a last block may be longer than what is left of the tokens
+    block_n = _survivor_multiple(min(_MAX_BLOCK_N, -(-group // SURVIVOR_BLOCK) * SURVIVOR_BLOCK if whole else group))
     block_v = min(_MAX_BLOCK_V, -(-p.V // 8) * 8)
     while True:
         tiles = CpuTiles(min(SURVIVOR_BLOCK, block_n), block_n, block_v, group)
