@@ -27,6 +27,7 @@ class Edges:
     max_n: int
     max_v: int
     max_d: int
+    long_v: int = 0  # a vocabulary that takes many tiles
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,12 @@ class Harness:
 class CpuHarness(Harness):
     backend = "cpu"
     # Survivor blocks of 128 tokens; bytes of 8 survivor bits. The blocks of the BLAS are tested by making them small.
-    edges: ClassVar = Edges(n=(1, 128, 256), v=(1, 8, 64), d=(1, 8), max_n=300, max_v=150, max_d=40)
+    edges: ClassVar = Edges(n=(1, 128, 256), v=(1, 8, 64), d=(1, 8), max_n=300, max_v=150, max_d=40, long_v=9001)
 
 
 class SimulatorHarness(Harness):
     backend = "simt"
-    edges: ClassVar = Edges(n=(1, 4, 8), v=(1, 8, 16, 32), d=(1, 4, 8), max_n=9, max_v=40, max_d=9)
+    edges: ClassVar = Edges(n=(1, 4, 8), v=(1, 8, 16, 32), d=(1, 4, 8), max_n=9, max_v=40, max_d=9, long_v=203)
 
     @staticmethod
     def is_active() -> bool:
@@ -95,7 +95,9 @@ class SimulatorHarness(Harness):
 
 
 class GpuHarness(Harness):
-    edges: ClassVar = Edges(n=(1, 64, 128, 256), v=(1, 8, 64, 128, 1024), d=(1, 8, 16), max_n=400, max_v=1500, max_d=300)
+    edges: ClassVar = Edges(
+        n=(1, 64, 128, 256), v=(1, 8, 64, 128, 1024), d=(1, 8, 16), max_n=400, max_v=1500, max_d=300, long_v=20_003
+    )
 
     def __init__(self, backend: str) -> None:
         self.backend = backend

@@ -35,6 +35,7 @@ from cce_numba.plan import BACKENDS
 ROOT = Path(__file__).parent.parent
 SMALL = ("--tokens", "40", "--vocab", "300", "--dim", "16")
 ON_CPU = ("demo", "--backend", "cpu", *SMALL)
+FILTERED = (*ON_CPU, "--filter-eps", "0.004")  # drops enough that the survivors are recorded
 ERROR = "cce_numba: error: "
 
 Run = Callable[..., tuple[int, str, str]]
@@ -69,7 +70,7 @@ def run_process(*argv: str, **environment: str) -> tuple[int, str, str]:
     """Runs `python -m cce_numba` in a process of its own: exit code, stdout, stderr."""
     done = subprocess.run(
         [sys.executable, "-m", "cce_numba", *argv],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -102,7 +103,7 @@ def write(path: Path, **changes: Any) -> Path:
 
 def test_demo_prints_the_same_tables_anywhere(run: Run) -> None:
     """Where stdout is no terminal: nothing but text, 100 columns, and differences between runs in time and memory only."""
-    first, second = run(*ON_CPU), run(*ON_CPU)
+    first, second = run(*FILTERED), run(*FILTERED)
     for code, out, err in (first, second):
         assert (code, err) == (0, "")
         assert max(map(len, out.splitlines())) == 100
@@ -119,14 +120,15 @@ def test_demo_prints_the_same_tables_anywhere(run: Run) -> None:
 
 def test_demo_json_tells_the_truth(run_json: Callable[..., dict[str, Any]]) -> None:
     """Against the reference, on the problem that the seed makes."""
-    found = run_json(*ON_CPU, "--seed", 5)
+    found = run_json(*FILTERED, "--seed", 5)
     problem = synthetic(40, 300, 16, seed=5)
     exact = reference.forward(problem.e, problem.c, problem.targets)
     grads = reference.backward(problem.e, problem.c, problem.targets)
     assert found["loss"] == pytest.approx(float(exact.loss), rel=1e-5)
     assert found["perplexity"] == pytest.approx(np.exp(float(exact.loss)), rel=1e-4)
-    assert found["gradient_norms"]["e"] == pytest.approx(np.linalg.norm(grads.e), rel=1e-4)
-    assert found["gradient_norms"]["c"] == pytest.approx(np.linalg.norm(grads.c), rel=1e-4)
+    # The filter takes some away; whether the gradients are right is the demo's own check, tested below.
+    assert found["gradient_norms"]["e"] == pytest.approx(np.linalg.norm(grads.e), rel=0.05)
+    assert found["gradient_norms"]["c"] == pytest.approx(np.linalg.norm(grads.c), rel=0.05)
     assert found["problem"] | {"source": ""} == {
         "tokens": 40,
         "counting_tokens": 40,
@@ -137,7 +139,7 @@ def test_demo_json_tells_the_truth(run_json: Callable[..., dict[str, Any]]) -> N
     }
     assert found["backend"]["name"] == "cpu"
     assert found["known_loss"] is None
-    assert found["filter"]["eps"] == pytest.approx(2.0**-32)
+    assert found["filter"]["eps"] == 0.004
     assert found["bytes"]["stored_logits"] == 40 * 300 * 4
     assert found["bytes"]["gradients"] == (40 + 300) * 16 * 4
     assert found["bytes"]["peak"] >= found["bytes"]["gradients"]
@@ -373,7 +375,7 @@ def test_demo_fails_for_a_filter_that_drops_too_much(run: Run, monkeypatch: pyte
         return dataclasses.replace(result, _statistics=dataclasses.replace(statistics, survivors=survivors))
 
     monkeypatch.setattr(cce, "forward", too_few)
-    code, out, err = run(*ON_CPU)
+    code, out, err = run(*FILTERED)
     assert code == 1
     assert_one_error(err, "mathematics: filter\n")
     assert out.count("FAIL") == 1

@@ -14,7 +14,6 @@ from cce_numba.plan import Statistics
 from cce_numba.progress import advance
 from cce_numba.survivors import log_threshold
 
-
 # Picking columns costs some time for each; where more than this share of them survives, taking all is faster, and exact.
 _DENSE_ABOVE = 0.7
 

@@ -44,7 +44,7 @@ def plan(p: Problem) -> Plan:
         how=f"portable kernels on {where}, computing in {p.compute_dtype}; {splits} CTAs share a block of tokens in the "
         f"forward, the backward takes {chunk} vocabulary entries at a time",
         tiles=tiles,
-        forward_bytes=p.N * (2 * splits * itemsize + 8),
+        forward_bytes=p.N * (4 * splits * itemsize + 8),  # up to twice the splits: see forward_kernels._HEAD
         survivor_bytes=0 if p.options.filter_eps is None else survivor_bytes(p, tiles.survivor_block),
         backward_bytes=p.N * chunk * itemsize + lists + accumulator,
     )

@@ -24,6 +24,11 @@ from cce_numba.simt.tiles import SimtTiles
 from cce_numba.simt.tokens import list_tokens
 from cce_numba.survivors import log_threshold
 
+# With survivors, this part of the vocabulary goes first and gives all CTAs a bound for the rest, where else each would know
+# only what it has seen itself. Tokenizers give the frequent entries the first numbers. On real text (V = 49152, eps = 2^-16,
+# 32 splits) that flags 40 % of the columns instead of 85 %, where 32 % survive in truth.
+_HEAD = 8
+
 
 @functools.cache
 def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, real: Any) -> Any:
@@ -50,16 +55,21 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
         n_valid: Any,
         target_logit: Any,
         softcap: Any,
+        first_tile: Any,
         tiles_per_split: Any,
+        last_tile: Any,
         part_max: Any,
         part_sum: Any,
         survivors: Any,
         record: Any,
         log_eps: Any,
+        lse_so_far: Any,
+        has_lse: Any,
     ) -> None:
         """Grid (n_blocks, splits). part_max, part_sum (splits, N): each listed token's (max, sum of exp(z - max)).
 
-        e (N, D), c (V, D), bias (V,); targets, target_logit (N,); tokens (N,) lists n_valid[0] tokens.
+        Over the vocabulary tiles [first_tile, last_tile). e (N, D), c (V, D), bias (V,); targets, target_logit (N,);
+        tokens (N,) lists n_valid[0] tokens; lse_so_far (N,) what tiles before these have given, if `has_lse`.
         survivors (n_blocks, ceil(V / 8)): bytes of little-endian bits, written whole if `record`.
         """
         e_smem = cuda.shared.array(a_shape, real, alignment)
@@ -83,11 +93,13 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
             row_max[r], row_sum[r], row_lost[r] = minus_infinity, real(0), real(0)
             token = tokens[min(n0 + r, n_valid[0] - 1)]
             e_rows[r], row_target[r], row_bound[r] = token, targets[token], target_logit[token]
+            if has_lse and lse_so_far[token] > row_bound[r]:
+                row_bound[r] = lse_so_far[token]
             if n0 + r >= n_valid[0]:  # a row past the end repeats the last token, flags nothing and is not written
                 row_target[r], row_bound[r] = -1, infinity
 
-        first = cuda.blockIdx.y * tiles_per_split * block_v
-        last = min(first + tiles_per_split * block_v, V)
+        first = (first_tile + cuda.blockIdx.y * tiles_per_split) * block_v
+        last = min(first + tiles_per_split * block_v, last_tile * block_v, V)
         for v0 in range(first, last, block_v):
             for r in range(t, block_v, threads):
                 c_rows[r] = min(v0 + r, V - 1)
@@ -243,25 +255,32 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
     else:
         targets, target_logit = p.targets, indexed_dot(p, tokens, n_valid)
     n_blocks, v_tiles = ceil_div(p.N, tiles.block_n), ceil_div(p.V, tiles.block_v)
-    splits = count_splits(n_blocks, v_tiles)
-    part_max, part_sum = (xp.empty((splits, p.N), p.compute_dtype) for _ in range(2))
+    phases = [(0, v_tiles)]
+    if record_survivors and v_tiles >= 2 * _HEAD:
+        phases = [(0, v_tiles // _HEAD), (v_tiles // _HEAD, v_tiles)]
+    splits = [count_splits(n_blocks, last - first) for first, last in phases]
+    part_max, part_sum = (xp.empty((sum(splits), p.N), p.compute_dtype) for _ in range(2))
     survivors = xp.zeros((n_blocks, ceil_div(p.V, 8)) if record_survivors else (1, 1), np.uint8)
     lse = xp.zeros(p.N, p.compute_dtype)
     bias = xp.zeros(1, p.dtype) if p.bias is None else p.bias
-    launch(
-        make_lse_kernel(tiles, p.dtype, np.dtype(bias.dtype), real),
-        (n_blocks, splits),
-        (tiles.threads_v, tiles.threads_n),
-        *(p.e, p.c, bias, p.bias is not None, targets, tokens, n_valid, target_logit, real(p.options.softcap or 0)),
-        *(ceil_div(v_tiles, splits), part_max, part_sum),
-        *(survivors, record_survivors, real(log_threshold(p.options.filter_eps))),
-    )
-    launch(
-        make_finish_kernel(tiles, real),
-        (n_blocks,),
-        (tiles.block_n,),
-        *(part_max, part_sum, tokens, n_valid, target_logit, lse, survivors, record_survivors, p.V),
-    )
+    done = 0
+    for phase, ((first, last), more) in enumerate(zip(phases, splits, strict=True)):
+        launch(
+            make_lse_kernel(tiles, p.dtype, np.dtype(bias.dtype), real),
+            (n_blocks, more),
+            (tiles.threads_v, tiles.threads_n),
+            *(p.e, p.c, bias, p.bias is not None, targets, tokens, n_valid, target_logit, real(p.options.softcap or 0)),
+            *(first, ceil_div(last - first, more), last, part_max[done : done + more], part_sum[done : done + more]),
+            *(survivors, record_survivors, real(log_threshold(p.options.filter_eps)), lse, phase > 0),
+        )
+        done += more
+        launch(
+            make_finish_kernel(tiles, real),
+            (n_blocks,),
+            (tiles.block_n,),
+            *(part_max[:done], part_sum[:done], tokens, n_valid, target_logit, lse, survivors),
+            *(record_survivors and last == v_tiles, p.V),
+        )
     return Statistics(
         tokens=tokens,
         n_valid=n_valid.reshape(()),

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cce_numba as cce
+import reference
 from cce_numba.arguments import options as checked_options
 from tests.cases import DTYPES, Case, cases, filters, make_case
 from tests.checks import check_forward, check_gradients, check_survivors, expect
@@ -127,6 +128,22 @@ def test_dropped_gradient_is_bounded_by_dropped_mass(harness, edges, data):
     shift = int(case.options["shift"])
     difference = (filtered - exact)[..., : max(0, filtered.shape[-2] - shift), :] if shift else filtered - exact
     assert (np.linalg.norm(difference[expected.valid], axis=-1) <= dropped * longest + 1e-12 * (1 + longest)).all()
+
+
+@GIVES
+def test_a_long_vocabulary_whose_first_entries_are_the_frequent_ones(harness, edges):
+    """As tokenizers number them. The log-sum-exp so far must then be a good bound: few columns are flagged in vain."""
+    N, V, eps = edges.n[-1] + 1, edges.long_v, 2.0**-8
+    case = make_case(9, (N,), V, edges.d[-1], spread=0.5, bias=True, filter_eps=eps, reduction="sum")
+    case.options["bias"][:] = -1.5 * np.log1p(np.arange(V))
+    expected, result = expect(case), harness.forward(case)
+    check_forward(expected, harness.numbers(result))
+    kept = harness.kept(result, V)
+    check_survivors(expected, kept, eps, result._statistics.survivor_block)
+    check_gradients(expected, harness.backward(result), kept)
+    p = np.exp(expected.forward.logits - expected.forward.lse[:, None])
+    ideal = reference.column_filter(p, case.targets, eps, result._statistics.survivor_block)
+    assert 0.01 < ideal.mean() <= kept.mean() <= max(2 * ideal.mean(), ideal.mean() + 0.15)
 
 
 @GIVES
