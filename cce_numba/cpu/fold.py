@@ -85,7 +85,7 @@ def fold_block(
     """
     for n in range(z.shape[0]):
         old_max, new_max = running_max[n], np.float64(block_max[n])
-        if not new_max > old_max and new_max == new_max:
+        if not new_max > old_max:  # nor for a NaN, which is in the sum anyway
             new_max = old_max
         shift = 0.0 if new_max == -np.inf else new_max  # exp(-inf - 0) is 0, where exp(-inf - -inf) is NaN
         total = running_sum[n] * math.exp(old_max - shift) + np.float64(_sum_exp(z[n], _rounded(shift, z)))

@@ -37,6 +37,20 @@ def test_a_poisoned_token_is_lost_and_the_others_are_not(harness, edges, dtype, 
     assert np.isnan(grads.bias.astype(np.float64)).all()
 
 
+@pytest.mark.parametrize("filter_eps", [2.0**-4, None])
+@pytest.mark.parametrize("poison", [np.nan, np.inf], ids=str)
+def test_a_poisoned_last_row_of_the_classifier_is_not_found_too_late(harness, edges, poison, filter_eps):
+    """Every token that meets it is lost, so that even columns walked past before, and dropped, must get their NaN."""
+    case = make_case(2, (edges.n[-1] + 1,), edges.max_v, edges.d[-1] + 1, spread=6.0, bias=True, filter_eps=filter_eps)
+    case.c[-1, 0] = poison
+    if poison == np.inf:
+        case.e[:, 0] = np.abs(case.e[:, 0])  # so that its logit is +inf for all
+    numbers, grads = harness.numbers(harness.forward(case)), harness.backward(harness.forward(case))
+    assert np.isnan(numbers["nll"]).all()
+    for gradient in (grads.e, grads.c, grads.bias):
+        assert np.isnan(gradient).all()
+
+
 @pytest.mark.parametrize("target", [-1, 10**6, 2**40, -(2**62)])
 def test_a_target_out_of_range_is_never_a_silent_number(harness, edges, target):
     case = make_case(3, (edges.n[-1] + 1,), edges.v[-1] + 2, edges.d[-1], reduction="none", check_targets=False)
