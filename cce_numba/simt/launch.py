@@ -1,14 +1,14 @@
 """Launches: on a GPU straight to the compiled kernel, on CuPy's current stream; in the simulator through Numba's own call.
 
 Numba's own call works on a GPU, too, but takes the host some 0.4 ms for kernels with as many arguments as these have: it wraps
-each array, and works out each argument's type. Here an array is wrapped once, by its facts, and its type is looked up.
+each array, and works out each argument's type. Here an array is described once, and its type is looked up.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,20 @@ SIMULATED = bool(config.ENABLE_CUDASIM)
 
 
 class DeviceArgument:
-    """A CuPy array as a compiled Numba kernel takes it: address, shape, strides and type; bfloat16 by its bits."""
+    """A CuPy array as a compiled Numba kernel takes it; bfloat16 by its bits.
 
-    __cuda_memory__ = True  # what Numba looks for: there is nothing to copy
-    __slots__ = ("_layout", "dtype", "numba_type", "owner", "ptr", "shape", "size")
+    Attributes:
+        numba_type: its type in a kernel's signature.
+        values: what the kernel is passed: two objects that only the CPU has, size, itemsize, address, shape, strides (bytes).
+    """
+
+    __slots__ = ("numba_type", "owner", "values")
 
     def __init__(self, array: Any) -> None:
         self.owner = array
-        self.ptr, self.shape, self.size = array.data.ptr, array.shape, array.size
-        self.dtype = np.dtype(np.uint16) if array.dtype == BFLOAT16 else array.dtype
-        self._layout = SimpleNamespace(strides_in_bytes=array.strides)
-        self.numba_type = _array_type(self.dtype, array.ndim, "C" if array.flags.c_contiguous else "A")
+        dtype = np.dtype(np.uint16) if array.dtype == BFLOAT16 else array.dtype
+        self.numba_type = _array_type(dtype, array.ndim, "C" if array.flags.c_contiguous else "A")
+        self.values = (0, 0, array.size, dtype.itemsize, array.data.ptr, *array.shape, *array.strides)
 
 
 def argument(array: Any) -> Any:
@@ -63,10 +66,20 @@ def launch(kernel: Any, grid: tuple[int, ...], block: tuple[int, ...], *argument
         with simulator.running():
             kernel[grid, block](*prepared)
         return
-    signature = tuple(x.numba_type if type(x) is DeviceArgument else _scalar_type(type(x)) for x in prepared)
-    compiled = kernel.overloads.get(signature) or kernel.compile(signature)
+    signature: list[Any] = []
+    values: list[Any] = []
+    for x in prepared:
+        if type(x) is DeviceArgument:
+            signature.append(x.numba_type)
+            values.extend(x.values)
+        else:
+            numba_type, c_type = _scalars()[type(x)]
+            signature.append(numba_type)
+            values.append(c_type(x))
+    compiled = kernel.overloads.get(tuple(signature)) or kernel.compile(tuple(signature))
+    core = importlib.import_module("cuda.core")
     stream = _core_stream(importlib.import_module("cupy").cuda.get_current_stream().ptr)
-    compiled.launch(prepared, (*grid, 1, 1)[:3], (*block, 1, 1)[:3], stream)
+    core.launch(stream, core.LaunchConfig(grid=grid, block=block), compiled._codelibrary.get_cufunc().kernel, *values)
 
 
 @functools.cache
@@ -74,14 +87,20 @@ def _array_type(dtype: np.dtype, ndim: int, layout: str) -> Any:
     return cuda.types.Array(importlib.import_module("numba.cuda.np.numpy_support").from_dtype(dtype), ndim, layout)
 
 
-def _scalar_type(kind: type) -> Any:
+@functools.cache
+def _scalars() -> dict[type, tuple[Any, Any]]:
     types = cuda.types
-    return {bool: types.boolean, int: types.int64, np.float32: types.float32, np.float64: types.float64}[kind]
+    return {
+        bool: (types.boolean, bool),
+        int: (types.int64, ctypes.c_int64),
+        np.float32: (types.float32, ctypes.c_float),
+        np.float64: (types.float64, ctypes.c_double),
+    }
 
 
 @functools.lru_cache(maxsize=64)
 def _core_stream(pointer: int) -> Any:
-    return importlib.import_module("numba.cuda.cudadrv.driver")._to_core_stream(cuda.external_stream(pointer) if pointer else 0)
+    return importlib.import_module("cuda.core").Stream.from_handle(pointer)
 
 
 def multiprocessors() -> int:
