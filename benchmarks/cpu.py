@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,12 @@ def main() -> None:
         table.add_row(name, *(f"{r[k]:.0f}" for k in ("median_ms", "min_ms", "max_ms")), f"{r['median_ms'] / plain:.2f}")
     Console(width=100).print(table)
     if arguments.record:
-        shape = {"N": len(e), "V": len(c), "D": e.shape[1], "data": problem.source}
+        shape = {
+            "N": len(e),
+            "V": len(c),
+            "D": e.shape[1],
+            "data": Path(arguments.data).name if arguments.data else problem.source,
+        }
         print(record.write(arguments.record, {"problem": shape, "results": results}))
 
 

@@ -20,7 +20,7 @@ def surroundings() -> dict[str, Any]:
     packages = ("numpy", "numba", "numba-cuda", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "torch")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _output("git", "describe", "--always", "--dirty"),
+        "commit": _output("git", "describe", "--always", "--dirty") or os.environ.get("CCE_COMMIT", ""),
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
         "cpu": next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), ""),

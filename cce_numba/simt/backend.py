@@ -41,8 +41,8 @@ def plan(p: Problem) -> Plan:
     where = "Numba's simulator" if SIMULATED else p.device
     return Plan(
         backend="simt",
-        how=f"portable kernels on {where}, computing in {p.compute_dtype}; {splits} CTAs share a block of tokens in the "
-        f"forward, the backward takes {chunk} vocabulary entries at a time",
+        how=f"portable kernels on {where}, computing in {p.compute_dtype}; vocabulary in {splits} splits per block of tokens "
+        f"in the forward, in chunks of {chunk} in the backward",
         tiles=tiles,
         forward_bytes=p.N * (4 * splits * itemsize + 8),  # up to twice the splits: see forward_kernels._HEAD
         survivor_bytes=0 if p.options.filter_eps is None else survivor_bytes(p, tiles.survivor_block),
