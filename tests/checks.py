@@ -153,7 +153,8 @@ def rounded(tolerance: np.ndarray, exact: np.ndarray, dtype: np.dtype) -> np.nda
     info = ml_dtypes.finfo(dtype)
     # Past the largest number a rounding gives inf: nothing bounds the error there.
     beyond = np.where(np.abs(exact) > float(info.max) * 0.99, np.inf, 0)
-    return tolerance + float(info.eps) * np.abs(exact) + float(info.smallest_subnormal) + beyond
+    half = float(info.eps) / 2
+    return (1 + half) * tolerance + half * np.abs(exact) + float(info.smallest_subnormal) + beyond
 
 
 def gradient_tolerances(

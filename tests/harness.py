@@ -109,3 +109,18 @@ class GpuHarness(Harness):
 
     def host(self, array: Any) -> Any:
         return array.get() if hasattr(array, "get") else array
+
+
+class Poisoned:
+    """`numpy` or `cupy`, but for `empty`."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    def empty(self, shape: Any, dtype: Any) -> Any:
+        array = self._module.empty(shape, dtype)
+        array.view(np.uint8)[...] = 0xFF  # NaN in every floating-point format, -1 or the largest integer
+        return array

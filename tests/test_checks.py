@@ -13,6 +13,7 @@ import cce_numba as cce
 import reference
 from tests.cases import DTYPES, Edges, cases, make_case, sizes
 from tests.checks import assert_within, check_forward, check_gradients, check_survivors, expect
+from tests.harness import Poisoned
 
 CASE = make_case(0, (40,), 50, 12, np.dtype(np.float32), bias=True, softcap=8.0, ignored=0.2)
 
@@ -90,6 +91,12 @@ def test_a_missed_survivor_is_refused():
 @given(st.integers(1, 50), st.integers(1, 50), st.data())
 def test_sizes_stay_in_range(edge, largest, data):
     assert 1 <= data.draw(sizes((edge,), largest)) <= largest
+
+
+def test_poison_is_nan():
+    for dtype in DTYPES:
+        assert np.isnan(Poisoned(np).empty((2, 3), dtype).astype(np.float64)).all()
+    assert (Poisoned(np).zeros(2) == 0).all()
 
 
 def test_cases_cover_what_matters():
