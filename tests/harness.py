@@ -23,7 +23,7 @@ def why_no_gpu() -> str | None:
     try:
         cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        return f"CUDA says: {error}"
+        return f"no NVIDIA GPU with a working driver (CUDA says {str(error).partition(':')[0]})"
     return None
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 import tracemalloc
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -114,3 +118,25 @@ def test_threads_may_call_at_the_same_time():
     for (loss, grads), (other_loss, other) in zip(alone, together, strict=True):
         assert loss == other_loss
         np.testing.assert_array_equal(grads.c, other.c)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_threads_of_its_own():
+    case = make_case(0, (300,), 3000, 16)
+    expected = cce.linear_cross_entropy(case.e, case.c, case.targets)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # "this process is multi-threaded": that is the point
+        child = os.fork()
+    if child == 0:
+        same = cce.linear_cross_entropy(case.e, case.c, case.targets) == expected
+        os._exit(0 if same else 1)
+    for _ in range(300):
+        finished, status = os.waitpid(child, os.WNOHANG)
+        if finished:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the forked process hangs")
+    assert os.waitstatus_to_exitcode(status) == 0

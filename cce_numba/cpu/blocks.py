@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from os import cpu_count
 from typing import Any
 
 import numpy as np
@@ -42,4 +42,8 @@ def finish_logits(z: Any, p: Problem, columns: Any) -> None:
 @cache
 def threads() -> ThreadPoolExecutor:
     """Threads for work that releases the interpreter lock, one a core."""
-    return ThreadPoolExecutor(cpu_count(), thread_name_prefix="cce_numba")
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cce_numba")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads: it makes its own
+    os.register_at_fork(after_in_child=threads.cache_clear)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 from typing import Any
 
@@ -22,12 +24,25 @@ def why_not(p: Problem) -> str | None:
     if SIMULATED:
         return None
     if p.on_device:
-        return None
+        return _missing_compiler()
     if importlib.util.find_spec("cupy") is None:
         return "the arrays are on the host, and CuPy, which GPU arrays need, is not installed: pip install 'cce_numba[cuda13]'"
     if not cuda.is_available():
         return "the arrays are on the host, and no NVIDIA GPU with a working driver was found"
     return "the arrays are on the host: move them with cupy.asarray(...)"
+
+
+@functools.cache
+def _missing_compiler() -> str | None:
+    """Why Numba cannot compile kernels here, or None."""
+    try:
+        importlib.import_module("numba.cuda.cudadrv.nvvm").NVVM()
+    except Exception as error:
+        return (
+            f"numba-cuda finds no compiler ({type(error).__name__}): pip install 'cce_numba[cuda13]' (or cuda12, to match the "
+            "driver)"
+        )
+    return None
 
 
 def plan(p: Problem) -> Plan:

@@ -34,6 +34,7 @@ from cce_numba.simt.product import (
 from cce_numba.simt.tiles import SimtTiles
 
 WORKSPACE_BYTES = 64 * 2**20  # for G
+_MAX_CHUNK = 2**21  # a grid has at most 65535 tiles in its second dimension
 _LIST_THREADS = 4 if SIMULATED else 128
 
 
@@ -385,7 +386,7 @@ def make_d_bias_kernel(tiles: SimtTiles, bias_dtype: np.dtype, real: Any) -> Any
 def chunk_of(p: Problem, tiles: SimtTiles) -> int:
     """Vocabulary entries whose G fits in the workspace; at least one tile, whatever N is."""
     tile = max(tiles.block_n, tiles.block_v)
-    fitting = WORKSPACE_BYTES // (p.compute_dtype.itemsize * max(1, p.N)) // tile * tile
+    fitting = min(WORKSPACE_BYTES // (p.compute_dtype.itemsize * max(1, p.N)), _MAX_CHUNK) // tile * tile
     return min(max(tile, 4 * tile if SIMULATED else fitting), ceil_div(p.V, tile) * tile)
 
 
