@@ -6,9 +6,9 @@ import difflib
 import math
 import numbers
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +19,7 @@ from cce_numba.interchange import BFLOAT16, Kind
 DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
 REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("e", "c", "bias")
+NO_TARGETS = object()  # in place of targets, where only the log-sum-exp is wanted
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -161,7 +162,7 @@ class Problem:
         return batch[..., : batch.shape[-1] - min(self.options.shift, batch.shape[-1])] if self.options.shift else batch
 
 
-def options(dtype: np.dtype, given: Mapping[str, Any]) -> Options:
+def options(dtype: np.dtype, given: Mapping[str, Any], only: Iterable[str] = DEFAULTS) -> Options:
     """Checks each option by name; see `cce_numba.linear_cross_entropy` for what they mean.
 
     Raises TypeError or ValueError, naming the option; an unknown one is told from its likely neighbour.
@@ -171,28 +172,31 @@ def options(dtype: np.dtype, given: Mapping[str, Any]) -> Options:
             close = difflib.get_close_matches(name, DEFAULTS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; options are {', '.join(DEFAULTS)}"
             raise TypeError(f"{name}: is not an option{hint}")
+        if name not in only:
+            raise TypeError(f"{name}: means nothing here; this function takes {', '.join(only)}")
     value = DEFAULTS | dict(given)
-    if value["reduction"] not in REDUCTIONS:
+    if not isinstance(value["reduction"], str) or value["reduction"] not in REDUCTIONS:
         raise ValueError(f"reduction: must be one of {', '.join(map(repr, REDUCTIONS))}, got {value['reduction']!r}")
     if value["check_targets"] is not None:
-        _flag("check_targets", value["check_targets"])
+        flag("check_targets", value["check_targets"])
     return Options(
         ignore_index=_integer("ignore_index", value["ignore_index"]),
-        softcap=_softcap(value["softcap"]),
-        reduction=value["reduction"],
+        softcap=_softcap(value["softcap"], dtype),
+        reduction=cast(Reduction, value["reduction"]),
         shift=_shift(value["shift"]),
         filter_eps=_filter_eps(value["filter_eps"], dtype),
-        filter_e_grad=_flag("filter_e_grad", value["filter_e_grad"]),
-        filter_c_grad=_flag("filter_c_grad", value["filter_c_grad"]),
-        accum_e_fp32=_flag("accum_e_fp32", value["accum_e_fp32"]),
-        accum_c_fp32=_flag("accum_c_fp32", value["accum_c_fp32"]),
+        filter_e_grad=flag("filter_e_grad", value["filter_e_grad"]),
+        filter_c_grad=flag("filter_c_grad", value["filter_c_grad"]),
+        accum_e_fp32=flag("accum_e_fp32", value["accum_e_fp32"]),
+        accum_c_fp32=flag("accum_c_fp32", value["accum_c_fp32"]),
     )
 
 
-def problem(e: Any, c: Any, targets: Any | None, given: Mapping[str, Any]) -> Problem:
+def problem(e: Any, c: Any, targets: Any, given: Mapping[str, Any], only: Iterable[str] = DEFAULTS) -> Problem:
     """Checks the arrays and the options against each other and makes them canonical, without a copy where strides allow.
 
-    `targets=None` makes a problem without targets (every token counts). Raises TypeError for what is not an array or has
+    `NO_TARGETS` makes a problem without targets (every token counts). `only`: options that mean something here.
+    Raises TypeError for what is not an array or has
     a wrong dtype, ValueError for shapes, devices, targets and option values that do not fit.
 
     >>> p = problem(np.ones((2, 3, 4)), np.ones((5, 4)), np.zeros((2, 3), int), {"shift": 1})
@@ -203,13 +207,15 @@ def problem(e: Any, c: Any, targets: Any | None, given: Mapping[str, Any]) -> Pr
     dtype = np.dtype(native_e.dtype)
     if dtype not in DTYPES:
         raise TypeError(f"e: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    checked = options(dtype, given)
+    checked = options(dtype, given, only)
     _check_classifier(native_c, dtype)
     if native_e.ndim < 1:
         raise ValueError("e: must have shape (..., D), got a 0-d array")
     if native_e.shape[-1] != native_c.shape[1]:
+        hint = "; c looks transposed, pass c.T" if native_e.shape[-1] == native_c.shape[0] else ""
         raise ValueError(
-            f"e: last dimension must be the hidden size D = {native_c.shape[1]} of c {native_c.shape}, got {native_e.shape}"
+            f"e: last dimension must be the hidden size D = {native_c.shape[1]} of c {native_c.shape}, "
+            f"got {native_e.shape}{hint}"
         )
     _check_same_device("c", native_c, native_e)
     token_shape = tuple(native_e.shape[:-1])
@@ -219,12 +225,12 @@ def problem(e: Any, c: Any, targets: Any | None, given: Mapping[str, Any]) -> Pr
     p = Problem(
         e=native_e.reshape(math.prod(token_shape), native_e.shape[-1]),
         c=native_c,
-        targets=None if targets is None else _targets(targets, native_e, checked),
+        targets=None if targets is NO_TARGETS else _targets(targets, native_e, checked),
         bias=None if bias is None else _bias(bias, native_e, native_c),
         options=checked,
         e_shape=tuple(native_e.shape),
         token_shape=token_shape,
-        kind=interchange.kind_of(e),
+        kind=interchange.kind_of(e, native_e),
     )
     if p.targets is not None and (look or (look is None and not p.on_device)):  # on a device, looking would wait for it
         _check_range_of_targets(p)
@@ -238,8 +244,12 @@ def upstream(name: str, gradient: Any, p: Problem, shape: tuple[int, ...]) -> An
     an array of `shape` on the problem's device.
     """
     xp = p.xp
+    flat = xp.zeros(p.N, dtype=p.compute_dtype)
     if isinstance(gradient, numbers.Real):
-        native = xp.asarray(gradient, dtype=p.compute_dtype)
+        try:
+            p.per_token(flat)[...] = float(gradient)  # no array of it: that would travel from the host
+        except OverflowError:
+            raise ValueError(f"{name}: must fit in {p.compute_dtype}, got an integer that is too large") from None
     else:
         native = interchange.take(name, gradient)
         if native.dtype.kind not in "fiu" and native.dtype != BFLOAT16:
@@ -247,10 +257,9 @@ def upstream(name: str, gradient: Any, p: Problem, shape: tuple[int, ...]) -> An
         if native.ndim or interchange.is_on_device(native):  # a host scalar is welcome anywhere
             _check_same_device(name, native, p.e)
         native = xp.asarray(native).astype(p.compute_dtype, copy=False)
-    if native.shape not in ((), shape):
-        raise ValueError(f"{name}: must be a scalar or have shape {shape}, got shape {native.shape}")
-    flat = xp.zeros(p.N, dtype=p.compute_dtype)
-    p.per_token(flat)[...] = native
+        if native.shape not in ((), shape):
+            raise ValueError(f"{name}: must be a scalar or have shape {shape}, got shape {native.shape}")
+        p.per_token(flat)[...] = native
     return flat
 
 
@@ -258,6 +267,8 @@ def wanted(wrt: Any, p: Problem) -> frozenset[str]:
     """Checks the names of the gradients that are asked for; None means all that exist."""
     if wrt is None:
         return frozenset(GRADIENTS if p.bias is not None else GRADIENTS[:2])
+    if not isinstance(wrt, Iterable):
+        raise TypeError(f"wrt: must name gradients out of {', '.join(map(repr, GRADIENTS))}, got {wrt!r}")
     names = (wrt,) if isinstance(wrt, str) else tuple(wrt)
     for name in names:
         if name not in GRADIENTS:
@@ -330,7 +341,8 @@ def _integer(name: str, value: Any) -> int:
     return integer
 
 
-def _flag(name: str, value: Any) -> bool:
+def flag(name: str, value: Any) -> bool:
+    """`value` if it is True or False; raises TypeError, naming the argument, if it is anything else."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name}: must be True or False, got {value!r}")
     return bool(value)
@@ -343,13 +355,14 @@ def _shift(shift: Any) -> int:
     return value
 
 
-def _softcap(softcap: Any) -> float | None:
+def _softcap(softcap: Any, dtype: np.dtype) -> float | None:
     if softcap is None:
         return None
     if not isinstance(softcap, numbers.Real) or isinstance(softcap, bool):
         raise TypeError(f"softcap: must be a positive number or None, got {softcap!r}")
-    if not 0 < float(softcap) < math.inf:
-        raise ValueError(f"softcap: must be positive and finite, or None, got {softcap!r}")
+    computed = np.finfo(np.float64 if dtype == np.float64 else np.float32)
+    if not float(computed.smallest_normal) <= float(softcap) <= float(computed.max):
+        raise ValueError(f"softcap: must be positive and finite in {computed.dtype}, or None, got {softcap!r}")
     return float(softcap)
 
 

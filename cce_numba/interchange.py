@@ -1,6 +1,6 @@
 """Arrays in and out: what the caller has becomes a NumPy or CuPy array without a copy, and results go back as the same kind.
 
-PyTorch, JAX and Numba are touched only when the caller's array comes from them, so importing this needs none of them.
+PyTorch and Numba are touched only when the caller's array comes from them, so importing this needs none of them.
 """
 
 from __future__ import annotations
@@ -17,16 +17,33 @@ import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+_LIBRARIES = ("numpy", "cupy", "torch", "numba", "numba_cuda")
 _DLPACK_HOST = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Where the caller's arrays live and how to give results back: `export(native)` makes one of the caller's arrays."""
+    """What the caller's arrays are: of which library, on which device (None for the host), and so how to give results back."""
 
     library: str
+    device: int | None
     export: Callable[[Any], Any]
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Inside, the device and the stream that the caller's library works on are current, for CuPy and for Numba."""
+        if self.device is None:
+            yield
+            return
+        cupy = importlib.import_module("cupy")
+        cuda = importlib.import_module("numba.cuda")
+        with cupy.cuda.Device(self.device), cuda.gpus[self.device]:
+            if self.library == "torch":
+                with _TorchStream(self.device).as_cupy():
+                    yield
+            else:
+                yield  # CuPy's current stream; `take` has ordered the producer's work before it
 
 
 def is_on_device(array: Any) -> bool:
@@ -62,7 +79,7 @@ def take(name: str, array: Any) -> Any:
     if library == "torch":
         return _take_torch(name, array)
     if hasattr(array, "__cuda_array_interface__"):
-        return _cupy_for(name, array).asarray(array)
+        return _take_cuda_array_interface(_cupy_for(name, array), array)
     if hasattr(array, "__dlpack_device__"):
         device_type = array.__dlpack_device__()[0]
         if device_type in _DLPACK_CUDA:
@@ -72,44 +89,31 @@ def take(name: str, array: Any) -> Any:
             return np.asarray(array) if hasattr(array, "__array__") else np.from_dlpack(array)
     raise TypeError(
         f"{name}: must be an array (NumPy, CuPy, or anything with __cuda_array_interface__ or DLPack on the CPU or an "
-        f"NVIDIA GPU), got {type(array).__module__}.{type(array).__qualname__}"
+        f"NVIDIA GPU; numpy.asarray makes one of a list), got {type(array).__module__}.{type(array).__qualname__}"
     )
 
 
-def kind_of(array: Any) -> Kind:
-    """How results for a caller that passed `array` are given back."""
+def kind_of(array: Any, native: Any) -> Kind:
+    """The kind of the caller's `array`, of which `take` made `native`."""
     library = library_of(array)
+    device = native.device.id if is_on_device(native) else None
     if library == "torch":
-        return Kind("torch", _export_torch)
-    if library in ("jax", "jaxlib"):
-        return Kind("jax", _export_jax)
+        return Kind(library, device, _export_torch)
     if library in ("numba", "numba_cuda"):
-        return Kind("numba", lambda native: importlib.import_module("numba.cuda").as_cuda_array(native, sync=False))
+        return Kind(library, device, _export_numba)
     if library not in ("numpy", "cupy") and hasattr(array, "__array_namespace__"):
-        return Kind(library, lambda native: array.__array_namespace__().from_dlpack(native))
-    return Kind(library, lambda native: native)
-
-
-@contextlib.contextmanager
-def callers_stream(name: str, array: Any) -> Iterator[None]:
-    """Inside, the device of `array` and the stream that its library works on are current, for CuPy and for Numba."""
-    native = take(name, array)
-    if not is_on_device(native):
-        yield
-        return
-    cupy = importlib.import_module("cupy")
-    cuda = importlib.import_module("numba.cuda")
-    with cupy.cuda.Device(native.device.id), cuda.gpus[native.device.id]:
-        if library_of(array) == "torch":
-            with _TorchStream(native.device.id).as_cupy():
-                yield
-        else:
-            yield  # CuPy's current stream; __cuda_array_interface__ and DLPack have ordered the producer's work before it
+        return Kind(library, device, array.__array_namespace__().from_dlpack)
+    return Kind(library, device, _export_native)
 
 
 def library_of(array: Any) -> str:
-    """The top-level module that defines the array's type, e.g. `"numpy"`, `"cupy"`, `"torch"`."""
-    return type(array).__module__.partition(".")[0]
+    """The library whose array this is, or is derived from: `"numpy"`, `"cupy"`, `"torch"`, `"numba"`; else its own module.
+
+    >>> library_of(np.ones(2)), library_of([1])
+    ('numpy', 'builtins')
+    """
+    modules = [kind.__module__.partition(".")[0] for kind in type(array).__mro__]
+    return next((module for module in modules if module in _LIBRARIES), modules[0])
 
 
 def _cupy_for(name: str, array: Any) -> Any:
@@ -122,17 +126,41 @@ def _cupy_for(name: str, array: Any) -> Any:
         ) from error
 
 
-class _TorchStream:
-    """PyTorch's current stream of a device, for CuPy, by the CUDA stream protocol (which old PyTorch streams lack)."""
+class _Stream:
+    """A stream of another library, by its address, for CuPy: the CUDA stream protocol."""
 
-    def __init__(self, device: int) -> None:
-        self._pointer = importlib.import_module("torch").cuda.current_stream(device).cuda_stream
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self._pointer
 
     def as_cupy(self) -> Any:
         return importlib.import_module("cupy").cuda.Stream.from_external(self)
+
+
+class _TorchStream(_Stream):
+    """PyTorch's current stream of a device."""
+
+    def __init__(self, device: int) -> None:
+        super().__init__(importlib.import_module("torch").cuda.current_stream(device).cuda_stream)
+
+
+class _WithoutStream:
+    """The same memory, without the producer's stream, on which CuPy would make the host wait."""
+
+    def __init__(self, array: Any) -> None:
+        self._owner = array
+        self.__cuda_array_interface__ = {**array.__cuda_array_interface__, "stream": None}
+
+
+def _take_cuda_array_interface(cupy: Any, array: Any) -> Any:
+    native = cupy.asarray(_WithoutStream(array))
+    producer = array.__cuda_array_interface__.get("stream")
+    if producer is not None and producer != cupy.cuda.get_current_stream().ptr:
+        with native.device:
+            cupy.cuda.get_current_stream().wait_event(_Stream(producer).as_cupy().record())
+    return native
 
 
 def _take_torch(name: str, tensor: Any) -> Any:
@@ -146,7 +174,7 @@ def _take_torch(name: str, tensor: Any) -> Any:
     bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # bfloat16 by its bits: all versions do
     if tensor.device.type == "cuda":
         cupy = _cupy_for(name, tensor)
-        with _TorchStream(tensor.device.index).as_cupy():
+        with cupy.cuda.Device(tensor.device.index), _TorchStream(tensor.device.index).as_cupy():
             native = cupy.from_dlpack(bits)
     elif tensor.device.type == "cpu":
         native = bits.numpy()
@@ -162,6 +190,9 @@ def _export_torch(native: Any) -> Any:
     return torch.from_dlpack(native)
 
 
-def _export_jax(native: Any) -> Any:
-    jax = importlib.import_module("jax")
-    return jax.dlpack.from_dlpack(native) if is_on_device(native) else jax.numpy.asarray(native)
+def _export_numba(native: Any) -> Any:
+    return importlib.import_module("numba.cuda").as_cuda_array(native, sync=False)
+
+
+def _export_native(native: Any) -> Any:
+    return native

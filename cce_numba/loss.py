@@ -19,7 +19,7 @@ from cce_numba.arguments import LossOptions, Problem
 from cce_numba.plan import Gradients, Plan, Statistics
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Result:
     """What `forward` found, and what `backward` needs; arrays are of the kind that `e` was.
 
@@ -40,7 +40,6 @@ class Result:
     plan: Plan
     _problem: Problem
     _statistics: Statistics
-    _e: Any  # the caller's own e: names the stream that the backward must run on
 
     def survivor_counts(self) -> np.ndarray:
         """(n_blocks,) how many vocabulary entries each block of counting tokens keeps in the backward.
@@ -75,8 +74,8 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
             `finfo(dtype).eps / 512` (2^-16 for bfloat16), None is exact. The loss itself is always exact.
         filter_e_grad: False keeps the gradient of `e` exact.
         filter_c_grad: False keeps the gradients of `c` and `bias` exact (the paper's FullC).
-        accum_e_fp32: return the gradient of `e` in float32, as it was accumulated.
-        accum_c_fp32: return the gradient of `c` in float32, as it was accumulated.
+        accum_e_fp32: return the gradient of 16-bit `e` in float32, as it was accumulated.
+        accum_c_fp32: return the gradient of 16-bit `c` in float32, as it was accumulated.
         check_targets: True raises for a target out of range, on any device. None does so on the host, where looking is
             free; on a device, where it would wait for the device, such a token's loss and gradient become NaN.
         backend: "cpu", "simt", or None to choose by device and dtype (`explain` tells).
@@ -94,8 +93,9 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
     >>> linear_cross_entropy(e, c, np.array([1, 2, 3])).round(4)  # log(8): all of 8 entries are as likely
     np.float32(2.0794)
     """
+    return_lse = arguments.flag("return_lse", return_lse)
     with _prepared(e, c, targets, options) as (problem, plan):
-        result = _forward(problem, plan, e, with_grad=False)
+        result = _forward(problem, plan, with_grad=False)
     return (result.loss, result.lse) if return_lse else result.loss
 
 
@@ -123,9 +123,10 @@ def linear_cross_entropy_with_grad(
     >>> grads.e
     array([[-0.5,  0.5]])
     """
+    return_lse = arguments.flag("return_lse", return_lse)
     with _prepared(e, c, targets, options) as (problem, plan):
         gradients = arguments.wanted(wrt, problem)
-        result = _forward(problem, plan, e, with_grad=True)
+        result = _forward(problem, plan, with_grad=True)
         grads = _backward(result, None, None, gradients)
     return (result.loss, result.lse, grads) if return_lse else (result.loss, grads)
 
@@ -140,7 +141,7 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
     (array([2.0794, 0.    ]), 1)
     """
     with _prepared(e, c, targets, options) as (problem, plan):
-        return _forward(problem, plan, e, with_grad=True)
+        return _forward(problem, plan, with_grad=True)
 
 
 def backward(result: Result, d_loss: Any = None, d_lse: Any = None, *, wrt: Iterable[str] | None = None) -> Gradients:
@@ -162,36 +163,41 @@ def backward(result: Result, d_loss: Any = None, d_lse: Any = None, *, wrt: Iter
     if not isinstance(result, Result):
         raise TypeError(f"result: must be what forward returned, got {type(result).__qualname__}")
     gradients = arguments.wanted(wrt, result._problem)
-    with interchange.callers_stream("e", result._e):
+    with result._problem.kind.current():
         return _backward(result, d_loss, d_lse, gradients)
 
 
 def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Any:
-    """Each token's target logit, one dot product per token: paper section 4.1. Arguments as `linear_cross_entropy`.
+    """Each token's target logit, one dot product per token: paper section 4.1.
+
+    Takes `bias`, `ignore_index`, `softcap`, `shift`, `check_targets`, `backend` of `linear_cross_entropy`; raises its errors.
 
     Returns an array in the shape of `targets[..., shift:]`, 0 where ignored; float32, or float64 for float64 inputs.
 
     >>> indexed_dot(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [3.0, 4.0]]), np.array([1]))
     array([11.])
     """
-    with _prepared(e, c, targets, options) as (problem, plan):
+    only = ("bias", "ignore_index", "softcap", "shift", "check_targets", "backend")
+    with _prepared(e, c, targets, options, only) as (problem, plan):
         return problem.kind.export(problem.per_token(planning.backend_module(plan.backend).indexed_dot(problem, plan)))
 
 
 def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
-    """Each token's natural-log log-sum-exp of `e @ c.T + bias`: paper section 4.2. Arguments as `linear_cross_entropy`.
+    """Each token's natural-log log-sum-exp of `e @ c.T + bias`: paper section 4.2.
+
+    Takes `bias`, `softcap`, `shift` and `backend` of `linear_cross_entropy`, and raises its errors.
 
     Returns an array in the shape of `e[..., :-shift, 0]`; float32, or float64 for float64 inputs.
 
     >>> linear_logsumexp(np.zeros((1, 2)), np.ones((4, 2))).round(4)
     array([1.3863])
     """
-    with _prepared(e, c, None, options) as (problem, plan):
+    with _prepared(e, c, arguments.NO_TARGETS, options, ("bias", "softcap", "shift", "backend")) as (problem, plan):
         statistics = planning.backend_module(plan.backend).forward(problem, plan, record_survivors=False)
         return problem.kind.export(problem.per_token(statistics.lse))
 
 
-def explain(e: Any, c: Any, targets: Any = None, **options: Unpack[LossOptions]) -> Plan:
+def explain(e: Any, c: Any, targets: Any = arguments.NO_TARGETS, **options: Unpack[LossOptions]) -> Plan:
     """What a call with these arguments would run: backend, tiles, bytes, and why; nothing is computed.
 
     Takes the arguments of `linear_cross_entropy` and raises its errors. Print the result, or read its fields.
@@ -204,13 +210,16 @@ def explain(e: Any, c: Any, targets: Any = None, **options: Unpack[LossOptions])
 
 
 @contextlib.contextmanager
-def _prepared(e: Any, c: Any, targets: Any, options: LossOptions) -> Iterator[tuple[Problem, Plan]]:
-    with interchange.callers_stream("e", e):
-        problem = arguments.problem(e, c, targets, options)
+def _prepared(
+    e: Any, c: Any, targets: Any, options: LossOptions, only: Iterable[str] = arguments.DEFAULTS
+) -> Iterator[tuple[Problem, Plan]]:
+    """Checked inputs and the plan, with the caller's device and stream current."""
+    with interchange.kind_of(e, interchange.take("e", e)).current():
+        problem = arguments.problem(e, c, targets, options, only)
         yield problem, planning.choose(problem, options.get("backend"))
 
 
-def _forward(problem: Problem, plan: Plan, e: Any, *, with_grad: bool) -> Result:
+def _forward(problem: Problem, plan: Plan, *, with_grad: bool) -> Result:
     xp, reduction = problem.xp, problem.options.reduction
     record = with_grad and (problem.options.filter_eps_e is not None or problem.options.filter_eps_c is not None)
     statistics = planning.backend_module(plan.backend).forward(problem, plan, record_survivors=record)
@@ -231,7 +240,6 @@ def _forward(problem: Problem, plan: Plan, e: Any, *, with_grad: bool) -> Result
         plan=plan,
         _problem=problem,
         _statistics=statistics,
-        _e=e,
     )
 
 

@@ -18,7 +18,7 @@ class BackendUnavailable(RuntimeError):
     """The backend that was asked for, or every backend, cannot take this problem on this machine."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What will run: the backend, its tiles, and the bytes that it takes beyond inputs and gradients.
 
@@ -63,11 +63,11 @@ class Statistics:
     """What a backend's forward leaves behind, in NumPy or CuPy arrays.
 
     Attributes:
-        tokens: (N,) integer: the tokens that count, ascending, in the first n_valid entries.
+        tokens: integers, at least n_valid of them: the tokens that count, ascending, first.
         n_valid: 0-d int64, how many tokens count.
         lse: (N,) natural-log log-sum-exp of the compute dtype, 0 where ignored.
         target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets.
-        survivors: (ceil(N / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
+        survivors: (at least ceil(n_valid / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
             consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive: then all do.
         survivor_block: tokens in a block of `survivors`.
     """
@@ -80,7 +80,7 @@ class Statistics:
     survivor_block: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gradients:
     """Gradients of the loss (vector-Jacobian products), in the shapes of the inputs; None where not asked for."""
 

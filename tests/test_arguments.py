@@ -37,7 +37,9 @@ def error_of(kind, *arrays, **options):
         (TypeError, (e, c, targets == 1), ["targets:", "integers", "bool"]),
         (TypeError, (e.tolist(), c, targets), ["e:", "array", "builtins.list"]),
         (TypeError, (e, None, targets), ["c:", "array", "NoneType"]),
-        (TypeError, (e, c, [0, 1, 4]), ["targets:", "array", "list"]),
+        (TypeError, (e, c, [0, 1, 4]), ["targets:", "array", "numpy.asarray", "list"]),
+        (TypeError, (e, c, None), ["targets:", "array", "NoneType"]),
+        (ValueError, (e, np.ones((4, 9), np.float32), targets), ["e:", "transposed", "c.T"]),
         (TypeError, (np.ma.masked_array(e), c, targets), ["e:", "masked"]),
         (ValueError, (e, c, np.array([0, 5, 1])), ["targets:", "[0, 5)", "got 5", "token 1", "1 of 3"]),
         (ValueError, (e, c, np.array([0, -2, -1])), ["targets:", "ignore_index = -100", "got -2", "2 of 3"]),
@@ -59,6 +61,10 @@ def test_arrays_that_do_not_fit(kind, arrays, says):
         (ValueError, {"softcap": -1}, ["softcap", "positive", "-1"]),
         (ValueError, {"softcap": float("nan")}, ["softcap", "nan"]),
         (ValueError, {"softcap": float("inf")}, ["softcap", "finite"]),
+        (ValueError, {"softcap": 1e-40}, ["softcap", "float32", "1e-40"]),
+        (ValueError, {"softcap": 1e39}, ["softcap", "float32", "1e+39"]),
+        (ValueError, {"reduction": np.zeros(2)}, ["reduction", "'mean'"]),
+        (TypeError, {"return_lse": 3}, ["return_lse", "True or False"]),
         (TypeError, {"softcap": "30"}, ["softcap", "number", "'30'"]),
         (TypeError, {"ignore_index": 1.5}, ["ignore_index", "integer", "1.5"]),
         (ValueError, {"ignore_index": 2**70}, ["ignore_index", "64 bits"]),
@@ -81,6 +87,13 @@ def test_arrays_that_do_not_fit(kind, arrays, says):
 def test_options_that_do_not_fit(kind, options, says):
     message = error_of(kind, e, c, targets, **options)
     assert all(part in message for part in says), message
+
+
+def test_options_that_mean_nothing_to_a_building_block():
+    with pytest.raises(TypeError, match="reduction: means nothing here; this function takes bias, softcap, shift, backend"):
+        cce.linear_logsumexp(e, c, reduction="sum")
+    with pytest.raises(TypeError, match="filter_eps: means nothing here"):
+        cce.indexed_dot(e, c, targets, filter_eps=None)
 
 
 def test_shift_needs_an_axis():
@@ -116,6 +129,8 @@ class TestBackward:
             (ValueError, {"d_lse": np.ones(2)}, ["d_lse", "(3,)", "(2,)"]),
             (TypeError, {"d_loss": "1"}, ["d_loss", "array", "str"]),
             (TypeError, {"d_lse": np.array([1j, 0, 0])}, ["d_lse", "real", "complex128"]),
+            (TypeError, {"wrt": 5}, ["wrt", "'e'", "5"]),
+            (ValueError, {"d_loss": 10**400}, ["d_loss", "float32"]),
             (ValueError, {"wrt": "d"}, ["wrt", "'e'", "'d'"]),
             (ValueError, {"wrt": ("e", "bias")}, ["wrt", "no bias was given"]),
         ],

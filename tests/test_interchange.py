@@ -43,6 +43,16 @@ def test_another_device_is_an_error():
         cce.linear_cross_entropy(CASE.e, OnAnotherDevice(CASE.c), CASE.targets)
 
 
+def test_subclasses_are_their_library_s():
+    class Mine(np.ndarray):
+        pass
+
+    e = CASE.e.astype(ml_dtypes.bfloat16)
+    _, grads = cce.linear_cross_entropy_with_grad(e.view(Mine), CASE.c.astype(e.dtype), CASE.targets)
+    assert type(grads.e) is np.ndarray
+    assert grads.e.dtype == e.dtype
+
+
 def test_numpy_results_are_numpy_arrays_even_when_0_d():
     loss = cce.linear_cross_entropy(CASE.e, CASE.c, CASE.targets)
     assert type(loss) is np.ndarray
@@ -82,6 +92,20 @@ class TestTorchOnTheHost:
             cce.linear_cross_entropy(e, torch.from_numpy(CASE.c), torch.from_numpy(CASE.targets))
         with torch.no_grad():
             assert cce.linear_cross_entropy(e, torch.from_numpy(CASE.c), torch.from_numpy(CASE.targets)) > 0
+
+    def test_a_backward_where_autograd_is_on(self, torch):
+        e = torch.from_numpy(CASE.e).requires_grad_()
+        with torch.no_grad():
+            result = cce.forward(e, torch.from_numpy(CASE.c), torch.from_numpy(CASE.targets))
+        assert cce.backward(result).e.abs().max() > 0
+
+    def test_a_subclass_of_tensor(self, torch):
+        class Mine(torch.Tensor):
+            pass
+
+        e = torch.from_numpy(CASE.e).as_subclass(Mine)
+        loss = cce.linear_cross_entropy(e, torch.from_numpy(CASE.c), torch.from_numpy(CASE.targets))
+        assert isinstance(loss, torch.Tensor)
 
     def test_a_device_that_is_neither(self, torch):
         with pytest.raises(TypeError, match="e: must be on the CPU or an NVIDIA GPU, got a tensor on meta"):

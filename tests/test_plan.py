@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,15 @@ def test_a_gpu_asked_for_and_none_there_or_arrays_not_on_it():
     message = str(caught.value)
     assert "backend: 'simt'" in message
     assert ("cupy.asarray" in message) if why_no_gpu() is None else ("CuPy" in message or "GPU" in message)
+
+
+@pytest.mark.parametrize("name", planning.BACKENDS)
+def test_backends_offer_what_the_protocol_asks(name):
+    module = planning.backend_module(name)
+    for function in ("why_not", "plan", "indexed_dot", "forward", "backward"):
+        asked = list(inspect.signature(getattr(planning.Backend, function)).parameters.values())[1:]
+        offered = list(inspect.signature(getattr(module, function)).parameters.values())
+        assert [(p.name, p.kind) for p in offered] == [(p.name, p.kind) for p in asked], function
 
 
 @not_simulated

@@ -91,6 +91,8 @@ def _sweep(
             if d_e is not None:
                 partial = _columns(g, columns, kept if filter_e else None) @ _rows(c, kept if filter_e else None)
                 d_e_sum[tokens if d_e_sum is d_e else np.searchsorted(statistics.tokens[first:last], tokens)] += partial
+            if d_c is None and d_bias is None:
+                continue
             g = _columns(g, columns, kept if filter_c else None)
             if d_c is not None and filter_c and kept is not None:
                 add_rows(d_c_sum, kept, g.T @ e)

@@ -41,8 +41,9 @@ def finish_logits(z: Any, p: Problem, columns: Any) -> None:
 
 @cache
 def threads() -> ThreadPoolExecutor:
-    """Threads for work that releases the interpreter lock, one a core."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="cce_numba")
+    """Threads for work that releases the interpreter lock, one for each core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ThreadPoolExecutor(cores, thread_name_prefix="cce_numba")
 
 
 if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads: it makes its own

@@ -13,6 +13,8 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from cce_numba.survivors import RELATIVE_SLACK
+
 _LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts, the first exact in few bits, so that x - n ln 2 loses nothing (Cody and Waite's reduction).
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -94,7 +96,7 @@ def fold_block(
             bound = np.float64(target_logit[n])
             if total > 0 and math.log(total) + shift > bound:
                 bound = np.float64(math.log(total) + shift)
-            _flag(z[n], _rounded(bound + log_eps, z), flags)
+            _flag(z[n], _rounded(bound - RELATIVE_SLACK * abs(bound) + log_eps, z), flags)
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})

@@ -202,6 +202,8 @@ def make_d_e_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
         count: Any,
         tokens: Any,
         n_valid: Any,
+        softmax_weight: Any,
+        target_weight: Any,
         is_first: Any,
         rounds: Any,
         d_e_sum: Any,
@@ -240,10 +242,12 @@ def make_d_e_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
             position = n0 + y * thread_n + i
             if position < n_valid[0]:
                 token = tokens[position]
+                # G is zero in a row without weights, but zero times a NaN in c is not.
+                dead = softmax_weight[token] == 0 and target_weight[token] == 0
                 for j in range(thread_v):
                     d = d0 + column_of(j)
                     if d < D:
-                        total = acc[i, j]
+                        total = real(0) if dead else acc[i, j]
                         if not is_first:
                             total += d_e_sum[token, d]
                         if rounds:
@@ -397,8 +401,9 @@ def backward(
     xp: Any = p.xp
     real: Any = p.compute_dtype.type
     d_e = xp.zeros((p.N, p.D), p.grad_e_dtype) if "e" in wrt else None
-    d_c = xp.zeros((p.V, p.D), p.grad_c_dtype) if "c" in wrt else None
-    d_bias = xp.zeros(p.V, p.bias.dtype) if "bias" in wrt else None
+    written = xp.empty if p.N else xp.zeros  # by the kernels, in full, if any are launched
+    d_c = written((p.V, p.D), p.grad_c_dtype) if "c" in wrt else None
+    d_bias = written(p.V, p.bias.dtype) if "bias" in wrt else None
     if p.N == 0:
         return Gradients(d_e, d_c, d_bias)
     n_blocks, chunk = ceil_div(p.N, tiles.block_n), chunk_of(p, tiles)
@@ -456,7 +461,8 @@ def backward(
                 make_d_e_kernel(tiles, p.dtype, p.grad_e_dtype, real),
                 (n_blocks, D_tiles),
                 block,
-                *(g, c, v0, *lists[-1], tokens, n_valid, v0 == 0, v1 == p.V and not sums_itself, d_e_sum, d_e_rounded),
+                *(g, c, v0, *lists[-1], tokens, n_valid, *weights),
+                *(v0 == 0, v1 == p.V and not sums_itself, d_e_sum, d_e_rounded),
             )
         if d_c is not None:
             launch(

@@ -22,7 +22,7 @@ from cce_numba.simt.numbers import conversions
 from cce_numba.simt.product import ALIGNMENT, finish_logit, make_logits_tile, make_product
 from cce_numba.simt.tiles import SimtTiles
 from cce_numba.simt.tokens import list_tokens
-from cce_numba.survivors import log_threshold
+from cce_numba.survivors import RELATIVE_SLACK, log_threshold
 
 # With survivors, this part of the vocabulary goes first and gives all CTAs a bound for the rest, where else each would know
 # only what it has seen itself. Tokenizers give the frequent entries the first numbers. On real text (V = 49152, eps = 2^-16,
@@ -42,7 +42,8 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
     thread_n, thread_v, threads_n, threads_v = tiles.thread_n, tiles.thread_v, tiles.threads_n, tiles.threads_v
     partial_shape, hit_shape = (threads_v, block_n), (threads_n, block_v)
     alignment = ALIGNMENT
-    minus_infinity, infinity = real(-math.inf), real(math.inf)
+    minus_infinity, out_of_reach = real(-math.inf), real(1e38)
+    slack = real(RELATIVE_SLACK)
 
     @kernel_of(tiles.threads, tiles.ctas)
     def lse_kernel(
@@ -96,7 +97,7 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
             if has_lse and lse_so_far[token] > row_bound[r]:
                 row_bound[r] = lse_so_far[token]
             if n0 + r >= n_valid[0]:  # a row past the end repeats the last token, flags nothing and is not written
-                row_target[r], row_bound[r] = -1, infinity
+                row_target[r], row_bound[r] = -1, out_of_reach
 
         first = (first_tile + cuda.blockIdx.y * tiles_per_split) * block_v
         last = min(first + tiles_per_split * block_v, last_tile * block_v, V)
@@ -164,8 +165,9 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
                     hit = 0
                     for i in range(thread_n):
                         row = y * thread_n + i
+                        threshold = row_bound[row] - slack * abs(row_bound[row]) + log_eps
                         # "not below" rather than "at least": NaN survives.
-                        if not (acc[i, j] < row_bound[row] + log_eps) or row_target[row] == v0 + column:
+                        if not (acc[i, j] < threshold) or row_target[row] == v0 + column:
                             hit = 1
                     hits[y, column] = hit if v0 + column < V else 0
                 cuda.syncthreads()

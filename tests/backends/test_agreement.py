@@ -148,6 +148,40 @@ def test_a_long_vocabulary_whose_first_entries_are_the_frequent_ones(harness, ed
 
 
 @GIVES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_promised_numerics(harness, edges, dtype):
+    """Loss and lse within 1e-5 (1 + max |z|); exact 16-bit gradients within twice what rounding the true ones costs."""
+    case = make_case(11, (edges.n[-1] + 1,), edges.long_v, edges.d[-1], dtype, spread=3.0, filter_eps=None)
+    expected, result = expect(case), harness.forward(case)
+    numbers, grads = harness.numbers(result), harness.backward(result)
+    allowed = 1e-5 * (1 + np.abs(expected.forward.logits).max(axis=1))
+    assert (np.abs(numbers["nll"] - expected.forward.nll) <= allowed).all()
+    assert (np.abs(numbers["lse"] - expected.forward.lse) <= allowed).all()
+    exact = reference.backward(case.e, case.c, case.targets)
+    for ours, true in ((grads.e, exact.e), (grads.c, exact.c)):
+        rounding = np.linalg.norm(true.astype(dtype).astype(np.float64) - true)
+        # Where the logits have no more digits than the gradients, their own rounding is what is left: some 100 units of it.
+        allowed = 2 * rounding if dtype.itemsize == 2 else 200 * np.finfo(dtype).eps * np.linalg.norm(true)
+        assert np.linalg.norm(ours.astype(np.float64) - true) <= allowed
+
+
+@GIVES
+def test_many_small_terms_after_a_large_one_are_not_lost(harness, edges):
+    """A tile's sum of exponentials is less than half a unit in the last place of the sum so far, again and again."""
+    V = 20_003 if harness.edges.max_v > 100 else 1603
+    case = make_case(12, (1,), V, 1, bias=True, reduction="sum", filter_eps=None)
+    case.e[:] = 0
+    case.options["bias"][:] = np.log(0.45 * 2.0**-23 / (128 if harness.edges.max_v > 100 else 8))
+    case.options["bias"][0] = 0
+    with pytest.MonkeyPatch.context() as patch:
+        if harness.backend == "simt":
+            from cce_numba.simt import forward
+
+            patch.setattr(forward, "count_splits", lambda n_blocks, v_tiles: 1)
+        check_forward(expect(case), harness.numbers(harness.forward(case)))
+
+
+@GIVES
 def test_same_bits_every_time(harness, edges):
     case = make_case(3, (edges.n[-1] + 3,), edges.v[-1] + 5, edges.d[-1], np.dtype(np.float32), ignored=0.1, bias=True)
     runs = []
@@ -166,8 +200,9 @@ def test_building_blocks_and_one_call_agree_with_forward_and_backward(harness, e
     result = harness.forward(case)
     numbers, grads = harness.numbers(result), harness.backward(result)
     plain = {k: v for k, v in case.options.items() if k not in ("reduction", "ignore_index")}
+    dot = Case(case.e, case.c, case.targets, plain | {"ignore_index": case.options["ignore_index"]})
     np.testing.assert_array_equal(harness.call("linear_cross_entropy", case), numbers["loss"])
-    np.testing.assert_array_equal(harness.call("indexed_dot", case), numbers["target_logit"])
+    np.testing.assert_array_equal(harness.call("indexed_dot", dot), numbers["target_logit"])
     every = harness.call("linear_logsumexp", Case(case.e, case.c, case.targets, plain), targets=False)
     valid = expect(case).valid
     np.testing.assert_allclose(every[valid], numbers["lse"][valid], rtol=1e-5, atol=1e-5)

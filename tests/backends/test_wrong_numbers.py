@@ -90,6 +90,15 @@ def test_ignored_tokens_may_hold_anything(harness, edges, filter_eps):
     assert_within("dC", grads.c, clean.c.astype(np.float64), 1e-4 if filter_eps != 2.0**-4 else 0.3)
 
 
+@pytest.mark.parametrize("filter_eps", ["auto", None])
+def test_a_token_without_upstream_gradient_does_not_meet_a_poisoned_classifier(harness, edges, filter_eps):
+    case = make_case(4, (6,), edges.v[-1] + 2, edges.d[-1], reduction="none", filter_eps=filter_eps)
+    case.c[1, 0] = np.nan
+    grads = harness.backward(harness.forward(case), np.array([1, 0, 1, 0, 1, 0], np.float32))
+    assert np.isnan(grads.e[::2]).any(axis=1).all()
+    assert (grads.e[1::2] == 0).all()
+
+
 @given(data=st.data())
 def test_masked_vocabulary(harness, edges, data):
     """A bias of -inf removes entries of the vocabulary, whole tiles of them even, from loss and gradients."""
