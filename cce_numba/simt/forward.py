@@ -47,25 +47,25 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
 
     @kernel_of(tiles.threads, tiles.ctas)
     def lse_kernel(
-        e: Any,
-        c: Any,
-        bias: Any,
-        has_bias: Any,
-        targets: Any,
-        tokens: Any,
-        n_valid: Any,
-        target_logit: Any,
-        softcap: Any,
-        first_tile: Any,
+        e: Any,  # (N, D)
+        c: Any,  # (V, D)
+        bias: Any,  # (V,)
+        has_bias: Any,  # bool
+        targets: Any,  # (N,) int64
+        tokens: Any,  # (N,) int64, the first n_valid[0] count
+        n_valid: Any,  # (1,) int64
+        target_logit: Any,  # (N,)
+        softcap: Any,  # 0 for none
+        first_tile: Any,  # vocabulary tiles
         tiles_per_split: Any,
         last_tile: Any,
-        part_max: Any,
-        part_sum: Any,
-        survivors: Any,
-        record: Any,
-        log_eps: Any,
-        lse_so_far: Any,
-        has_lse: Any,
+        part_max: Any,  # (splits, N)
+        part_sum: Any,  # (splits, N)
+        survivors: Any,  # (n_blocks, ceil(V / 8)) uint8
+        record: Any,  # bool
+        log_eps: Any,  # natural log
+        lse_so_far: Any,  # (N,)
+        has_lse: Any,  # bool
     ) -> None:
         """Grid (n_blocks, splits). part_max, part_sum (splits, N): each listed token's (max, sum of exp(z - max)).
 
@@ -196,15 +196,15 @@ def make_finish_kernel(tiles: SimtTiles, real: Any) -> Any:
 
     @cuda.jit
     def finish_kernel(
-        part_max: Any,
-        part_sum: Any,
-        tokens: Any,
-        n_valid: Any,
-        target_logit: Any,
-        lse: Any,
-        survivors: Any,
-        record: Any,
-        V: Any,
+        part_max: Any,  # (splits, N)
+        part_sum: Any,  # (splits, N)
+        tokens: Any,  # (N,) int64, the first n_valid[0] count
+        n_valid: Any,  # (1,) int64
+        target_logit: Any,  # (N,)
+        lse: Any,  # (N,)
+        survivors: Any,  # (n_blocks, ceil(V / 8)) uint8
+        record: Any,  # bool
+        V: Any,  # vocabulary entries
     ) -> None:
         """Grid n_blocks, block_n threads. lse (N,) = log-sum-exp of each listed token.
 
