@@ -139,6 +139,8 @@ def test_more_than_2_to_the_31_logits(cupy):
 
 def test_a_classifier_of_more_than_2_to_the_31_numbers(cupy):
     """V * D = 2.2e9: the last rows of c are found, and the last rows of dC written."""
+    if (free := cupy.cuda.runtime.memGetInfo()[0]) < 14 * 2**30:
+        pytest.skip(f"takes 14 GiB of GPU memory, and {free / 2**30:.1f} are free")
     N, V, D = 3, 268_000, 8192
     block = (cupy.random.default_rng(1).standard_normal((1000, D), dtype=np.float32) / 32).astype(ml_dtypes.bfloat16)
     c = cupy.concatenate([block] * 268)
