@@ -14,6 +14,29 @@ from cce_numba.simt.product import ALIGNMENT, NO_ROW, make_column_stager, make_p
 from cce_numba.simt.tiles import SimtTiles
 
 
+def make_step(tiles: SimtTiles, a_stager: Any, b_stager: Any, real: Any) -> Any:
+    """The device function that adds `block_k` terms to a tile of a product: stage both operands, then accumulate."""
+    accumulate = make_product(tiles, real).accumulate
+    fetch_a, deposit_a, loads_a = a_stager.fetch, a_stager.deposit, a_stager.loads
+    fetch_b, deposit_b, loads_b = b_stager.fetch, b_stager.deposit, b_stager.loads
+
+    @cuda.jit(device=True)
+    def step(
+        acc: Any, a: Any, a_rows: Any, a0: Any, A: Any, a_smem: Any, b: Any, b_rows: Any, b0: Any, B: Any, b_smem: Any
+    ) -> None:
+        """The lists of rows must be visible before, and nobody may still read the staged operands of the last step."""
+        a_next = cuda.local.array(loads_a, real)
+        b_next = cuda.local.array(loads_b, real)
+        fetch_a(a_next, a, a_rows, a0, A)
+        fetch_b(b_next, b, b_rows, b0, B)
+        deposit_a(a_next, a_smem)
+        deposit_b(b_next, b_smem)
+        cuda.syncthreads()
+        accumulate(acc, a_smem, b_smem)
+
+    return step
+
+
 @functools.cache
 def make_d_e_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype, real: Any) -> Any:
     """dE += G @ C over the surviving columns of a chunk: a tile is `block_n` tokens by `block_v` hidden ones."""
@@ -23,9 +46,8 @@ def make_d_e_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
     product = make_product(tiles, real)
     g_stager = make_column_stager(tiles, tiles.block_n, load_real, real)
     c_stager = make_column_stager(tiles, tiles.block_v, load, real)
-    column_of, clear, accumulate = product.column_of, product.clear, product.accumulate
-    fetch_g, deposit_g, loads_g = g_stager.fetch, g_stager.deposit, g_stager.loads
-    fetch_c, deposit_c, loads_c = c_stager.fetch, c_stager.deposit, c_stager.loads
+    step = make_step(tiles, g_stager, c_stager, real)
+    column_of, clear = product.column_of, product.clear
     a_shape, b_shape, acc_shape = product.a_shape, product.b_shape, product.acc_shape
     block_n, block_v, block_k, threads, threads_v = (
         tiles.block_n,
@@ -59,8 +81,6 @@ def make_d_e_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
         g_rows = cuda.shared.array(block_k, np.uint32)
         c_rows = cuda.shared.array(block_k, np.uint32)
         acc = cuda.local.array(acc_shape, real)
-        g_next = cuda.local.array(loads_g, real)
-        c_next = cuda.local.array(loads_c, real)
         y = cuda.threadIdx.y
         t = y * threads_v + cuda.threadIdx.x
         n_block, d0, D = cuda.blockIdx.x, cuda.blockIdx.y * block_v, c.shape[1]
@@ -76,12 +96,7 @@ def make_d_e_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
                     v = columns[n_block, k0 + k]
                     c_rows[k], g_rows[k] = v, v - v0
             cuda.syncthreads()
-            fetch_g(g_next, g, g_rows, n0, n_valid[0])
-            fetch_c(c_next, c, c_rows, d0, D)
-            deposit_g(g_next, g_smem)
-            deposit_c(c_next, c_smem)
-            cuda.syncthreads()
-            accumulate(acc, g_smem, c_smem)
+            step(acc, g, g_rows, n0, n_valid[0], g_smem, c, c_rows, d0, D, c_smem)
         for i in range(thread_n):
             position = n0 + y * thread_n + i
             if position < n_valid[0]:
@@ -111,9 +126,8 @@ def make_d_c_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
     product = make_product(tiles, real)
     g_stager = make_row_stager(tiles, tiles.block_n, load_real, real, masked=True)
     e_stager = make_column_stager(tiles, tiles.block_v, load, real)
-    column_of, clear, accumulate = product.column_of, product.clear, product.accumulate
-    fetch_g, deposit_g, loads_g = g_stager.fetch, g_stager.deposit, g_stager.loads
-    fetch_e, deposit_e, loads_e = e_stager.fetch, e_stager.deposit, e_stager.loads
+    step = make_step(tiles, g_stager, e_stager, real)
+    column_of, clear = product.column_of, product.clear
     a_shape, b_shape, acc_shape = product.a_shape, product.b_shape, product.acc_shape
     block_n, block_v, block_k, threads, threads_v = (
         tiles.block_n,
@@ -147,8 +161,6 @@ def make_d_c_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
         e_rows = cuda.shared.array(block_k, np.uint32)
         any_kept = cuda.shared.array(threads, np.uint8)
         acc = cuda.local.array(acc_shape, real)
-        g_next = cuda.local.array(loads_g, real)
-        e_next = cuda.local.array(loads_e, real)
         y = cuda.threadIdx.y
         t = y * threads_v + cuda.threadIdx.x
         first, d0, D = v0 + cuda.blockIdx.x * block_n, cuda.blockIdx.y * block_v, e.shape[1]
@@ -182,12 +194,7 @@ def make_d_c_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
                         if softmax_weight[token] != 0 or target_weight[token] != 0:
                             e_rows[k] = token
                 cuda.syncthreads()
-                fetch_g(g_next, g, g_rows, k0, n1)
-                fetch_e(e_next, e, e_rows, d0, D)
-                deposit_g(g_next, g_smem)
-                deposit_e(e_next, e_smem)
-                cuda.syncthreads()
-                accumulate(acc, g_smem, e_smem)
+                step(acc, g, g_rows, k0, n1, g_smem, e, e_rows, d0, D, e_smem)
         for i in range(thread_n):
             v = first + y * thread_n + i
             if v < v1:
