@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 # Logits are compared in the compute dtype, with rounding errors of up to 1e-5 (1 + |z|) in each; so a probability that is
-# exactly eps could fall below it. This much slack, absolute and relative to the bound, keeps it. It flags some 0.1 % more.
+# exactly eps could fall below it. This much slack, absolute and relative to the bound, keeps it, and is
+# as if eps were some 0.1 % lower (more for logits of hundreds).
 _SLACK = 1e-3
 RELATIVE_SLACK = 4e-5
 

@@ -171,6 +171,12 @@ def test_demo_filter(run_json: Callable[..., dict[str, Any]]) -> None:
     assert coarse["agreement"]["checks"][1]["filtered"] > coarse["agreement"]["checks"][1]["allowed"]  # yet it passes
 
 
+def test_demo_tells_why_all_survive(run: Run) -> None:
+    """Because nothing is filtered, or because the filter would leave out next to nothing."""
+    assert "all, and the gradients are exact  " in run(*ON_CPU, "--filter-eps", "none")[1]
+    assert "all, and the gradients are exact: so many may reach a probability of 2.33e-10" in run(*ON_CPU)[1]
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_demo_of_less_than_a_sample(run_json: Callable[..., dict[str, Any]], tokens: int) -> None:
     """Fewer tokens and entries than would be compared, and fewer entries than there are bits in a byte of survivors."""

@@ -117,7 +117,8 @@ def demo_as_json(report: Report) -> None:
 
 def _survivors(report: Report) -> str:
     if report.survivors is None:
-        return "all: no filter, the gradients are exact"
+        why = "" if report.filter_eps is None else f": so many may reach a probability of {report.filter_eps:.3g}"
+        return f"all, and the gradients are exact{why}"
     return (
         f"{report.survivors:.1%} of the vocabulary in a block of {report.survivor_block} tokens may reach a probability "
         f"of {report.filter_eps:.3g}; the others, together {report.agreement.dropped_mass:.1e} of a token's probability, "

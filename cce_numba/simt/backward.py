@@ -82,18 +82,8 @@ def backward(
             make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype, real),
             (n_blocks, ceil_div(v1 - v0, tiles.block_v)),
             block,
-            *(
-                e,
-                c,
-                bias,
-                p.bias is not None,
-                targets,
-                tokens,
-                n_valid,
-                target_logit,
-                lse,
-                real(p.options.softcap or 0),
-            ),
+            *(e, c, bias, p.bias is not None, targets, tokens, n_valid, target_logit, lse),
+            real(p.options.softcap or 0),
             *(*weights, v0, columns, count, g),
         )
         if d_e is not None:
