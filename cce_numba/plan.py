@@ -11,7 +11,7 @@ import numpy as np
 from cce_numba.arguments import Problem
 
 # In order of preference. A backend is a module cce_numba.<name>.backend with the functions of `Backend`.
-BACKENDS = ("simt", "cpu")
+BACKENDS = ("hopper", "simt", "cpu")
 
 
 class BackendUnavailable(RuntimeError):

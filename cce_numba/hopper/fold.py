@@ -1,0 +1,124 @@
+"""A tile of logits, in registers, folds into each row's running (max, sum) and into survivor bits (paper section 4.2)."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from cce_numba.hopper.fragment import collect_bits, fold_rows, map_elements
+from cce_numba.hopper.launch import pointer_to
+from cce_numba.ptx import arithmetic, control
+from cce_numba.simt.numbers import conversions
+from cce_numba.survivors import RELATIVE_SLACK
+
+LOG2E = np.float32(math.log2(math.e))
+LN2 = np.float32(math.log(2))
+NEGATIVE_INFINITY = np.float32(-math.inf)
+SLACK = np.float32(RELATIVE_SLACK)
+
+exp2, log2, maximum = arithmetic.exp2, arithmetic.log2, arithmetic.maximum
+fma, multiply = arithmetic.fma, arithmetic.multiply
+shuffle_xor = control.shuffle_xor_f32
+
+
+# ---- functions of one logit, for `fragment`
+
+
+def larger(so_far: Any, z: Any, _: Any) -> Any:
+    """NaN is in no maximum; but it is in every sum."""
+    return maximum(so_far, z)
+
+
+def add_exp(so_far: Any, z: Any, shift: Any) -> Any:
+    """so_far + exp(z - max), with shift = log2(e) * max."""
+    return so_far + exp2(fma(z, LOG2E, -shift))
+
+
+def mask_padding(z: Any, column: Any, columns: Any) -> Any:
+    """-inf past the last vocabulary entry."""
+    return z if column < columns else NEGATIVE_INFINITY
+
+
+def cap(z: Any, _: Any, softcap: Any) -> Any:
+    """softcap * tanh(z / softcap)."""
+    return softcap * math.tanh(z / softcap)
+
+
+def may_survive(z: Any, threshold: Any) -> Any:
+    """Whether the probability may reach eps."""
+    return z >= threshold
+
+
+# ---- a row's state, for rows of four lanes each
+
+
+@cuda.jit(device=True, forceinline=True)
+def quad_max(x: Any) -> Any:
+    """The largest of the four lanes that share a row."""
+    x = maximum(x, shuffle_xor(x, 1))
+    return maximum(x, shuffle_xor(x, 2))
+
+
+@cuda.jit(device=True, forceinline=True)
+def quad_sum(x: Any) -> Any:
+    """The sum over the four lanes that share a row: the same bits in all of them."""
+    x = x + shuffle_xor(x, 1)
+    return x + shuffle_xor(x, 2)
+
+
+@cuda.jit(device=True, forceinline=True)
+def scaled(row_max: Any) -> Any:
+    """The exponentials' shift, base 2; where all is -inf so far, 0, since -inf - -inf is NaN."""
+    return multiply(row_max, LOG2E) if row_max != NEGATIVE_INFINITY else np.float32(0)
+
+
+@cuda.jit(device=True, forceinline=True)
+def log_sum_exp(row_max: Any, row_sum: Any) -> Any:
+    """Natural log; -inf for an empty row, NaN for a lost one."""
+    return row_max + LN2 * log2(row_sum)
+
+
+@cuda.jit(device=True, forceinline=True)
+def threshold_of(bound: Any, log_eps: Any) -> Any:
+    """What a logit must reach to survive, given a lower bound of the row's log-sum-exp."""
+    return bound - SLACK * abs(bound) + log_eps
+
+
+def make_add_bias(n: int, dtype: np.dtype) -> Any:
+    """`fragment = add_bias(fragment, first_column, bias, V)`; bias (V,) of `dtype`, bfloat16 by its bits."""
+    load, _ = conversions(dtype)
+
+    def plus_bias(z: Any, column: Any, bias: Any, V: Any) -> Any:
+        return z + load(bias[min(column, V - 1)])
+
+    return map_elements(n, plus_bias, pointer_to(dtype), types.int32)
+
+
+def make_fold(n: int) -> SimpleNamespace:
+    """Device functions for fragments of n columns: `update_rows`, `mask_padding`, `cap`, `survivor_words`."""
+    row_max, row_exp_sum = fold_rows(n, larger), fold_rows(n, add_exp)
+
+    @cuda.jit(device=True, forceinline=True)
+    def update_rows(fragment: Any, max_0: Any, max_1: Any, sum_0: Any, sum_1: Any) -> Any:
+        """The rows' (max, max, sum, sum) with this tile's logits."""
+        zero = np.float32(0)
+        new_0, new_1 = row_max(fragment, max_0, max_1, zero, zero)
+        new_0, new_1 = quad_max(new_0), quad_max(new_1)
+        shift_0, shift_1 = scaled(new_0), scaled(new_1)
+        total_0, total_1 = row_exp_sum(fragment, zero, zero, shift_0, shift_1)
+        # The earlier shift must be the very number that was subtracted: any other would shift the sum a little with every tile.
+        sum_0 = sum_0 * exp2(multiply(max_0, LOG2E) - shift_0) + quad_sum(total_0)
+        sum_1 = sum_1 * exp2(multiply(max_1, LOG2E) - shift_1) + quad_sum(total_1)
+        return new_0, new_1, sum_0, sum_1
+
+    return SimpleNamespace(
+        update_rows=update_rows,
+        mask_padding=map_elements(n, mask_padding, types.int32),
+        cap=map_elements(n, cap, types.float32),
+        survivor_words=collect_bits(n, may_survive),
+    )

@@ -1,0 +1,64 @@
+"""Addresses of shared memory, vector loads, asynchronous copies of 16 bytes, and reductions in global memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.core.errors import NumbaTypeError
+
+from cce_numba.ptx.instruction import F32, U32, U64, as_intrinsic, emit, instruction
+
+
+def _define_shared_address(_: Any, array: Any) -> Any:
+    if not isinstance(array, types.Array):
+        raise NumbaTypeError(f"shared_address: operand 0 must be an array in shared memory, got {array}")
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        from numba.cuda.np import arrayobj  # not there in the simulator
+
+        data = arrayobj.make_array(signature.args[0])(context, builder, values[0]).data
+        template = "{ .reg .u64 window; cvta.to.shared.u64 window, $1; cvt.u32.u64 $0, window; }"
+        pointer = builder.ptrtoint(data, ir.IntType(64))
+        return emit(builder, ir.IntType(32), template, ["=r", "l"], [pointer], ordered=False)
+
+    return U32(array), generate
+
+
+shared_address = as_intrinsic(
+    _define_shared_address, 1, "shared_address", "(array): the 32-bit address of its start in the shared window. ISA 9.7.9, cvta."
+)
+load_global_u64 = instruction("ld.global.nc.u64 $0, [$1];", (U64,), U64, ordered=False, doc="(address) of what nobody writes.")
+load_global_u16 = instruction(
+    "{ .reg .u16 x; ld.global.nc.u16 x, [$1]; cvt.u32.u16 $0, x; }",
+    (U64,),
+    U32,
+    ordered=False,
+    name="ld.global.nc.u16",
+    doc="(address) of what nobody writes.",
+)
+load_shared_f32 = instruction("ld.shared.f32 $0, [$1];", (U32,), F32, doc="(shared address). ISA 9.7.9, ld.")
+store_shared_f32 = instruction("st.shared.f32 [$0], $1;", (U32, F32), doc="(shared address, value). ISA 9.7.9, st.")
+copy_async_16 = instruction(
+    "cp.async.cg.shared.global [$0], [$1], 16, $2;",
+    (U32, U64, U32),
+    doc="(shared address, global address, bytes): copies so many of 16 bytes and zeros the rest, later. ISA 9.7.9.25.3.",
+)
+copy_async_commit = instruction("cp.async.commit_group;", doc="This thread's copies so far make a group. ISA 9.7.9.25.3.")
+_copy_async_wait = {
+    pending: instruction(f"cp.async.wait_group {pending};", doc=f"Until at most {pending} groups are under way.")
+    for pending in range(4)
+}
+
+
+def copy_async_wait(pending: int) -> Any:
+    """The instruction that waits until at most `pending` of this thread's groups of copies are under way. ISA 9.7.9.25.3."""
+    return _copy_async_wait[pending]
+
+
+fence_proxy_async = instruction(
+    "fence.proxy.async.shared::cta;",
+    doc="What this thread wrote to shared memory becomes visible to tensor cores and bulk copies. ISA 9.7.13.4.",
+)
+or_global_u32 = instruction("red.global.or.b32 [$0], $1;", (U64, U32), doc="(address, bits): sets bits, atomically. ISA 9.7.13.")
