@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def demo_arrays(source: str, tokens: int, dtype: str) -> dict[str, np.ndarray]:
-    """The arrays of the demo file; raises ValueError for an archive of another kind or too few tokens."""
+def demo_arrays(source: str, tokens: int | None, dtype: str) -> dict[str, np.ndarray]:
+    """The arrays of the demo file, None for all tokens; raises ValueError for an archive of another kind or too few tokens."""
     archive = np.load(source, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError("is no npz file but a single array")
@@ -55,6 +55,8 @@ def demo_arrays(source: str, tokens: int, dtype: str) -> dict[str, np.ndarray]:
         if missing := [key for key in _KEYS if key not in archive]:
             raise ValueError(f"lacks {', '.join(missing)}")
         q, scale, bits, targets, loss = (archive[key] for key in _KEYS)
+    if tokens is None:
+        tokens = len(targets)
     if not 1 <= tokens <= len(targets):
         raise ValueError(f"--tokens must lie in [1, {len(targets)}], got {tokens}")
     e = bits[:tokens].view(ml_dtypes.bfloat16).astype(np.float32)

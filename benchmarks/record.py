@@ -18,6 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 def surroundings() -> dict[str, Any]:
     """Machine, versions, commit and date."""
     packages = ("numpy", "numba", "numba-cuda", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "torch")
+    packages += ("cuda-core", "cuda-toolkit", "nvidia-cublas", "nvidia-cublas-cu12")
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _output("git", "describe", "--always", "--dirty") or os.environ.get("CCE_COMMIT", ""),
@@ -25,6 +26,9 @@ def surroundings() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "cpu": next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), ""),
         "gpu": _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"),
+        "gpu_power_limit_and_highest_clock": _output(
+            "nvidia-smi", "--query-gpu=power.limit,clocks.max.sm", "--format=csv,noheader"
+        ),
         "versions": {name: version for name in packages if (version := _version(name))},
     }
 

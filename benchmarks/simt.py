@@ -7,43 +7,16 @@ call stands beside it.
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
 from typing import Any
 
 import cupy
 import numpy as np
 import record
+import timing
 from rich.console import Console
 from rich.table import Table
 
 import cce_numba as cce
-
-
-def device_ms(call: Callable[[], Any], repeats: int = 5, runs: int = 7) -> list[float]:
-    """Milliseconds a call, from events around `repeats` queued ones, `runs` times."""
-    call()
-    times = []
-    for _ in range(runs):
-        start, stop = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record()
-        for _ in range(repeats):
-            call()
-        stop.record()
-        stop.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(start, stop) / repeats)
-    return times
-
-
-def host_ms(call: Callable[[], Any], runs: int = 20) -> list[float]:
-    """Milliseconds until a call returns, with nothing queued before it."""
-    times = []
-    for _ in range(runs):
-        cupy.cuda.Device().synchronize()
-        start = time.perf_counter()
-        call()
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
 
 
 def validate(e: Any, c: Any, targets: Any) -> None:
@@ -78,17 +51,19 @@ def main() -> None:
         "backward, exact": lambda: cce.backward(exact),
     }
     flops = 2 * N * V * D
-    results = {}
-    for name, call in calls.items():
-        results[name] = record.summary(device_ms(call)) | {"host_ms": record.summary(host_ms(call))["median_ms"]}
+    times = timing.interleaved(calls, rounds=7, burst=5)
+    results = {
+        name: record.summary(times[name]) | {"host_ms": record.summary(timing.host_ms(call))["median_ms"]}
+        for name, call in calls.items()
+    }
     floor = results["cuBLAS e @ c.T, fp32"]["median_ms"]
     table = Table(title=f"N={N}, V={V}, D={D}, float32, random data ({filtered.survivor_counts().mean() / V:.0%} survive)")
     for column in ("call", "median ms", "min", "max", "TFLOP/s of one product", "share of cuBLAS's rate", "host ms"):
         table.add_column(column, justify="left" if column == "call" else "right")
     for name, r in results.items():
-        times = (f"{r[k]:.2f}" for k in ("median_ms", "min_ms", "max_ms"))
+        cells = (f"{r[k]:.2f}" for k in ("median_ms", "min_ms", "max_ms"))
         rate = flops / r["median_ms"] / 1e9
-        table.add_row(name, *times, f"{rate:.1f}", f"{floor / r['median_ms']:.2f}", f"{r['host_ms']:.2f}")
+        table.add_row(name, *cells, f"{rate:.1f}", f"{floor / r['median_ms']:.2f}", f"{r['host_ms']:.2f}")
     Console(width=120).print(table)
     if arguments.record:
         print(record.write(arguments.record, {"problem": {"N": N, "V": V, "D": D, "data": "random"}, "results": results}))

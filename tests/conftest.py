@@ -7,6 +7,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests import offline
 from tests.cases import Edges
 from tests.harness import CpuHarness, GpuHarness, Harness, SimulatorHarness, why_no_gpu
 
@@ -44,6 +45,13 @@ def harness(request: pytest.FixtureRequest) -> Harness:
 def gpu() -> None:
     """For tests that are about a GPU alone."""
     skip_or_fail_without_gpu()
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """For tests that compile kernels for a GPU without one."""
+    if reason := offline.why_not():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ Needs the compiler that numba-cuda's extras bring (`cuda12` or `cuda13`): NVVM f
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from numba import cuda
+from numba import config, cuda
 
 
+@functools.cache
 def why_not() -> str | None:
     """Why nothing can be compiled here, or None if it can."""
+    if config.ENABLE_CUDASIM:
+        return "the simulator compiles nothing"
     try:
         from cuda.bindings import nvjitlink
 
@@ -29,41 +33,94 @@ def why_not() -> str | None:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's PTX and what the assembler reported: registers of a thread, bytes spilled by it, shared memory of a CTA."""
+    """A kernel's PTX and what the assembler reported.
+
+    Attributes:
+        ptx: its text.
+        registers: of a thread.
+        spilled_bytes: stored and loaded by a thread for want of registers.
+        smem_bytes: static shared memory of a CTA.
+        log: all that the assembler said.
+    """
 
     ptx: str
     registers: int
     spilled_bytes: int
     smem_bytes: int
+    log: str
 
     def count(self, instruction: str) -> int:
-        """How often an instruction (a regular expression) stands in the PTX."""
-        return len(re.findall(rf"^\s*(?:@!?%p\d+ )?{instruction}\b", self.ptx, re.MULTILINE))
+        """How often an instruction (a regular expression) stands in the PTX; inline PTX may be many statements on a line."""
+        return len(re.findall(rf"(?:^|[{{;:])\s*(?:@!?%?\w+ )?{instruction}(?![\w.:])", self.ptx, re.MULTILINE))
+
+    @property
+    def notices(self) -> list[str]:
+        """What the assembler has to say beyond figures, such as that it ignored or serialised an instruction: it has a number."""
+        return re.findall(r"\(C\d+\).*", self.log)
 
 
 def compile_kernel(kernel: Any, signature: Any, cc: tuple[int, int]) -> Compiled:
     """Compiles a `cuda.jit` dispatcher for a compute capability."""
+    ptx = _compile(kernel.py_func, signature, cc, "ptx", kernel.targetoptions.get("launch_bounds"))
+    log, _ = _link("PTX", ptx.encode(), f"-arch=sm_{cc[0]}{cc[1]}", "-verbose", "-Xptxas=-v")
+    return _read(ptx, log)
+
+
+def compile_function(function: Any, signature: Any, launch_bounds: tuple[int, ...] | None = (128, 1)) -> Compiled:
+    """Compiles a Python function as a kernel for sm_90a.
+
+    With link-time optimisation, as `hopper.launch.Kernel` does: what is linked as PTX may call functions with any number of
+    registers, so there the assembler ignores `setmaxnreg`.
+    """
+    code = _compile(function, signature, (9, 0, "a"), "ltoir", launch_bounds)
+    options = "-arch=sm_90a", "-lto"
+    _, ptx = _link("LTOIR", code, *options, "-ptx")
+    log, _ = _link("LTOIR", code, *options, "-verbose", "-Xptxas=-v")
+    return _read(ptx, log)
+
+
+def compile_hopper(kernel: Any) -> Compiled:
+    """Compiles a `hopper.launch.Kernel`."""
+    return compile_function(kernel.function, kernel.signature, (kernel.threads, 1))
+
+
+def _compile(function: Any, signature: Any, cc: tuple[Any, ...], output: str, launch_bounds: Any) -> Any:
     dispatcher = importlib.import_module("numba.cuda.dispatcher")
     # Device functions are compiled for "the current device", which is not there.
-    with mock.patch.object(dispatcher, "get_current_device", return_value=SimpleNamespace(compute_capability=cc)):
-        ptx, _ = cuda.compile_ptx(kernel.py_func, signature, cc=cc, launch_bounds=kernel.targetoptions.get("launch_bounds"))
-    log = _assemble(ptx, f"sm_{cc[0]}{cc[1]}")
+    with mock.patch.object(dispatcher, "get_current_device", return_value=SimpleNamespace(compute_capability=cc[:2])):
+        code, _ = cuda.compile(
+            function, signature, cc=cc, output=output, launch_bounds=launch_bounds, device=False, abi="numba"
+        )
+    return code
+
+
+def _link(kind: str, data: bytes, *options: str) -> tuple[str, str]:
+    """`(log, PTX)` of the linker, where the options ask for them."""
+    from cuda.bindings import nvjitlink
+
+    handle = nvjitlink.create(len(options), list(options))
+    nvjitlink.add_data(handle, getattr(nvjitlink.InputType, kind), data, len(data), "kernel")
+    try:
+        nvjitlink.complete(handle)
+    except nvjitlink.nvJitLinkError as error:
+        error_log = bytearray(nvjitlink.get_error_log_size(handle))
+        nvjitlink.get_error_log(handle, error_log)
+        raise RuntimeError(error_log.decode()) from error
+    log = bytearray(nvjitlink.get_info_log_size(handle))
+    nvjitlink.get_info_log(handle, log)
+    ptx = bytearray()
+    if "-ptx" in options:
+        ptx = bytearray(nvjitlink.get_linked_ptx_size(handle))
+        nvjitlink.get_linked_ptx(handle, ptx)
+    nvjitlink.destroy(handle)
+    return log.decode().rstrip("\0"), ptx.decode().rstrip("\0")
+
+
+def _read(ptx: str, log: str) -> Compiled:
     return Compiled(
         ptx,
         registers=int(re.search(r"[Uu]sed (\d+) registers", log)[1]),
         spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
         smem_bytes=int(match[1]) if (match := re.search(r"(\d+) bytes smem", log)) else 0,
+        log=log,
     )
-
-
-def _assemble(ptx: str, arch: str) -> str:
-    from cuda.bindings import nvjitlink
-
-    handle = nvjitlink.create(3, [f"-arch={arch}", "-verbose", "-Xptxas=-v"])
-    data = ptx.encode()
-    nvjitlink.add_data(handle, nvjitlink.InputType.PTX, data, len(data), "kernel")
-    nvjitlink.complete(handle)
-    log = bytearray(nvjitlink.get_info_log_size(handle))
-    nvjitlink.get_info_log(handle, log)
-    nvjitlink.destroy(handle)
-    return log.decode()

@@ -12,15 +12,8 @@ from cce_numba.simt import backward, forward, indexed_dot, tokens
 from cce_numba.simt.tiles import choose_tiles
 from tests import offline
 from tests.cases import DTYPES, make_case
-from tests.harness import SimulatorHarness
 
-pytestmark = pytest.mark.skipif(SimulatorHarness.is_active(), reason="the simulator compiles nothing")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    if reason := offline.why_not():
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def launches_of(dtype, monkeypatch):

@@ -10,10 +10,8 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from cce_numba.hopper.fragment import collect_bits, fold_rows, map_elements
-from cce_numba.hopper.launch import pointer_to
-from cce_numba.ptx import arithmetic, control
-from cce_numba.simt.numbers import conversions
+from cce_numba.hopper.fragment import collect_bits, fill_columns, fold_rows, map_elements
+from cce_numba.ptx import arithmetic, control, memory
 from cce_numba.survivors import RELATIVE_SLACK
 
 LOG2E = np.float32(math.log2(math.e))
@@ -84,19 +82,40 @@ def log_sum_exp(row_max: Any, row_sum: Any) -> Any:
 
 
 @cuda.jit(device=True, forceinline=True)
+def log_add_exp(x: Any, y: Any) -> Any:
+    """log(exp(x) + exp(y)); NaN if either is. The same bits whichever comes first."""
+    difference = np.float32(0) if x == y else -abs(x - y)  # both may be -inf
+    return maximum(x, y) + LN2 * log2(np.float32(1) + exp2(difference * LOG2E))
+
+
+@cuda.jit(device=True, forceinline=True)
 def threshold_of(bound: Any, log_eps: Any) -> Any:
     """What a logit must reach to survive, given a lower bound of the row's log-sum-exp."""
     return bound - SLACK * abs(bound) + log_eps
 
 
-def make_add_bias(n: int, dtype: np.dtype) -> Any:
-    """`fragment = add_bias(fragment, first_column, bias, V)`; bias (V,) of `dtype`, bfloat16 by its bits."""
-    load, _ = conversions(dtype)
+def make_bias_fragment(n: int, dtype: np.dtype) -> Any:
+    """`fragment = bias_fragment(first_column, bias, V)`; bias the address of (V,) numbers of `dtype`."""
+    load, itemsize = make_load(dtype), dtype.itemsize
 
-    def plus_bias(z: Any, column: Any, bias: Any, V: Any) -> Any:
-        return z + load(bias[min(column, V - 1)])
+    def bias_of(column: Any, bias: Any, V: Any) -> Any:
+        return load(bias + np.uint64(itemsize * np.int32(min(column, np.int32(V - 1)))))
 
-    return map_elements(n, plus_bias, pointer_to(dtype), types.int32)
+    return fill_columns(n, bias_of, types.uint64, types.int32)
+
+
+def make_load(dtype: np.dtype) -> Any:
+    """The device function that reads a number of `dtype` at an address, as float32."""
+    widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
+
+    @cuda.jit(device=True, forceinline=True)
+    def load(address: Any) -> Any:
+        if is_float32:
+            return memory.load_global_f32(address)
+        return widen(memory.load_global_u16(address))
+
+    is_float32 = dtype == np.float32
+    return load
 
 
 def make_fold(n: int) -> SimpleNamespace:

@@ -22,7 +22,8 @@ from numba.cuda import types
 from cce_numba.arguments import Problem
 from cce_numba.hopper import indexed_dot as dot
 from cce_numba.hopper import merge, schedule, tensor_map
-from cce_numba.hopper.fold import NEGATIVE_INFINITY, log_sum_exp, make_add_bias, make_fold, threshold_of
+from cce_numba.hopper.schedule import NO_SLOT
+from cce_numba.hopper.fold import NEGATIVE_INFINITY, log_add_exp, log_sum_exp, make_bias_fragment, make_fold, threshold_of
 from cce_numba.hopper.launch import Kernel, pointer_to
 from cce_numba.hopper.indexed_dot import make_indexed_dot_kernel
 from cce_numba.hopper.merge import make_merge_kernel
@@ -36,6 +37,18 @@ from cce_numba.survivors import log_threshold
 _OUT_OF_REACH = np.float32(3e38)
 
 
+def make_who_am_i(tiles: HopperTiles) -> Any:
+    """The device function that gives this CTA's place in the schedule: `(worker, workers, groups, rank in the cluster)`."""
+    ctas, group_n, quotient = tiles.cluster, tiles.group_n, schedule.quotient
+
+    @cuda.jit(device=True, forceinline=True)
+    def who_am_i(n_valid: Any) -> Any:
+        workers, groups = quotient(cuda.gridDim.x, ctas), quotient(n_valid + group_n - 1, group_n)
+        return quotient(cuda.blockIdx.x, ctas), workers, groups, np.int32(cluster.cta_rank())
+
+    return who_am_i
+
+
 def make_produce(tiles: HopperTiles) -> Any:
     """The device function of the thread that fetches tiles with the bulk copy engine."""
     ring_ = make_ring(tiles)
@@ -44,22 +57,21 @@ def make_produce(tiles: HopperTiles) -> Any:
     part_v, part_bytes = block_v // ctas, np.uint32(tiles.c_bytes // ctas)
     e_bytes, c_bytes = np.uint32(tiles.e_bytes), np.uint32(tiles.c_bytes)
     everyone = np.uint32((1 << ctas) - 1)
-    segment, are_neighbours, DONE = schedule.segment, _are_neighbours, schedule.DONE
+    segment, are_neighbours, who_am_i = schedule.segment, _are_neighbours, make_who_am_i(tiles)
 
     @cuda.jit(device=True, forceinline=True)
     def produce(
-        ring: Any, e_map: Any, c_map: Any, tokens: Any, n_valid: Any, first_v: Any, n_tiles: Any, k_steps: Any
+        ring: Any, e_map: Any, c_map: Any, tokens: Any, n_valid: Any, per_round: Any, first_v: Any, n_tiles: Any, k_steps: Any
     ) -> None:  # fmt: skip
-        worker, workers, rank = cuda.blockIdx.x // ctas, cuda.gridDim.x // ctas, np.int32(cluster.cta_rank())
-        groups = (n_valid + block_n * ctas - 1) // (block_n * ctas)
+        worker, workers, groups, rank = who_am_i(n_valid)
         tma.fence_tensor_map(e_map)
         tma.fence_tensor_map(c_map)
-        use, index = 0, 0
+        use, index = np.uint32(0), np.int32(0)
         while True:
-            group, first, last, step, slot = segment(index, worker, workers, groups, n_tiles)
-            if slot == DONE:
+            group, first, last, step, slot = segment(index, worker, workers, groups, per_round, n_tiles)
+            if slot == NO_SLOT:
                 break
-            n0 = (group * ctas + rank) * block_n
+            n0 = np.int32((group * ctas + rank) * block_n)
             gathered = n0 < n_valid and not are_neighbours(tokens, n0, n_valid)
             first_row = 0
             if n0 < n_valid:
@@ -82,8 +94,8 @@ def make_produce(tiles: HopperTiles) -> Any:
                     else:
                         c_part = c_smem(ring, stage) + np.uint32(rank) * part_bytes
                         tma.load_2d_multicast(c_part, c_map, barrier, k * block_d, v, everyone)
-                    use += 1
-            index += 1
+                    use = np.uint32(use + np.uint32(1))
+            index = np.int32(index + 1)
 
     return produce
 
@@ -99,9 +111,10 @@ def make_gather(tiles: HopperTiles) -> Any:
     """The device function of the warps that fetch rows of e one by one, 16 bytes a lane, and swizzle them by hand."""
     ring_ = make_ring(tiles)
     wait_empty, stage_of, full, e_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem
-    block_n, ctas = tiles.block_n, tiles.cluster
+    block_n, ctas, quotient = tiles.block_n, tiles.cluster, schedule.quotient
     rows_at_once = 4 * tiles.gatherers  # 8 lanes for the 128 bytes of a row
-    segment, are_neighbours, DONE = schedule.segment, _are_neighbours, schedule.DONE
+    opaque = arithmetic.opaque_i32
+    segment, are_neighbours, who_am_i = schedule.segment, _are_neighbours, make_who_am_i(tiles)
     wait_all_but_two, wait_all = memory.copy_async_wait(2), memory.copy_async_wait(0)
 
     @cuda.jit(device=True, forceinline=True)
@@ -114,46 +127,49 @@ def make_gather(tiles: HopperTiles) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def gather(
-        ring: Any, thread: Any, e: Any, e_pitch_bytes: Any, tokens: Any, n_valid: Any, n_tiles: Any, k_steps: Any, D: Any
+        ring: Any, thread: Any, e: Any, e_pitch_bytes: Any, tokens: Any, n_valid: Any, per_round: Any, n_tiles: Any,
+        k_steps: Any, D: Any,
     ) -> None:  # fmt: skip
-        worker, workers, rank = cuda.blockIdx.x // ctas, cuda.gridDim.x // ctas, np.int32(cluster.cta_rank())
-        groups = (n_valid + block_n * ctas - 1) // (block_n * ctas)
-        part, first_row = thread & 7, thread >> 3
+        worker, workers, groups, rank = who_am_i(n_valid)
+        part, first_row = np.int32(thread & 7), np.int32(thread >> 3)
+        e += np.uint64(16 * part)
+        row_bytes = np.int32(2 * D - 16 * part)
         swizzled = np.uint32((part ^ (first_row & 7)) << 4)  # rows of this thread are 8 apart: the same in all of them
-        use, index = 0, 0
+        use, index = np.uint32(0), np.int32(0)
         while True:
-            group, first, last, step, slot = segment(index, worker, workers, groups, n_tiles)
-            if slot == DONE:
+            group, first, last, step, slot = segment(index, worker, workers, groups, per_round, n_tiles)
+            if slot == NO_SLOT:
                 break
-            n0 = (group * ctas + rank) * block_n
-            last_use = use + (last - first + step - 1) // step * k_steps
+            n0 = np.int32((group * ctas + rank) * block_n)
+            n_tiles_here = quotient(last - first + step - 1, step)
+            rows, under_way = np.int32(0), np.int32(0)
             if n0 < n_valid and not are_neighbours(tokens, n0, n_valid):
-                rows = min(block_n, n_valid - n0)
-                first_use, k = use, 0
-                while use < last_use:
+                rows = np.int32(min(block_n, n_valid - n0))
+            for i in range(n_tiles_here):
+                for k in range(k_steps):
                     wait_empty(ring, use)
-                    stage_smem = e_smem(ring, stage_of(use)) + swizzled
-                    offset_bytes = k * 128 + part * 16
-                    present_bytes = min(16, max(0, 2 * D - offset_bytes))
-                    first_byte = e + np.uint64(offset_bytes if present_bytes > 0 else 0)
-                    for row in range(first_row, rows, rows_at_once):
-                        source = first_byte + np.uint64(np.int64(tokens[n0 + row]) * e_pitch_bytes)
-                        memory.copy_async_16(stage_smem + np.uint32(row * 128), source, np.uint32(present_bytes))
-                    memory.copy_async_commit()
-                    if use >= first_use + 2:  # two stages are under way; what came before has landed
-                        wait_all_but_two()
-                        arrive(ring, use - 2, thread)
-                    use += 1
-                    k = k + 1 if k + 1 < k_steps else 0
-                wait_all()
-                for landed in range(max(first_use, last_use - 2), last_use):
-                    arrive(ring, landed, thread)
-            else:
-                while use < last_use:
-                    wait_empty(ring, use)
-                    arrive(ring, use, thread)
-                    use += 1
-            index += 1
+                    if rows > 0:
+                        stage_smem = np.uint32(e_smem(ring, stage_of(use)) + swizzled)
+                        present_bytes = np.uint32(min(16, max(0, row_bytes - 128 * k)))
+                        row = first_row
+                        while row < rows:
+                            source = e + np.uint64(np.int64(tokens[n0 + row]) * e_pitch_bytes + 128 * k)
+                            memory.copy_async_16(np.uint32(stage_smem + np.uint32(row * 128)), source, present_bytes)
+                            row = opaque(np.int32(row + rows_at_once))  # unrolled, this takes more registers than there are
+                        memory.copy_async_commit()
+                        wait_all_but_two()  # two stages stay under way; what came before has landed
+                        if under_way < 2:
+                            under_way = np.int32(under_way + 1)
+                        else:
+                            arrive(ring, use - np.uint32(2), thread)
+                    else:
+                        arrive(ring, use, thread)
+                    use = np.uint32(use + np.uint32(1))
+            wait_all()
+            while under_way > 0:
+                arrive(ring, use - np.uint32(under_way), thread)
+                under_way = np.int32(under_way - 1)
+            index = np.int32(index + 1)
 
     return gather
 
@@ -170,11 +186,12 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
     update_rows, mask_padding, cap, survivor_words = fold.update_rows, fold.mask_padding, fold.cap, fold.survivor_words
     e_descriptors = np.uint64(tiles.e_bytes >> 4)  # from A to B
     second_half = np.uint64(64 * 128 >> 4)  # rows 64 to 127 of e
-    segment, DONE, WHOLE = schedule.segment, schedule.DONE, schedule.WHOLE
+    segment, quotient, who_am_i = schedule.segment, schedule.quotient, make_who_am_i(tiles)
     maximum, or_of_warp, barrier_sync = arithmetic.maximum, control.or_of_warp, control.barrier_sync
     has_bias = bias_dtype is not None
-    add_bias = make_add_bias(block_v, bias_dtype) if has_bias else None
-    both_consumers, stages = np.uint32(256), np.uint32(tiles.stages)
+    bias_fragment = make_bias_fragment(block_v, bias_dtype) if has_bias else None
+    both_consumers, stages, consumers = np.uint32(256), np.uint32(tiles.stages), np.int32(2)
+    opaque = arithmetic.opaque_i32
     minus_infinity, out_of_reach = NEGATIVE_INFINITY, _OUT_OF_REACH
     swizzle = wgmma.SWIZZLE_128B
 
@@ -197,10 +214,8 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
         return upper, lower
 
     @cuda.jit(device=True, forceinline=True)
-    def finish_logits(z: Any, column: Any, bias: Any, softcap: Any, V: Any, is_last: Any) -> Any:
+    def finish_logits(z: Any, column: Any, softcap: Any, V: Any, is_last: Any) -> Any:
         """Products become logits; padding is masked last, so that no bias or cap can lift it."""
-        if has_bias:
-            z = add_bias(z, column, bias, V)
         if capped:
             z = cap(z, column, softcap)
         if is_last:
@@ -220,21 +235,20 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
 
     @cuda.jit(device=True, forceinline=True)
     def consume(
-        ring: Any, merge_smem: Any, consumer: Any, thread: Any, tokens: Any, n_valid: Any, target_logit: Any, bias: Any,
-        softcap: Any, lse: Any, has_lse: Any, part: Any, survivors: Any, pitch_words: Any, log_eps: Any, first_v_tile: Any,
+        ring: Any, merge_smem: Any, consumer: Any, thread: Any, tokens: Any, n_valid: Any, per_round: Any, target_logit: Any,
+        bias: Any, softcap: Any, lse: Any, has_lse: Any, part: Any, survivors: Any, pitch_words: Any, log_eps: Any, first_v_tile: Any,
         n_tiles: Any, k_steps: Any, V: Any,
     ) -> None:  # fmt: skip
-        worker, workers, rank = cuda.blockIdx.x // ctas, cuda.gridDim.x // ctas, np.int32(cluster.cta_rank())
-        groups = (n_valid + block_n * ctas - 1) // (block_n * ctas)
-        lane = thread & 31
-        row = (thread >> 5) * 16 + (lane >> 2)  # and 8, 64, 72 further down
+        worker, workers, groups, rank = who_am_i(n_valid)
+        lane = np.int32(thread & 31)
+        row = np.int32((thread >> 5) * 16 + (lane >> 2))  # and 8, 64, 72 further down
         upper, lower = zeros(), zeros()
-        use, index, turns = 0, 0, np.uint32(0)
+        use, index, turns = np.uint32(0), np.int32(0), np.uint32(0)
         while True:
-            group, first, last, step, slot = segment(index, worker, workers, groups, n_tiles)
-            if slot == DONE:
+            group, first, last, step, slot = segment(index, worker, workers, groups, per_round, n_tiles)
+            if slot == NO_SLOT:
                 break
-            n0 = (group * ctas + rank) * block_n
+            n0 = np.int32((group * ctas + rank) * block_n)
             # The rows' running (max, sum). One of all that share the group goes on from where earlier launches came to.
             max_0 = max_1 = max_2 = max_3 = minus_infinity
             sum_0 = sum_1 = sum_2 = sum_3 = np.float32(0)
@@ -251,56 +265,63 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
                 bound_2 = bound_of(n0 + row + 64, tokens, n_valid, target_logit, lse, has_lse)
                 bound_3 = bound_of(n0 + row + 72, tokens, n_valid, target_logit, lse, has_lse)
 
-            n_turns = (last - first + step - 1) // step
-            for i in range(consumer, n_turns, 2):
-                v_tile = first + i * step
-                first_use = np.uint32(use + i * k_steps)
+            n_turns = quotient(last - first + step - 1, step)
+            for i in range(consumer, n_turns, consumers):
+                v_tile = np.int32(first_v_tile + first + i * step)
+                first_use = np.uint32(use + np.uint32(i * k_steps))
+                v0 = np.int32(v_tile * block_v)
+                column = np.int32(v0 + 2 * (lane & 3))
+                if has_bias:  # products are added to it
+                    upper = bias_fragment(column, bias, V)
+                    # Not a copy, and not from the same addresses: there are no registers to hold either.
+                    lower = bias_fragment(opaque(column), bias, V)
                 if i > 0:
                     mbarrier.wait(turn(ring, consumer), turns & np.uint32(1))
-                    turns += np.uint32(1)
+                    turns = np.uint32(turns + np.uint32(1))
                 stage, parity = stage_of(first_use), parity_of(first_use)
                 for k in range(k_steps):
                     mbarrier.wait(full(ring, stage), parity)
                     a = descriptor(e_smem(ring, stage))
                     fence()
-                    upper, lower = multiply(upper, lower, a, a + e_descriptors, np.uint32(k))
+                    upper, lower = multiply(upper, lower, a, a + e_descriptors, np.uint32(1) if has_bias else np.uint32(k))
                     commit_group()
                     wait_all_but_one()
                     if k > 0:
                         release(ring, first_use + np.uint32(k - 1), thread)
-                    stage += np.uint32(1)
+                    stage = np.uint32(stage + np.uint32(1))
                     if stage == stages:
                         stage = np.uint32(0)
-                        parity ^= np.uint32(1)
+                        parity = np.uint32(parity ^ np.uint32(1))
                 if thread == 0 and i + 1 < n_turns:  # the other's products may queue up behind these
                     mbarrier.arrive(turn(ring, 1 - consumer))
                 wait_all()
                 release(ring, first_use + np.uint32(k_steps - 1), thread)
 
-                v0 = (first_v_tile + v_tile) * block_v
-                column, is_last = np.int32(v0 + 2 * (lane & 3)), v0 + block_v > V
-                upper = finish_logits(upper, column, bias, softcap, V, is_last)
-                lower = finish_logits(lower, column, bias, softcap, V, is_last)
+                is_last = v0 + block_v > V
+                upper = finish_logits(upper, column, softcap, V, is_last)
                 max_0, max_1, sum_0, sum_1 = update_rows(upper, max_0, max_1, sum_0, sum_1)
-                max_2, max_3, sum_2, sum_3 = update_rows(lower, max_2, max_3, sum_2, sum_3)
                 if record:
                     threshold_0 = threshold_of(maximum(bound_0, log_sum_exp(max_0, sum_0)), log_eps)
                     threshold_1 = threshold_of(maximum(bound_1, log_sum_exp(max_1, sum_1)), log_eps)
+                    above = survivor_words(upper, threshold_0, threshold_1)
+                lower = finish_logits(lower, column, softcap, V, is_last)
+                max_2, max_3, sum_2, sum_3 = update_rows(lower, max_2, max_3, sum_2, sum_3)
+                if record:
                     threshold_2 = threshold_of(maximum(bound_2, log_sum_exp(max_2, sum_2)), log_eps)
                     threshold_3 = threshold_of(maximum(bound_3, log_sum_exp(max_3, sum_3)), log_eps)
+                    below = survivor_words(lower, threshold_2, threshold_3)
                     mine = np.uint32(0)
-                    above, below = survivor_words(upper, threshold_0, threshold_1), survivor_words(lower, threshold_2, threshold_3)
                     for w in range(words):
                         bits = or_of_warp((above[w] | below[w]) << np.uint32(2 * (lane & 3)))
                         if lane == w:
-                            mine = bits
-                    columns = V - v0 - 32 * lane
+                            mine = np.uint32(bits)
+                    columns = np.int32(V - v0 - 32 * lane)
                     if columns < 32:
-                        mine &= (np.uint32(1) << np.uint32(max(columns, 0))) - np.uint32(1)
+                        mine = np.uint32(mine & ((np.uint32(1) << np.uint32(max(columns, 0))) - np.uint32(1)))
                     if lane < words and mine != 0:
-                        word = np.int64(group * ctas + rank) * pitch_words + (first_v_tile + v_tile) * words + lane
+                        word = np.int64(group * ctas + rank) * pitch_words + v_tile * words + lane
                         memory.or_global_u32(survivors + np.uint64(4 * word), mine)
-            use += n_turns * k_steps
+            use = np.uint32(use + np.uint32(n_turns * k_steps))
 
             # The consumers' rows become one, in the order that always is.
             if consumer == 1:
@@ -313,35 +334,20 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
             else:
                 barrier_sync(1, both_consumers)
                 if lane & 3 == 0:
-                    write(log_sum_exp(max_0, sum_0), row, merge_smem, part, lse, slot, rank, n0, tokens, n_valid)
-                    write(log_sum_exp(max_1, sum_1), row + 8, merge_smem, part, lse, slot, rank, n0, tokens, n_valid)
-                    write(log_sum_exp(max_2, sum_2), row + 64, merge_smem, part, lse, slot, rank, n0, tokens, n_valid)
-                    write(log_sum_exp(max_3, sum_3), row + 72, merge_smem, part, lse, slot, rank, n0, tokens, n_valid)
+                    write(log_sum_exp(max_0, sum_0), row, merge_smem, part, slot, rank)
+                    write(log_sum_exp(max_1, sum_1), row + 8, merge_smem, part, slot, rank)
+                    write(log_sum_exp(max_2, sum_2), row + 64, merge_smem, part, slot, rank)
+                    write(log_sum_exp(max_3, sum_3), row + 72, merge_smem, part, slot, rank)
             barrier_sync(1, both_consumers)  # nobody writes to merge_smem before it was read
-            index += 1
+            index = np.int32(index + 1)
 
     @cuda.jit(device=True, forceinline=True)
-    def write(
-        mine: Any, row: Any, merge_smem: Any, part: Any, lse: Any, slot: Any, rank: Any, n0: Any, tokens: Any, n_valid: Any
-    ) -> None:
-        """The log-sum-exp of a row, out of both consumers': into the result if this worker has all tiles, else into its slot."""
-        merged = log_add_exp(mine, memory.load_shared_f32(merge_smem + np.uint32(4 * row)))
-        if slot != WHOLE:
-            part[(slot * ctas + rank) * block_n + row] = merged
-        elif n0 + row < n_valid:
-            lse[tokens[n0 + row]] = merged
+    def write(mine: Any, row: Any, merge_smem: Any, part: Any, slot: Any, rank: Any) -> None:
+        """The log-sum-exp of a row, out of both consumers', goes to this worker's slot."""
+        other = memory.load_shared_f32(merge_smem + np.uint32(4 * row))
+        part[(slot * ctas + rank) * block_n + row] = log_add_exp(mine, other)
 
     return consume
-
-
-@cuda.jit(device=True, forceinline=True)
-def log_add_exp(x: Any, y: Any) -> Any:
-    """log(exp(x) + exp(y)); NaN if either is."""
-    largest, difference = arithmetic.maximum(x, y), -abs(x - y)
-    if x == y:  # both may be -inf
-        difference = np.float32(0)
-    total = np.float32(1) + arithmetic.exp2(difference * np.float32(1.4426950408889634))
-    return largest + np.float32(0.6931471805599453) * arithmetic.log2(total)
 
 
 @functools.cache
@@ -353,6 +359,7 @@ def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | 
     lower_registers = control.lower_registers(tiles.producer_registers)
     raise_registers = control.raise_registers(tiles.consumer_registers)
     block_v, block_d, first_gatherer = tiles.block_v, tiles.block_d, 128 - 32 * tiles.gatherers
+    quotient = schedule.quotient
 
     def lse_kernel(
         maps: Any,  # tensor maps of e and c, 128 bytes each
@@ -360,7 +367,10 @@ def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | 
         e_pitch_bytes: Any,
         tokens: Any,  # (N,) rows of e, the first n_valid[0] count
         n_valid: Any,  # (1,)
-        bias: Any,  # (V,)
+        first_token: Any,  # of the list, at a multiple of group_n
+        most_tokens: Any,
+        per_round: Any,  # groups, see `schedule`
+        bias: Any,  # address of (V,)
         softcap: Any,
         target_logit: Any,  # (N,) by row of e
         lse: Any,  # (N,) by row of e; what earlier launches have found, if has_lse
@@ -375,28 +385,32 @@ def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | 
         V: Any,
         D: Any,
     ) -> None:
-        """Grid of workers * cluster CTAs. Writes lse or part (see `schedule`), and sets bits of survivors."""
+        """Grid of workers * cluster CTAs. Writes part (see `schedule`), and sets bits of survivors.
+
+        tokens, survivors begin with those of first_token.
+        """
         ring = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
         thread = np.int32(cuda.threadIdx.x)
         warpgroup = thread >> 7
-        n_listed = np.int32(n_valid[0])
-        k_steps = (D + block_d - 1) // block_d
+        n_listed = np.int32(min(max(n_valid[0] - first_token, 0), most_tokens))
+        k_steps = quotient(D + block_d - 1, block_d)
         if thread == 0:
             init(ring)
         cluster.sync()
         if warpgroup == 0:
             lower_registers()
             if thread == 0:
-                produce(
-                    ring, maps, maps + np.uint64(128), tokens, n_listed, first_v_tile * block_v - first_row, n_tiles, k_steps
-                )
+                first_v = np.int32(first_v_tile * block_v - first_row)
+                produce(ring, maps, maps + np.uint64(128), tokens, n_listed, per_round, first_v, n_tiles, k_steps)
             elif thread >= first_gatherer:
-                gather(ring, thread - first_gatherer, e, e_pitch_bytes, tokens, n_listed, n_tiles, k_steps, D)
+                gather(
+                    ring, thread - first_gatherer, e, e_pitch_bytes, tokens, n_listed, per_round, n_tiles, k_steps, D
+                )
         else:
             raise_registers()
             consume(
-                ring, ring + ring_bytes, warpgroup - 1, thread & 127, tokens, n_listed, target_logit, bias, softcap, lse, has_lse,
-                part, survivors, pitch_words, log_eps, first_v_tile, n_tiles, k_steps, V,
+                ring, ring + ring_bytes, np.int32(warpgroup - 1), np.int32(thread & 127), tokens, n_listed, per_round, target_logit,
+                bias, softcap, lse, has_lse, part, survivors, pitch_words, log_eps, first_v_tile, n_tiles, k_steps, V,
             )  # fmt: skip
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while others still write to its shared memory
@@ -404,7 +418,7 @@ def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | 
     f32, i32, i64, u64 = types.float32, types.int32, types.int64, types.uint64
     p_f32, p_i32 = pointer_to(np.float32), pointer_to(np.int32)
     signature = types.void(
-        *(u64, u64, i64, p_i32, pointer_to(np.int64), pointer_to(bias_dtype or dtype), f32, p_f32, p_f32, i32, p_f32, u64, i64, f32),
+        *(u64, u64, i64, p_i32, pointer_to(np.int64), i64, i32, i32, u64, f32, p_f32, p_f32, i32, p_f32, u64, i64, f32),
         *(i32, i32, i32, i32, i32),
     )
     return Kernel(lse_kernel, signature, threads=tiles.threads, cluster=tiles.cluster, smem_bytes=tiles.smem_bytes)
@@ -413,7 +427,9 @@ def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | 
 # With survivors, the vocabulary goes in these parts, and each gives the next a bound of the log-sum-exp, where else each consumer of
 # each worker would only know its own tiles. Tokenizers give the frequent entries the first numbers. See benchmarks/NOTES.md.
 _PHASE_ENDS = (1 / 16, 1 / 4, 1)
-COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
+_COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
+_CACHED_BYTES = 14 * 2**20  # of e, at a time: it stays in the L2 cache (50 MB, of which each half keeps its own copy)
+_BATCH = 2**14  # tokens of a launch: bounds the partial results
 
 
 def forward(p: Problem, tiles: HopperTiles, record: bool) -> Statistics:
@@ -428,11 +444,12 @@ def forward(p: Problem, tiles: HopperTiles, record: bool) -> Statistics:
         n_valid[...] = 0
         return _statistics(p, tiles, tokens, n_valid, lse, target_logit, survivors if record else None)
     e = p.e if tensor_map.why_not(p.e) is None else copy_rows(p.e, xp.empty((N, tensor_map.padded_columns(D)), p.dtype))
-    rows = rows_at_once(p, tiles)
-    in_place = tensor_map.why_not(p.c) is None
+    rows, in_place = rows_at_once(p, tiles), tensor_map.why_not(p.c) is None
     c = p.c if in_place else xp.empty((rows, tensor_map.padded_columns(D)), p.dtype)[:, :D]
     workers = count_workers(p, tiles)
-    part = xp.empty(slots(workers) * tiles.group_n, np.float32)
+    per_round = schedule.groups_per_round(workers, int(_CACHED_BYTES) // (2 * D * tiles.group_n))
+    batch_groups = ceil_div(min(N, _BATCH), tiles.group_n)
+    part = xp.empty(schedule.count_slots(workers, batch_groups, per_round) * tiles.group_n, np.float32)
     maps = xp.empty(2 * tensor_map.WORDS, np.uint64)
     make_prepare_kernel().launch(
         1,
@@ -460,41 +477,49 @@ def forward(p: Problem, tiles: HopperTiles, record: bool) -> Statistics:
     for first_row, first_tile, last_tile in phases(V, rows, tiles, record):
         if not in_place and first_tile * tiles.block_v == first_row:
             copy_rows(p.c[first_row : first_row + rows], c)
-        lse_kernel.launch(
-            workers * tiles.cluster,
-            maps.data.ptr,
-            e.data.ptr,
-            tensor_map.pitch_bytes(e),
-            tokens.data.ptr,
-            n_valid.data.ptr,
-            bias_pointer,
-            softcap,
-            target_logit.data.ptr,
-            lse.data.ptr,
-            first_tile > 0,
-            part.data.ptr,
-            survivors.data.ptr,
-            pitch_words,
-            log_threshold(options.filter_eps),
-            first_tile,
-            last_tile - first_tile,
-            first_row,
-            V,
-            D,
-        )
-        merge_kernel.launch(
-            merge.ctas_for(N),
-            part.data.ptr,
-            workers,
-            last_tile - first_tile,
-            tokens.data.ptr,
-            n_valid.data.ptr,
-            target_logit.data.ptr,
-            lse.data.ptr,
-            survivors.data.ptr,
-            pitch_words if last_tile * tiles.block_v >= V else 0,
-            V,
-        )
+        for first_token in range(0, N, _BATCH):
+            batch = (first_token, min(_BATCH, N - first_token))
+            tokens_pointer = tokens.data.ptr + 4 * first_token
+            survivors_pointer = survivors.data.ptr + 4 * pitch_words * (first_token // tiles.block_n)
+            lse_kernel.launch(
+                workers * tiles.cluster,
+                maps.data.ptr,
+                e.data.ptr,
+                tensor_map.pitch_bytes(e),
+                tokens_pointer,
+                n_valid.data.ptr,
+                *batch,
+                per_round,
+                bias_pointer,
+                softcap,
+                target_logit.data.ptr,
+                lse.data.ptr,
+                first_tile > 0,
+                part.data.ptr,
+                survivors_pointer,
+                pitch_words,
+                log_threshold(options.filter_eps),
+                first_tile,
+                last_tile - first_tile,
+                first_row,
+                V,
+                D,
+            )
+            merge_kernel.launch(
+                merge.ctas_for(batch[1]),
+                part.data.ptr,
+                workers,
+                per_round,
+                last_tile - first_tile,
+                tokens_pointer,
+                n_valid.data.ptr,
+                *batch,
+                target_logit.data.ptr,
+                lse.data.ptr,
+                survivors_pointer,
+                pitch_words if last_tile * tiles.block_v >= V else 0,
+                V,
+            )
     return _statistics(p, tiles, tokens, n_valid, lse, target_logit, survivors if record else None)
 
 
@@ -555,18 +580,13 @@ def rows_at_once(p: Problem, tiles: HopperTiles) -> int:
     """Rows of c that are in reach of the copy engine at a time: V, or as many as a copy may hold."""
     if tensor_map.why_not(p.c) is None:
         return p.V
-    fitting = COPY_BYTES // (2 * tensor_map.padded_columns(p.D)) // tiles.block_v * tiles.block_v
+    fitting = _COPY_BYTES // (2 * tensor_map.padded_columns(p.D)) // tiles.block_v * tiles.block_v
     return min(p.V, max(tiles.block_v, fitting))
 
 
 def count_workers(p: Problem, tiles: HopperTiles) -> int:
     """Clusters that run at the same time."""
     return cuda.get_current_device().MULTIPROCESSOR_COUNT // tiles.cluster
-
-
-def slots(workers: int) -> int:
-    """Partial results of a launch: one for each worker, and one for each group that workers share (see `schedule.segment`)."""
-    return 2 * workers
 
 
 def pitch_of(V: int, tiles: HopperTiles) -> int:

@@ -75,6 +75,29 @@ def map_elements(n: int, change: Callable[..., Any], *extras: Any) -> Any:
     return as_intrinsic(define, len(operands), f"map_elements_{change.__name__}")
 
 
+def fill_columns(n: int, value: Callable[..., Any], *extras: Any) -> Any:
+    """A fragment whose elements depend on the column alone: `value(column, *extras) -> z`.
+
+    In a kernel: `fragment = filled(first_column, *extras)`, with columns and `extras` as in `map_elements`.
+    """
+    operands = (I32, *extras)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(value.__name__, operands[:1], given[:1])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, value, F32(I32, *extras))
+            fragment = ir.Constant(context.get_value_type(signature.return_type), ir.Undefined)
+            for i in range(n // 2):
+                column = builder.add(values[0], ir.Constant(ir.IntType(32), column_of(i)))
+                fragment = builder.insert_value(fragment, call(column, *values[1:]), i)
+            return fragment
+
+        return fragment_type(n)(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"fill_columns_{value.__name__}")
+
+
 def collect_bits(n: int, keep: Callable[..., Any]) -> Any:
     """One bit for each column: whether `keep(z, by_row) -> bool` holds in either row of this thread.
 

@@ -10,9 +10,9 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from cce_numba.hopper.fold import make_load
 from cce_numba.hopper.launch import Kernel, pointer_to
 from cce_numba.ptx import arithmetic, control, memory
-from cce_numba.simt.numbers import conversions
 
 _WARPS = 4  # of a CTA, each with a token
 
@@ -21,7 +21,7 @@ _WARPS = 4  # of a CTA, each with a token
 def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligned: bool) -> Kernel:
     """The kernel for 16-bit `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads four numbers at a time."""
     widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
-    load_bias, _ = conversions(bias_dtype or dtype)
+    load_bias, bias_bytes = make_load(bias_dtype or dtype), (bias_dtype or dtype).itemsize
     has_bias, warps, shuffle_xor = bias_dtype is not None, _WARPS, control.shuffle_xor_f32
 
     @cuda.jit(device=True, forceinline=True)
@@ -37,7 +37,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
         c: Any,  # address
         c_pitch_bytes: Any,
         c_step_bytes: Any,  # from one number of a row to the next
-        bias: Any,  # (V,)
+        bias: Any,  # address of (V,)
         softcap: Any,  # 0 for none
         targets: Any,  # (N,)
         tokens: Any,  # (N,), the first n_valid[0] count
@@ -71,7 +71,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
             total += shuffle_xor(total, mask)
         if lane == 0:
             if has_bias:
-                total += load_bias(bias[target])
+                total += load_bias(bias + np.uint64(bias_bytes * target))
             if softcap > 0:
                 total = softcap * math.tanh(total / softcap)
             target_logit[n] = total
@@ -82,7 +82,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
     p_i64, p_i32, p_f32 = pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
     u64, i64, i32, f32 = types.uint64, types.int64, types.int32, types.float32
     signature = types.void(
-        u64, i64, u64, i64, i64, pointer_to(bias_dtype or dtype), f32, p_i64, p_i32, p_i64, i32, i32, p_f32, u64, i64
+        u64, i64, u64, i64, i64, u64, f32, p_i64, p_i32, p_i64, i32, i32, p_f32, u64, i64
     )  # fmt: skip
     return Kernel(indexed_dot_kernel, signature, threads=32 * _WARPS)
 

@@ -11,6 +11,7 @@ from numba import cuda
 from numba.cuda import types
 
 from cce_numba.hopper import schedule
+from cce_numba.hopper.fold import log_add_exp
 from cce_numba.hopper.launch import Kernel, pointer_to
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.ptx import control
@@ -22,51 +23,40 @@ _WARPS = 4  # of a CTA, each with a token
 def make_merge_kernel(tiles: HopperTiles) -> Kernel:
     """A warp for each token."""
     warps, group_n, block_n = _WARPS, tiles.group_n, tiles.block_n
-    shared_tiles, shuffle_xor = schedule.shared_tiles, control.shuffle_xor_f32
+    slots_of, quotient, shuffle_xor = schedule.slots_of, schedule.quotient, control.shuffle_xor_f32
     minus_infinity = np.float32(-math.inf)
 
     def merge_kernel(
         part: Any,  # (slots, group_n) log-sum-exps
         workers: Any,
+        per_round: Any,
         n_tiles: Any,
-        tokens: Any,  # (N,), the first n_valid[0] count
+        tokens: Any,  # (N,)
         n_valid: Any,  # (1,)
+        first_token: Any,
+        most_tokens: Any,
         target_logit: Any,  # (N,)
         lse: Any,  # (N,)
         survivors: Any,  # (blocks, pitch_words)
         pitch_words: Any,  # 0 if this is not to be looked after
         V: Any,
     ) -> None:
-        """lse[n] = log of the sum of exp(part), for the tokens of groups that workers shared."""
-        lane, position = cuda.threadIdx.x & 31, cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5)
-        n_listed = n_valid[0]
+        """lse[n] = log of the sum of exp(part), over the slots of the token's group. tokens, survivors begin with first_token."""
+        lane, position = cuda.threadIdx.x & 31, np.int32(cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5))
+        n_listed = np.int32(min(max(n_valid[0] - first_token, 0), most_tokens))
         if position >= n_listed:
             return
-        token, group, row = tokens[position], position // group_n, position % group_n
-        groups = (n_listed + group_n - 1) // group_n
-        full, rest = groups // workers * workers, groups % workers
-        if group >= full:
-            share, member = workers // rest, group - full
-            slots = share + (1 if shared_tiles(workers, rest, n_tiles) < n_tiles else 0)
-            largest = minus_infinity
-            any_nan = False
-            for i in range(lane, slots, 32):
-                x = part[(member + i * rest if i < share else workers + member) * group_n + row]
-                largest = max(largest, x)
-                any_nan |= x != x
-            for mask in (16, 8, 4, 2, 1):
-                largest = max(largest, shuffle_xor(largest, mask))
-            shift = largest if largest > minus_infinity else np.float32(0)
-            total = np.float32(math.nan) if any_nan else np.float32(0)
-            for i in range(lane, slots, 32):
-                total += math.exp(part[(member + i * rest if i < share else workers + member) * group_n + row] - shift)
-            for mask in (16, 8, 4, 2, 1):
-                total += shuffle_xor(total, mask)
-            result = shift + math.log(total)
-            if lane == 0:
-                lse[token] = result
-        else:
-            result = lse[token]
+        token, group, row = tokens[position], quotient(position, group_n), position % group_n
+        first, step, count, extra = slots_of(group, workers, quotient(n_listed + group_n - 1, group_n), per_round, n_tiles)
+        mine, others = minus_infinity, count + 1 if extra >= 0 else count
+        for i in range(lane, others, 32):
+            slot = first + i * step if i < count else extra
+            mine = log_add_exp(mine, part[slot * group_n + row])
+        for mask in (16, 8, 4, 2, 1):
+            mine = log_add_exp(mine, shuffle_xor(mine, mask))
+        result = mine
+        if lane == 0:
+            lse[token] = result
         # A lost token's gradient is NaN in every column, so all must survive.
         if pitch_words > 0 and (result != result or target_logit[token] != target_logit[token]):
             first_word = position // block_n * pitch_words
@@ -75,7 +65,7 @@ def make_merge_kernel(tiles: HopperTiles) -> Kernel:
 
     p_u32, p_i64, p_i32, p_f32 = pointer_to(np.uint32), pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
     i32 = types.int32
-    signature = types.void(p_f32, i32, i32, p_i32, p_i64, p_f32, p_f32, p_u32, types.int64, i32)
+    signature = types.void(p_f32, i32, i32, i32, p_i32, p_i64, types.int64, i32, p_f32, p_f32, p_u32, types.int64, i32)
     return Kernel(merge_kernel, signature, threads=32 * _WARPS)
 
 

@@ -1,10 +1,10 @@
 """Who computes which tiles: every worker about as many, and all of them at about the same place in the vocabulary.
 
-A worker is a cluster; a group is the tokens that a cluster takes at a time. Whole rounds come first, in which each worker takes one
-group and all of the vocabulary. In the last round there are fewer groups than workers, and several workers share a group: they take
-its tiles in turn, not one part each, so that all workers read the same rows of `c` at about the same time (from the L2 cache,
-once they have been read), and so that each sees a fair sample of the vocabulary early on, which makes its survivors fewer. Workers
-that this leaves over take the last tiles of each group in turn.
+A worker is a cluster; a group is the tokens that a cluster takes at a time. Work goes in rounds of `per_round` groups: few enough
+that their rows of `e` stay in the L2 cache while `c` streams by. Several workers share a group, and take its tiles in turn, not one
+part each: so all workers read the same rows of `c` at about the same time, and each sees a fair sample of the vocabulary early
+on, which makes its survivors fewer. In the last round there may be fewer groups; the workers that a fair share leaves over then take
+the last tiles of each group in turn.
 
 How many tokens count is known on the device alone, so kernels call these functions; they are plain Python.
 """
@@ -13,48 +13,100 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba.cuda.extending import register_jitable
 
-WHOLE = -1  # in place of a slot: no other worker has tiles of the group
-DONE = -2
+NO_SLOT = -1
 
 
 @register_jitable
-def segment(index: Any, worker: Any, workers: Any, groups: Any, tiles: Any) -> Any:
-    """A worker's index-th piece of work: `(group, first, last, step, slot)`: tiles first, first + step, ... below last.
+def segment(index: Any, worker: Any, workers: Any, groups: Any, per_round: Any, tiles: Any) -> Any:
+    """A worker's index-th piece of work, `(group, first, last, step, slot)`: tiles first, first + step, ... below last.
 
-    What it finds goes to a slot of the partial results, or is the whole result, if slot is WHOLE. Slot DONE: no work is left.
+    What it finds goes to that slot of the partial results. NO_SLOT: no work is left.
 
-    >>> [segment(i, worker=3, workers=4, groups=5, tiles=100) for i in range(3)]
-    [(3, 0, 100, 1, -1), (4, 3, 100, 4, 3), (0, 0, 0, 1, -2)]
+    >>> [tuple(map(int, segment(i, 3, workers=4, groups=3, per_round=2, tiles=100))) for i in range(3)]
+    [(1, 1, 100, 2, 3), (2, 3, 100, 4, 7), (0, 0, 0, 1, -1)]
     """
-    full = groups // workers
-    rest = groups - full * workers
-    if index < full:
-        return index * workers + worker, 0, tiles, 1, WHOLE
+    full, share = quotient(groups, per_round), quotient(workers, per_round)
+    busy = share * per_round  # workers of a full round
+    rest = groups - full * per_round
+    if worker < busy:
+        if index < full:
+            stream = quotient(worker, per_round)
+            return _int32s(index * per_round + worker - stream * per_round, stream, tiles, share, index * busy + worker)
+        index -= full
     if rest > 0:
-        share = workers // rest
-        head = shared_tiles(workers, rest, tiles)
+        share, head = quotient(workers, rest), shared_tiles(workers, rest, tiles)
         if worker < share * rest:
-            if index == full:
-                return full * workers + worker % rest, worker // rest, head, share, worker
+            if index == 0:
+                stream = quotient(worker, rest)
+                return _int32s(full * per_round + worker - stream * rest, stream, head, share, full * busy + worker)
         elif head < tiles:
-            member = worker - share * rest + (index - full) * (workers - share * rest)
+            member = worker - share * rest + index * (workers - share * rest)
             if member < rest:
-                return full * workers + member, head, tiles, 1, workers + member
-    return 0, 0, 0, 1, DONE
+                return _int32s(full * per_round + member, head, tiles, 1, full * busy + workers + member)
+    return _int32s(0, 0, 0, 1, NO_SLOT)
+
+
+@register_jitable
+def slots_of(group: Any, workers: Any, groups: Any, per_round: Any, tiles: Any) -> Any:
+    """Where a group's partial results are, `(first, step, count, extra)`: slots first + i * step for i < count, and extra if >= 0.
+
+    >>> tuple(map(int, slots_of(2, workers=4, groups=3, per_round=2, tiles=100)))
+    (4, 1, 4, -1)
+    """
+    full, share = quotient(groups, per_round), quotient(workers, per_round)
+    busy, rest = share * per_round, groups - full * per_round
+    if group < full * per_round:
+        round_ = quotient(group, per_round)
+        return _int32s(round_ * busy + group - round_ * per_round, per_round, share, NO_SLOT, 0)[:4]
+    member, extra = group - full * per_round, NO_SLOT
+    if shared_tiles(workers, rest, tiles) < tiles:
+        extra = full * busy + workers + member
+    return _int32s(full * busy + member, rest, quotient(workers, rest), extra, 0)[:4]
 
 
 @register_jitable
 def shared_tiles(workers: Any, rest: Any, tiles: Any) -> Any:
     """How many tiles the sharing workers of the last round take; those from there on are for the workers left over.
 
-    >>> shared_tiles(workers=66, rest=32, tiles=1000)  # 32 groups, 2 workers each; 2 left over have 16 groups each
+    >>> int(shared_tiles(workers=66, rest=32, tiles=1000))  # 32 groups, 2 workers each; 2 left over have 16 groups each
     969
     """
-    share = workers // rest
+    share = quotient(workers, rest)
     over = workers - share * rest
     if over == 0:
         return tiles
-    turns = (rest + over - 1) // over
-    return tiles * turns * share // (turns * share + 1)
+    turns = quotient(rest + over - 1, over) * share
+    # tiles * turns / (turns + 1), without a product that could overflow
+    return tiles - quotient(tiles + turns, turns + 1)
+
+
+@register_jitable
+def quotient(a: Any, b: Any) -> Any:
+    """a // b of small non-negative numbers, by the fast unsigned 32-bit division."""
+    return np.int32(np.uint32(a) // np.uint32(b))
+
+
+@register_jitable
+def _int32s(a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+    return np.int32(a), np.int32(b), np.int32(c), np.int32(d), np.int32(e)
+
+
+def count_slots(workers: int, groups: int, per_round: int) -> int:
+    """Partial results, at most, of so many groups.
+
+    >>> count_slots(workers=4, groups=3, per_round=2)
+    12
+    """
+    return groups // per_round * (workers // per_round * per_round) + 2 * workers
+
+
+def groups_per_round(workers: int, most: int) -> int:
+    """How many groups go together, at most `most`: such that the fewest workers are idle; of those, the most.
+
+    >>> groups_per_round(workers=66, most=14), groups_per_round(workers=57, most=14)
+    (11, 3)
+    """
+    return max(range(1, max(1, min(most, workers)) + 1), key=lambda groups: (workers // groups * groups, groups))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cce_numba.ptx.instruction import F32, U32, instruction
+from cce_numba.ptx.instruction import F32, I32, U32, instruction
 
 exp2 = instruction(
     "ex2.approx.ftz.f32 $0, $1;",
@@ -54,4 +54,10 @@ widen_f16 = instruction(
     ordered=False,
     name="cvt.f32.f16",
     doc="(the 16 bits of a float16): its value. ISA 9.7.9, cvt.",
+)
+opaque_i32 = instruction(
+    "mov.b32 $0, $1;",
+    (I32,),
+    I32,
+    doc="The same number, of which the compiler then knows nothing: a loop counter that passes through it is not unrolled.",
 )

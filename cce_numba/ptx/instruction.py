@@ -69,6 +69,8 @@ def as_intrinsic(define: Callable[..., Any], arity: int, name: str, doc: str = "
 
 def check_operands(name: str, expected: tuple[Any, ...], given: tuple[Any, ...]) -> None:
     """Raises numba's typing error, with what came and what must come, for operands that cannot be meant."""
+    if len(given) != len(expected):
+        raise NumbaTypeError(f"{name}: takes {len(expected)} operands, got {len(given)}")
     for position, (want, got) in enumerate(zip(expected, given, strict=True)):
         if not _fits(want, got):
             raise NumbaTypeError(f"{name}: operand {position} must be {_wanted(want)}, got {got}")

@@ -30,14 +30,15 @@ shared_address = as_intrinsic(
     _define_shared_address, 1, "shared_address", "(array): the 32-bit address of its start in the shared window. ISA 9.7.9, cvta."
 )
 load_global_u64 = instruction("ld.global.nc.u64 $0, [$1];", (U64,), U64, ordered=False, doc="(address) of what nobody writes.")
+# These two stay where they are written, since many of them at once, moved to the front, would take as many registers.
 load_global_u16 = instruction(
     "{ .reg .u16 x; ld.global.nc.u16 x, [$1]; cvt.u32.u16 $0, x; }",
     (U64,),
     U32,
-    ordered=False,
     name="ld.global.nc.u16",
     doc="(address) of what nobody writes.",
 )
+load_global_f32 = instruction("ld.global.nc.f32 $0, [$1];", (U64,), F32, doc="(address) of what nobody writes.")
 load_shared_f32 = instruction("ld.shared.f32 $0, [$1];", (U32,), F32, doc="(shared address). ISA 9.7.9, ld.")
 store_shared_f32 = instruction("st.shared.f32 [$0], $1;", (U32, F32), doc="(shared address, value). ISA 9.7.9, st.")
 copy_async_16 = instruction(

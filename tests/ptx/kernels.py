@@ -1,0 +1,249 @@
+"""Tiny kernels, each for a few instructions, whose results NumPy can tell. The GPU runs them; without one, they compile."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from cce_numba.hopper.launch import Kernel, pointer_to
+from cce_numba.ptx import cluster, control, mbarrier, memory, tma, wgmma
+
+F32_ARRAY, U32_ARRAY = pointer_to(np.float32), pointer_to(np.uint32)
+BOX_ROWS, ROW_BYTES = 128, 128  # of a swizzled box: 64 16-bit numbers a row
+BOX_BYTES = BOX_ROWS * ROW_BYTES
+_ALIGNMENT_BYTES = 1024  # where the swizzle's pattern begins
+_BARRIER_BYTES = 8
+
+
+@cuda.jit(device=True)
+def aligned_smem():
+    """The first address of dynamic shared memory where a swizzled box may lie."""
+    return (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
+
+
+@cuda.jit(device=True)
+def init_barrier(barrier, arrivals):
+    """By all threads of a CTA."""
+    if cuda.threadIdx.x == 0:
+        mbarrier.init(barrier, arrivals)
+        mbarrier.fence_init()
+    cuda.syncthreads()
+
+
+def make_elementwise(function, dtype=np.float32):
+    """out[i] = function(x[i], y[i], z[i]), in float32, of arrays whose length is a multiple of 128."""
+    run = cuda.jit(device=True)(function)
+
+    def elementwise_kernel(out, x, y, z):
+        i = cuda.blockIdx.x * 128 + cuda.threadIdx.x
+        out[i] = run(x[i], y[i], z[i])
+
+    array = pointer_to(dtype)
+    return Kernel(elementwise_kernel, types.void(F32_ARRAY, array, array, array), threads=128)
+
+
+def make_load_box():
+    """out = a box of a matrix as it lies in shared memory, its first element at (row, column)."""
+
+    def load_box_kernel(tensor_map, out, row, column):
+        thread, smem = cuda.threadIdx.x, aligned_smem()
+        barrier = smem + np.uint32(BOX_BYTES)
+        init_barrier(barrier, 1)
+        if thread == 0:
+            tma.fence_tensor_map(tensor_map)
+            mbarrier.arrive_expect_tx(barrier, BOX_BYTES)
+            tma.load_2d(smem, tensor_map, barrier, column, row)
+        mbarrier.wait(barrier, 0)
+        for i in range(thread, BOX_BYTES // 4, 128):
+            out[i] = memory.load_shared_f32(smem + np.uint32(4 * i))
+
+    signature = types.void(types.uint64, F32_ARRAY, types.int32, types.int32)
+    return Kernel(load_box_kernel, signature, threads=128, smem_bytes=_ALIGNMENT_BYTES + BOX_BYTES + _BARRIER_BYTES)
+
+
+def make_multicast():
+    """out[cta] = the first box, of which each of two CTAs has fetched half, for both."""
+
+    def multicast_kernel(tensor_map, out):
+        thread, rank, smem = cuda.threadIdx.x, np.int32(cluster.cta_rank()), aligned_smem()
+        barrier = smem + np.uint32(BOX_BYTES)
+        init_barrier(barrier, 1)
+        cluster.sync()  # before the other writes here
+        if thread == 0:
+            tma.fence_tensor_map(tensor_map)
+            mbarrier.arrive_expect_tx(barrier, BOX_BYTES)
+            half = smem + np.uint32(rank * BOX_BYTES // 2)
+            tma.load_2d_multicast(half, tensor_map, barrier, 0, rank * BOX_ROWS // 2, 3)
+        mbarrier.wait(barrier, 0)
+        for i in range(thread, BOX_BYTES // 4, 128):
+            out[cuda.blockIdx.x * (BOX_BYTES // 4) + i] = memory.load_shared_f32(smem + np.uint32(4 * i))
+        cluster.sync()  # nobody leaves while the other still writes here
+
+    smem_bytes = _ALIGNMENT_BYTES + BOX_BYTES + _BARRIER_BYTES
+    return Kernel(multicast_kernel, types.void(types.uint64, F32_ARRAY), threads=128, cluster=2, smem_bytes=smem_bytes)
+
+
+def make_product(n, dtype):
+    """out[thread] = its fragment of a (64, 64) @ b (n, 64).T; twice that if accumulate is 1, since the product runs twice."""
+    zeros, mma, wait_all = wgmma.zeros(n), wgmma.mma(n, dtype), wgmma.wait_group(0)
+    a_bytes, b_bytes = 64 * ROW_BYTES, n * ROW_BYTES
+    swizzle = wgmma.SWIZZLE_128B
+
+    @cuda.jit(device=True)
+    def descriptor(address):
+        return swizzle | np.uint64((np.uint32(address) & np.uint32(0x3FFFF)) >> np.uint32(4))
+
+    def product_kernel(a_map, b_map, accumulate, out):
+        thread, smem = cuda.threadIdx.x, aligned_smem()
+        barrier = smem + np.uint32(a_bytes + b_bytes)
+        init_barrier(barrier, 1)
+        if thread == 0:
+            tma.fence_tensor_map(a_map)
+            tma.fence_tensor_map(b_map)
+            mbarrier.arrive_expect_tx(barrier, a_bytes + b_bytes)
+            tma.load_2d(smem, a_map, barrier, 0, 0)
+            tma.load_2d(smem + np.uint32(a_bytes), b_map, barrier, 0, 0)
+        mbarrier.wait(barrier, 0)
+        a, b = descriptor(smem), descriptor(smem + np.uint32(a_bytes))
+        fragment = zeros()
+        for turn in range(2):
+            wgmma.fence()
+            fragment = mma(fragment, a, b, np.uint32(turn & accumulate))
+            for k in range(1, 4):  # 16 terms, or 32 bytes, at a time
+                fragment = mma(fragment, a + np.uint64(2 * k), b + np.uint64(2 * k), np.uint32(1))
+            wgmma.commit_group()
+            wait_all()
+        out[thread] = fragment
+
+    out = types.CPointer(wgmma.fragment_type(n))
+    signature = types.void(types.uint64, types.uint64, types.int32, out)
+    return Kernel(product_kernel, signature, threads=128, smem_bytes=_ALIGNMENT_BYTES + a_bytes + b_bytes + _BARRIER_BYTES)
+
+
+def make_copy_async():
+    """out[i] = 16 bytes at source + 16 * i, of which only counts[i] are copied."""
+    wait_all = memory.copy_async_wait(0)
+
+    def copy_async_kernel(source, counts, out):
+        thread = cuda.threadIdx.x
+        smem = aligned_smem() + np.uint32(16 * thread)
+        for i in range(4):
+            memory.store_shared_f32(smem + np.uint32(4 * i), np.float32(1))  # what a copy of fewer bytes must not leave
+        cuda.syncthreads()
+        memory.copy_async_16(smem, source + np.uint64(16 * thread), counts[thread])
+        memory.copy_async_commit()
+        wait_all()
+        for i in range(4):
+            out[4 * thread + i] = memory.load_shared_f32(smem + np.uint32(4 * i))
+
+    signature = types.void(types.uint64, U32_ARRAY, F32_ARRAY)
+    return Kernel(copy_async_kernel, signature, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
+
+
+def make_or_of_warp():
+    """out[i] = the union of the bits of the warp of thread i."""
+
+    def or_of_warp_kernel(x, out):
+        out[cuda.threadIdx.x] = control.or_of_warp(x[cuda.threadIdx.x])
+
+    return Kernel(or_of_warp_kernel, types.void(U32_ARRAY, U32_ARRAY), threads=64)
+
+
+def make_shuffle():
+    """out[i] = x[i ^ mask] of the same warp."""
+
+    def shuffle_kernel(x, mask, out):
+        out[cuda.threadIdx.x] = control.shuffle_xor_f32(x[cuda.threadIdx.x], mask)
+
+    return Kernel(shuffle_kernel, types.void(F32_ARRAY, types.uint32, F32_ARRAY), threads=64)
+
+
+def make_or_global():
+    """words[i % 2] |= bits[i], by many threads at once."""
+
+    def or_global_kernel(words, bits):
+        i = cuda.blockIdx.x * 128 + cuda.threadIdx.x
+        memory.or_global_u32(words + np.uint64(4 * (i % 2)), bits[i])
+
+    return Kernel(or_global_kernel, types.void(types.uint64, U32_ARRAY), threads=128)
+
+
+def make_load_global():
+    """Element i of an array, by its address, read as 64, 32 and 16 bits."""
+
+    def load_global_kernel(x_u64, x_f32, x_u16, out_u64, out_f32, out_u32):
+        i = cuda.threadIdx.x
+        out_u64[i] = memory.load_global_u64(x_u64 + np.uint64(8 * i))
+        out_f32[i] = memory.load_global_f32(x_f32 + np.uint64(4 * i))
+        out_u32[i] = memory.load_global_u16(x_u16 + np.uint64(2 * i))
+
+    u64 = types.uint64
+    return Kernel(load_global_kernel, types.void(u64, u64, u64, pointer_to(np.uint64), F32_ARRAY, U32_ARRAY), threads=32)
+
+
+def make_handover(rounds):
+    """out[32 * i + lane] = 100 * i + 31 - lane: from one warp to another through shared memory, which is used again each round."""
+
+    def handover_kernel(out):
+        thread, smem = cuda.threadIdx.x, aligned_smem()
+        lane, full, empty = thread & 31, smem + np.uint32(128), smem + np.uint32(136)
+        init_barrier(full, 32)
+        init_barrier(empty, 32)
+        for i in range(rounds):
+            if thread < 32:
+                mbarrier.wait(empty, i & 1 ^ 1)  # the phase before the first counts as complete
+                memory.store_shared_f32(smem + np.uint32(4 * lane), np.float32(100 * i + lane))
+                mbarrier.arrive(full)
+            else:
+                mbarrier.wait(full, i & 1)
+                out[32 * i + lane] = memory.load_shared_f32(smem + np.uint32(4 * (31 - lane)))
+                cuda.syncwarp()
+                if lane == 0:
+                    mbarrier.arrive_many(empty, 32)
+
+    return Kernel(handover_kernel, types.void(F32_ARRAY), threads=64, smem_bytes=_ALIGNMENT_BYTES + 128 + 2 * _BARRIER_BYTES)
+
+
+def make_named_barrier():
+    """out[i] = 63 - i through shared memory; a third warp never comes to the barrier."""
+
+    def named_barrier_kernel(out):
+        thread, smem = cuda.threadIdx.x, aligned_smem()
+        if thread < 64:
+            memory.store_shared_f32(smem + np.uint32(4 * thread), np.float32(thread))
+            control.barrier_sync(1, 64)
+            out[thread] = memory.load_shared_f32(smem + np.uint32(4 * (63 - thread)))
+
+    return Kernel(named_barrier_kernel, types.void(F32_ARRAY), threads=96, smem_bytes=_ALIGNMENT_BYTES + 64 * 4)
+
+
+def make_cluster():
+    """out[cta] = its rank in a cluster of two, once the other has arrived at its barrier."""
+
+    def cluster_kernel(out):
+        thread, rank, smem = cuda.threadIdx.x, cluster.cta_rank(), aligned_smem()
+        init_barrier(smem, 1)
+        cluster.sync()
+        if thread == 0:
+            mbarrier.arrive_cluster(cluster.map_shared(smem, rank ^ np.uint32(1)))
+        mbarrier.wait(smem, 0)
+        if thread == 0:
+            out[cuda.blockIdx.x] = rank
+        cluster.sync()
+
+    return Kernel(cluster_kernel, types.void(U32_ARRAY), threads=32, cluster=2, smem_bytes=_ALIGNMENT_BYTES + _BARRIER_BYTES)
+
+
+def make_register_exchange():
+    """out[i] = i: one warpgroup gives registers away, and the other takes them."""
+    lower, raise_ = control.lower_registers(40), control.raise_registers(232)
+
+    def register_exchange_kernel(out):
+        if cuda.threadIdx.x < 128:
+            lower()
+        else:
+            raise_()
+        out[cuda.threadIdx.x] = np.uint32(cuda.threadIdx.x)
+
+    return Kernel(register_exchange_kernel, types.void(U32_ARRAY), threads=384)

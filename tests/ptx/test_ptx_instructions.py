@@ -1,0 +1,263 @@
+"""Every instruction of `cce_numba.ptx`: what it compiles to, and that operands which cannot be meant are refused."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from numba.core.errors import TypingError
+from numba.cuda import types
+
+from cce_numba import ptx
+from cce_numba.ptx import control, memory, wgmma
+from cce_numba.ptx.instruction import F32, I32, I64, U32, U64, VOID, instruction
+from tests import offline
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+ARRAY = types.Array(F32, 1, "C")
+FRAGMENT = wgmma.fragment_type(64)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An instruction as kernels use it.
+
+    Attributes:
+        name: module and function.
+        mnemonic: a regular expression of what stands in the PTX, once.
+        operands: their types.
+        result: the result's type.
+        made_with: for functions that make instructions, what they take.
+    """
+
+    name: str
+    mnemonic: str
+    operands: tuple[Any, ...] = ()
+    result: Any = VOID
+    made_with: tuple[Any, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.made_with is None else f"{self.name}({', '.join(map(str, self.made_with))})"
+
+    @property
+    def function(self) -> Any:
+        module, function = self.name.split(".")
+        found = getattr(importlib.import_module(f"cce_numba.ptx.{module}"), function)
+        return found if self.made_with is None else found(*self.made_with)
+
+
+_TENSOR_COPY = r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.tile\.mbarrier::complete_tx::bytes"
+
+TABLE = [
+    Row("arithmetic.exp2", r"ex2\.approx\.ftz\.f32", (F32,), F32),
+    Row("arithmetic.log2", r"lg2\.approx\.ftz\.f32", (F32,), F32),
+    Row("arithmetic.maximum", r"max\.f32", (F32, F32), F32),
+    Row("arithmetic.fma", r"fma\.rn\.f32", (F32, F32, F32), F32),
+    Row("arithmetic.multiply", r"mul\.rn\.f32", (F32, F32), F32),
+    Row("arithmetic.widen_bf16", r"shl\.b32 bits, %r\d+, 16", (U32,), F32),
+    Row("arithmetic.widen_f16", r"cvt\.f32\.f16", (U32,), F32),
+    Row("arithmetic.opaque_i32", r"mov\.b32", (I32,), I32),
+    Row("cluster.cta_rank", r"mov\.u32 %r\d+, %cluster_ctarank", (), U32),
+    Row("cluster.map_shared", r"mapa\.shared::cluster\.u32", (U32, U32), U32),
+    Row("cluster.sync", r"barrier\.cluster\.arrive\.release; barrier\.cluster\.wait\.acquire"),
+    Row("control.raise_registers", r"setmaxnreg\.inc\.sync\.aligned\.u32 232", made_with=(232,)),
+    Row("control.lower_registers", r"setmaxnreg\.dec\.sync\.aligned\.u32 24", made_with=(24,)),
+    Row("control.barrier_sync", r"bar\.sync", (U32, U32)),
+    Row("control.or_of_warp", r"redux\.sync\.or\.b32", (U32,), U32),
+    Row("control.shuffle_xor_f32", r"shfl\.sync\.bfly\.b32", (F32, U32), F32),
+    Row("mbarrier.init", r"mbarrier\.init\.shared::cta\.b64", (U32, U32)),
+    Row("mbarrier.fence_init", r"fence\.mbarrier_init\.release\.cluster"),
+    Row("mbarrier.arrive", r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\]", (U32,)),
+    Row("mbarrier.arrive_many", r"mbarrier\.arrive\.shared::cta\.b64 _, \[%r\d+\], %r\d+", (U32, U32)),
+    Row("mbarrier.arrive_expect_tx", r"mbarrier\.arrive\.expect_tx\.shared::cta\.b64", (U32, U32)),
+    Row("mbarrier.arrive_cluster", r"mbarrier\.arrive\.shared::cluster\.b64", (U32,)),
+    Row("mbarrier.wait", r"mbarrier\.try_wait\.parity\.shared::cta\.b64", (U32, U32)),
+    Row("memory.shared_address", r"cvta\.to\.shared\.u64", (ARRAY,), U32),
+    Row("memory.load_global_u64", r"ld\.global\.nc\.u64", (U64,), U64),
+    Row("memory.load_global_u16", r"ld\.global\.nc\.u16", (U64,), U32),
+    Row("memory.load_global_f32", r"ld\.global\.nc\.f32", (U64,), F32),
+    Row("memory.load_shared_f32", r"ld\.shared\.f32", (U32,), F32),
+    Row("memory.store_shared_f32", r"st\.shared\.f32", (U32, F32)),
+    Row("memory.copy_async_16", r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+", (U32, U64, U32)),
+    Row("memory.copy_async_commit", r"cp\.async\.commit_group"),
+    Row("memory.copy_async_wait", r"cp\.async\.wait_group 0", made_with=(0,)),
+    Row("memory.copy_async_wait", r"cp\.async\.wait_group 3", made_with=(3,)),
+    Row("memory.fence_proxy_async", r"fence\.proxy\.async\.shared::cta"),
+    Row("memory.or_global_u32", r"red\.global\.or\.b32", (U64, U32)),
+    Row("tma.load_2d", _TENSOR_COPY, (U32, U64, U32, I32, I32)),
+    Row("tma.load_2d_multicast", _TENSOR_COPY + r"\.multicast::cluster", (U32, U64, U32, I32, I32, U32)),
+    Row("tma.fence_tensor_map", r"fence\.proxy\.tensormap::generic\.acquire\.gpu \[%rd\d+\], 128", (U64,)),
+    Row("wgmma.fence", r"wgmma\.fence\.sync\.aligned"),
+    Row("wgmma.commit_group", r"wgmma\.commit_group\.sync\.aligned"),
+    Row("wgmma.wait_group", r"wgmma\.wait_group\.sync\.aligned 0", made_with=(0,)),
+    Row("wgmma.wait_group", r"wgmma\.wait_group\.sync\.aligned 7", made_with=(7,)),
+    Row("wgmma.mma", r"wgmma\.mma_async\.sync\.aligned\.m64n64k16\.f32\.bf16\.bf16", (FRAGMENT, U64, U64, U32), FRAGMENT, (64, "bf16")),
+    Row("wgmma.mma", r"wgmma\.mma_async\.sync\.aligned\.m64n64k16\.f32\.f16\.f16", (FRAGMENT, U64, U64, U32), FRAGMENT, (64, "f16")),
+]  # fmt: skip
+NO_INSTRUCTIONS = {"wgmma.fragment_type", "wgmma.zeros"}  # a type; and a constant, for which the compiler has no fixed code
+
+
+def compile_call(function: Any, operands: tuple[Any, ...], result: Any = VOID) -> offline.Compiled:
+    """A kernel that calls the function with its own operands, and stores what it gives."""
+
+    def stores(out, operands):
+        out[0] = function(*operands)
+
+    def runs(out, operands):
+        function(*operands)
+
+    out = types.CPointer(I32 if result is VOID else result)
+    return offline.compile_function(runs if result is VOID else stores, types.void(out, types.Tuple(operands)))
+
+
+def public_names() -> set[str]:
+    """`module.function` for every instruction, and every function that makes some."""
+    intrinsic = type(wgmma.fence)
+    names = set()
+    for module in pkgutil.iter_modules(ptx.__path__, "cce_numba.ptx."):
+        if not module.name.endswith(".instruction"):
+            for name, value in vars(importlib.import_module(module.name)).items():
+                own = isinstance(value, intrinsic) or getattr(value, "__module__", None) == module.name
+                if own and not name.startswith("_"):
+                    names.add(f"{module.name.rpartition('.')[2]}.{name}")
+    return names
+
+
+def test_the_table_has_every_instruction():
+    assert {row.name for row in TABLE} == public_names() - NO_INSTRUCTIONS
+
+
+@pytest.mark.parametrize("row", TABLE, ids=str)
+def test_the_instruction_stands_in_the_ptx(row):
+    """And the assembler takes it."""
+    compiled = compile_call(row.function, row.operands, row.result)
+    assert compiled.count(row.mnemonic) == 1, compiled.ptx
+    assert compiled.spilled_bytes == 0
+
+
+def wrong_types(operand: Any) -> list[Any]:
+    """What a mistake would bring in place of an operand."""
+    if operand == F32:
+        return [types.float64, I32]  # one Python float, and arithmetic is in float64
+    if operand == ARRAY:
+        return [F32, U64]
+    if operand == FRAGMENT:
+        return [wgmma.fragment_type(56), types.UniTuple(types.float64, 32), F32]
+    return [F32, types.boolean, ARRAY, *([I32, U32] if operand in (I64, U64) else [])]
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.operands], ids=str)
+def test_wrong_operands_are_refused_when_a_kernel_is_compiled(row):
+    for position, operand in enumerate(row.operands):
+        for wrong in wrong_types(operand):
+            given = (*row.operands[:position], wrong, *row.operands[position + 1 :])
+            with pytest.raises(TypingError) as error:
+                compile_call(row.function, given, row.result)
+            message = str(error.value)
+            assert f"operand {position} must be " in message, (position, wrong)
+            assert f", got {wrong}" in message, (position, wrong)
+
+
+@pytest.mark.parametrize(
+    ("operand", "wrong", "message"),
+    [
+        (U32, F32, r"my\.op: operand 0 must be an integer of at least 32 bits, got float32"),
+        (U64, I32, r"my\.op: operand 0 must be an integer of at least 64 bits, got int32"),
+        (F32, types.float64, r"my\.op: operand 0 must be float32, got float64"),
+        (F32, types.IntegerLiteral(1), r"my\.op: operand 0 must be float32, got Literal\[int\]\(1\)"),
+    ],
+)
+def test_the_message_says_what_came_and_what_must_come(operand, wrong, message):
+    function = instruction("my.op $0;", (operand,))
+    with pytest.raises(TypingError, match=message):
+        compile_call(function, (wrong,))
+
+
+@pytest.mark.parametrize("given", [(), (U32, U32)])
+def test_the_number_of_operands_is_checked(given):
+    with pytest.raises(TypingError, match=rf"my\.op: takes 1 operands, got {len(given)}"):
+        compile_call(instruction("my.op $0;", (U32,)), given)
+
+
+@pytest.mark.parametrize("given", [I32, U32, I64, U64], ids=str)
+def test_integers_of_either_sign_and_wider_ones_are_taken(given):
+    """Arithmetic makes them: in numba uint32 + uint32 is a uint64."""
+    function = instruction("not.b32 $0, $1;", (U32,), U32, ordered=False)
+    assert compile_call(function, (given,), U32).count(r"not\.b32") == 1
+
+
+def test_python_integers_are_taken_for_addresses():
+    function = instruction("not.b64 $0, $1;", (U64,), U64, ordered=False)
+
+    def kernel(out):
+        out[0] = function(1)
+
+    assert offline.compile_function(kernel, types.void(types.CPointer(U64))).count(r"not\.b64") == 1
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_only_ordered_instructions_stay_if_nobody_uses_their_result(ordered):
+    function = instruction("not.b32 $0, $1;", (U32,), U32, ordered=ordered)
+
+    def kernel(x):
+        function(x)
+
+    assert offline.compile_function(kernel, types.void(U32)).count(r"not\.b32") == ordered
+
+
+def test_stores_do_not_move_across_ordered_instructions():
+    """Two stores to one place become one, unless something that may read it stands between them."""
+    function = instruction("fence.proxy.async;")
+
+    def alone(out):
+        out[0] = 1
+        out[0] = 2
+
+    def around(out):
+        out[0] = 1
+        function()
+        out[0] = 2
+
+    stores = [
+        offline.compile_function(kernel, types.void(types.CPointer(I32))).count(r"st\.global\.u32") for kernel in (alone, around)
+    ]
+    assert stores == [1, 2]
+
+
+def test_multiply_is_not_fused_with_a_sum_that_follows():
+    """As `*` is, and an exponent's shift must be the very number that was subtracted before."""
+    multiply = instruction("mul.rn.f32 $0, $1, $2;", (F32, F32), F32, ordered=False)
+
+    def fused(out, x, y):
+        out[0] = x * y + x
+
+    def apart(out, x, y):
+        out[0] = multiply(x, y) + x
+
+    signature = types.void(types.CPointer(F32), F32, F32)
+    assert offline.compile_function(fused, signature).count(r"fma\.rn\.f32") == 1
+    compiled = offline.compile_function(apart, signature)
+    assert compiled.count(r"fma\.rn\.f32") == 0
+    assert compiled.count(r"mul\.rn\.f32") == 1
+
+
+@pytest.mark.parametrize("count", [16, 20, 233, 264])
+@pytest.mark.parametrize("make", [control.raise_registers, control.lower_registers])
+def test_register_counts_that_the_hardware_lacks(make, count):
+    with pytest.raises(ValueError, match=rf"must be a multiple of 8 in \[24, 256\], got {count}"):
+        make(count)
+
+
+@pytest.mark.parametrize("pending", [-1, 8])
+def test_groups_of_products_that_the_hardware_cannot_count(pending):
+    with pytest.raises(ValueError, match=rf"must be in \[0, 7\], got {pending}"):
+        wgmma.wait_group(pending)
+
+
+def test_groups_of_copies_that_nobody_made():
+    with pytest.raises(KeyError, match="4"):
+        memory.copy_async_wait(4)
