@@ -16,6 +16,8 @@ def product(e: Any, c: Any) -> Call:
     parts = parts_of(len(e), len(c))
     torch = torch_with_cuda()
     if torch is None:
+        if (dtype := (e[:1] @ c[:1].T).dtype) != e.dtype:
+            raise RuntimeError(f"CuPy makes {dtype} of a product of {e.dtype}; PyTorch with CUDA is needed")
 
         def call() -> None:
             for part in parts:

@@ -77,7 +77,7 @@ def check_survivors(exact: Exact, result: cce.Result, filter_eps: float) -> dict
     flagged, surviving = [], []
     for index in sorted({0, n_blocks - 1}):
         mine = exact.tokens // block == index
-        probable = exact.z[mine] - exact.lse[mine, None] >= math.log(filter_eps)
+        probable = exact.z[mine] - exact.lse[mine][:, None] >= math.log(filter_eps)
         survives = to_host(probable.any(axis=0))
         survives[to_host(exact.targets[mine])] = True
         missed = survives & ~kept[index]

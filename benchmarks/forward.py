@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     if reason := machine.why_no_gpu():
         sys.exit(f"forward: {reason}")
-    console = Console(width=150)
+    console = Console(width=160)
     how = {
         "rounds": arguments.rounds,
         "burst": arguments.burst,

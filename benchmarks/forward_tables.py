@@ -11,9 +11,8 @@ from rich.table import Table
 def problem_table(problems: list[dict[str, Any]]) -> Table:
     """A section for each problem, a row for each call."""
     table = Table(title="bfloat16, N x V x D")
-    table.add_column("call", no_wrap=True)
-    for column in ("median ms", "min - max", "TFLOP/s", "X", "p10 - p90", "at most", "extra MiB", "at most"):
-        table.add_column(column, justify="right")
+    for column in ("call", "median ms", "min - max", "TFLOP/s", "X", "p10 - p90", "at most", "extra MiB", "at most"):
+        table.add_column(column, justify="left" if column == "call" else "right", no_wrap=True)
     for problem in problems:
         table.add_section()
         table.add_row(f"[bold]{escape(title(problem))}[/]")

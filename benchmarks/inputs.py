@@ -35,7 +35,7 @@ class Archive:
 
     def why_not(self, V: int, D: int) -> str | None:
         """Why it cannot be extended to a shape, or None if it can."""
-        (vocabulary, size) = self.c.shape
+        vocabulary, size = self.c.shape
         return None if vocabulary <= V and size <= D else f"V must be at least {vocabulary} and D at least {size}"
 
 
@@ -53,15 +53,15 @@ def random(N: int, V: int, D: int, xp: Any) -> tuple[Any, Any, Any]:
         return rng.standard_normal((stop - start, D), dtype=np.float32)
 
     scale = np.float32(_SPREAD / D**0.5)
-    e, c = _by_rows(N, D, normal, xp), _by_rows(V, D, lambda start, stop: scale * normal(start, stop), xp)
+    e, c = _by_rows(N, D, normal, xp), _by_rows(V, D, lambda start, stop: normal(start, stop) * scale, xp)
     return e, c, rng.integers(0, V, N)
 
 
 def real(archive: Archive, N: int, V: int, D: int, xp: Any) -> tuple[Any, Any, Any]:
     """`(e, c, targets)` of the archive, extended."""
     e, c, targets = (xp.asarray(x) for x in (archive.e, archive.c, archive.targets))
-    normal = xp.random.default_rng(0).standard_normal((D, c.shape[1]), dtype=np.float32)
-    lift = xp.linalg.qr(normal)[0].T
+    normal = np.random.default_rng(0).standard_normal((D, c.shape[1]), dtype=np.float32)
+    lift = xp.asarray(np.linalg.qr(normal)[0].T)
     mean = e.mean(axis=0)
     one_nat = mean / (mean @ mean)  # less of it in a row of c lowers that entry's mean logit by 1
 
@@ -70,7 +70,7 @@ def real(archive: Archive, N: int, V: int, D: int, xp: Any) -> tuple[Any, Any, A
 
     def entries(start: int, stop: int) -> Any:
         v = xp.arange(start, stop)
-        nats = np.float32(NATS_PER_COPY) * (v // len(c)).astype(np.float32)
+        nats = (v // len(c)).astype(np.float32) * np.float32(NATS_PER_COPY)
         return (c[v % len(c)] - nats[:, None] * one_nat) @ lift
 
     all_targets = targets[xp.arange(N) % len(targets)].astype(np.int64)

@@ -21,10 +21,11 @@ class OddHarness(GpuHarness):
     """Matrices whose rows begin one element into wider ones: no address is aligned, and no distance between rows."""
 
     def device(self, array: np.ndarray) -> Any:
+        """The array in a wider one; a vector as it is."""
         if array.ndim < 2:
             return super().device(array)
         columns = array.shape[-1]
-        wider = np.zeros((*array.shape[:-1], columns + 3), array.dtype)
+        wider = np.zeros((*array.shape[:-1], columns + 2), array.dtype)
         wider[..., 1 : 1 + columns] = array
         return super().device(wider)[..., 1 : 1 + columns]
 
@@ -45,7 +46,7 @@ def simt(console: Console) -> None:
 
 
 def hopper(console: Console) -> None:
-    """Forward of the tensor-core kernels: both consumers have tiles, the ring of stages comes round, the last tiles are ragged."""
+    """Forward of the tensor-core kernels: both consumers have tiles, the ring comes round, all sizes are ragged."""
     straight, odd = GpuHarness("hopper"), OddHarness("hopper")
     options = {"ignored": 0.2, "bias": True, "softcap": 5.0, "shift": 1, "reduction": "none"}
     for dtype in DTYPES[:2]:

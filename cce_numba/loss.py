@@ -95,8 +95,9 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
     """
     return_lse = arguments.flag("return_lse", return_lse)
     with _prepared(e, c, targets, options) as (problem, plan):
-        result = _forward(problem, plan, with_grad=False)
-    return (result.loss, result.lse) if return_lse else result.loss
+        statistics = _statistics(problem, plan, with_grad=False)
+        loss = _loss(problem, plan, statistics)
+        return (loss, _exported(problem, statistics.lse)) if return_lse else loss
 
 
 def linear_cross_entropy_with_grad(
@@ -126,9 +127,10 @@ def linear_cross_entropy_with_grad(
     return_lse = arguments.flag("return_lse", return_lse)
     with _prepared(e, c, targets, options) as (problem, plan):
         gradients = arguments.wanted(wrt, problem)
-        result = _forward(problem, plan, with_grad=True)
-        grads = _backward(result, None, None, gradients)
-    return (result.loss, result.lse, grads) if return_lse else (result.loss, grads)
+        statistics = _statistics(problem, plan, with_grad=True)
+        loss = _loss(problem, plan, statistics)
+        grads = _backward(problem, plan, statistics, None, None, gradients)
+        return (loss, _exported(problem, statistics.lse), grads) if return_lse else (loss, grads)
 
 
 def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Result:
@@ -141,7 +143,19 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
     (array([2.0794, 0.    ]), 1)
     """
     with _prepared(e, c, targets, options) as (problem, plan):
-        return _forward(problem, plan, with_grad=True)
+        statistics = _statistics(problem, plan, with_grad=True)
+        loss = _loss(problem, plan, statistics)
+        is_nll = problem.options.reduction == "none"
+        return Result(
+            loss=loss,
+            nll=loss if is_nll else _exported(problem, statistics.lse - statistics.target_logit),
+            lse=_exported(problem, statistics.lse),
+            target_logit=_exported(problem, statistics.target_logit),
+            n_valid=problem.kind.export(statistics.n_valid),
+            plan=plan,
+            _problem=problem,
+            _statistics=statistics,
+        )
 
 
 def backward(result: Result, d_loss: Any = None, d_lse: Any = None, *, wrt: Iterable[str] | None = None) -> Gradients:
@@ -164,7 +178,7 @@ def backward(result: Result, d_loss: Any = None, d_lse: Any = None, *, wrt: Iter
         raise TypeError(f"result: must be what forward returned, got {type(result).__qualname__}")
     gradients = arguments.wanted(wrt, result._problem)
     with result._problem.kind.current():
-        return _backward(result, d_loss, d_lse, gradients)
+        return _backward(result._problem, result.plan, result._statistics, d_loss, d_lse, gradients)
 
 
 def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Any:
@@ -179,7 +193,7 @@ def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) ->
     """
     only = ("bias", "ignore_index", "softcap", "shift", "check_targets", "backend")
     with _prepared(e, c, targets, options, only) as (problem, plan):
-        return problem.kind.export(problem.per_token(planning.backend_module(plan.backend).indexed_dot(problem, plan)))
+        return _exported(problem, planning.backend_module(plan.backend).indexed_dot(problem, plan))
 
 
 def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
@@ -194,7 +208,7 @@ def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
     """
     with _prepared(e, c, arguments.NO_TARGETS, options, ("bias", "softcap", "shift", "backend")) as (problem, plan):
         statistics = planning.backend_module(plan.backend).forward(problem, plan, record_survivors=False)
-        return problem.kind.export(problem.per_token(statistics.lse))
+        return _exported(problem, statistics.lse)
 
 
 def explain(e: Any, c: Any, targets: Any = arguments.NO_TARGETS, **options: Unpack[LossOptions]) -> Plan:
@@ -219,32 +233,23 @@ def _prepared(
         yield problem, planning.choose(problem, options.get("backend"))
 
 
-def _forward(problem: Problem, plan: Plan, *, with_grad: bool) -> Result:
-    xp, reduction = problem.xp, problem.options.reduction
+def _statistics(problem: Problem, plan: Plan, *, with_grad: bool) -> Statistics:
     record = with_grad and (problem.options.filter_eps_e is not None or problem.options.filter_eps_c is not None)
-    statistics = planning.backend_module(plan.backend).forward(problem, plan, record_survivors=record)
-    nll = problem.per_token(statistics.lse - statistics.target_logit)
-    if reduction == "none":
-        loss = nll
-    else:
-        total = nll.sum(dtype=np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: 0 / 0 = nan, as PyTorch has it
-            loss = xp.asarray(total / statistics.n_valid if reduction == "mean" else total, dtype=problem.compute_dtype)
-    export = problem.kind.export
-    return Result(
-        loss=export(loss),
-        nll=export(nll),
-        lse=export(problem.per_token(statistics.lse)),
-        target_logit=export(problem.per_token(statistics.target_logit)),
-        n_valid=export(statistics.n_valid),
-        plan=plan,
-        _problem=problem,
-        _statistics=statistics,
-    )
+    return planning.backend_module(plan.backend).forward(problem, plan, record_survivors=record)
 
 
-def _backward(result: Result, d_loss: Any, d_lse: Any, wrt: frozenset[str]) -> Gradients:
-    problem, statistics = result._problem, result._statistics
+def _loss(problem: Problem, plan: Plan, statistics: Statistics) -> Any:
+    if problem.options.reduction == "none":
+        return _exported(problem, statistics.lse - statistics.target_logit)
+    return problem.kind.export(planning.backend_module(plan.backend).reduced_nll(problem, statistics))
+
+
+def _exported(problem: Problem, flat: Any) -> Any:
+    """(N,) as an array of the caller's kind and shape."""
+    return problem.kind.export(problem.per_token(flat))
+
+
+def _backward(problem: Problem, plan: Plan, statistics: Statistics, d_loss: Any, d_lse: Any, wrt: frozenset[str]) -> Gradients:
     per_token_shape = tuple(problem.per_token(statistics.lse).shape)
     loss_shape = per_token_shape if problem.options.reduction == "none" else ()
     d_nll = arguments.upstream("d_loss", 1.0 if d_loss is None else d_loss, problem, loss_shape)
@@ -253,8 +258,8 @@ def _backward(result: Result, d_loss: Any, d_lse: Any, wrt: frozenset[str]) -> G
             d_nll /= statistics.n_valid.astype(problem.compute_dtype)
     # nll = lse - target_logit, so d_nll reaches both; d_lse the log-sum-exp alone, whose gradient is the softmax.
     softmax_weight = d_nll if d_lse is None else d_nll + arguments.upstream("d_lse", d_lse, problem, per_token_shape)
-    module = planning.backend_module(result.plan.backend)
-    grads = module.backward(problem, result.plan, statistics, softmax_weight, d_nll, wrt)
+    module = planning.backend_module(plan.backend)
+    grads = module.backward(problem, plan, statistics, softmax_weight, d_nll, wrt)
     export = problem.kind.export
     return Gradients(
         e=None if grads.e is None else export(grads.e.reshape(problem.e_shape)),

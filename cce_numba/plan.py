@@ -108,6 +108,12 @@ class Backend(Protocol):
         least `filter_eps`; "may", since the rule compares with a lower bound of the final log-sum-exp. NaN survives.
         """
 
+    def reduced_nll(self, p: Problem, statistics: Statistics) -> Any:
+        """0-d, of the compute dtype: sum or mean (as the options say) of lse - target_logit over the tokens that count.
+
+        The sum of none is 0, the mean of none is nan.
+        """
+
     def backward(
         self,
         p: Problem,

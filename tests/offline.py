@@ -39,6 +39,7 @@ class Compiled:
         ptx: its text.
         registers: of a thread.
         spilled_bytes: stored and loaded by a thread for want of registers.
+        stack_bytes: of a thread: spills, and arrays that have an index at run time.
         smem_bytes: static shared memory of a CTA.
         log: all that the assembler said.
     """
@@ -46,6 +47,7 @@ class Compiled:
     ptx: str
     registers: int
     spilled_bytes: int
+    stack_bytes: int
     smem_bytes: int
     log: str
 
@@ -55,7 +57,7 @@ class Compiled:
 
     @property
     def notices(self) -> list[str]:
-        """What the assembler has to say beyond figures, such as that it ignored or serialised an instruction: it has a number."""
+        """What the assembler says with a number: that it ignored an instruction, or serialised some."""
         return re.findall(r"\(C\d+\).*", self.log)
 
 
@@ -121,6 +123,7 @@ def _read(ptx: str, log: str) -> Compiled:
         ptx,
         registers=int(re.search(r"[Uu]sed (\d+) registers", log)[1]),
         spilled_bytes=sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", log))),
+        stack_bytes=sum(map(int, re.findall(r"(\d+) bytes stack frame", log))),
         smem_bytes=int(match[1]) if (match := re.search(r"(\d+) bytes smem", log)) else 0,
         log=log,
     )

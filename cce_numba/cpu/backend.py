@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from cce_numba import reduction
 from cce_numba.arguments import Problem
 from cce_numba.cpu import backward as backward_loops
 from cce_numba.cpu import forward as forward_loops
@@ -50,6 +51,11 @@ def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
 
 
 @_quiet
+def reduced_nll(p: Problem, statistics: Statistics) -> Any:
+    """See `plan.Backend`."""
+    return reduction.reduced_nll(p, statistics)
+
+
 def backward(
     p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, wrt: frozenset[str]
 ) -> Gradients:

@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 from typing import Any
 
 import numpy as np
-from numba import cuda
 
+from cce_numba import gpu
 from cce_numba.arguments import Problem
-from cce_numba.hopper import forward as forward_kernels
-from cce_numba.hopper import tensor_map
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.interchange import BFLOAT16
 from cce_numba.plan import Gradients, Plan, Statistics
 from cce_numba.simt import backend as simt
 
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
+_LARGEST = 2**31 - 2**10
+
+
+_TILES = HopperTiles()
 
 
 def why_not(p: Problem) -> str | None:
     """It takes 16-bit CuPy arrays on a GPU of compute capability 9.x."""
-    if p.dtype not in _DTYPES:
-        return f"its tensor cores take float16 and bfloat16, and the arrays are {p.dtype}"
     if simt.SIMULATED:
         return "Numba's simulator knows no tensor cores"
     if (reason := simt.why_not(p)) is not None:
         return reason
-    major, minor = cuda.get_current_device().compute_capability[:2]
+    if p.dtype not in _DTYPES:
+        return f"its tensor cores take float16 and bfloat16, and the arrays are {p.dtype}"
+    major, minor = gpu.current().compute_capability
     if major != 9:
         return f"it needs compute capability 9.x (Hopper: H100, H200), and {p.device} has {major}.{minor}"
+    if max(p.N, p.V, p.D) > _LARGEST:
+        return f"it numbers tokens, entries and terms with 32 bits: N, V and D must be at most {_LARGEST:,}"
     return None
 
 
 def plan(p: Problem) -> Plan:
     """Tiles and bytes."""
-    tiles = HopperTiles()
+    layout = _module("workspace").Layout.of(p, _TILES)
+    how = f"forward on the tensor cores of {p.device}, backward on the portable kernels"
+    if layout.e_copied:
+        how += f"; e is copied, since {layout.e_copied}"
+    if layout.c_copied:
+        how += f"; c is copied, {layout.c_rows} rows at a time, since {layout.c_copied}"
     return Plan(
         backend="hopper",
-        how="forward",
-        tiles=tiles,
-        forward_bytes=0,
-        survivor_bytes=0,
-        backward_bytes=simt.plan(p).backward_bytes,
+        how=how,
+        tiles=_TILES,
+        forward_bytes=layout.scratch_bytes + layout.copy_bytes + 4 * p.N,
+        survivor_bytes=0 if p.options.filter_eps is None else layout.survivor_bytes,
+        backward_bytes=simt.backward_bytes(p),
     )
 
 
@@ -52,11 +63,22 @@ def indexed_dot(p: Problem, plan: Plan) -> Any:
 
 def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
     """See `plan.Backend`."""
-    return forward_kernels.forward(p, plan.tiles, record_survivors)
+    return _module("forward").forward(p, plan.tiles, record_survivors)
+
+
+def reduced_nll(p: Problem, statistics: Statistics) -> Any:
+    """See `plan.Backend`."""
+    return _module("reduction").reduced_nll(p, statistics)
 
 
 def backward(
     p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, wrt: frozenset[str]
 ) -> Gradients:
-    """See `plan.Backend`: still the portable kernels."""
+    """See `plan.Backend`. Still the portable kernels; they share the survivors' blocks of 128 tokens."""
     return simt.backward(p, simt.plan(p), statistics, softmax_weight, target_weight, wrt)
+
+
+@functools.cache
+def _module(name: str) -> Any:
+    """A module of this package, imported when it is needed: not in the simulator, whose `jit` takes none of what these ask."""
+    return importlib.import_module(f"cce_numba.hopper.{name}")

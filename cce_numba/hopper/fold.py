@@ -99,7 +99,7 @@ def make_bias_fragment(n: int, dtype: np.dtype) -> Any:
     load, itemsize = make_load(dtype), dtype.itemsize
 
     def bias_of(column: Any, bias: Any, V: Any) -> Any:
-        return load(bias + np.uint64(itemsize * np.int32(min(column, np.int32(V - 1)))))
+        return load(bias + np.uint64(itemsize * column)) if column < V else np.float32(0)
 
     return fill_columns(n, bias_of, types.uint64, types.int32)
 

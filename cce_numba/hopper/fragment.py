@@ -116,9 +116,7 @@ def collect_bits(n: int, keep: Callable[..., Any]) -> Any:
             zero = ir.Constant(ir.IntType(32), 0)
             words = [zero] * (n // 32)
             for upper in (i for i in range(n // 2) if row_of(i) == 0):
-                either = builder.or_(
-                    *(call(builder.extract_value(fragment, i), by_row[row_of(i)]) for i in (upper, upper + 2))
-                )
+                either = builder.or_(*(call(builder.extract_value(fragment, i), by_row[row_of(i)]) for i in (upper, upper + 2)))
                 word, bit = divmod(column_of(upper), 32)
                 bits = builder.select(either, ir.Constant(ir.IntType(32), 1 << bit), zero)
                 words[word] = builder.or_(words[word], bits)

@@ -10,6 +10,8 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from cce_numba.arguments import Problem
+from cce_numba.hopper import tensor_map
 from cce_numba.hopper.fold import make_load
 from cce_numba.hopper.launch import Kernel, pointer_to
 from cce_numba.ptx import arithmetic, control, memory
@@ -87,6 +89,26 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
     return Kernel(indexed_dot_kernel, signature, threads=32 * _WARPS)
 
 
-def ctas_for(N: int) -> int:
-    """Enough for a warp a token."""
-    return -(-N // _WARPS)
+def launch_indexed_dot(
+    p: Problem, e: Any, tokens: int, n_valid: int, target_logit: int, survivors: int, pitch_words: int
+) -> None:
+    """Fills target_logit (an address, as the others) for listed tokens; `e` is p.e or a copy of it in rows that are aligned."""
+    bias_dtype, bias = (None, 0) if p.bias is None else (np.dtype(p.bias.dtype), p.bias.data.ptr)
+    aligned = tensor_map.why_not(p.c) is None
+    make_indexed_dot_kernel(p.dtype, bias_dtype, aligned).launch(
+        -(-p.N // _WARPS),
+        e.data.ptr,
+        tensor_map.pitch_bytes(e),
+        p.c.data.ptr,
+        *p.c.strides,
+        bias,
+        p.options.softcap or 0.0,
+        p.targets.data.ptr,
+        tokens,
+        n_valid,
+        p.V,
+        p.D,
+        target_logit,
+        survivors,
+        pitch_words,
+    )

@@ -1,7 +1,7 @@
 """Kernels with an explicit signature, launched with addresses and scalars on CuPy's current stream.
 
 A kernel takes `types.CPointer` or `uint64` for an array: its address, one value, where numba's own array argument has seven and more.
-The compiled kernel is launched directly (`cuda.core`), which takes the host a fraction of numba's own dispatch.
+Arguments are packed and handed to the driver directly, which takes the host a fraction of numba's own dispatch.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -41,70 +42,57 @@ class Kernel:
     ) -> None:
         self.function, self.signature = function, signature
         self.threads, self.cluster, self.smem_bytes = threads, cluster, smem_bytes
-        self._convert = tuple(_converter(kind) for kind in signature.args)
+        # As C lays them out, which is how kernels take their arguments.
+        self._arguments = struct.Struct("@" + "".join(_format(kind) for kind in signature.args))
         self._by_device: dict[int, Any] = {}
-        self._configs: dict[int, Any] = {}
 
     def launch(self, ctas: int, *values: Any) -> None:
-        """Launches a grid of so many CTAs; `values` are addresses, scalars and tuples of them, as in the signature."""
+        """Launches a grid of so many CTAs; `values` are addresses and scalars in the order of the signature, tuples flattened."""
         if ctas == 0:
             return
-        cupy, core = _modules()
+        cupy = _cupy()
         device = cupy.cuda.runtime.getDevice()
-        compiled = self._by_device.get(device) or self._compile(device)
-        config = self._configs.get(ctas) or self._configure(ctas)
-        arguments: list[Any] = []
-        for convert, value in zip(self._convert, values, strict=True):
-            if type(value) is tuple:
-                arguments.extend(map(convert, value))
-            else:
-                arguments.append(convert(value))
-        core.launch(_stream(cupy.cuda.get_current_stream().ptr), config, compiled, *arguments)
+        handle = (self._by_device.get(device) or self._compile(device))[0]
+        size = self._arguments.size
+        buffer, size_bytes = ctypes.create_string_buffer(size), ctypes.c_size_t(size)
+        self._arguments.pack_into(buffer, 0, *values)
+        # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END of the driver API: cuLaunchKernel
+        extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size_bytes), None)
+        stream = cupy.cuda.get_current_stream().ptr
+        cupy.cuda.driver.launchKernel(
+            handle, ctas, 1, 1, self.threads, 1, 1, self.smem_bytes, stream, 0, ctypes.addressof(extra)
+        )
 
-    def _configure(self, ctas: int) -> Any:
-        if len(self._configs) >= 64:
-            self._configs.clear()
-        cluster = {"cluster": self.cluster} if self.cluster > 1 else {}
-        grid = ctas // self.cluster  # cuda.core counts clusters
-        config = _modules()[1].LaunchConfig(grid=grid, block=self.threads, shmem_size=self.smem_bytes, **cluster)
-        self._configs[ctas] = config
-        return config
-
-    def _compile(self, device: int) -> Any:
-        driver = importlib.import_module("cuda.bindings.driver")
-        dispatcher = cuda.jit(self.signature, launch_bounds=(self.threads, 1), lto=True)(self.function)
-        (compiled,) = dispatcher.overloads.values()
-        kernel = compiled._codelibrary.get_cufunc().kernel
+    def _compile(self, device: int) -> tuple[int, Any]:
+        """The kernel's handle, and what keeps it loaded. Linked as one whole (lto): else setmaxnreg would be ignored."""
+        with cuda.gpus[device]:
+            dispatcher = cuda.jit(self.signature, launch_bounds=(self.threads, 1), lto=True)(self.function)
+            (compiled,) = dispatcher.overloads.values()
+            handle = int(compiled._codelibrary.get_cufunc().kernel.handle)
         if self.smem_bytes > 48 * 1024:
-            attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            (error,) = driver.cuKernelSetAttribute(
-                attribute, self.smem_bytes, driver.CUkernel(int(kernel.handle)), driver.CUdevice(device)
-            )
-            if int(error):
-                raise RuntimeError(f"cuKernelSetAttribute: {error.name}, for {self.smem_bytes} bytes of shared memory")
-        self._dispatcher = dispatcher  # keeps the module loaded
-        self._by_device[device] = kernel
-        return kernel
+            _set_attribute(handle, device, "MAX_DYNAMIC_SHARED_SIZE_BYTES", self.smem_bytes)
+        if self.cluster > 1:
+            for axis, size in (("WIDTH", self.cluster), ("HEIGHT", 1), ("DEPTH", 1)):
+                _set_attribute(handle, device, f"REQUIRED_CLUSTER_{axis}", size)
+        self._by_device[device] = handle, dispatcher
+        return self._by_device[device]
 
 
-_C_TYPES = {
-    types.int32: ctypes.c_int32,
-    types.int64: ctypes.c_int64,
-    types.uint64: ctypes.c_uint64,
-    types.float32: ctypes.c_float,
-}
+def _set_attribute(handle: int, device: int, name: str, value: int) -> None:
+    driver = importlib.import_module("cuda.bindings.driver")
+    attribute = getattr(driver.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
+    (error,) = driver.cuKernelSetAttribute(attribute, value, driver.CUkernel(handle), driver.CUdevice(device))
+    if int(error):
+        raise RuntimeError(f"cuKernelSetAttribute: {error.name} for {name} = {value}")
 
 
-def _converter(kind: Any) -> Any:
-    """From a Python number to what the kernel takes; a tuple is taken number by number."""
-    return _C_TYPES.get(kind.dtype if isinstance(kind, types.UniTuple) else kind, ctypes.c_uint64)
+def _format(kind: Any) -> str:
+    """struct's letter for a scalar or an address, repeated for a tuple."""
+    if isinstance(kind, types.UniTuple):
+        return _format(kind.dtype) * kind.count
+    return {types.int32: "i", types.int64: "q", types.float32: "f"}.get(kind, "Q")
 
 
 @functools.cache
-def _modules() -> tuple[Any, Any]:
-    return importlib.import_module("cupy"), importlib.import_module("cuda.core")
-
-
-@functools.lru_cache(maxsize=64)
-def _stream(pointer: int) -> Any:
-    return _modules()[1].Stream.from_handle(pointer)
+def _cupy() -> Any:
+    return importlib.import_module("cupy")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,8 @@ def make_prepare_kernel() -> Kernel:
                 if not has_targets or targets[n] != ignore_index:
                     tokens[position] = n
                     position += np.int32(1)
+                    if not has_targets:
+                        target_logit[n] = np.float32(-math.inf)  # as a bound of the log-sum-exp
                 else:
                     lse[n] = np.float32(0)
                     target_logit[n] = np.float32(0)

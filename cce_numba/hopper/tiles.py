@@ -37,7 +37,10 @@ class HopperTiles:
     def __post_init__(self) -> None:
         reasons = [
             (self.block_n == 128, "block_n must be 128: two 64-row products for each consumer, and the survivors' blocks"),
-            (self.block_v % 32 == 0 and self.block_v <= 256, "block_v must be a multiple of 32, up to 256: words of survivor bits"),
+            (
+                self.block_v % 32 == 0 and self.block_v <= 256,
+                "block_v must be a multiple of 32, up to 256: words of survivor bits",
+            ),
             (self.block_d == 64, "block_d must be 64: one row of a stage is the 128 bytes of the swizzle"),
             (
                 self.block_v % (8 * self.cluster) == 0,

@@ -89,9 +89,7 @@ def _wanted(want: Any) -> str:
     return f"an integer of at least {want.bitwidth} bits" if isinstance(want, types.Integer) else str(want)
 
 
-def emit(
-    builder: Any, result: Any, template: str, constraints: list[str], values: list[Any], *, ordered: bool = True
-) -> Any:
+def emit(builder: Any, result: Any, template: str, constraints: list[str], values: list[Any], *, ordered: bool = True) -> Any:
     """Puts inline PTX where the builder stands, and returns its result."""
     signature = ir.FunctionType(result, [value.type for value in values])
     code = ir.InlineAsm(signature, template, ",".join(constraints), side_effect=ordered)

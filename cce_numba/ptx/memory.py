@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.core.errors import NumbaTypeError
 
-from cce_numba.ptx.instruction import F32, U32, U64, as_intrinsic, emit, instruction
+from cce_numba.ptx.instruction import F32, I32, U32, U64, as_intrinsic, emit, instruction
 
 
 def _define_shared_address(_: Any, array: Any) -> Any:
@@ -27,7 +27,10 @@ def _define_shared_address(_: Any, array: Any) -> Any:
 
 
 shared_address = as_intrinsic(
-    _define_shared_address, 1, "shared_address", "(array): the 32-bit address of its start in the shared window. ISA 9.7.9, cvta."
+    _define_shared_address,
+    1,
+    "shared_address",
+    "(array): the 32-bit address of its start in the shared window. ISA 9.7.9, cvta.",
 )
 load_global_u64 = instruction("ld.global.nc.u64 $0, [$1];", (U64,), U64, ordered=False, doc="(address) of what nobody writes.")
 # These two stay where they are written, since many of them at once, moved to the front, would take as many registers.
@@ -39,6 +42,7 @@ load_global_u16 = instruction(
     doc="(address) of what nobody writes.",
 )
 load_global_f32 = instruction("ld.global.nc.f32 $0, [$1];", (U64,), F32, doc="(address) of what nobody writes.")
+load_global_i32 = instruction("ld.global.nc.s32 $0, [$1];", (U64,), I32, ordered=False, doc="(address) of what nobody writes.")
 load_shared_f32 = instruction("ld.shared.f32 $0, [$1];", (U32,), F32, doc="(shared address). ISA 9.7.9, ld.")
 store_shared_f32 = instruction("st.shared.f32 [$0], $1;", (U32, F32), doc="(shared address, value). ISA 9.7.9, st.")
 copy_async_16 = instruction(
@@ -62,4 +66,6 @@ fence_proxy_async = instruction(
     "fence.proxy.async.shared::cta;",
     doc="What this thread wrote to shared memory becomes visible to tensor cores and bulk copies. ISA 9.7.13.4.",
 )
-or_global_u32 = instruction("red.global.or.b32 [$0], $1;", (U64, U32), doc="(address, bits): sets bits, atomically. ISA 9.7.13.")
+or_global_u32 = instruction(
+    "red.global.or.b32 [$0], $1;", (U64, U32), doc="(address, bits): sets bits, atomically. ISA 9.7.13."
+)

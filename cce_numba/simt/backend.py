@@ -9,6 +9,7 @@ from typing import Any
 
 from numba import cuda
 
+from cce_numba import reduction
 from cce_numba.arguments import Problem
 from cce_numba.plan import Gradients, Plan, Statistics, survivor_bytes
 from cce_numba.simt import backward as backward_kernels
@@ -51,8 +52,6 @@ def plan(p: Problem) -> Plan:
     itemsize, n_blocks = p.compute_dtype.itemsize, ceil_div(p.N, tiles.block_n)
     splits = forward_kernels.count_splits(n_blocks, ceil_div(p.V, tiles.block_v)) if p.N else 1
     chunk = backward_kernels.chunk_of(p, tiles)
-    lists = n_blocks * chunk * 8 * (1 if p.options.filter_e_grad == p.options.filter_c_grad else 2)
-    accumulator = p.N * p.D * itemsize if p.grad_e_dtype != p.compute_dtype and chunk < p.V else 0
     where = "Numba's simulator" if SIMULATED else p.device
     return Plan(
         backend="simt",
@@ -61,8 +60,17 @@ def plan(p: Problem) -> Plan:
         tiles=tiles,
         forward_bytes=p.N * (4 * splits * itemsize + 8),  # up to twice the splits: see forward_kernels._HEAD
         survivor_bytes=0 if p.options.filter_eps is None else survivor_bytes(p, tiles.survivor_block),
-        backward_bytes=p.N * chunk * itemsize + lists + accumulator,
+        backward_bytes=backward_bytes(p),
     )
+
+
+def backward_bytes(p: Problem) -> int:
+    """Workspace of the backward: G of a chunk of the vocabulary, lists of its columns, and a sum for a rounded dE."""
+    tiles = choose_tiles(p.compute_dtype, SIMULATED)
+    itemsize, n_blocks, chunk = p.compute_dtype.itemsize, ceil_div(p.N, tiles.block_n), backward_kernels.chunk_of(p, tiles)
+    lists = n_blocks * chunk * 8 * (1 if p.options.filter_e_grad == p.options.filter_c_grad else 2)
+    accumulator = p.N * p.D * itemsize if p.grad_e_dtype != p.compute_dtype and chunk < p.V else 0
+    return p.N * chunk * itemsize + lists + accumulator
 
 
 def indexed_dot(p: Problem, plan: Plan) -> Any:
@@ -73,6 +81,11 @@ def indexed_dot(p: Problem, plan: Plan) -> Any:
 def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
     """See `plan.Backend`."""
     return forward_kernels.forward(p, plan.tiles, record_survivors)
+
+
+def reduced_nll(p: Problem, statistics: Statistics) -> Any:
+    """See `plan.Backend`."""
+    return reduction.reduced_nll(p, statistics)
 
 
 def backward(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numba import config, cuda
 
+from cce_numba import gpu
 from cce_numba.interchange import BFLOAT16
 from cce_numba.simt import simulator
 
@@ -105,7 +106,7 @@ def _core_stream(pointer: int) -> Any:
 
 def multiprocessors() -> int:
     """Streaming multiprocessors of the current device; 1 in the simulator."""
-    return 1 if SIMULATED else cuda.get_current_device().MULTIPROCESSOR_COUNT
+    return 1 if SIMULATED else gpu.current().multiprocessors
 
 
 def ceil_div(a: int, b: int) -> int:

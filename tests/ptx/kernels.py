@@ -183,7 +183,7 @@ def make_load_global():
 
 
 def make_handover(rounds):
-    """out[32 * i + lane] = 100 * i + 31 - lane: from one warp to another through shared memory, which is used again each round."""
+    """out[32 * i + lane] = 100 * i + 31 - lane: from one warp to another, through the same shared memory each round."""
 
     def handover_kernel(out):
         thread, smem = cuda.threadIdx.x, aligned_smem()

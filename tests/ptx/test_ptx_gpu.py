@@ -50,7 +50,7 @@ def encoded(cupy, matrix, box_rows):
 
 
 def without_swizzle(raw):
-    """(..., rows, 64) 16-bit numbers out of the bytes of a box: 16-byte part p of row r lies at part p ^ (r % 8) of that row."""
+    """(..., rows, 64) 16-bit numbers out of the bytes of a box, where 16-byte part p of row r lies at part p ^ (r % 8)."""
     parts = raw.view(np.uint16).reshape(*raw.shape[:-1], -1, 8, 8)
     row, part = np.ogrid[: parts.shape[-3], :8]
     return parts[..., row, part ^ (row % 8), :].reshape(*parts.shape[:-2], 64)
@@ -96,7 +96,7 @@ def test_maximum(cupy, rng):
 
 
 def test_fma_rounds_once_and_multiply_before_a_sum(cupy, rng):
-    """x * y has twice the digits of float32. With z its rounded negative, one rounding leaves the other digits; two leave nothing."""
+    """x * y has twice the digits of float32. With z its rounded negative, one rounding leaves the rest; two leave nothing."""
     x, y = rng.integers(2**23, 2**24, (2, 1024)).astype(np.float32)
     exact = x.astype(np.int64) * y.astype(np.int64)
     z = -exact.astype(np.float32)

@@ -1,0 +1,34 @@
+"""What kernels and plans need to know of a GPU, asked for once."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+
+_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # cudaDeviceAttr
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """compute_capability: (major, minor). multiprocessors: streaming multiprocessors."""
+
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+
+
+def current() -> Gpu:
+    """CuPy's current device."""
+    return _facts(importlib.import_module("cupy").cuda.runtime.getDevice())
+
+
+@functools.cache
+def count() -> int:
+    """Devices that this process can use."""
+    return importlib.import_module("cupy").cuda.runtime.getDeviceCount()
+
+
+@functools.cache
+def _facts(device: int) -> Gpu:
+    attribute = importlib.import_module("cupy").cuda.runtime.deviceGetAttribute
+    return Gpu((attribute(_MAJOR, device), attribute(_MINOR, device)), attribute(_MULTIPROCESSORS, device))

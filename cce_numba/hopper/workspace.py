@@ -1,0 +1,124 @@
+"""What a forward takes besides its inputs, and how its work is cut: copies, batches of tokens, phases of the vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cce_numba import gpu
+from cce_numba.arguments import Problem
+from cce_numba.hopper import tensor_map
+from cce_numba.hopper.schedule import count_slots, groups_per_round
+from cce_numba.hopper.tiles import HopperTiles
+
+# With survivors, the vocabulary goes in these parts, and each gives the next a bound of the log-sum-exp, where else each consumer of
+# each worker would only know its own tiles. Tokenizers give the frequent entries the first numbers. See benchmarks/NOTES.md.
+PHASE_ENDS = (1 / 16, 1 / 4, 1)
+_COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
+_CACHED_BYTES = 14 * 2**20  # of e, at a time: it stays in the L2 cache (50 MB, of which each half keeps its own copy)
+_BATCH = 2**14  # tokens of a launch: bounds the partial results
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a problem is cut.
+
+    Attributes:
+        N, V, D: of the problem.
+        tiles: the tiles.
+        workers: clusters that run at the same time.
+        per_round: groups of tokens that they take at a time, see `schedule`.
+        e_copied: why e must be copied for the copy engine to read it, or None.
+        c_copied: why c must be copied, part by part, or None.
+        c_rows: rows of c that are in reach of the copy engine at a time: V, or as many as a copy may hold.
+    """
+
+    N: int
+    V: int
+    D: int
+    tiles: HopperTiles
+    workers: int
+    per_round: int
+    e_copied: str | None
+    c_copied: str | None
+    c_rows: int
+
+    @classmethod
+    def of(cls, p: Problem, tiles: HopperTiles) -> Layout:
+        """The layout for a problem on CuPy's current device."""
+        workers = gpu.current().multiprocessors // tiles.cluster
+        per_round = groups_per_round(workers, _CACHED_BYTES // (2 * p.D * tiles.group_n))
+        c_copied, c_rows = tensor_map.why_not(p.c), p.V
+        if c_copied is not None:
+            fitting = _COPY_BYTES // (2 * tensor_map.padded_columns(p.D)) // tiles.block_v * tiles.block_v
+            c_rows = min(p.V, max(tiles.block_v, fitting))
+        return cls(p.N, p.V, p.D, tiles, workers, per_round, tensor_map.why_not(p.e), c_copied, c_rows)
+
+    @property
+    def n_tiles(self) -> int:
+        """Vocabulary tiles."""
+        return _ceil_div(self.V, self.tiles.block_v)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of tokens, at most."""
+        return _ceil_div(self.N, self.tiles.block_n)
+
+    @property
+    def pitch_words(self) -> int:
+        """32-bit words of a block's survivor bits: those of whole tiles."""
+        return self.n_tiles * (self.tiles.block_v // 32)
+
+    @property
+    def survivor_bytes(self) -> int:
+        """Survivor bits."""
+        return 4 * self.blocks * self.pitch_words
+
+    @property
+    def map_bytes(self) -> int:
+        """The tensor maps of e and c."""
+        return 2 * 8 * tensor_map.WORDS
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Tensor maps and the partial results of a launch."""
+        groups = _ceil_div(min(self.N, _BATCH), self.tiles.group_n)
+        return self.map_bytes + 4 * self.tiles.group_n * count_slots(self.workers, groups, self.per_round)
+
+    @property
+    def copy_bytes(self) -> int:
+        """Copies of e and of a part of c."""
+        rows = (self.N if self.e_copied else 0) + (self.c_rows if self.c_copied else 0)
+        return 2 * rows * tensor_map.padded_columns(self.D)
+
+    def e_in_reach(self, p: Problem) -> Any:
+        """e, or a copy that the copy engine can read."""
+        return p.e if self.e_copied is None else copy_rows(p.e, self._room(p, self.N))
+
+    def c_in_reach(self, p: Problem) -> Any:
+        """c, or room for the rows that are in reach at a time."""
+        return p.c if self.c_copied is None else self._room(p, self.c_rows)
+
+    def _room(self, p: Problem, rows: int) -> Any:
+        return p.xp.empty((rows, tensor_map.padded_columns(self.D)), p.dtype)[:, : self.D]
+
+    def phases(self, record: bool) -> list[tuple[int, int, int]]:
+        """`(first row of c in reach, first tile, last tile)` of each launch."""
+        n_tiles, step = self.n_tiles, _ceil_div(self.c_rows, self.tiles.block_v)
+        ends = {min(n_tiles, max(1, round(n_tiles * end))) for end in PHASE_ENDS} if record else {n_tiles}
+        cuts = sorted({*ends, *range(step, n_tiles, step)})
+        return [(first // step * step * self.tiles.block_v, first, last) for first, last in zip([0, *cuts], cuts, strict=False)]
+
+    def batches(self) -> list[tuple[int, int]]:
+        """`(first token, tokens)` of each launch, of the list of tokens that count."""
+        return [(first, min(_BATCH, self.N - first)) for first in range(0, self.N, _BATCH)]
+
+
+def copy_rows(matrix: Any, into: Any) -> Any:
+    """Copies rows to the first rows of `into`, and returns those."""
+    into[: matrix.shape[0]] = matrix
+    return into[: matrix.shape[0]]
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -1,0 +1,300 @@
+"""The parts of the benchmarks that need no GPU, and `forward` as a whole, with NumPy and the CPU backend in a GPU's place."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from rich.console import Console
+
+import cce_numba as cce
+
+pytest.importorskip("cupy", reason="the benchmarks import CuPy")
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+cublas, exact, forward, forward_tables, inputs, record, timing = map(
+    importlib.import_module, ("cublas", "exact", "forward", "forward_tables", "inputs", "record", "timing")
+)
+sys.path.pop()
+
+EPS = 2.0**-5  # at which few of 1000 columns survive
+
+
+class NumpyAsCupy:
+    """NumPy, with the one thing more that is asked of CuPy."""
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def get_default_memory_pool(self):
+        return SimpleNamespace(free_all_blocks=lambda: None)
+
+
+@pytest.fixture
+def archive(tmp_path):
+    """The file of a last layer with 60 entries of size 8, and 30 tokens."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "classifier_q": rng.integers(-8, 8, (60, 2, 4), np.int8),
+        "classifier_scale": rng.uniform(0.05, 0.1, (60, 2)).astype(np.float16),
+        "embeddings_bf16": (rng.standard_normal((30, 8)) + 1).astype(ml_dtypes.bfloat16).view(np.uint16),
+        "targets": rng.integers(0, 60, 30, np.int32),
+        "loss_fp32": np.zeros(30, np.float32),
+    }
+    np.savez(tmp_path / "layer.npz", **arrays)
+    return str(tmp_path / "layer.npz")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What the device has done, in ms: a call adds what it takes."""
+    clock = SimpleNamespace(ms=0.0)
+    monkeypatch.setattr(timing, "mark", lambda: clock.ms)
+    monkeypatch.setattr(timing, "elapsed_ms", lambda start, stop: stop - start)
+    monkeypatch.setattr(timing, "wait", lambda: None)
+    return clock
+
+
+def test_interleaved_calls_take_turns_and_each_is_charged_its_own_time(clock):
+    order = []
+
+    def call(name, ms):
+        order.append(name)
+        clock.ms += ms * len(order)  # slower and slower
+
+    calls = {"a": lambda: call("a", 1), "b": lambda: call("b", 10)}
+    times = timing.interleaved(calls, rounds=2, burst=2)
+    assert "".join(order) == "ab" + "aabb" * 2
+    assert times == {"a": [(3 + 4) / 2, (7 + 8) / 2], "b": [10 * (5 + 6) / 2, 10 * (9 + 10) / 2]}
+
+
+def test_ratios_are_those_of_each_round():
+    """A clock that halves in the second half of the rounds does not show."""
+    floor = np.array([1.0] * 5 + [2.0] * 6)
+    found = timing.ratios(list(floor * np.linspace(1.0, 2.0, 11)), list(floor))
+    assert found == {"median": 1.5, "p10": 1.1, "p90": 1.9}
+
+
+@pytest.mark.parametrize(
+    ("N", "V", "widths"),
+    [
+        (8192, 256_000, [128_000] * 2),
+        (8192, 131_072, [131_072]),
+        (16_384, 151_936, [75_968] * 2),
+        (1, 1, [1]),
+        (20_000, 100_001, [50_008, 49_993]),
+    ],
+)
+def test_parts_of_the_product(N, V, widths):
+    parts = cublas.parts_of(N, V)
+    assert [min(part.stop, V) - part.start for part in parts] == widths
+    assert [part.start for part in parts] == [0, *np.cumsum(widths)[:-1]]
+    assert max(widths) * N * 2 <= 3e9
+
+
+def test_allowed_bytes():
+    assert forward.allowed_bytes(8192, 256_000, bits=False) == 2**20 + 12 * 8192
+    assert forward.allowed_bytes(8192, 256_000, bits=True) == 2**20 + 12 * 8192 + 64 * 32_000
+    assert forward.allowed_bytes(129, 9, bits=True) == 2**20 + 12 * 129 + 2 * 2
+
+
+def test_random_inputs(monkeypatch):
+    monkeypatch.setattr(inputs, "_ROWS", 100)
+    e, c, targets = inputs.random(300, 250, 64, np)
+    assert (e.shape, c.shape, targets.shape) == ((300, 64), (250, 64), (300,))
+    assert e.dtype == c.dtype == ml_dtypes.bfloat16
+    logits = e.astype(np.float64) @ c.astype(np.float64).T
+    assert logits.std() == pytest.approx(2, rel=0.02)
+    assert len(np.unique(e[:, 0].astype(np.float64))) > 200  # no part is the one before once more
+    assert targets.max() < 250
+
+
+def test_real_inputs_keep_the_logits_and_lower_those_of_copies(archive, monkeypatch):
+    monkeypatch.setattr(inputs, "_ROWS", 50)
+    source = inputs.read(archive)
+    e, c, targets = inputs.real(source, 70, 150, 24, np)
+    assert (e.shape, c.shape, targets.dtype) == ((70, 24), (150, 24), np.int64)
+    assert np.array_equal(targets, np.tile(source.targets, 3)[:70])
+    exact_logits, logits = source.e @ source.c.T, e.astype(np.float32) @ c.astype(np.float32).T
+    magnitude = np.linalg.norm(source.e, axis=1)[:, None] * np.linalg.norm(source.c, axis=1)
+    for repeat in (logits[:30, :60], logits[30:60, :60]):
+        assert np.all(abs(repeat - exact_logits) <= 2**-7 * magnitude)  # two roundings to bfloat16
+    lowered = logits[:30, :60].mean(axis=0) - logits[:30, 60:120].mean(axis=0)
+    np.testing.assert_allclose(lowered, inputs.NATS_PER_COPY, atol=0.1)
+    lowered = logits[:30, :30].mean(axis=0) - logits[:30, 120:].mean(axis=0)
+    np.testing.assert_allclose(lowered, 2 * inputs.NATS_PER_COPY, atol=0.1)
+
+
+def test_an_archive_is_only_extended(archive):
+    source = inputs.read(archive)
+    assert source.why_not(60, 8) is None
+    assert source.why_not(59, 8) == source.why_not(60, 7) == "V must be at least 60 and D at least 8"
+
+
+@pytest.fixture
+def computed():
+    """`(exact, result)` of 300 tokens: blocks 0 and 2 are looked at, and some tokens of block 1."""
+    e, c, targets = inputs.random(300, 1000, 32, np)
+    return exact.compute(e, c, targets, 128), cce.forward(e, c, targets, filter_eps=EPS)
+
+
+def test_what_is_right_passes(computed, monkeypatch):
+    expected, result = computed
+    assert exact.check(expected, lse=result.lse, target_logit=result.target_logit)["lse"] < 1
+    shares = exact.check_survivors(expected, result, EPS)
+    assert 0.05 < shares["surviving"] <= shares["flagged"] < 1
+    monkeypatch.setattr(exact, "_NUMBERS", 32 * 77)  # several parts of the vocabulary, the last one smaller
+    e, c, targets = inputs.random(300, 1000, 32, np)
+    np.testing.assert_allclose(exact.compute(e, c, targets, 128).lse, expected.lse, rtol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [1e-3, np.nan])
+@pytest.mark.parametrize("name", ["lse", "target_logit"])
+@pytest.mark.parametrize("token", [0, 127, 256, 299])
+def test_a_wrong_token_does_not_pass(computed, name, token, wrong):
+    expected, result = computed
+    values = getattr(result, name).copy()
+    values[token] += wrong
+    with pytest.raises(AssertionError, match=name):
+        exact.check(expected, **{name: values})
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_a_missed_survivor_does_not_pass(computed, block):
+    expected, result = computed
+    target = int(expected.targets[expected.tokens // 128 == block][0])
+    survivors = result._statistics.survivors.copy()
+    survivors[block, target // 8] &= ~np.uint8(1 << target % 8)
+    missing = dataclasses.replace(result, _statistics=dataclasses.replace(result._statistics, survivors=survivors))
+    with pytest.raises(AssertionError, match=f"1 columns missed in block {block}, the first is {target}"):
+        exact.check_survivors(expected, missing, EPS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "8", "0", "8"], "at least 1"),
+        (["--burst", "0"], "at least 1"),
+        (["--quick", "--shape", "8", "8", "8"], "not allowed with"),
+        (["--real", "absent.npz"], "No such file"),
+        (["--real", "ARCHIVE", "--shape", "8", "59", "8"], "cannot be extended to 8 x 59 x 8: V must be at least 60"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message, archive, capsys):
+    with pytest.raises(SystemExit):
+        forward.parse([archive if argument == "ARCHIVE" else argument for argument in arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_refuses_without_a_gpu_and_for_another_backend(monkeypatch):
+    monkeypatch.setattr(forward.machine, "why_no_gpu", lambda: "there is none")
+    with pytest.raises(SystemExit, match="forward: there is none"):
+        forward.main([])
+    with pytest.raises(SystemExit, match="'cpu' would run, not 'hopper': "):
+        forward.require_hopper(*inputs.random(8, 8, 8, np))
+
+
+@pytest.fixture
+def without_gpu(monkeypatch, tmp_path):
+    """`forward` on NumPy arrays and the CPU backend; graphs cannot be captured."""
+
+    def no_graph(call):
+        raise RuntimeError("no graphs [here]")
+
+    monkeypatch.setattr(forward.machine, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(forward, "cupy", NumpyAsCupy())
+    monkeypatch.setattr(forward, "require_hopper", lambda *arrays: None)
+    monkeypatch.setattr(forward, "HOST_RUNS", 3)
+    monkeypatch.setattr(forward, "QUICK_SHAPES", ((300, 1000, 32), (1100, 70, 8)))
+    monkeypatch.setattr(cublas, "torch_with_cuda", lambda: None)
+    monkeypatch.setattr(cublas, "product", lambda e, c: lambda: e.astype(np.float32) @ c.astype(np.float32).T)
+    monkeypatch.setattr(timing, "mark", time.perf_counter)
+    monkeypatch.setattr(timing, "elapsed_ms", lambda start, stop: 1e3 * (stop - start))
+    monkeypatch.setattr(timing, "wait", lambda: None)
+    monkeypatch.setattr(timing, "captured", no_graph)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_forward_validates_times_shows_and_records(archive, tmp_path, capsys):
+    forward.main(["--quick", "--real", archive, "--rounds", "2", "--record", "name"])
+    out = capsys.readouterr().out
+    for part in (
+        "300 x 1000 x 32, random",
+        "1100 x 70 x 8, real (layer.npz)",
+        "no graphs [here]",
+        "no PyTorch",
+        "survivor bits",
+    ):
+        assert part in out
+    assert "Random data alone" not in out
+    written = json.loads((tmp_path / "name.json").read_text())
+    assert written["surroundings"]["commit"]
+    assert [problem["data"] for problem in written["problems"]] == ["random", "real (layer.npz)"] * 2
+    assert written["host_us"]["CuPy"]["forward"]["median"] > 0
+    for problem in written["problems"]:
+        assert 0 < problem["survivors"]["surviving"] <= problem["survivors"]["flagged"] <= 1
+        calls = problem["calls"]
+        assert list(calls) == [forward.CUBLAS, forward.LOSS, forward.BITS]
+        assert "x" not in calls[forward.CUBLAS]
+        for name in (forward.LOSS, forward.BITS):
+            assert calls[name]["x"]["p10"] <= calls[name]["x"]["median"] <= calls[name]["x"]["p90"]
+            assert calls[name]["runs"] == 2
+        assert ("no_graph" in problem) == (problem["N"] == 300)
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize(
+    ("function", "spoil", "message"),
+    [
+        ("forward", lambda result: dataclasses.replace(result, lse=result.lse + 1), "lse: "),
+        ("linear_cross_entropy", lambda found: (found[0], found[1] + 1), "lse: "),
+        ("linear_cross_entropy", lambda found: (found[0] + 1, found[1]), "loss: "),
+    ],
+)
+def test_nothing_is_timed_that_is_wrong(function, spoil, message, monkeypatch):
+    right = getattr(cce, function)
+
+    def wrong(*arrays, **options):
+        found = right(*arrays, **options)
+        return spoil(found) if options else found  # without options, it is the host's time that is measured
+
+    wrong.__name__ = function
+    monkeypatch.setattr(forward.cce, function, wrong)
+    monkeypatch.setattr(timing, "interleaved", lambda *_: pytest.fail("timed"))
+    with pytest.raises(AssertionError, match=message):
+        forward.main(["--quick"])
+
+
+def shown(table):
+    console = Console(width=150)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_tables_mark_what_is_above_its_limit():
+    def call(ratio, limit, size):
+        times = {"median_ms": 2.0, "min_ms": 1.0, "max_ms": 3.0, "tflops": 500.0}
+        x = {"median": ratio, "p10": ratio - 0.01, "p90": ratio + 0.01}
+        return times | {"x": x, "x_at_most": limit, "extra_bytes": size, "extra_bytes_at_most": 2**20}
+
+    problem = {"N": 1, "V": 2, "D": 3, "data": "random", "mean_loss": 1, "survivors": {"flagged": 0.5, "surviving": 0.25}}
+    calls = {"good": call(1.1, 1.1, 2**20), "slow": call(1.101, 1.1, 0), "large": call(1.0, None, 2**21)}
+    text = shown(forward_tables.problem_table([problem | {"calls": calls}]))
+    lines = {name: next(line for line in text.splitlines() if name in line) for name in calls}
+    assert "over" not in lines["good"]
+    assert "over: 1.101" in lines["slow"]
+    assert "over: 2.00" in lines["large"]
+    us = {"median": 160.0, "p10": 150.0, "p90": 170.0}
+    host = {"at_most": 150, "CuPy": {"linear_cross_entropy": us | {"median": 149.0}, "forward": us}}
+    text = shown(forward_tables.host_table(host | {"PyTorch": host["CuPy"]}))
+    assert text.count("over: 160 (150 - 170)") == 2
+    assert text.count("149 (150 - 170)") == 2
