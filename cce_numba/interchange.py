@@ -6,6 +6,7 @@ PyTorch and Numba are touched only when the caller's array comes from them, so i
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -115,7 +116,12 @@ def library_of(array: Any) -> str:
     >>> library_of(np.ones(2)), library_of([1])
     ('numpy', 'builtins')
     """
-    modules = [kind.__module__.partition(".")[0] for kind in type(array).__mro__]
+    return _library_of_type(type(array))
+
+
+@functools.lru_cache(maxsize=256)
+def _library_of_type(kind: type) -> str:
+    modules = [base.__module__.partition(".")[0] for base in kind.__mro__]
     return next((module for module in modules if module in _LIBRARIES), modules[0])
 
 

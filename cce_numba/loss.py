@@ -7,6 +7,7 @@ takes two weights per token back (`plan.Backend`). A new loss term changes how t
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Unpack
@@ -33,13 +34,18 @@ class Result:
     """
 
     loss: Any
-    nll: Any
     lse: Any
     target_logit: Any
     n_valid: Any
     plan: Plan
     _problem: Problem
     _statistics: Statistics
+
+    @functools.cached_property
+    def nll(self) -> Any:
+        """Computed when it is first asked for."""
+        with self._problem.kind.current():
+            return _exported(self._problem, self._statistics.lse - self._statistics.target_logit)
 
     def survivor_counts(self) -> np.ndarray:
         """(n_blocks,) how many vocabulary entries each block of counting tokens keeps in the backward.
@@ -144,11 +150,8 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
     """
     with _prepared(e, c, targets, options) as (problem, plan):
         statistics = _statistics(problem, plan, with_grad=True)
-        loss = _loss(problem, plan, statistics)
-        is_nll = problem.options.reduction == "none"
         return Result(
-            loss=loss,
-            nll=loss if is_nll else _exported(problem, statistics.lse - statistics.target_logit),
+            loss=_loss(problem, plan, statistics),
             lse=_exported(problem, statistics.lse),
             target_logit=_exported(problem, statistics.target_logit),
             n_valid=problem.kind.export(statistics.n_valid),

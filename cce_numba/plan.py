@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -130,6 +131,7 @@ class Backend(Protocol):
         """
 
 
+@functools.cache
 def backend_module(name: str) -> Backend:
     """The backend's module; importing it imports what it needs, so only when it is used.
 

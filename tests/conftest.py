@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 
 from tests import offline
 from tests.cases import Edges
-from tests.harness import CpuHarness, GpuHarness, Harness, SimulatorHarness, why_no_gpu
+from tests.harness import CpuHarness, GpuHarness, Harness, HopperHarness, SimulatorHarness, why_no_gpu
 
 # quick is for every commit; long, on a GPU, looks around far more. Deadlines mean nothing where kernels are compiled.
 _CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
@@ -30,14 +30,22 @@ def skip_or_fail_without_gpu() -> None:
         pytest.skip(f"needs a GPU: {reason}")
 
 
-@pytest.fixture(scope="session", params=["cpu", pytest.param("simt", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    scope="session", params=["cpu", pytest.param("simt", marks=pytest.mark.gpu), pytest.param("hopper", marks=pytest.mark.gpu)]
+)
 def harness(request: pytest.FixtureRequest) -> Harness:
     """How to call each backend: arrays where it wants them, and sizes around its own tiles."""
     if request.param == "cpu":
         return CpuHarness()
     if SimulatorHarness.is_active():
+        if request.param == "hopper":
+            pytest.skip("the simulator knows no tensor cores")
         return SimulatorHarness()
     skip_or_fail_without_gpu()
+    if request.param == "hopper":
+        if reason := HopperHarness.why_not():
+            pytest.skip(reason)
+        return HopperHarness()
     return GpuHarness("simt")
 
 

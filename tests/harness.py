@@ -7,11 +7,12 @@ import importlib.util
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 from numba import config
 
 import cce_numba as cce
 from cce_numba.plan import unpack_survivors
-from tests.cases import Case, Edges
+from tests.cases import DTYPES, Case, Edges
 
 
 def why_no_gpu() -> str | None:
@@ -52,7 +53,13 @@ class Harness:
 
     def forward(self, case: Case) -> cce.Result:
         """The backend's own result, on its device."""
+        self.skip_unless_it_takes(case.e.dtype)
         return cce.forward(*self._arrays(case), **self._options(case))
+
+    def skip_unless_it_takes(self, dtype: np.dtype) -> None:
+        """Skips a test of what this backend leaves to others, and says so."""
+        if dtype not in self.edges.dtypes:
+            pytest.skip(f"backend {self.backend} takes {', '.join(map(str, self.edges.dtypes))}; this is about {dtype}")
 
     def backward(self, result: cce.Result, d_loss: Any = None, d_lse: Any = None, **named: Any) -> cce.Gradients:
         """Gradients as NumPy."""
@@ -111,6 +118,31 @@ class GpuHarness(Harness):
         return array.get() if hasattr(array, "get") else array
 
 
+class HopperHarness(GpuHarness):
+    # Tiles of 128 x 192 x 64; groups of 256 tokens, phases of the vocabulary, whole rounds of 11 groups.
+    edges: ClassVar = Edges(
+        n=(1, 64, 128, 256, 512),
+        v=(1, 8, 192, 384, 768, 192 * 16),
+        d=(1, 8, 64, 128, 320, 384),
+        max_n=700,
+        max_v=4000,
+        max_d=450,
+        long_v=40_003,
+        dtypes=DTYPES[:2],
+    )
+
+    def __init__(self) -> None:
+        super().__init__("hopper")
+
+    @staticmethod
+    def why_not() -> str | None:
+        """Why the GPU here cannot run it, or None."""
+        from cce_numba import gpu
+
+        major, minor = gpu.current().compute_capability
+        return None if major == 9 else f"the GPU has compute capability {major}.{minor}, and this is about 9.x (Hopper)"
+
+
 class Poisoned:
     """`numpy` or `cupy`, but for `empty`."""
 
@@ -122,5 +154,5 @@ class Poisoned:
 
     def empty(self, shape: Any, dtype: Any) -> Any:
         array = self._module.empty(shape, dtype)
-        array.view(np.uint8)[...] = 0xFF  # NaN in every floating-point format, -1 or the largest integer
+        array.reshape(-1).view(np.uint8)[...] = 0xFF  # NaN in every floating-point format, -1 or the largest integer
         return array

@@ -107,7 +107,7 @@ def _link(kind: str, data: bytes, *options: str) -> tuple[str, str]:
     except nvjitlink.nvJitLinkError as error:
         error_log = bytearray(nvjitlink.get_error_log_size(handle))
         nvjitlink.get_error_log(handle, error_log)
-        raise RuntimeError(error_log.decode()) from error
+        raise RuntimeError(error_log.decode().rstrip("\0")) from error
     log = bytearray(nvjitlink.get_info_log_size(handle))
     nvjitlink.get_info_log(handle, log)
     ptx = bytearray()

@@ -357,7 +357,8 @@ def test_demo_fails_for_a_wrong_loss(run: Run, monkeypatch: pytest.MonkeyPatch) 
 
     def off(*arrays: Any, **options: Any) -> cce.Result:
         result = forward(*arrays, **options)
-        return dataclasses.replace(result, nll=result.nll + 1e-3, loss=result.loss + 1e-3)
+        statistics = dataclasses.replace(result._statistics, target_logit=result._statistics.target_logit - 1e-3)
+        return dataclasses.replace(result, loss=result.loss + 1e-3, _statistics=statistics)
 
     monkeypatch.setattr(cce, "forward", off)
     code, out, err = run(*ON_CPU)

@@ -21,10 +21,15 @@ not_simulated = pytest.mark.skipif(SimulatorHarness.is_active(), reason="about a
 def test_host_arrays_go_to_the_cpu_and_the_plan_says_why():
     plan = cce.explain(e, c, targets)
     assert plan.backend == "cpu"
-    assert set(plan.rejected) == {"simt"}
+    assert set(plan.rejected) == {"hopper", "simt"}
     assert "host" in plan.rejected["simt"]
     assert plan.stored_logits_bytes == 3 * 5 * 4
-    for part in ("backend cpu", "survivor bits", "not simt: the arrays are on the host"):
+    for part in (
+        "backend cpu",
+        "survivor bits",
+        "not hopper: the arrays are on the host",
+        "not simt: the arrays are on the host",
+    ):
         assert part in str(plan)
 
 

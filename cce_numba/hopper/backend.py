@@ -58,7 +58,7 @@ def plan(p: Problem) -> Plan:
 
 def indexed_dot(p: Problem, plan: Plan) -> Any:
     """See `plan.Backend`."""
-    return simt.indexed_dot(p, plan)
+    return _module("forward").indexed_dot(p, plan.tiles)
 
 
 def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:

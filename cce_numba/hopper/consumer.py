@@ -40,7 +40,7 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
     second_half = np.uint64(64 * 128 >> 4)  # rows 64 to 127 of e
     who_am_i = make_who_am_i(tiles)
     has_bias = bias_dtype is not None
-    bias_fragment = make_bias_fragment(block_v, bias_dtype) if has_bias else None
+    bias_fragment: Any = make_bias_fragment(block_v, bias_dtype) if bias_dtype is not None else None
     both_consumers, stages, consumers = np.uint32(256), np.uint32(tiles.stages), np.int32(2)
 
     @cuda.jit(device=True, forceinline=True)
@@ -84,8 +84,8 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
     @cuda.jit(device=True, forceinline=True)
     def consume(
         ring: Any, merge_smem: Any, consumer: Any, thread: Any, tokens: Any, n_valid: Any, per_round: Any, target_logit: Any,
-        bias: Any, softcap: Any, lse: Any, has_lse: Any, part: Any, survivors: Any, pitch_words: Any, log_eps: Any, first_v_tile: Any,
-        n_tiles: Any, k_steps: Any, V: Any,
+        bias: Any, softcap: Any, lse: Any, has_lse: Any, part: Any, survivors: Any, pitch_words: Any, log_eps: Any,
+        first_v_tile: Any, n_tiles: Any, k_steps: Any, V: Any,
     ) -> None:  # fmt: skip
         worker, workers, groups, rank = who_am_i(n_valid)
         lane = np.int32(thread & 31)
@@ -163,7 +163,7 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
                         bits = control.or_of_warp((above[w] | below[w]) << np.uint32(2 * (lane & 3)))
                         if lane == w:
                             mine = np.uint32(bits)
-                    columns = np.int32(V - v0 - 32 * lane)
+                    columns: Any = np.int32(V - v0 - 32 * lane)
                     if columns < 32:
                         mine = np.uint32(mine & ((np.uint32(1) << np.uint32(max(columns, 0))) - np.uint32(1)))
                     if lane < words and mine != 0:

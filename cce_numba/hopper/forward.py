@@ -1,12 +1,12 @@
 """The forward on tensor cores: log-sum-exp and survivor bits (paper section 4.2).
 
-    producer warpgroup      one thread fetches tiles of e and c into a ring of stages (bulk copies by tensor maps); if the tokens of
-                            a block are not neighbours, two more warps fetch their rows of e instead
+    producer warpgroup      one thread fetches tiles of e and c into a ring of stages (bulk copies by tensor maps); if the
+                            tokens of a block are not neighbours, two more warps fetch their rows of e instead
     consumer warpgroups     two, each with a tile of 128 tokens x 192 vocabulary entries in registers. They take turns: one
                             multiplies while the other folds its tile into each row's (max, sum) and notes the survivors
 
-CTAs of a cluster own neighbouring blocks of tokens and meet the same vocabulary at the same time, so each fetches a part of a tile
-of c and multicasts it. Clusters are persistent workers; `schedule` says which tiles each takes.
+CTAs of a cluster own neighbouring blocks of tokens and meet the same vocabulary at the same time, so each fetches a part of a
+tile of c and multicasts it. Clusters are persistent workers; `schedule` says which tiles each takes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cce_numba.hopper.consumer import make_consume
 from cce_numba.hopper.indexed_dot import launch_indexed_dot
 from cce_numba.hopper.launch import Kernel, pointer_to
 from cce_numba.hopper.merge import make_merge_kernel
-from cce_numba.hopper.prepare import make_prepare_kernel
+from cce_numba.hopper.prepare import launch_prepare
 from cce_numba.hopper.producer import make_gather, make_produce
 from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.schedule import quotient
@@ -91,8 +91,9 @@ def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | 
         else:
             raise_registers()
             consume(
-                ring, ring + ring_bytes, np.int32(warpgroup - 1), np.int32(thread & 127), tokens, n_listed, per_round, target_logit,
-                bias, softcap, lse, has_lse, part, survivors, pitch_words, log_eps, first_v_tile, n_tiles, k_steps, V,
+                ring, ring + ring_bytes, np.int32(warpgroup - 1), np.int32(thread & 127), tokens, n_listed, per_round,
+                target_logit, bias, softcap, lse, has_lse, part, survivors, pitch_words, log_eps, first_v_tile,
+                n_tiles, k_steps, V,
             )  # fmt: skip
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while others still write to its shared memory
@@ -111,8 +112,9 @@ def forward(p: Problem, tiles: HopperTiles, record: bool) -> Statistics:
     xp: Any = p.xp
     N, V, D = p.N, p.V, p.D
     layout = Layout.of(p, tiles)
-    lse, target_logit = xp.empty(N, np.float32), xp.empty(N, np.float32)
-    tokens, n_valid = xp.empty(N, np.int32), (xp.empty if N else xp.zeros)((), np.int64)
+    lse, target_logit = xp.empty((2, N), np.float32)
+    listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
+    n_valid, tokens = listing[0], listing[1:].view(np.int32)[:N]
     pitch_words = layout.pitch_words if record else 0
     survivors = xp.zeros((layout.blocks, pitch_words), np.uint32) if record else n_valid
     bits = survivors.view(np.uint8)[:, : -(-V // 8)] if record else None
@@ -120,20 +122,11 @@ def forward(p: Problem, tiles: HopperTiles, record: bool) -> Statistics:
     if N == 0:
         return statistics
     e, c = layout.e_in_reach(p), layout.c_in_reach(p)
-    scratch = xp.empty(layout.scratch_bytes, np.uint8).data.ptr  # tensor maps, then partial results
-    maps, part = scratch, scratch + layout.map_bytes
+    scratch = xp.empty(layout.scratch_bytes, np.uint8)  # tensor maps, then partial results
+    maps, part = scratch.data.ptr, scratch.data.ptr + layout.map_bytes
     pointers = tokens.data.ptr, n_valid.data.ptr, target_logit.data.ptr, lse.data.ptr
-    make_prepare_kernel().launch(
-        1,
-        *tensor_map.encode(e, tiles.block_n, tiles.block_d),
-        *tensor_map.encode(c, tiles.block_v // tiles.cluster, tiles.block_d),
-        maps,
-        0 if p.targets is None else p.targets.data.ptr,
-        p.targets is not None,
-        p.options.ignore_index,
-        N,
-        *pointers,
-    )
+    e_map = tensor_map.encode(e, tiles.block_n, tiles.block_d)
+    launch_prepare(p, e_map, tensor_map.encode(c, tiles.block_v // tiles.cluster, tiles.block_d), maps, *pointers)
     if p.targets is not None:
         launch_indexed_dot(p, e, *pointers[:3], survivors.data.ptr, pitch_words)
 
@@ -180,3 +173,16 @@ def forward(p: Problem, tiles: HopperTiles, record: bool) -> Statistics:
                 V,
             )
     return statistics
+
+
+def indexed_dot(p: Problem, tiles: HopperTiles) -> Any:
+    """(N,) float32: the target's logit, 0 where ignored, NaN for a target out of range; the very bits of the forward's."""
+    xp: Any = p.xp
+    target_logit, unused = xp.empty(p.N, np.float32), xp.empty(p.N, np.float32)
+    if p.N:
+        tokens, n_valid, maps = xp.empty(p.N, np.int32), xp.empty((), np.int64), xp.empty(2 * tensor_map.WORDS, np.uint64)
+        e, no_map = Layout.of(p, tiles).e_in_reach(p), (0,) * tensor_map.WORDS
+        pointers = tokens.data.ptr, n_valid.data.ptr, target_logit.data.ptr
+        launch_prepare(p, no_map, no_map, maps.data.ptr, *pointers, unused.data.ptr)
+        launch_indexed_dot(p, e, *pointers, 0, 0)
+    return target_logit

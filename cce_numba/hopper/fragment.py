@@ -1,7 +1,7 @@
 """What can be done with a tile of logits in registers: ordinary functions of one logit, applied to a thread's whole fragment.
 
-A thread holds two rows of a (64, n) tile and n / 4 columns of each (layout in `ptx.wgmma`), in n / 2 registers. Registers have no
-index at run time, so each function is written out for every element when the kernel is compiled.
+A thread holds two rows of a (64, n) tile and n / 4 columns of each (layout in `ptx.wgmma`), in n / 2 registers. Registers have
+no index at run time, so each function is written out for every element when the kernel is compiled.
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ def fill_columns(n: int, value: Callable[..., Any], *extras: Any) -> Any:
 def collect_bits(n: int, keep: Callable[..., Any]) -> Any:
     """One bit for each column: whether `keep(z, by_row) -> bool` holds in either row of this thread.
 
-    In a kernel: `words = bits(fragment, by_row_0, by_row_1)`; n / 32 words of 32 columns each, where bit 8 * j + c is that of column
-    8 * j + c counted from the thread's first. So once shifted by 2 * (lane % 4), the union over a warp is in order of columns.
+    In a kernel: `words = bits(fragment, by_row_0, by_row_1)`; n / 32 words of 32 columns each, where bit 8 * j + c is that of
+    column 8 * j + c counted from the thread's first. So once shifted by 2 * (lane % 4), the union over a warp is in order of
+    columns.
     """
     operands = (fragment_type(n), F32, F32)
     result = types.UniTuple(U32, n // 32)

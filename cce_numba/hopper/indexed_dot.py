@@ -1,4 +1,4 @@
-"""The target's logit of each token, one dot product by one warp (paper section 4.1); the target's column survives in any case."""
+"""The target's logit of each token, a dot product by one warp (paper section 4.1); the target's column survives in any case."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WARPS = 4  # of a CTA, each with a token
 
 @functools.cache
 def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligned: bool) -> Kernel:
-    """The kernel for 16-bit `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads four numbers at a time."""
+    """The kernel for 16-bit `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads 4 numbers at a time."""
     widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
     load_bias, bias_bytes = make_load(bias_dtype or dtype), (bias_dtype or dtype).itemsize
     has_bias, warps, shuffle_xor = bias_dtype is not None, _WARPS, control.shuffle_xor_f32

@@ -1,7 +1,7 @@
 """Kernels with an explicit signature, launched with addresses and scalars on CuPy's current stream.
 
-A kernel takes `types.CPointer` or `uint64` for an array: its address, one value, where numba's own array argument has seven and more.
-Arguments are packed and handed to the driver directly, which takes the host a fraction of numba's own dispatch.
+A kernel takes `types.CPointer` or `uint64` for an array: its address, one value, where numba's own array argument has seven and
+more. Arguments are packed and handed to the driver directly, which takes the host a fraction of numba's own dispatch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Kernel:
         self._by_device: dict[int, Any] = {}
 
     def launch(self, ctas: int, *values: Any) -> None:
-        """Launches a grid of so many CTAs; `values` are addresses and scalars in the order of the signature, tuples flattened."""
+        """Launches a grid of so many CTAs; `values` are addresses and scalars in the signature's order, tuples flattened."""
         if ctas == 0:
             return
         cupy = _cupy()

@@ -41,7 +41,7 @@ def make_merge_kernel(tiles: HopperTiles) -> Kernel:
         pitch_words: Any,  # 0 if this is not to be looked after
         V: Any,
     ) -> None:
-        """lse[n] = log of the sum of exp(part), over the slots of the token's group. tokens, survivors begin with first_token."""
+        """lse[n] = log of the sum of exp(part) over the slots of the token's group. tokens, survivors begin at first_token."""
         lane, position = cuda.threadIdx.x & 31, np.int32(cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5))
         n_listed = np.int32(min(max(n_valid[0] - first_token, 0), most_tokens))
         if position >= n_listed:

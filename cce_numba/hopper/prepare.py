@@ -1,4 +1,4 @@
-"""What the other kernels need, made on the device in one launch: the list of tokens that count, and the tensor maps in memory."""
+"""What the other kernels need, made on the device in one launch: the list of tokens that count, and tensor maps in memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from cce_numba.arguments import Problem
 from cce_numba.hopper.launch import Kernel, pointer_to
 from cce_numba.hopper.tensor_map import WORDS
 
@@ -35,7 +36,7 @@ def make_prepare_kernel() -> Kernel:
         target_logit: Any,  # (N,)
         lse: Any,  # (N,)
     ) -> None:
-        """maps = e_map, c_map; tokens[:n_valid[0]] = those whose target is not ignore_index, ascending; 0 for results of others."""
+        """maps = e_map, c_map; tokens[:n_valid[0]] = those with target != ignore_index, ascending; 0 for results of others."""
         warp_counts = cuda.shared.array(warps, np.int32)
         t = cuda.threadIdx.x
         lane, warp = t & 31, t >> 5
@@ -82,3 +83,20 @@ def make_prepare_kernel() -> Kernel:
         tensor_map, tensor_map, pointer_to(np.uint64), p_i64, i32, i64, i32, p_i32, p_i64, p_f32, p_f32
     )  # fmt: skip
     return Kernel(prepare_kernel, signature, threads=_THREADS)
+
+
+def launch_prepare(
+    p: Problem,
+    e_map: tuple[int, ...],
+    c_map: tuple[int, ...],
+    maps: int,
+    tokens: int,
+    n_valid: int,
+    target_logit: int,
+    lse: int,
+) -> None:
+    """Lists the tokens of p, and writes the maps; all but the maps themselves are addresses."""
+    targets = 0 if p.targets is None else p.targets.data.ptr
+    make_prepare_kernel().launch(
+        1, *e_map, *c_map, maps, targets, targets != 0, p.options.ignore_index, p.N, tokens, n_valid, target_logit, lse
+    )

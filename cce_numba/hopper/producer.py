@@ -1,4 +1,4 @@
-"""The producer warpgroup: one thread fetches tiles with the bulk copy engine, two warps fetch scattered rows of e one by one."""
+"""The producer warpgroup: one thread fetches tiles by the bulk copy engine, two warps fetch scattered rows of e one by one."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def make_gather(tiles: HopperTiles) -> Any:
         worker, workers, groups, rank = who_am_i(n_valid)
         part, first_row = np.int32(thread & 7), np.int32(thread >> 3)
         e += np.uint64(16 * part)
-        row_bytes = np.int32(2 * D - 16 * part)
+        row_bytes: Any = np.int32(2 * D - 16 * part)
         swizzled = np.uint32((part ^ (first_row & 7)) << 4)  # rows of this thread are 8 apart: the same in all of them
         use, index = np.uint32(0), np.int32(0)
         while True:

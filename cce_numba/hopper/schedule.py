@@ -1,16 +1,17 @@
 """Who computes which tiles: every worker about as many, and all of them at about the same place in the vocabulary.
 
-A worker is a cluster; a group is the tokens that a cluster takes at a time. Work goes in rounds of `per_round` groups: few enough
-that their rows of `e` stay in the L2 cache while `c` streams by. Several workers share a group, and take its tiles in turn, not one
-part each: so all workers read the same rows of `c` at about the same time, and each sees a fair sample of the vocabulary early
-on, which makes its survivors fewer. In the last round there may be fewer groups; the workers that a fair share leaves over then take
-the last tiles of each group in turn.
+A worker is a cluster; a group is the tokens that a cluster takes at a time. Work goes in rounds of `per_round` groups: few
+enough that their rows of `e` stay in the L2 cache while `c` streams by. Several workers share a group, and take its tiles in
+turn, not one part each: so all workers read the same rows of `c` at about the same time, and each sees a fair sample of the
+vocabulary early on, which makes its survivors fewer. In the last round there may be fewer groups; the workers that a fair share
+leaves over then take the last tiles of each group in turn.
 
 How many tokens count is known on the device alone, so kernels call these functions; they are plain Python.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def segment(index: Any, worker: Any, workers: Any, groups: Any, per_round: Any, 
 
 @register_jitable
 def slots_of(group: Any, workers: Any, groups: Any, per_round: Any, tiles: Any) -> Any:
-    """Where a group's partial results are, `(first, step, count, extra)`: slots first + i * step for i < count, and extra if >= 0.
+    """Where a group's partial results are, `(first, step, count, extra)`: slots first + i * step for i < count, extra if >= 0.
 
     >>> tuple(map(int, slots_of(2, workers=4, groups=3, per_round=2, tiles=100)))
     (4, 1, 4, -1)
@@ -103,6 +104,7 @@ def count_slots(workers: int, groups: int, per_round: int) -> int:
     return groups // per_round * (workers // per_round * per_round) + 2 * workers
 
 
+@functools.cache
 def groups_per_round(workers: int, most: int) -> int:
     """How many groups go together, at most `most`: such that the fewest workers are idle; of those, the most.
 

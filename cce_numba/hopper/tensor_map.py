@@ -1,4 +1,7 @@
-"""Tensor maps: 128 opaque bytes that describe a matrix in device memory to the bulk copy engine. CUDA driver API, cuTensorMapEncodeTiled."""
+"""Tensor maps: 128 opaque bytes that describe a matrix in device memory to the bulk copy engine.
+
+CUDA driver API, cuTensorMapEncodeTiled.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ def padded_columns(columns: int) -> int:
 
 
 def encode(matrix: Any, box_rows: int, box_columns: int) -> tuple[int, ...]:
-    """The tensor map, as 64-bit words, of a (rows, columns) CuPy matrix of float16 or bfloat16, read in boxes with the 128-byte swizzle."""
+    """The tensor map, as 64-bit words, of a (rows, columns) CuPy matrix, read in boxes with the 128-byte swizzle.
+
+    The matrix is of float16 or bfloat16.
+    """
     rows, columns = matrix.shape
     return _encode(matrix.data.ptr, rows, columns, pitch_bytes(matrix), box_rows, box_columns, matrix.dtype == np.float16)
 
@@ -61,6 +67,7 @@ def _encode(
     )
     if int(error):
         raise RuntimeError(
-            f"cuTensorMapEncodeTiled: {error.name} for a ({rows}, {columns}) matrix at {pointer:#x} with rows {pitch} bytes apart"
+            f"cuTensorMapEncodeTiled: {error.name} for a ({rows}, {columns}) matrix at {pointer:#x} "
+            f"with rows {pitch} bytes apart"
         )
     return tuple(int(word) for word in tensor_map.opaque)

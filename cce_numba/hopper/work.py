@@ -34,4 +34,5 @@ def are_neighbours(tokens: Any, n0: Any, n_valid: Any) -> Any:
 
 @cuda.jit(device=True, forceinline=True)
 def token_at(tokens: Any, position: Any) -> Any:
+    """The token at this position of the list; tokens is an address."""
     return memory.load_global_i32(tokens + np.uint64(4 * position))

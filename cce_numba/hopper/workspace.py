@@ -11,8 +11,9 @@ from cce_numba.hopper import tensor_map
 from cce_numba.hopper.schedule import count_slots, groups_per_round
 from cce_numba.hopper.tiles import HopperTiles
 
-# With survivors, the vocabulary goes in these parts, and each gives the next a bound of the log-sum-exp, where else each consumer of
-# each worker would only know its own tiles. Tokenizers give the frequent entries the first numbers. See benchmarks/NOTES.md.
+# With survivors, the vocabulary goes in these parts, and each gives the next a bound of the log-sum-exp, where else each
+# consumer of each worker would only know its own tiles. Tokenizers give the frequent entries the first numbers. See
+# benchmarks/NOTES.md.
 PHASE_ENDS = (1 / 16, 1 / 4, 1)
 _COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
 _CACHED_BYTES = 14 * 2**20  # of e, at a time: it stays in the L2 cache (50 MB, of which each half keeps its own copy)

@@ -10,7 +10,7 @@ from cce_numba.ptx.instruction import F32, U32, instruction
 
 @functools.cache
 def raise_registers(count: int) -> Any:
-    """The instruction that gives each thread of the warpgroup `count` registers, once others have let go of theirs. ISA 9.7.19.5."""
+    """The instruction that gives each thread of the warpgroup `count` registers, once others let go of theirs. ISA 9.7.19.5."""
     return _set_registers("inc", count)
 
 

@@ -1,8 +1,8 @@
 """Matrix products of a warpgroup, 128 threads, on tensor cores. ISA 9.7.15.
 
 `D (64, n) += A (64, 16) @ B (n, 16).T`: A and B lie in shared memory, D in float32 in the registers of the four warps, each of
-which holds 16 rows. A thread's part of D is a `fragment`, a tuple of n / 2 floats, laid out as ISA figure "WGMMA .m64nNk16 register
-fragment layout for accumulator matrix D" has it: element 4 * j + 2 * half + c holds
+which holds 16 rows. A thread's part of D is a `fragment`, a tuple of n / 2 floats, laid out as ISA figure "WGMMA .m64nNk16
+register fragment layout for accumulator matrix D" has it: element 4 * j + 2 * half + c holds
 
     row     16 * warp + lane // 4 + 8 * half
     column  8 * j + 2 * (lane % 4) + c
@@ -19,8 +19,9 @@ from numba.cuda import types
 
 from cce_numba.ptx.instruction import F32, U32, U64, as_intrinsic, check_operands, emit, instruction
 
-# Operands whose rows are 128 bytes (64 16-bit numbers) with the 128-byte swizzle, as a tensor map with that swizzle leaves them:
-# layout type 1 in bits 62-63, 1024 bytes from one group of 8 rows to the next in bits 32-45, in units of 16 bytes. ISA 9.7.15.5.1.
+# Operands whose rows are 128 bytes (64 16-bit numbers) with the 128-byte swizzle, as a tensor map with that swizzle leaves
+# them: layout type 1 in bits 62-63, 1024 bytes from one group of 8 rows to the next in bits 32-45, in units of 16 bytes.
+# ISA 9.7.15.5.1.
 SWIZZLE_128B = np.uint64((1 << 62) | ((1024 >> 4) << 32) | (1 << 16))
 
 fence = instruction(
@@ -59,8 +60,8 @@ def zeros(n: int) -> Any:
 def mma(n: int, dtype: str) -> Any:
     """The product for n columns, of "bf16" or "f16" operands: `fragment = mma(n, dtype)(fragment, a, b, accumulate)`.
 
-    a and b are shared-memory descriptors of A (64, 16) and B (n, 16), both K-major: rows of consecutive k. With accumulate == 0 the
-    fragment that came in is not added. It runs asynchronously: `fence` before, `commit_group` and `wait_group` after.
+    a and b are shared-memory descriptors of A (64, 16) and B (n, 16), both K-major: rows of consecutive k. With accumulate == 0
+    the fragment that came in is not added. It runs asynchronously: `fence` before, `commit_group` and `wait_group` after.
     Raises ValueError for an n that the hardware lacks, and for other dtypes.
     """
     if n % 8 or not 8 <= n <= 256:

@@ -135,7 +135,7 @@ def test_dropped_gradient_is_bounded_by_dropped_mass(harness, edges, data):
 def test_a_long_vocabulary_whose_first_entries_are_the_frequent_ones(harness, edges, alone):
     """As tokenizers number them. The log-sum-exp so far must then be a good bound: few columns are flagged in vain."""
     N, V, eps = 1 if alone else edges.n[-1] + 1, edges.long_v, 2.0**-8
-    case = make_case(9, (N,), V, edges.d[-1], spread=0.5, bias=True, filter_eps=eps, reduction="sum")
+    case = make_case(9, (N,), V, edges.d[-1], edges.dtype, spread=0.5, bias=True, filter_eps=eps, reduction="sum")
     case.options["bias"][:] = -1.5 * np.log1p(np.arange(V))
     expected, result = expect(case), harness.forward(case)
     check_forward(expected, harness.numbers(result))
@@ -169,7 +169,7 @@ def test_promised_numerics(harness, edges, dtype):
 def test_many_small_terms_after_a_large_one_are_not_lost(harness, edges):
     """A tile's sum of exponentials is less than half a unit in the last place of the sum so far, again and again."""
     V = 102_403 if harness.edges.max_v > 100 else 6403
-    case = make_case(12, (1,), V, 1, bias=True, reduction="sum", filter_eps=None)
+    case = make_case(12, (1,), V, 1, edges.dtype, bias=True, reduction="sum", filter_eps=None)
     case.e[:] = 0
     case.options["bias"][:] = np.log(0.45 * 2.0**-23 / (128 if harness.edges.max_v > 100 else 8))
     case.options["bias"][0] = 0
@@ -201,7 +201,8 @@ def test_building_blocks_and_one_call_agree_with_forward_and_backward(harness, e
     numbers, grads = harness.numbers(result), harness.backward(result)
     plain = {k: v for k, v in case.options.items() if k not in ("reduction", "ignore_index")}
     dot = Case(case.e, case.c, case.targets, plain | {"ignore_index": case.options["ignore_index"]})
-    np.testing.assert_array_equal(harness.call("linear_cross_entropy", case), numbers["loss"])
+    # Not the very bits: with survivors, backends may walk the vocabulary in other steps.
+    np.testing.assert_allclose(harness.call("linear_cross_entropy", case), numbers["loss"], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(harness.call("indexed_dot", dot), numbers["target_logit"])
     every = harness.call("linear_logsumexp", Case(case.e, case.c, case.targets, plain), targets=False)
     valid = expect(case).valid

@@ -41,7 +41,7 @@ def test_a_poisoned_token_is_lost_and_the_others_are_not(harness, edges, dtype, 
 @pytest.mark.parametrize("poison", [np.nan, np.inf], ids=str)
 def test_a_poisoned_last_row_of_the_classifier_is_not_found_too_late(harness, edges, poison, filter_eps):
     """A token that meets it is lost, so that even columns walked past before, and dropped, must get their NaN."""
-    case = make_case(2, (1,), edges.max_v, edges.d[-1] + 1, spread=6.0, bias=True, filter_eps=filter_eps)
+    case = make_case(2, (1,), edges.max_v, edges.d[-1] + 1, edges.dtype, spread=6.0, bias=True, filter_eps=filter_eps)
     case.targets[0] = np.argmax(case.e @ case.c.T + case.options["bias"])  # before this, most others are dropped
     case.c[-1, 0] = poison
     if poison == np.inf:
@@ -54,7 +54,7 @@ def test_a_poisoned_last_row_of_the_classifier_is_not_found_too_late(harness, ed
 
 @pytest.mark.parametrize("target", [-1, 10**6, 2**40, -(2**62)])
 def test_a_target_out_of_range_is_never_a_silent_number(harness, edges, target):
-    case = make_case(3, (edges.n[-1] + 1,), edges.v[-1] + 2, edges.d[-1], reduction="none", check_targets=False)
+    case = make_case(3, (edges.n[-1] + 1,), edges.v[-1] + 2, edges.d[-1], edges.dtype, reduction="none", check_targets=False)
     case.targets[edges.n[-1] - 1] = target
     expected, result = expect(case), harness.forward(case)
     numbers = harness.numbers(result)
@@ -69,7 +69,7 @@ def test_a_target_out_of_range_is_never_a_silent_number(harness, edges, target):
 @pytest.mark.parametrize("filter_eps", ["auto", None, 2.0**-4])
 def test_ignored_tokens_may_hold_anything(harness, edges, filter_eps):
     """Padding is often garbage: NaN in the row of an ignored token, or of one without upstream gradient, reaches nothing."""
-    case = make_case(4, (edges.n[-1] + 2,), edges.v[-1] + 2, edges.d[-1], bias=True, ignored=0.3, reduction="none")
+    case = make_case(4, (edges.n[-1] + 2,), edges.v[-1] + 2, edges.d[-1], edges.dtype, bias=True, ignored=0.3, reduction="none")
     case = case.with_options(filter_eps=filter_eps)
     ignored = case.targets == -100
     silent = np.flatnonzero(~ignored)[::3]
@@ -92,7 +92,7 @@ def test_ignored_tokens_may_hold_anything(harness, edges, filter_eps):
 
 @pytest.mark.parametrize("filter_eps", ["auto", None])
 def test_a_token_without_upstream_gradient_does_not_meet_a_poisoned_classifier(harness, edges, filter_eps):
-    case = make_case(4, (6,), edges.v[-1] + 2, edges.d[-1], reduction="none", filter_eps=filter_eps)
+    case = make_case(4, (6,), edges.v[-1] + 2, edges.d[-1], edges.dtype, reduction="none", filter_eps=filter_eps)
     case.c[1, 0] = np.nan
     grads = harness.backward(harness.forward(case), np.array([1, 0, 1, 0, 1, 0], np.float32))
     assert np.isnan(grads.e[::2]).any(axis=1).all()
@@ -105,7 +105,7 @@ def test_masked_vocabulary(harness, edges, data):
     V = data.draw(st.integers(2, edges.max_v), label="V")
     first = data.draw(st.integers(0, V - 1), label="first")
     last = data.draw(st.integers(first + 1, V), label="last")
-    case = make_case(data.draw(st.integers(0, 99), label="seed"), (5,), V, edges.d[-1], bias=True)
+    case = make_case(data.draw(st.integers(0, 99), label="seed"), (5,), V, edges.d[-1], edges.dtype, bias=True)
     case.options["bias"][first:last] = -np.inf
     if last - first < V:
         allowed = np.setdiff1d(np.arange(V), np.arange(first, last))
@@ -140,7 +140,7 @@ def test_extreme_logits(harness, edges, dtype):
 def test_nothing_to_learn_from(harness, edges, filter_eps):
     """No tokens, or none that count: loss nan for mean and 0 for sum, gradients 0."""
     for shape, ignored in (((0,), 0.0), ((3, 0), 0.0), ((edges.n[-1] + 1,), 1.0)):
-        case = make_case(7, shape, edges.v[-1] + 1, edges.d[-1], bias=True, ignored=ignored, filter_eps=filter_eps)
+        case = make_case(7, shape, edges.v[-1] + 1, edges.d[-1], edges.dtype, bias=True, ignored=ignored, filter_eps=filter_eps)
         for reduction in ("mean", "sum", "none"):
             result = harness.forward(case.with_options(reduction=reduction))
             numbers, grads = harness.numbers(result), harness.backward(result)

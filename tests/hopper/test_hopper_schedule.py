@@ -107,9 +107,9 @@ def test_no_work_is_left_once_there_is_none(launch):
 def test_every_worker_has_about_as_many_tiles(launch):
     """In a full round, as many as its group's tiles divided by the workers that share it, rounded up.
 
-    In the last round the shares of the workers differ from the mean by up to a third: with a little less than two workers for each
-    group, those left over have two ends of groups, a third of the tiles each, and the others two thirds, where half would be
-    fair. Rounding adds at most two tiles: one where the end begins, one where what is before is divided.
+    In the last round a worker has up to a third more than the mean: where there are a little less than two workers for each
+    group, those left over take the ends of two groups, a third of the tiles each, and leave the others two thirds where half
+    would be fair. Rounding adds at most two tiles: one where the end begins, one where the rest is shared.
     """
     full, rest = divmod(launch.groups, launch.per_round)
     in_full_rounds = -(-launch.tiles // (launch.workers // launch.per_round))

@@ -156,7 +156,7 @@ def make_shuffle():
     def shuffle_kernel(x, mask, out):
         out[cuda.threadIdx.x] = control.shuffle_xor_f32(x[cuda.threadIdx.x], mask)
 
-    return Kernel(shuffle_kernel, types.void(F32_ARRAY, types.uint32, F32_ARRAY), threads=64)
+    return Kernel(shuffle_kernel, types.void(F32_ARRAY, types.int32, F32_ARRAY), threads=64)
 
 
 def make_or_global():
@@ -170,16 +170,17 @@ def make_or_global():
 
 
 def make_load_global():
-    """Element i of an array, by its address, read as 64, 32 and 16 bits."""
+    """Element i of four arrays, by its address."""
 
-    def load_global_kernel(x_u64, x_f32, x_u16, out_u64, out_f32, out_u32):
+    def load_global_kernel(x_u64, x_f32, x_i32, x_u16, out_u64, out_f32, out_i32, out_u32):
         i = cuda.threadIdx.x
         out_u64[i] = memory.load_global_u64(x_u64 + np.uint64(8 * i))
         out_f32[i] = memory.load_global_f32(x_f32 + np.uint64(4 * i))
+        out_i32[i] = memory.load_global_i32(x_i32 + np.uint64(4 * i))
         out_u32[i] = memory.load_global_u16(x_u16 + np.uint64(2 * i))
 
-    u64 = types.uint64
-    return Kernel(load_global_kernel, types.void(u64, u64, u64, pointer_to(np.uint64), F32_ARRAY, U32_ARRAY), threads=32)
+    out = pointer_to(np.uint64), F32_ARRAY, pointer_to(np.int32), U32_ARRAY
+    return Kernel(load_global_kernel, types.void(*[types.uint64] * 4, *out), threads=32)
 
 
 def make_handover(rounds):

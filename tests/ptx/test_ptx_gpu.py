@@ -238,10 +238,10 @@ def test_bits_are_set_by_many_threads_at_once(cupy, rng):
 
 def test_loads_from_global_memory(cupy, rng):
     """All bits, the highest as well, and zeros above the 16."""
-    x = [rng.integers(0, 2 ** (8 * size), 32, np.uint64).astype(f"u{size}") for size in (8, 2)]
-    x.insert(1, rng.standard_normal(32).astype(np.float32))
+    x = [rng.integers(0, 256, 32 * size, np.uint8).view(f"u{size}") for size in (8, 4, 4, 2)]
+    x[1:3] = rng.standard_normal(32).astype(np.float32), x[2].view(np.int32)
     given = [cupy.asarray(array) for array in x]
-    out = [cupy.empty(32, dtype) for dtype in (np.uint64, np.float32, np.uint32)]
+    out = [cupy.empty(32, dtype) for dtype in (np.uint64, np.float32, np.int32, np.uint32)]
     kernels.make_load_global().launch(1, *(array.data.ptr for array in (*given, *out)))
     for expected, got in zip(x, out, strict=True):
         np.testing.assert_array_equal(got.get(), expected)

@@ -81,6 +81,7 @@ TABLE = [
     Row("memory.load_global_u64", r"ld\.global\.nc\.u64", (U64,), U64),
     Row("memory.load_global_u16", r"ld\.global\.nc\.u16", (U64,), U32),
     Row("memory.load_global_f32", r"ld\.global\.nc\.f32", (U64,), F32),
+    Row("memory.load_global_i32", r"ld\.global\.nc\.s32", (U64,), I32),
     Row("memory.load_shared_f32", r"ld\.shared\.f32", (U32,), F32),
     Row("memory.store_shared_f32", r"st\.shared\.f32", (U32, F32)),
     Row("memory.copy_async_16", r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+", (U32, U64, U32)),
