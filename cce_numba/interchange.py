@@ -116,7 +116,8 @@ def library_of(array: Any) -> str:
     >>> library_of(np.ones(2)), library_of([1])
     ('numpy', 'builtins')
     """
-    return _library_of_type(type(array))
+    kind: Any = type(array)
+    return _library_of_type(kind)
 
 
 @functools.lru_cache(maxsize=256)

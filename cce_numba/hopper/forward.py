@@ -107,11 +107,10 @@ def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | 
     return Kernel(lse_kernel, signature, threads=tiles.threads, cluster=tiles.cluster, smem_bytes=tiles.smem_bytes)
 
 
-def forward(p: Problem, tiles: HopperTiles, record: bool) -> Statistics:
+def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
     """Log-sum-exp, target logit and survivors of each token."""
     xp: Any = p.xp
-    N, V, D = p.N, p.V, p.D
-    layout = Layout.of(p, tiles)
+    N, V, D, tiles = p.N, p.V, p.D, layout.tiles
     lse, target_logit = xp.empty((2, N), np.float32)
     listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
     n_valid, tokens = listing[0], listing[1:].view(np.int32)[:N]
@@ -175,13 +174,13 @@ def forward(p: Problem, tiles: HopperTiles, record: bool) -> Statistics:
     return statistics
 
 
-def indexed_dot(p: Problem, tiles: HopperTiles) -> Any:
+def indexed_dot(p: Problem, layout: Layout) -> Any:
     """(N,) float32: the target's logit, 0 where ignored, NaN for a target out of range; the very bits of the forward's."""
     xp: Any = p.xp
     target_logit, unused = xp.empty(p.N, np.float32), xp.empty(p.N, np.float32)
     if p.N:
         tokens, n_valid, maps = xp.empty(p.N, np.int32), xp.empty((), np.int64), xp.empty(2 * tensor_map.WORDS, np.uint64)
-        e, no_map = Layout.of(p, tiles).e_in_reach(p), (0,) * tensor_map.WORDS
+        e, no_map = layout.e_in_reach(p), (0,) * tensor_map.WORDS
         pointers = tokens.data.ptr, n_valid.data.ptr, target_logit.data.ptr
         launch_prepare(p, no_map, no_map, maps.data.ptr, *pointers, unused.data.ptr)
         launch_indexed_dot(p, e, *pointers, 0, 0)

@@ -26,6 +26,9 @@ def pointer_to(dtype: Any) -> Any:
     return types.CPointer(importlib.import_module("numba.cuda.np.numpy_support").from_dtype(dtype))
 
 
+_FORMATS = {types.int32: "i", types.int64: "q", types.uint64: "Q", types.float32: "f"}
+
+
 class Kernel:
     """A kernel for one signature, compiled for a device the first time that it is launched there.
 
@@ -90,7 +93,11 @@ def _format(kind: Any) -> str:
     """struct's letter for a scalar or an address, repeated for a tuple."""
     if isinstance(kind, types.UniTuple):
         return _format(kind.dtype) * kind.count
-    return {types.int32: "i", types.int64: "q", types.float32: "f"}.get(kind, "Q")
+    if isinstance(kind, types.CPointer):
+        return "Q"
+    if kind not in _FORMATS:
+        raise TypeError(f"kernels here take {', '.join(map(str, _FORMATS))}, pointers and tuples of these, not {kind}")
+    return _FORMATS[kind]
 
 
 @functools.cache

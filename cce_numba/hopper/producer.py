@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from cce_numba.hopper.work import are_neighbours, make_who_am_i, token_at
 from cce_numba.ptx import arithmetic, mbarrier, memory, tma
 
 
+@functools.cache
 def make_produce(tiles: HopperTiles) -> Any:
     """The device function of the thread that fetches tiles with the bulk copy engine."""
     ring_ = make_ring(tiles)
@@ -66,6 +68,7 @@ def make_produce(tiles: HopperTiles) -> Any:
     return produce
 
 
+@functools.cache
 def make_gather(tiles: HopperTiles) -> Any:
     """The device function of the warps that fetch rows of e one by one, 16 bytes a lane, and swizzle them by hand."""
     ring_ = make_ring(tiles)

@@ -11,6 +11,7 @@ of stage i % stages, so it waits for phases of parity (i // stages) % 2.
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.ptx import cluster, mbarrier
 
 
+@functools.cache
 def make_ring(tiles: HopperTiles) -> SimpleNamespace:
     """Device functions for a ring that starts at a shared address, and its addresses' arithmetic."""
     stages, stage_bytes, e_bytes = np.uint32(tiles.stages), np.uint32(tiles.stage_bytes), np.uint32(tiles.e_bytes)

@@ -73,15 +73,14 @@ def shared_tiles(workers: Any, rest: Any, tiles: Any) -> Any:
     """How many tiles the sharing workers of the last round take; those from there on are for the workers left over.
 
     >>> int(shared_tiles(workers=66, rest=32, tiles=1000))  # 32 groups, 2 workers each; 2 left over have 16 groups each
-    969
+    970
     """
     share = quotient(workers, rest)
     over = workers - share * rest
     if over == 0:
         return tiles
     turns = quotient(rest + over - 1, over) * share
-    # tiles * turns / (turns + 1), without a product that could overflow
-    return tiles - quotient(tiles + turns, turns + 1)
+    return tiles - quotient(tiles, turns + 1)  # tiles * turns / (turns + 1), without a product that could overflow
 
 
 @register_jitable

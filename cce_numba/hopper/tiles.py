@@ -38,12 +38,13 @@ class HopperTiles:
         reasons = [
             (self.block_n == 128, "block_n must be 128: two 64-row products for each consumer, and the survivors' blocks"),
             (
-                self.block_v % 32 == 0 and self.block_v <= 256,
+                self.block_v % 32 == 0 and 32 <= self.block_v <= 256,
                 "block_v must be a multiple of 32, up to 256: words of survivor bits",
             ),
             (self.block_d == 64, "block_d must be 64: one row of a stage is the 128 bytes of the swizzle"),
+            (1 <= self.cluster <= 4, "cluster must be 1 to 4: each warp of a consumer tells one CTA that a stage is free"),
             (
-                self.block_v % (8 * self.cluster) == 0,
+                self.cluster > 0 and self.block_v % (8 * self.cluster) == 0,
                 "block_v must be a multiple of 8 * cluster: each CTA's part of a tile of c must start on the swizzle's pattern",
             ),
             (self.stages >= 3, "stages must be at least 3: one that is multiplied, one under way, one arriving"),

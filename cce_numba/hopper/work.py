@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.ptx import cluster, memory
 
 
+@functools.cache
 def make_who_am_i(tiles: HopperTiles) -> Any:
     """The device function that gives this CTA's place in the schedule: `(worker, workers, groups, rank in the cluster)`."""
     ctas, group_n = tiles.cluster, tiles.group_n

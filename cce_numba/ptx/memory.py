@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from llvmlite import ir
@@ -51,15 +52,17 @@ copy_async_16 = instruction(
     doc="(shared address, global address, bytes): copies so many of 16 bytes and zeros the rest, later. ISA 9.7.9.25.3.",
 )
 copy_async_commit = instruction("cp.async.commit_group;", doc="This thread's copies so far make a group. ISA 9.7.9.25.3.")
-_copy_async_wait = {
-    pending: instruction(f"cp.async.wait_group {pending};", doc=f"Until at most {pending} groups are under way.")
-    for pending in range(4)
-}
 
 
+@functools.cache
 def copy_async_wait(pending: int) -> Any:
-    """The instruction that waits until at most `pending` of this thread's groups of copies are under way. ISA 9.7.9.25.3."""
-    return _copy_async_wait[pending]
+    """The instruction that waits until at most `pending` of this thread's groups of copies are under way.
+
+    ISA 9.7.9.25.3. Raises ValueError for a negative number.
+    """
+    if pending < 0:
+        raise ValueError(f"cp.async.wait_group: pending must be at least 0, got {pending}")
+    return instruction(f"cp.async.wait_group {pending};")
 
 
 fence_proxy_async = instruction(

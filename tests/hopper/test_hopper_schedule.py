@@ -54,7 +54,7 @@ def test_each_tile_is_computed_once(launch):
     times = np.zeros((launch.groups, launch.tiles), int)
     for worker in range(launch.workers):
         for group, first, last, step, _ in launch.pieces(worker):
-            assert 0 <= first
+            assert first >= 0
             assert last <= launch.tiles
             times[group, first:last:step] += 1
     assert (times == 1).all()
