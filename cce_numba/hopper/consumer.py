@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ from cce_numba.ptx import arithmetic, control, mbarrier, memory, wgmma
 from cce_numba.ptx.arithmetic import maximum
 from cce_numba.ptx.wgmma import SWIZZLE_128B
 
-OUT_OF_REACH = np.float32(3e38)  # as a bound of the log-sum-exp: no logit survives
+# As a bound of the log-sum-exp: its threshold is NaN, which no logit reaches, whatever stands in rows that are nobody's.
+OUT_OF_REACH = np.float32(math.inf)
 
 
 def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, capped: bool, record: bool) -> Any:

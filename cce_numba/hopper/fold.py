@@ -91,7 +91,7 @@ def log_add_exp(x: Any, y: Any) -> Any:
 
 @cuda.jit(device=True, forceinline=True)
 def threshold_of(bound: Any, log_eps: Any) -> Any:
-    """What a logit must reach to survive, given a lower bound of the row's log-sum-exp."""
+    """What a logit must reach to survive, given a lower bound of the row's log-sum-exp; NaN, never reached, for inf."""
     return bound - SLACK * abs(bound) + log_eps
 
 
