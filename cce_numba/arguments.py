@@ -89,8 +89,8 @@ class Problem:
     Attributes:
         e: (N, D) float, any strides.
         c: (V, D) of e's dtype, any strides.
-        targets: (N,) int64, already shifted, or None when only the log-sum-exp is wanted.
-        bias: (V,) of e's dtype or float32, or None.
+        targets: (N,) int64, contiguous, already shifted, or None when only the log-sum-exp is wanted.
+        bias: (V,) of e's dtype or float32, contiguous, or None.
         options: the checked options.
         e_shape: shape of the caller's `e`.
         token_shape: shape of the tokens before the shift; their product is N.
@@ -307,7 +307,7 @@ def _targets(targets: Any, e: Any, checked: Options) -> Any:
         shifted = interchange.array_module(native).full_like(native, checked.ignore_index)
         shifted[..., : -checked.shift] = native[..., checked.shift :]
         native = shifted
-    return native.reshape(-1)
+    return interchange.array_module(native).ascontiguousarray(native.reshape(-1))
 
 
 def _check_range_of_targets(p: Problem) -> None:
@@ -328,7 +328,7 @@ def _bias(bias: Any, e: Any, c: Any) -> Any:
     if native.shape != (c.shape[0],):
         raise ValueError(f"bias: must have shape (V,) = ({c.shape[0]},), got shape {native.shape}")
     _check_same_device("bias", native, e)
-    return native
+    return interchange.array_module(native).ascontiguousarray(native)
 
 
 def _integer(name: str, value: Any) -> int:

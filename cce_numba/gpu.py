@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from dataclasses import dataclass
 
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # cudaDeviceAttr
@@ -26,6 +27,16 @@ def current() -> Gpu:
 def count() -> int:
     """Devices that this process can use."""
     return importlib.import_module("cupy").cuda.runtime.getDeviceCount()
+
+
+_thread = threading.local()
+
+
+def bind_context() -> None:
+    """Makes the device's context current in this thread, which not every call of CuPy's does; once for each thread."""
+    if not getattr(_thread, "bound", False):
+        importlib.import_module("cupy").cuda.runtime.free(0)
+        _thread.bound = True
 
 
 @functools.cache

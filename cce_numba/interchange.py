@@ -42,6 +42,7 @@ class Kind:
             yield
             return
         with contextlib.ExitStack() as stack:
+            gpu.bind_context()
             if gpu.count() > 1:  # else there is nothing to switch, and asking takes time
                 stack.enter_context(importlib.import_module("cupy").cuda.Device(self.device))
                 stack.enter_context(importlib.import_module("numba.cuda").gpus[self.device])
@@ -185,7 +186,7 @@ def _take_torch(name: str, tensor: Any) -> Any:
     if tensor.device.type == "cuda":
         cupy = _cupy_for(name, tensor)
         if (dtype := _TORCH_DTYPES.get(str(tensor.dtype))) is not None and tensor.numel():
-            # What DLPack does, without what it takes: 60 us a tensor. The work is ordered on PyTorch's stream (`Kind.current`).
+            # What DLPack does, without what it takes: 60 us a tensor. Work goes to PyTorch's stream if e is a tensor, too.
             memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.numel() * dtype.itemsize, tensor, tensor.device.index)
             strides = tuple(step * dtype.itemsize for step in tensor.stride())
             return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides)

@@ -84,7 +84,7 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         accum_c_fp32: return the gradient of 16-bit `c` in float32, as it was accumulated.
         check_targets: True raises for a target out of range, on any device. None does so on the host, where looking is
             free; on a device, where it would wait for the device, such a token's loss and gradient become NaN.
-        backend: "cpu", "simt", or None to choose by device and dtype (`explain` tells).
+        backend: "cpu", "simt", "hopper", or None to choose by device and dtype (`explain` tells).
 
     Returns:
         The loss, an array of e's kind on e's device: 0-d, or for "none" in the shape of `targets[..., shift:]` with 0

@@ -59,7 +59,7 @@ def plan(p: Problem) -> HopperPlan:
         how=how,
         tiles=_TILES,
         layout=layout,
-        forward_bytes=layout.scratch_bytes + layout.copy_bytes + 4 * p.N,
+        forward_bytes=layout.scratch_bytes + layout.copy_bytes + 12 * p.N,
         survivor_bytes=0 if p.options.filter_eps is None else layout.survivor_bytes,
         backward_bytes=simt.backward_bytes(p),
     )

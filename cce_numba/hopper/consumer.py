@@ -43,7 +43,7 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
     who_am_i = make_who_am_i(tiles)
     has_bias = bias_dtype is not None
     bias_fragment: Any = make_bias_fragment(block_v, bias_dtype) if bias_dtype is not None else None
-    both_consumers, stages, consumers = np.uint32(256), np.uint32(tiles.stages), np.int32(2)
+    both_consumers, stages, consumers = np.uint32(128 * tiles.consumers), np.uint32(tiles.stages), np.int32(tiles.consumers)
 
     @cuda.jit(device=True, forceinline=True)
     def descriptor(address: Any) -> Any:

@@ -115,8 +115,9 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
     listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
     n_valid, tokens = listing[0], listing[1:].view(np.int32)[:N]
     pitch_words = layout.pitch_words if record else 0
-    survivors = xp.zeros((layout.blocks, pitch_words), np.uint32) if record else n_valid
-    bits = survivors.view(np.uint8)[:, : -(-V // 8)] if record else None
+    survivors = xp.zeros((layout.blocks, pitch_words), np.uint32) if record else None
+    survivors_pointer = survivors.data.ptr if survivors is not None and N else 0
+    bits = None if survivors is None else survivors.view(np.uint8)[:, : -(-V // 8)]
     statistics = Statistics(tokens, n_valid, lse, None if p.targets is None else target_logit, bits, tiles.survivor_block)
     if N == 0:
         return statistics
@@ -127,7 +128,7 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
     e_map = tensor_map.encode(e, tiles.block_n, tiles.block_d)
     launch_prepare(p, e_map, tensor_map.encode(c, tiles.block_v // tiles.cluster, tiles.block_d), maps, *pointers)
     if p.targets is not None:
-        launch_indexed_dot(p, e, *pointers[:3], survivors.data.ptr, pitch_words)
+        launch_indexed_dot(p, e, *pointers[:3], survivors_pointer, pitch_words)
 
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
     lse_kernel = make_lse_kernel(tiles, p.dtype, bias_dtype, p.options.softcap is not None, record)
@@ -137,7 +138,7 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
             copy_rows(p.c[first_row : first_row + layout.c_rows], c)
         for first_token, n_tokens in layout.batches():
             listed = pointers[0] + 4 * first_token, pointers[1], first_token, n_tokens
-            kept = survivors.data.ptr + 4 * pitch_words * (first_token // tiles.block_n)
+            kept = survivors_pointer + 4 * pitch_words * (first_token // tiles.block_n)
             lse_kernel.launch(
                 layout.workers * tiles.cluster,
                 maps,

@@ -14,6 +14,7 @@ from cce_numba.arguments import Problem
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.fold import make_load
 from cce_numba.hopper.launch import Kernel, pointer_to
+from cce_numba.hopper.tiles import SURVIVOR_BLOCK
 from cce_numba.ptx import arithmetic, control, memory
 
 _WARPS = 4  # of a CTA, each with a token
@@ -78,7 +79,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
                 total = softcap * math.tanh(total / softcap)
             target_logit[n] = total
             if pitch_words > 0:
-                word = position // 128 * pitch_words + target // 32
+                word = position // SURVIVOR_BLOCK * pitch_words + target // 32
                 memory.or_global_u32(survivors + np.uint64(4 * word), np.uint32(1) << np.uint32(target & 31))
 
     p_i64, p_i32, p_f32 = pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)

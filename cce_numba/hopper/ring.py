@@ -73,10 +73,6 @@ def make_ring(tiles: HopperTiles) -> SimpleNamespace:
         mbarrier.wait(empty(ring, stage_of(use)), parity_of(use) ^ np.uint32(1))
 
     @cuda.jit(device=True, forceinline=True)
-    def wait_full(ring: Any, use: Any) -> None:
-        mbarrier.wait(full(ring, stage_of(use)), parity_of(use))
-
-    @cuda.jit(device=True, forceinline=True)
     def release(ring: Any, use: Any, thread: Any) -> None:
         """By a consumer warpgroup (thread 0 to 127): its products with this stage are done. One thread tells each CTA."""
         if thread & 31 == 0 and thread >> 5 < ctas:

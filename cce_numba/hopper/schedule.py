@@ -61,11 +61,12 @@ def slots_of(group: Any, workers: Any, groups: Any, per_round: Any, tiles: Any) 
     busy, rest = share * per_round, groups - full * per_round
     if group < full * per_round:
         round_ = quotient(group, per_round)
-        return _int32s(round_ * busy + group - round_ * per_round, per_round, share, NO_SLOT, 0)[:4]
+        first = round_ * busy + group - round_ * per_round
+        return np.int32(first), np.int32(per_round), np.int32(share), np.int32(NO_SLOT)
     member, extra = group - full * per_round, NO_SLOT
     if shared_tiles(workers, rest, tiles) < tiles:
         extra = full * busy + workers + member
-    return _int32s(full * busy + member, rest, quotient(workers, rest), extra, 0)[:4]
+    return np.int32(full * busy + member), np.int32(rest), quotient(workers, rest), np.int32(extra)
 
 
 @register_jitable

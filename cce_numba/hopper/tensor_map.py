@@ -23,6 +23,8 @@ def why_not(matrix: Any) -> str | None:
         return f"it does not start at a multiple of {_ALIGNMENT_BYTES} bytes"
     if matrix.shape[0] > 1 and (matrix.strides[0] % _ALIGNMENT_BYTES or matrix.strides[0] <= 0):
         return f"its rows are {matrix.strides[0]} bytes apart, not a positive multiple of {_ALIGNMENT_BYTES}"
+    if matrix.shape[0] > 1 and matrix.strides[0] < matrix.shape[1] * matrix.itemsize:
+        return f"its rows are {matrix.strides[0]} bytes apart, and overlap"
     return None
 
 

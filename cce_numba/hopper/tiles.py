@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SURVIVOR_BLOCK = 128  # tokens that share survivor bits
 MAX_SMEM_BYTES = 227 * 1024  # of a CTA, ISA compute capability 9.0
 _BARRIER_BYTES = 8
 _ALIGNMENT_BYTES = 1024  # the 128-byte swizzle repeats after 8 rows of 128 bytes
@@ -36,10 +37,14 @@ class HopperTiles:
 
     def __post_init__(self) -> None:
         reasons = [
-            (self.block_n == 128, "block_n must be 128: two 64-row products for each consumer, and the survivors' blocks"),
             (
-                self.block_v % 32 == 0 and 32 <= self.block_v <= 256,
-                "block_v must be a multiple of 32, up to 256: words of survivor bits",
+                self.block_n == SURVIVOR_BLOCK,
+                "block_n must be 128: two 64-row products for each consumer, and the survivors' blocks",
+            ),
+            (
+                self.block_v % 32 == 0 and 32 <= self.block_v <= self.consumer_registers - 40,
+                f"block_v must be a multiple of 32, up to 192: words of survivor bits, and so many sums in registers out of "
+                f"{self.consumer_registers}",
             ),
             (self.block_d == 64, "block_d must be 64: one row of a stage is the 128 bytes of the swizzle"),
             (1 <= self.cluster <= 4, "cluster must be 1 to 4: each warp of a consumer tells one CTA that a stage is free"),
@@ -47,7 +52,10 @@ class HopperTiles:
                 self.cluster > 0 and self.block_v % (8 * self.cluster) == 0,
                 "block_v must be a multiple of 8 * cluster: each CTA's part of a tile of c must start on the swizzle's pattern",
             ),
-            (self.stages >= 3, "stages must be at least 3: one that is multiplied, one under way, one arriving"),
+            (
+                self.stages >= 4,
+                "stages must be at least 4: one that is multiplied, and three that gathered rows take to arrive",
+            ),
             (
                 self.smem_bytes <= MAX_SMEM_BYTES,
                 f"takes {self.smem_bytes} bytes of shared memory, but a CTA has at most {MAX_SMEM_BYTES}: fewer stages",

@@ -9,7 +9,7 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.hopper.schedule import quotient
-from cce_numba.hopper.tiles import HopperTiles
+from cce_numba.hopper.tiles import SURVIVOR_BLOCK, HopperTiles
 from cce_numba.ptx import cluster, memory
 
 
@@ -28,8 +28,8 @@ def make_who_am_i(tiles: HopperTiles) -> Any:
 
 @cuda.jit(device=True, forceinline=True)
 def are_neighbours(tokens: Any, n0: Any, n_valid: Any) -> Any:
-    """Whether the 128 listed tokens from n0 on (or as many as there are) are consecutive rows of e; tokens is an address."""
-    last = np.int32(min(n0 + 127, n_valid - 1))
+    """Whether the block of listed tokens from n0 on (as many as there are) are consecutive rows of e; tokens is an address."""
+    last = np.int32(min(n0 + SURVIVOR_BLOCK - 1, n_valid - 1))
     first_row, last_row = token_at(tokens, n0), token_at(tokens, last)
     return last_row - first_row == last - n0
 

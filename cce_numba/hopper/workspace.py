@@ -17,7 +17,7 @@ from cce_numba.hopper.tiles import HopperTiles
 PHASE_ENDS = (1 / 16, 1 / 4, 1)
 _COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
 _CACHED_BYTES = 14 * 2**20  # of e, at a time: it stays in the L2 cache (50 MB, of which each half keeps its own copy)
-_BATCH = 2**14  # tokens of a launch: bounds the partial results
+_SCRATCH_BYTES = 960 * 2**10  # partial results of a launch: so many tokens go at a time
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,15 @@ class Layout:
     @property
     def scratch_bytes(self) -> int:
         """Tensor maps and the partial results of a launch."""
-        groups = _ceil_div(min(self.N, _BATCH), self.tiles.group_n)
+        groups = _ceil_div(min(self.N, self.batch), self.tiles.group_n)
         return self.map_bytes + 4 * self.tiles.group_n * count_slots(self.workers, groups, self.per_round)
+
+    @property
+    def batch(self) -> int:
+        """Tokens of a launch: whole rounds, at least one."""
+        slots_of_round = self.workers // self.per_round * self.per_round
+        rounds = (_SCRATCH_BYTES // (4 * self.tiles.group_n) - 2 * self.workers) // slots_of_round
+        return max(1, rounds) * self.per_round * self.tiles.group_n
 
     @property
     def copy_bytes(self) -> int:
@@ -112,7 +119,7 @@ class Layout:
 
     def batches(self) -> list[tuple[int, int]]:
         """`(first token, tokens)` of each launch, of the list of tokens that count."""
-        return [(first, min(_BATCH, self.N - first)) for first in range(0, self.N, _BATCH)]
+        return [(first, min(self.batch, self.N - first)) for first in range(0, self.N, self.batch)]
 
 
 def copy_rows(matrix: Any, into: Any) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import cce_numba as cce
+from cce_numba import interchange
 from tests.cases import DTYPES, Case, make_case
 from tests.checks import check_forward, check_gradients, expect
 
@@ -41,6 +42,28 @@ def test_strided_inputs(harness, edges, of, kind, dtype):
     expected = expect(case)
     check_forward(expected, harness.numbers(result))
     check_gradients(expected, harness.backward(result), harness.kept(result, case.c.shape[0]))
+
+
+@pytest.mark.parametrize("of", ["targets", "bias"])
+def test_strided_vectors(harness, edges, of):
+    case = make_case(4, (edges.n[-1] + 1,), edges.v[-1] + 1, edges.d[-1], edges.dtype, ignored=0.1, bias=True)
+    vectors = {"targets": case.targets, "bias": case.options["bias"]}
+    between = np.zeros((len(vectors[of]), 3), vectors[of].dtype)
+    between[:, 1] = vectors[of]
+    given = {name: harness.device(between)[:, 1] if name == of else harness.device(x) for name, x in vectors.items()}
+    options = {**case.options, "bias": given["bias"]}
+    result = cce.forward(*map(harness.device, (case.e, case.c)), given["targets"], backend=harness.backend, **options)
+    expected = expect(case)
+    check_forward(expected, harness.numbers(result))
+    check_gradients(expected, harness.backward(result), harness.kept(result, case.c.shape[0]))
+
+
+def test_one_target_for_all(harness, edges):
+    case = make_case(5, (edges.n[-1] + 1,), edges.v[-1] + 1, edges.d[-1], edges.dtype)
+    case.targets[:] = 3
+    e, c, one = map(harness.device, (case.e, case.c, case.targets[:1]))
+    targets = interchange.array_module(one).broadcast_to(one, case.targets.shape)
+    check_forward(expect(case), harness.numbers(cce.forward(e, c, targets, backend=harness.backend)))
 
 
 SHAPES = [(), (1,), (2, 3), (1, 2, 3)]

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 @pytest.mark.parametrize("filter_eps", ["auto", None])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_a_poisoned_token_is_lost_and_the_others_are_not(harness, edges, dtype, poison, filter_eps):
     case = make_case(2, (edges.n[-1] + 1,), edges.v[-1] + 2, edges.d[-1] + 1, dtype, bias=True, reduction="none")
     case = case.with_options(filter_eps=filter_eps)

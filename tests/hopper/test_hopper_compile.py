@@ -20,6 +20,7 @@ from cce_numba.hopper.forward import make_lse_kernel
 from cce_numba.hopper.indexed_dot import make_indexed_dot_kernel
 from cce_numba.hopper.merge import make_merge_kernel
 from cce_numba.hopper.prepare import make_prepare_kernel
+from cce_numba.hopper.reduction import make_reduce_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -95,3 +96,14 @@ def test_the_merge_of_partial_results():
     compiled = offline.compile_hopper(make_merge_kernel(HopperTiles()))
     check_fits(compiled)
     assert compiled.count(r"(atom|red)\.\S*") == 0, "sums are in the same order each time"
+
+
+def test_the_reduction():
+    check_fits(offline.compile_hopper(make_reduce_kernel()))
+
+
+def test_a_cluster_of_one_fetches_all_of_c_itself():
+    compiled = offline.compile_hopper(make_lse_kernel(HopperTiles(cluster=1), BFLOAT16, None, False, True))
+    check_fits(compiled)
+    assert compiled.count(rf"{TENSOR_COPY}\.multicast::cluster") == 0
+    assert compiled.count(TENSOR_COPY) >= 2

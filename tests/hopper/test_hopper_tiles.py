@@ -13,14 +13,14 @@ from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
     ("sizes", "reason"),
     [
         ({"block_n": 64}, "block_n must be 128"),
-        ({"block_v": 200}, "block_v must be a multiple of 32, up to 256"),
-        ({"block_v": 288}, "block_v must be a multiple of 32, up to 256"),
+        ({"block_v": 200}, "block_v must be a multiple of 32, up to 192"),
+        ({"block_v": 224}, "block_v must be a multiple of 32, up to 192"),
         ({"block_d": 32}, "block_d must be 64"),
-        ({"block_v": 0}, "block_v must be a multiple of 32, up to 256"),
+        ({"block_v": 0}, "block_v must be a multiple of 32, up to 192"),
         ({"cluster": 0}, "cluster must be 1 to 4"),
         ({"block_v": 128, "cluster": 8}, "cluster must be 1 to 4"),
         ({"block_v": 160, "cluster": 3}, r"block_v must be a multiple of 8 \* cluster"),
-        ({"stages": 2}, "stages must be at least 3"),
+        ({"stages": 3}, "stages must be at least 4"),
         ({"stages": 6}, f"takes 247408 bytes of shared memory, but a CTA has at most {MAX_SMEM_BYTES}: fewer stages"),
     ],
 )
@@ -30,7 +30,7 @@ def test_sizes_that_do_not_work_are_refused(sizes, reason):
         HopperTiles(**sizes)
 
 
-@pytest.mark.parametrize("block_v", [32, 64, 96, 128, 160, 192, 224, 256])
+@pytest.mark.parametrize("block_v", [32, 64, 96, 128, 160, 192])
 @pytest.mark.parametrize("cluster", [1, 2, 4])
 def test_sizes_that_work(block_v, cluster):
     tiles = HopperTiles(block_v=block_v, cluster=cluster, stages=4)
