@@ -21,7 +21,8 @@ def surroundings() -> dict[str, Any]:
     packages += ("cuda-core", "cuda-toolkit", "nvidia-cublas", "nvidia-cublas-cu12")
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": _output("git", "describe", "--always", "--dirty") or os.environ.get("CCE_COMMIT", ""),
+        # Where the files came without their history, whoever brought them says.
+        "commit": os.environ.get("CCE_COMMIT") or _output("git", "describe", "--always", "--dirty"),
         "python": platform.python_version(),
         "cores": len(os.sched_getaffinity(0)),
         "cpu": next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), ""),
