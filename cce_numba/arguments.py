@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import numbers
 import operator
@@ -167,6 +168,8 @@ def options(dtype: np.dtype, given: Mapping[str, Any], only: Iterable[str] = DEF
 
     Raises TypeError or ValueError, naming the option; an unknown one is told from its likely neighbour.
     """
+    if not given:
+        return _default_options(dtype)
     for name in given:
         if name not in DEFAULTS:
             close = difflib.get_close_matches(name, DEFAULTS, n=1)
@@ -174,7 +177,15 @@ def options(dtype: np.dtype, given: Mapping[str, Any], only: Iterable[str] = DEF
             raise TypeError(f"{name}: is not an option{hint}")
         if name not in only:
             raise TypeError(f"{name}: means nothing here; this function takes {', '.join(only)}")
-    value = DEFAULTS | dict(given)
+    return _checked_options(dtype, DEFAULTS | dict(given))
+
+
+@functools.cache
+def _default_options(dtype: np.dtype) -> Options:
+    return _checked_options(dtype, DEFAULTS)
+
+
+def _checked_options(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
     if not isinstance(value["reduction"], str) or value["reduction"] not in REDUCTIONS:
         raise ValueError(f"reduction: must be one of {', '.join(map(repr, REDUCTIONS))}, got {value['reduction']!r}")
     if value["check_targets"] is not None:

@@ -51,6 +51,8 @@ def test_every_option_is_told_with_its_default():
 
 def test_the_table_of_the_forward_is_what_was_measured():
     benchmarks = Path(__file__).parent.parent / "benchmarks"
-    told = subprocess.run([sys.executable, "readme_table.py"], cwd=benchmarks, capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [sys.executable, "readme_table.py"], cwd=benchmarks, capture_output=True, text=True, check=True
+    ).stdout
     assert told.count("\n") > 4
     assert told in README, "python benchmarks/readme_table.py prints it"

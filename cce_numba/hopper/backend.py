@@ -46,9 +46,21 @@ class HopperPlan(Plan):
     layout: Any = None
 
 
+_plans: dict[Any, HopperPlan] = {}  # made so far: training asks for the same one again and again
+
+
 def plan(p: Problem) -> HopperPlan:
     """Tiles and bytes."""
     layout = _module("workspace").Layout.of(p, _TILES)
+    key = layout, p.dtype, p.device, p.options
+    if (known := _plans.get(key)) is not None:
+        return known
+    if len(_plans) >= 256:
+        _plans.clear()
+    return _plans.setdefault(key, _make_plan(p, layout))
+
+
+def _make_plan(p: Problem, layout: Any) -> HopperPlan:
     how = f"forward on the tensor cores of {p.device}, backward on the portable kernels"
     if layout.e_copied:
         how += f"; e is copied, since {layout.e_copied}"

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib
 import struct
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,16 @@ class Kernel:
         # As C lays them out, which is how kernels take their arguments.
         self._arguments = struct.Struct("@" + "".join(_format(kind) for kind in signature.args))
         self._by_device: dict[int, Any] = {}
+        # One place for arguments, filled for each launch; the driver has copied them when it returns.
+        self._buffer, self._size_bytes = (
+            ctypes.create_string_buffer(self._arguments.size),
+            ctypes.c_size_t(self._arguments.size),
+        )
+        # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END of the driver API: cuLaunchKernel
+        places = 1, ctypes.addressof(self._buffer), 2, ctypes.addressof(self._size_bytes), None
+        self._extra = (ctypes.c_void_p * 5)(*places)
+        self._extra_pointer = ctypes.addressof(self._extra)
+        self._lock = threading.Lock()
 
     def launch(self, ctas: int, *values: Any) -> None:
         """Launches a grid of so many CTAs; `values` are addresses and scalars in the signature's order, tuples flattened."""
@@ -56,15 +67,12 @@ class Kernel:
         cupy = _cupy()
         device = cupy.cuda.runtime.getDevice()
         handle = (self._by_device.get(device) or self._compile(device))[0]
-        size = self._arguments.size
-        buffer, size_bytes = ctypes.create_string_buffer(size), ctypes.c_size_t(size)
-        self._arguments.pack_into(buffer, 0, *values)
-        # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END of the driver API: cuLaunchKernel
-        extra = (ctypes.c_void_p * 5)(1, ctypes.addressof(buffer), 2, ctypes.addressof(size_bytes), None)
         stream = cupy.cuda.get_current_stream().ptr
-        cupy.cuda.driver.launchKernel(
-            handle, ctas, 1, 1, self.threads, 1, 1, self.smem_bytes, stream, 0, ctypes.addressof(extra)
-        )
+        with self._lock:
+            self._arguments.pack_into(self._buffer, 0, *values)
+            cupy.cuda.driver.launchKernel(
+                handle, ctas, 1, 1, self.threads, 1, 1, self.smem_bytes, stream, 0, self._extra_pointer
+            )
 
     def _compile(self, device: int) -> tuple[int, Any]:
         """The kernel's handle, and what keeps it loaded. Linked as one whole (lto): else setmaxnreg would be ignored."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ class Layout:
         tiles: the tiles.
         workers: clusters that run at the same time.
         per_round: groups of tokens that they take at a time, see `schedule`.
+        batch: tokens of a launch, at most.
         e_copied: why e must be copied for the copy engine to read it, or None.
         c_copied: why c must be copied, part by part, or None.
         c_rows: rows of c that are in reach of the copy engine at a time: V, or as many as a copy may hold.
@@ -40,6 +42,7 @@ class Layout:
     tiles: HopperTiles
     workers: int
     per_round: int
+    batch: int
     e_copied: str | None
     c_copied: str | None
     c_rows: int
@@ -53,9 +56,13 @@ class Layout:
         if c_copied is not None:
             fitting = _COPY_BYTES // (2 * tensor_map.padded_columns(p.D)) // tiles.block_v * tiles.block_v
             c_rows = min(p.V, max(tiles.block_v, fitting))
-        return cls(p.N, p.V, p.D, tiles, workers, per_round, tensor_map.why_not(p.e), c_copied, c_rows)
+        # Tokens of a launch: whole rounds, at least one.
+        slots_of_round = workers // per_round * per_round
+        rounds = max(1, (_SCRATCH_BYTES // (4 * tiles.group_n) - 2 * workers) // slots_of_round)
+        batch = rounds * per_round * tiles.group_n
+        return _known(cls(p.N, p.V, p.D, tiles, workers, per_round, batch, tensor_map.why_not(p.e), c_copied, c_rows))
 
-    @property
+    @functools.cached_property
     def n_tiles(self) -> int:
         """Vocabulary tiles."""
         return _ceil_div(self.V, self.tiles.block_v)
@@ -65,7 +72,7 @@ class Layout:
         """Blocks of tokens, at most."""
         return _ceil_div(self.N, self.tiles.block_n)
 
-    @property
+    @functools.cached_property
     def pitch_words(self) -> int:
         """32-bit words of a block's survivor bits: those of whole tiles."""
         return self.n_tiles * (self.tiles.block_v // 32)
@@ -80,18 +87,11 @@ class Layout:
         """The tensor maps of e and c."""
         return 2 * 8 * tensor_map.WORDS
 
-    @property
+    @functools.cached_property
     def scratch_bytes(self) -> int:
         """Tensor maps and the partial results of a launch."""
         groups = _ceil_div(min(self.N, self.batch), self.tiles.group_n)
         return self.map_bytes + 4 * self.tiles.group_n * count_slots(self.workers, groups, self.per_round)
-
-    @property
-    def batch(self) -> int:
-        """Tokens of a launch: whole rounds, at least one."""
-        slots_of_round = self.workers // self.per_round * self.per_round
-        rounds = (_SCRATCH_BYTES // (4 * self.tiles.group_n) - 2 * self.workers) // slots_of_round
-        return max(1, rounds) * self.per_round * self.tiles.group_n
 
     @property
     def copy_bytes(self) -> int:
@@ -112,14 +112,26 @@ class Layout:
 
     def phases(self, record: bool) -> list[tuple[int, int, int]]:
         """`(first row of c in reach, first tile, last tile)` of each launch."""
-        n_tiles, step = self.n_tiles, _ceil_div(self.c_rows, self.tiles.block_v)
-        ends = {min(n_tiles, max(1, round(n_tiles * end))) for end in PHASE_ENDS} if record else {n_tiles}
-        cuts = sorted({*ends, *range(step, n_tiles, step)})
+        return self._phases_with_survivors if record else self._cut({self.n_tiles})
+
+    @functools.cached_property
+    def _phases_with_survivors(self) -> list[tuple[int, int, int]]:
+        return self._cut({min(self.n_tiles, max(1, round(self.n_tiles * end))) for end in PHASE_ENDS})
+
+    def _cut(self, ends: set[int]) -> list[tuple[int, int, int]]:
+        step = _ceil_div(self.c_rows, self.tiles.block_v)
+        cuts = sorted({*ends, *range(step, self.n_tiles, step)})
         return [(first // step * step * self.tiles.block_v, first, last) for first, last in zip([0, *cuts], cuts, strict=False)]
 
     def batches(self) -> list[tuple[int, int]]:
         """`(first token, tokens)` of each launch, of the list of tokens that count."""
         return [(first, min(self.batch, self.N - first)) for first in range(0, self.N, self.batch)]
+
+
+@functools.lru_cache(maxsize=256)
+def _known(layout: Layout) -> Layout:
+    """The one of equal layouts that came first, and so knows already what follows from it."""
+    return layout
 
 
 def copy_rows(matrix: Any, into: Any) -> Any:
