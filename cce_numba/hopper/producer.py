@@ -116,9 +116,8 @@ def make_gather(tiles: HopperTiles) -> Any:
                         token = memory.load_global_i32(listed + np.uint64(4 * row))
                         source = e + np.uint64(np.int64(token) * e_pitch_bytes + 128 * k)
                         memory.copy_async_16(np.uint32(stage_smem + np.uint32(row * 128)), source, present_bytes)
-                        row = arithmetic.opaque_i32(
-                            np.int32(row + rows_at_once)
-                        )  # unrolled, this takes more registers than there are
+                        # Unrolled, this loop would take more registers than there are.
+                        row = arithmetic.opaque_i32(np.int32(row + rows_at_once))
                     memory.copy_async_commit()
                     wait_all_but_two()  # two stages stay under way; what came before has landed
                     if under_way < 2:
