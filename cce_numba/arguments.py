@@ -203,12 +203,14 @@ def _checked_options(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
     )
 
 
-def problem(e: Any, c: Any, targets: Any, given: Mapping[str, Any], only: Iterable[str] = DEFAULTS) -> Problem:
+def problem(
+    e: Any, c: Any, targets: Any, given: Mapping[str, Any], only: Iterable[str] = DEFAULTS, kind: Kind | None = None
+) -> Problem:
     """Checks the arrays and the options against each other and makes them canonical, without a copy where strides allow.
 
     `NO_TARGETS` makes a problem without targets (every token counts). `only`: options that mean something here.
-    Raises TypeError for what is not an array or has
-    a wrong dtype, ValueError for shapes, devices, targets and option values that do not fit.
+    `kind`: how to give results back; that of `e`, if left out. Raises TypeError for what is not an array or has a wrong dtype,
+    ValueError for shapes, devices, targets and option values that do not fit.
 
     >>> p = problem(np.ones((2, 3, 4)), np.ones((5, 4)), np.zeros((2, 3), int), {"shift": 1})
     >>> p.N, p.V, p.D, p.targets.tolist()
@@ -241,7 +243,7 @@ def problem(e: Any, c: Any, targets: Any, given: Mapping[str, Any], only: Iterab
         options=checked,
         e_shape=tuple(native_e.shape),
         token_shape=token_shape,
-        kind=interchange.kind_of(e, native_e),
+        kind=kind or interchange.kind_of(e, native_e),
     )
     if p.targets is not None and (look or (look is None and not p.on_device)):  # on a device, looking would wait for it
         _check_range_of_targets(p)

@@ -231,8 +231,10 @@ def _prepared(
     e: Any, c: Any, targets: Any, options: LossOptions, only: Iterable[str] = arguments.DEFAULTS
 ) -> Iterator[tuple[Problem, Plan]]:
     """Checked inputs and the plan, with the caller's device and stream current."""
-    with interchange.kind_of(e, interchange.take("e", e)).current():
-        problem = arguments.problem(e, c, targets, options, only)
+    native_e = interchange.take("e", e)
+    kind = interchange.kind_of(e, native_e)
+    with kind.current():
+        problem = arguments.problem(native_e, c, targets, options, only, kind)
         yield problem, planning.choose(problem, options.get("backend"))
 
 

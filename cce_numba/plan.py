@@ -154,7 +154,10 @@ def choose(p: Problem, backend: str | None) -> Plan:
         reason = module.why_not(p)
         if reason is None:
             logits_bytes = p.N * p.V * p.compute_dtype.itemsize
-            return replace(module.plan(p), rejected=rejected, stored_logits_bytes=logits_bytes)
+            plan = module.plan(p)
+            if plan.rejected == rejected and plan.stored_logits_bytes == logits_bytes:
+                return plan  # one that was made before
+            return replace(plan, rejected=rejected, stored_logits_bytes=logits_bytes)
         rejected[name] = reason
     if backend:
         raise BackendUnavailable(f"backend: {backend!r} cannot run this: {rejected[backend]}")
