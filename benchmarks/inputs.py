@@ -53,7 +53,7 @@ def random(N: int, V: int, D: int, xp: Any) -> tuple[Any, Any, Any]:
         return rng.standard_normal((stop - start, D), dtype=np.float32)
 
     scale = np.float32(_SPREAD / D**0.5)
-    e, c = _by_rows(N, D, normal, xp), _by_rows(V, D, lambda start, stop: normal(start, stop) * scale, xp)
+    e, c = by_rows(N, D, normal, xp), by_rows(V, D, lambda start, stop: normal(start, stop) * scale, xp)
     return e, c, rng.integers(0, V, N)
 
 
@@ -74,10 +74,10 @@ def real(archive: Archive, N: int, V: int, D: int, xp: Any) -> tuple[Any, Any, A
         return (c[v % len(c)] - nats[:, None] * one_nat) @ lift
 
     all_targets = targets[xp.arange(N) % len(targets)].astype(np.int64)
-    return _by_rows(N, D, tokens, xp), _by_rows(V, D, entries, xp), all_targets
+    return by_rows(N, D, tokens, xp), by_rows(V, D, entries, xp), all_targets
 
 
-def _by_rows(rows: int, D: int, make: Callable[[int, int], Any], xp: Any) -> Any:
+def by_rows(rows: int, D: int, make: Callable[[int, int], Any], xp: Any) -> Any:
     """(rows, D) bfloat16, out of float32 that is never there as a whole."""
     out = xp.empty((rows, D), BFLOAT16)
     for start in range(0, rows, _ROWS):
