@@ -133,6 +133,11 @@ class Problem:
         return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
 
     @property
+    def logits_bytes(self) -> int:
+        """What the logits would take if they were stored once."""
+        return self.N * self.V * self.compute_dtype.itemsize
+
+    @property
     def grad_e_dtype(self) -> np.dtype:
         """The dtype of `dE`."""
         return self.compute_dtype if self.options.accum_e_fp32 else self.dtype

@@ -40,7 +40,7 @@ class Plan:
     forward_bytes: int
     survivor_bytes: int
     backward_bytes: int
-    stored_logits_bytes: int = 0
+    stored_logits_bytes: int
     rejected: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -153,11 +153,8 @@ def choose(p: Problem, backend: str | None) -> Plan:
         module = backend_module(name)
         reason = module.why_not(p)
         if reason is None:
-            logits_bytes = p.N * p.V * p.compute_dtype.itemsize
             plan = module.plan(p)
-            if plan.rejected == rejected and plan.stored_logits_bytes == logits_bytes:
-                return plan  # one that was made before
-            return replace(plan, rejected=rejected, stored_logits_bytes=logits_bytes)
+            return replace(plan, rejected=rejected) if rejected else plan
         rejected[name] = reason
     if backend:
         raise BackendUnavailable(f"backend: {backend!r} cannot run this: {rejected[backend]}")
@@ -166,7 +163,7 @@ def choose(p: Problem, backend: str | None) -> Plan:
 
 def survivor_bytes(p: Problem, block: int) -> int:
     """Bytes of the survivor bits: one bit per block of tokens and vocabulary entry."""
-    return _ceil_div(p.N, block) * _ceil_div(p.V, 8)
+    return ceil_div(p.N, block) * ceil_div(p.V, 8)
 
 
 def unpack_survivors(statistics: Statistics, V: int) -> np.ndarray:
@@ -176,7 +173,8 @@ def unpack_survivors(statistics: Statistics, V: int) -> np.ndarray:
     return np.unpackbits(host, axis=1, bitorder="little")[:, :V].astype(bool)
 
 
-def _ceil_div(a: int, b: int) -> int:
+def ceil_div(a: int, b: int) -> int:
+    """The quotient, rounded up."""
     return -(-a // b)
 
 

@@ -35,6 +35,7 @@ def plan(p: Problem) -> Plan:
         forward_bytes=blocks,
         survivor_bytes=0 if p.options.filter_eps is None else survivor_bytes(p, tiles.survivor_block),
         backward_bytes=blocks + accumulator,
+        stored_logits_bytes=p.logits_bytes,
     )
 
 

@@ -71,7 +71,7 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         how=how,
         tiles=_TILES,
         layout=layout,
-        stored_logits_bytes=p.N * p.V * p.compute_dtype.itemsize,
+        stored_logits_bytes=p.logits_bytes,
         forward_bytes=layout.scratch_bytes + layout.copy_bytes + 12 * p.N,
         survivor_bytes=0 if p.options.filter_eps is None else layout.survivor_bytes,
         backward_bytes=simt.backward_bytes(p),

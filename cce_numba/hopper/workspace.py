@@ -11,6 +11,7 @@ from cce_numba.arguments import Problem
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.schedule import count_slots, groups_per_round
 from cce_numba.hopper.tiles import HopperTiles
+from cce_numba.plan import ceil_div
 
 # With survivors, the vocabulary goes in these parts, and each gives the next a bound of the log-sum-exp, where else each
 # consumer of each worker would only know its own tiles. Tokenizers give the frequent entries the first numbers. See
@@ -65,12 +66,12 @@ class Layout:
     @functools.cached_property
     def n_tiles(self) -> int:
         """Vocabulary tiles."""
-        return _ceil_div(self.V, self.tiles.block_v)
+        return ceil_div(self.V, self.tiles.block_v)
 
     @property
     def blocks(self) -> int:
         """Blocks of tokens, at most."""
-        return _ceil_div(self.N, self.tiles.block_n)
+        return ceil_div(self.N, self.tiles.block_n)
 
     @functools.cached_property
     def pitch_words(self) -> int:
@@ -90,7 +91,7 @@ class Layout:
     @functools.cached_property
     def scratch_bytes(self) -> int:
         """Tensor maps and the partial results of a launch."""
-        groups = _ceil_div(min(self.N, self.batch), self.tiles.group_n)
+        groups = ceil_div(min(self.N, self.batch), self.tiles.group_n)
         return self.map_bytes + 4 * self.tiles.group_n * count_slots(self.workers, groups, self.per_round)
 
     @property
@@ -119,7 +120,7 @@ class Layout:
         return self._cut({min(self.n_tiles, max(1, round(self.n_tiles * end))) for end in PHASE_ENDS})
 
     def _cut(self, ends: set[int]) -> list[tuple[int, int, int]]:
-        step = _ceil_div(self.c_rows, self.tiles.block_v)
+        step = ceil_div(self.c_rows, self.tiles.block_v)
         cuts = sorted({*ends, *range(step, self.n_tiles, step)})
         return [(first // step * step * self.tiles.block_v, first, last) for first, last in zip([0, *cuts], cuts, strict=False)]
 
@@ -138,7 +139,3 @@ def copy_rows(matrix: Any, into: Any) -> Any:
     """Copies rows to the first rows of `into`, and returns those."""
     into[: matrix.shape[0]] = matrix
     return into[: matrix.shape[0]]
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)

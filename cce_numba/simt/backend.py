@@ -11,11 +11,11 @@ from numba import cuda
 
 from cce_numba import reduction
 from cce_numba.arguments import Problem
-from cce_numba.plan import Gradients, Plan, Statistics, survivor_bytes
+from cce_numba.plan import Gradients, Plan, Statistics, ceil_div, survivor_bytes
 from cce_numba.simt import backward as backward_kernels
 from cce_numba.simt import forward as forward_kernels
 from cce_numba.simt import indexed_dot as indexed_dot_kernels
-from cce_numba.simt.launch import SIMULATED, ceil_div
+from cce_numba.simt.launch import SIMULATED
 from cce_numba.simt.tiles import choose_tiles
 from cce_numba.simt.tokens import list_tokens
 
@@ -61,6 +61,7 @@ def plan(p: Problem) -> Plan:
         forward_bytes=p.N * (4 * splits * itemsize + 8),  # up to twice the splits: see forward_kernels._HEAD
         survivor_bytes=0 if p.options.filter_eps is None else survivor_bytes(p, tiles.survivor_block),
         backward_bytes=backward_bytes(p),
+        stored_logits_bytes=p.logits_bytes,
     )
 
 

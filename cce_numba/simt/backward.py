@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from cce_numba.arguments import Problem
-from cce_numba.plan import Gradients, Statistics
+from cce_numba.plan import Gradients, Statistics, ceil_div
 from cce_numba.simt.columns import LIST_THREADS, make_list_columns_kernel
 from cce_numba.simt.gradient_of_logits import make_gradient_of_logits_kernel
 from cce_numba.simt.gradients import make_d_bias_kernel, make_d_c_kernel, make_d_e_kernel
-from cce_numba.simt.launch import SIMULATED, argument, ceil_div, launch
+from cce_numba.simt.launch import SIMULATED, argument, launch
 from cce_numba.simt.tiles import SimtTiles
 
 WORKSPACE_BYTES = 64 * 2**20  # for G

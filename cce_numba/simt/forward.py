@@ -15,9 +15,9 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.arguments import Problem
-from cce_numba.plan import Statistics
+from cce_numba.plan import Statistics, ceil_div
 from cce_numba.simt.indexed_dot import indexed_dot
-from cce_numba.simt.launch import ceil_div, kernel_of, launch, multiprocessors
+from cce_numba.simt.launch import kernel_of, launch, multiprocessors
 from cce_numba.simt.numbers import conversions
 from cce_numba.simt.product import ALIGNMENT, finish_logit, make_logits_tile, make_product
 from cce_numba.simt.tiles import SimtTiles

@@ -10,7 +10,8 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.arguments import Problem
-from cce_numba.simt.launch import SIMULATED, ceil_div, launch
+from cce_numba.plan import ceil_div
+from cce_numba.simt.launch import SIMULATED, launch
 from cce_numba.simt.numbers import conversions
 from cce_numba.simt.product import finish_logit
 

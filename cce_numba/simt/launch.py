@@ -107,8 +107,3 @@ def _core_stream(pointer: int) -> Any:
 def multiprocessors() -> int:
     """Streaming multiprocessors of the current device; 1 in the simulator."""
     return 1 if SIMULATED else gpu.current().multiprocessors
-
-
-def ceil_div(a: int, b: int) -> int:
-    """The quotient, rounded up."""
-    return -(-a // b)

@@ -140,6 +140,27 @@ def test_a_call_can_be_captured_in_a_graph(hopper, with_grad):
         np.testing.assert_array_equal(got.get(), want)
 
 
+def test_a_graph_with_a_pool_of_its_own_leaves_the_memory_of_others_alone(hopper):
+    """As the README has it. Temporaries of a capture go back to their pool, and a replay writes to them again."""
+    import cupy
+
+    case = make_case(7, (300,), 3000, 256, BFLOAT16)
+    e, c, targets = (cupy.asarray(x) for x in (case.e, case.c, case.targets))
+    pool, stream = cupy.cuda.MemoryPool(), cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        with cupy.cuda.using_allocator(pool.malloc):
+            expected = cce.linear_cross_entropy(e, c, targets).get()
+            stream.begin_capture()
+            loss = cce.linear_cross_entropy(e, c, targets)
+            graph = stream.end_capture()
+        others = [cupy.full(size, 7, np.uint8) for size in (512, 2**12, 2**16, 2**18, 2**20)]
+        graph.launch(stream)
+    stream.synchronize()
+    np.testing.assert_array_equal(loss.get(), expected)
+    assert all((other == 7).all() for other in others)
+
+
 @pytest.mark.parametrize(("N", "D"), [(1, 64), (256, 16_384), (8192, 8192), (40_000, 64), (20_000, 12_288)])
 def test_memory_stays_within_what_is_promised(hopper, N, D):
     """1 MiB and 12 bytes a token for the loss alone; the survivors' bits, of whole tiles, beside it."""
