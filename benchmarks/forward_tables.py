@@ -31,13 +31,13 @@ def host_table(host_us: dict[str, Any]) -> Table:
     """A row for each library whose arrays may come."""
     limit = host_us["at_most"]
     table = Table(title=f"host: us until a call returns, median (p10 - p90), at most {limit}")
-    functions = ("linear_cross_entropy", "forward")
+    functions = list(host_us["CuPy"])
     for column in ("arrays of", *functions):
         table.add_column(column)
     for library in ("CuPy", "PyTorch"):
         if library in host_us:
             us = [host_us[library][function] for function in functions]
-            cells = [f"{_judged(x['median'], limit, 0)} ({x['p10']:.0f} - {x['p90']:.0f})" for x in us]
+            cells = [f"{judged(x['median'], limit, 0)} ({x['p10']:.0f} - {x['p90']:.0f})" for x in us]
         else:
             cells = ["not measured: no PyTorch with CUDA"]
         table.add_row(library, *cells)
@@ -55,6 +55,11 @@ def title(problem: dict[str, Any]) -> str:
     return f"{problem['N']} x {problem['V']} x {problem['D']}, {problem['data']}"
 
 
+def judged(value: float, limit: float | None, digits: int) -> str:
+    """The value, marked if it is above the limit."""
+    return f"{value:.{digits}f}" if limit is None or value <= limit else f"[red]over: {value:.{digits}f}[/]"
+
+
 def _time_cells(call: dict[str, Any]) -> tuple[str, ...]:
     return f"{call['median_ms']:.3f}", f"{call['min_ms']:.3f} - {call['max_ms']:.3f}", f"{call['tflops']:.0f}"
 
@@ -63,7 +68,7 @@ def _ratio_cells(call: dict[str, Any]) -> tuple[str, ...]:
     if "x" not in call:
         return "", "", ""
     x, limit = call["x"], call["x_at_most"]
-    cells = _judged(x["median"], limit, 3), f"{x['p10']:.3f} - {x['p90']:.3f}"
+    cells = judged(x["median"], limit, 3), f"{x['p10']:.3f} - {x['p90']:.3f}"
     return *cells, "" if limit is None else f"{limit:.2f}"
 
 
@@ -71,9 +76,4 @@ def _memory_cells(call: dict[str, Any]) -> tuple[str, ...]:
     if "extra_bytes" not in call:
         return "", ""
     mebibytes, limit = call["extra_bytes"] / 2**20, call["extra_bytes_at_most"] / 2**20
-    return _judged(mebibytes, limit, 2), f"{limit:.2f}"
-
-
-def _judged(value: float, limit: float | None, digits: int) -> str:
-    """The value, marked if it is above the limit."""
-    return f"{value:.{digits}f}" if limit is None or value <= limit else f"[red]over: {value:.{digits}f}[/]"
+    return judged(mebibytes, limit, 2), f"{limit:.2f}"

@@ -98,6 +98,49 @@ def take(name: str, array: Any) -> Any:
     )
 
 
+def take_writable(name: str, array: Any) -> Any:
+    """As `take`, for an array to write to: raises ValueError, naming the argument, if it is read-only or gives a copy.
+
+    >>> take_writable("out.e", np.ones((2, 3))).flags.writeable
+    True
+    """
+    native, library = take(name, array), library_of(array)
+    if library in ("cupy", "torch"):
+        return native  # always writable, never a copy
+    if native.size and address(native) != address(take(name, array)):  # copies lie elsewhere each time
+        raise ValueError(
+            f"{name}: must share its memory, since the gradient is written to it, got "
+            f"{type(array).__module__}.{type(array).__qualname__}, which gives a copy"
+        )
+    if is_on_device(native):
+        interface = getattr(array, "__cuda_array_interface__", None)
+        read_only = interface is not None and interface["data"][1]
+    else:
+        read_only = not native.flags.writeable
+    if read_only:
+        raise ValueError(f"{name}: must be writable, since the gradient is written to it, got a read-only array")
+    return native
+
+
+def byte_range(array: Any) -> tuple[int, int]:
+    """The addresses [first, last) between which all elements of a NumPy or CuPy array lie; (0, 0) if it has none.
+
+    >>> first, last = byte_range(np.zeros((2, 3))[:, ::-2])
+    >>> last - first
+    48
+    """
+    if array.size == 0:
+        return 0, 0
+    start = address(array)
+    spans = [(size - 1) * step for size, step in zip(array.shape, array.strides, strict=True)]
+    return start + sum(min(0, span) for span in spans), start + sum(max(0, span) for span in spans) + array.itemsize
+
+
+def address(array: Any) -> int:
+    """Where the first element of a NumPy or CuPy array lies."""
+    return int(array.data.ptr if is_on_device(array) else array.__array_interface__["data"][0])
+
+
 def kind_of(array: Any, native: Any) -> Kind:
     """The kind of the caller's `array`, of which `take` made `native`."""
     library = library_of(array)

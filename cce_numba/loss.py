@@ -14,9 +14,10 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from cce_numba import arguments, interchange
+from cce_numba import arguments, dropped, interchange
 from cce_numba import plan as planning
 from cce_numba.arguments import LossOptions, Problem
+from cce_numba.destination import Destination
 from cce_numba.plan import Gradients, Plan, Statistics
 
 
@@ -60,6 +61,22 @@ class Result:
         if self._statistics.survivors is None:
             return np.full(n_blocks, self._problem.V)
         return planning.unpack_survivors(self._statistics, self._problem.V)[:n_blocks].sum(axis=1)
+
+    def dropped_mass(self) -> Any:
+        """Per token, the probability that the filter drops: the sum of the softmax over the entries that its block leaves out.
+
+        It bounds the token's error in a filtered gradient: that of `dE` by `|d_loss| * dropped_mass * max_v |c_v|`, less
+        where a softcap is flat. In the shape of `nll`; 0 where ignored, and everywhere if nothing is filtered, or nearly
+        everything survives. A lost token (NaN) keeps all, and so drops 0.
+
+        Computes all logits again, at each call, in pieces whose memory does not grow with N or V; waits for the device.
+
+        >>> e, c = np.eye(2, 8) * 5, np.eye(50, 8)
+        >>> forward(e, c, np.arange(2), filter_eps=0.02).dropped_mass().round(3)  # 48 entries, each 1 / (exp(5) + 49)
+        array([0.243, 0.243])
+        """
+        with self._problem.kind.current():
+            return _exported(self._problem, dropped.mass(self._problem, self._statistics))
 
 
 def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = False, **options: Unpack[LossOptions]) -> Any:
@@ -113,6 +130,8 @@ def linear_cross_entropy_with_grad(
     *,
     return_lse: bool = False,
     wrt: Iterable[str] | None = None,
+    out: Gradients | None = None,
+    accumulate: bool = False,
     **options: Unpack[LossOptions],
 ) -> Any:
     """The loss and its gradients: `(loss, grads)`, or `(loss, lse, grads)` with `return_lse`.
@@ -121,21 +140,30 @@ def linear_cross_entropy_with_grad(
 
     Args:
         wrt: which gradients to compute, out of "e", "c", "bias"; all that exist by default. Others are None.
+        out: arrays to write gradients to, by name; those that are None are allocated. On e's device, in the shape of the
+            input, and of its dtype or float32 (which then is what `accum_*_fp32` would choose); NumPy's with any strides if the
+            leading dimensions of out.e flatten to a view, on a device with a contiguous last dimension. They must not overlap
+            the inputs or each other.
+        accumulate: add to what `out` holds, in float32 (float64) and rounded once, where it would be overwritten. Every
+            gradient that is computed then needs its array.
 
     Returns:
-        grads.e in the shape and dtype of `e`, grads.c of `c`, grads.bias of `bias` (None without one).
+        grads.e in the shape and dtype of `e`, grads.c of `c`, grads.bias of `bias` (None without one); or the arrays of `out`.
 
     >>> e, c = np.zeros((1, 2)), np.array([[1.0, 0.0], [0.0, 1.0]])
     >>> loss, grads = linear_cross_entropy_with_grad(e, c, np.array([0]))
     >>> grads.e
     array([[-0.5,  0.5]])
+    >>> _ = linear_cross_entropy_with_grad(e, c, np.array([1]), out=grads, accumulate=True)  # the next micro-batch
+    >>> grads.e
+    array([[0., 0.]])
     """
     return_lse = arguments.flag("return_lse", return_lse)
     with _prepared(e, c, targets, options) as (problem, plan):
-        gradients = arguments.wanted(wrt, problem)
+        destination = Destination.of(out, accumulate, arguments.wanted(wrt, problem), problem)
         statistics = _statistics(problem, plan, with_grad=True)
         loss = _loss(problem, plan, statistics)
-        grads = _backward(problem, plan, statistics, None, None, gradients)
+        grads = _backward(problem, plan, statistics, None, None, destination)
         return (loss, _exported(problem, statistics.lse), grads) if return_lse else (loss, grads)
 
 
@@ -161,7 +189,15 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
         )
 
 
-def backward(result: Result, d_loss: Any = None, d_lse: Any = None, *, wrt: Iterable[str] | None = None) -> Gradients:
+def backward(
+    result: Result,
+    d_loss: Any = None,
+    d_lse: Any = None,
+    *,
+    wrt: Iterable[str] | None = None,
+    out: Gradients | None = None,
+    accumulate: bool = False,
+) -> Gradients:
     """Vector-Jacobian product: the gradients of `sum(d_loss * loss) + sum(d_lse * lse)`.
 
     Args:
@@ -170,8 +206,10 @@ def backward(result: Result, d_loss: Any = None, d_lse: Any = None, *, wrt: Iter
         d_lse: upstream gradient of the lse: a scalar or an array in its shape. 0 by default. `2 * w * result.lse / n` adds
             a z-loss of weight w.
         wrt: which gradients to compute, out of "e", "c", "bias"; all that exist by default. Others are None.
+        out: arrays to write gradients to, as in `linear_cross_entropy_with_grad`.
+        accumulate: add to what `out` holds.
 
-    Raises TypeError or ValueError, naming the argument, if an upstream gradient does not fit.
+    Raises TypeError or ValueError, naming the argument, if an upstream gradient or an array of `out` does not fit.
 
     >>> result = forward(np.zeros((1, 2)), np.eye(2), np.array([0]), reduction="sum")
     >>> backward(result, d_loss=10.0).e
@@ -179,9 +217,11 @@ def backward(result: Result, d_loss: Any = None, d_lse: Any = None, *, wrt: Iter
     """
     if not isinstance(result, Result):
         raise TypeError(f"result: must be what forward returned, got {type(result).__qualname__}")
-    gradients = arguments.wanted(wrt, result._problem)
-    with result._problem.kind.current():
-        return _backward(result._problem, result.plan, result._statistics, d_loss, d_lse, gradients)
+    problem = result._problem
+    gradients = arguments.wanted(wrt, problem)
+    with problem.kind.current():
+        destination = Destination.of(out, accumulate, gradients, problem)
+        return _backward(problem, result.plan, result._statistics, d_loss, d_lse, destination)
 
 
 def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Any:
@@ -254,7 +294,9 @@ def _exported(problem: Problem, flat: Any) -> Any:
     return problem.kind.export(problem.per_token(flat))
 
 
-def _backward(problem: Problem, plan: Plan, statistics: Statistics, d_loss: Any, d_lse: Any, wrt: frozenset[str]) -> Gradients:
+def _backward(
+    problem: Problem, plan: Plan, statistics: Statistics, d_loss: Any, d_lse: Any, destination: Destination
+) -> Gradients:
     per_token_shape = tuple(problem.per_token(statistics.lse).shape)
     loss_shape = per_token_shape if problem.options.reduction == "none" else ()
     d_nll = arguments.upstream("d_loss", 1.0 if d_loss is None else d_loss, problem, loss_shape)
@@ -263,11 +305,7 @@ def _backward(problem: Problem, plan: Plan, statistics: Statistics, d_loss: Any,
             d_nll /= statistics.n_valid.astype(problem.compute_dtype)
     # nll = lse - target_logit, so d_nll reaches both; d_lse the log-sum-exp alone, whose gradient is the softmax.
     softmax_weight = d_nll if d_lse is None else d_nll + arguments.upstream("d_lse", d_lse, problem, per_token_shape)
+    into = destination.arrays(problem)
     module = planning.backend_module(plan.backend)
-    grads = module.backward(problem, plan, statistics, softmax_weight, d_nll, wrt)
-    export = problem.kind.export
-    return Gradients(
-        e=None if grads.e is None else export(grads.e.reshape(problem.e_shape)),
-        c=None if grads.c is None else export(grads.c),
-        bias=None if grads.bias is None else export(grads.bias),
-    )
+    module.backward(problem, plan, statistics, softmax_weight, d_nll, into, destination.accumulate)
+    return destination.returned(problem, into)

@@ -83,11 +83,14 @@ class Statistics:
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """Gradients of the loss (vector-Jacobian products), in the shapes of the inputs; None where not asked for."""
+    """Gradients of the loss (vector-Jacobian products), in the shapes of the inputs; None where not asked for.
 
-    e: Any | None
-    c: Any | None
-    bias: Any | None
+    Also names the arrays that gradients are to be written to: `out` of `linear_cross_entropy_with_grad` and `backward`.
+    """
+
+    e: Any | None = None
+    c: Any | None = None
+    bias: Any | None = None
 
 
 class Backend(Protocol):
@@ -122,12 +125,17 @@ class Backend(Protocol):
         statistics: Statistics,
         softmax_weight: Any,
         target_weight: Any,
-        wrt: frozenset[str],
-    ) -> Gradients:
+        into: Gradients,
+        accumulate: bool,
+    ) -> None:
         """Gradients from G[n, v] = softmax_weight[n] * softmax[n, v] - target_weight[n] * (v == targets[n]).
 
         Both weights are (N,) of the compute dtype. The softcap's derivative multiplies G. Tokens that do not count, or
         whose two weights are zero, take no part. Whole loss terms are made of these weights (see `loss.py`).
+
+        into: e (N, D), c (V, D), bias (V,) to write, None where not wanted; each of its input's dtype or the compute dtype,
+            and strided, on a device with contiguous rows. What is in there may be anything: every element is written.
+        accumulate: adds to what is in there instead; the sum is of the compute dtype, and rounded at its end alone.
         """
 
 

@@ -1,4 +1,4 @@
-"""The parts of the benchmarks that need no GPU, and `forward` as a whole, with NumPy and the CPU backend in a GPU's place."""
+"""The parts of the benchmarks that need no GPU, and `forward` and `backward` as a whole, with NumPy and the CPU backend."""
 
 from __future__ import annotations
 
@@ -16,11 +16,16 @@ import pytest
 from rich.console import Console
 
 import cce_numba as cce
+import reference
 
 pytest.importorskip("cupy", reason="the benchmarks import CuPy")
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-cublas, exact, forward, forward_tables, inputs, record, timing = map(
-    importlib.import_module, ("cublas", "exact", "forward", "forward_tables", "inputs", "record", "timing")
+cublas, exact, exact_gradients, inputs, kernel_times, readme_table, record, timing = map(
+    importlib.import_module,
+    ("cublas", "exact", "exact_gradients", "inputs", "kernel_times", "readme_table", "record", "timing"),
+)
+backward, backward_tables, forward, forward_tables = map(
+    importlib.import_module, ("backward", "backward_tables", "forward", "forward_tables")
 )
 sys.path.pop()
 
@@ -203,16 +208,18 @@ def test_refuses_without_a_gpu_and_for_another_backend(monkeypatch):
 
 @pytest.fixture
 def without_gpu(monkeypatch, tmp_path):
-    """`forward` on NumPy arrays and the CPU backend; graphs cannot be captured."""
+    """`forward` and `backward` on NumPy arrays and the CPU backend; graphs cannot be captured."""
 
     def no_graph(call):
         raise RuntimeError("no graphs [here]")
 
     monkeypatch.setattr(forward.machine, "why_no_gpu", lambda: None)
-    monkeypatch.setattr(forward, "cupy", NumpyAsCupy())
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "cupy", NumpyAsCupy())
     monkeypatch.setattr(forward, "require_hopper", lambda *arrays: None)
     monkeypatch.setattr(forward, "HOST_RUNS", 3)
     monkeypatch.setattr(forward, "QUICK_SHAPES", ((300, 1000, 32), (1100, 70, 8)))
+    monkeypatch.setattr(backward, "QUICK_SHAPE", (300, 1000, 200))
     monkeypatch.setattr(cublas, "torch_with_cuda", lambda: None)
     monkeypatch.setattr(cublas, "product", lambda e, c: lambda: e.astype(np.float32) @ c.astype(np.float32).T)
     monkeypatch.setattr(timing, "mark", time.perf_counter)
@@ -274,7 +281,7 @@ def test_nothing_is_timed_that_is_wrong(function, spoil, message, monkeypatch):
 
 
 def shown(table):
-    console = Console(width=150)
+    console = Console(width=180)
     with console.capture() as capture:
         console.print(table)
     return capture.get()
@@ -298,3 +305,220 @@ def test_tables_mark_what_is_above_its_limit():
     text = shown(forward_tables.host_table(host | {"PyTorch": host["CuPy"]}))
     assert text.count("over: 160 (150 - 170)") == 2
     assert text.count("149 (150 - 170)") == 2
+
+
+@pytest.fixture
+def small():
+    """`(e, c, targets)` in bfloat16, and the reference's gradients of their mean loss."""
+    e, c, targets = inputs.random(300, 1000, 32, np)
+    return (e, c, targets), reference.backward(e, c, targets)
+
+
+@pytest.mark.parametrize("logits", [1000 * 70, 1, 2**28])  # of 70 tokens, of one, of all
+def test_exact_gradients_are_those_of_the_reference(small, logits, monkeypatch):
+    monkeypatch.setattr(exact_gradients, "_LOGITS", logits)
+    monkeypatch.setattr(exact_gradients, "_ROWS", 70)
+    arrays, expected = small
+    found = exact_gradients.compute(*arrays)
+    assert found.loss == pytest.approx(float(reference.forward(*arrays).loss), rel=1e-6)
+    for name, gradient in found.gradients.items():
+        right = getattr(expected, name)
+        assert gradient.dtype == np.float32
+        assert np.linalg.norm(gradient - right) <= 1e-5 * np.linalg.norm(right)
+        rounded = right.astype(ml_dtypes.bfloat16).astype(np.float64)
+        rounding = np.linalg.norm(rounded - right) / np.linalg.norm(right)
+        assert found.rounding[name] == pytest.approx(rounding, rel=0.01)
+        assert 1e-3 < rounding < 2**-8
+
+
+def test_gradients_are_not_judged_by_tf32(small, monkeypatch):
+    monkeypatch.setenv("CUPY_TF32", "1")
+    with pytest.raises(RuntimeError, match="CUPY_TF32"):
+        exact_gradients.compute(*small[0])
+
+
+def test_errors_and_zero_rows_of_gradients(monkeypatch):
+    monkeypatch.setattr(exact_gradients, "_ROWS", 3)
+    right = np.random.default_rng(0).standard_normal((10, 4)).astype(np.float32)
+    assert exact_gradients.error(right, right) == 0
+    assert exact_gradients.error(1.5 * right, right) == pytest.approx(0.5)
+    assert exact_gradients.error(0 * right, right) == 1
+    wrong = right.copy()
+    wrong[9, 3] += 1
+    assert exact_gradients.error(wrong, right) == pytest.approx(1 / np.linalg.norm(right), rel=1e-5)
+    wrong[9, 3] = np.nan
+    assert np.isnan(exact_gradients.error(wrong, right))
+    right[[0, 3, 9]], right[4, 1:] = 0, 0
+    assert exact_gradients.zero_rows(right.astype(ml_dtypes.bfloat16)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rows", "left_out"),
+    [
+        ([], [0, 2, 3, 4, 5, 7, 8], [1, 6, 9]),
+        (["--real", "ARCHIVE"], range(10), []),
+        (["--real", "ARCHIVE", "--rows", "2", "1"], [0, 1], []),
+        (["--rows", "1", "frozen"], [0, 4, 5], []),
+        (["--rows", "exact, calibrated"], [2], []),
+        (["--rows", "default"], [0, 7], [1]),
+    ],
+)
+def test_rows_are_chosen_by_number_and_name(arguments, rows, left_out, archive):
+    found = backward.parse([archive if argument == "ARCHIVE" else argument for argument in arguments])
+    assert found.rows == list(rows)
+    assert found.left_out == left_out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "at least 1"),
+        (["--rows", "11"], "there is no '11' among 1 default filter, calibrated; 2 "),
+        (["--rows", "2"], "real data need --real"),
+        (["--real", "absent.npz"], "No such file"),
+    ],
+)
+def test_arguments_of_backward_that_do_not_fit(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        backward.parse(arguments)
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_shapes_and_limits_of_rows(archive, monkeypatch):
+    arguments = backward.parse(["--real", archive])
+    assert backward.shape_of("calibrated", arguments) == (8192, 256_000, 2304)
+    assert backward.shape_of("real", arguments) == (30, 60, 2304)
+    arguments = backward.parse(["--real", archive, "--quick"])
+    assert backward.shape_of("real", arguments) == (30, 60, backward.QUICK_SHAPE[2])
+    rows = {(row.name, row.data): row for row in backward.ROWS}
+    rounding = 1.7e-3
+    for row, e_at_most, c_at_most in [
+        (("default filter", "calibrated"), None, None),
+        (("default filter", "real"), 5e-3, 3e-3),
+        (("exact", "calibrated"), 3.4e-3, 3.4e-3),
+        (("exact dC", "calibrated"), None, 3.4e-3),
+    ]:
+        assert rows[row].error_at_most("e", rounding) == e_at_most
+        assert rows[row].error_at_most("c", rounding) == c_at_most
+    monkeypatch.setattr(backward, "REAL_D", 7)
+    with pytest.raises(SystemExit):
+        backward.parse(["--real", archive])
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_backward_validates_times_shows_and_records(archive, tmp_path, capsys):
+    backward.main(["--quick", "--real", archive, "--rounds", "2", "--profile", "--record", "name"])
+    out = capsys.readouterr().out
+    for part in (
+        "300 x 1000 x 200, calibrated",
+        "30 x 60 x 200, real",
+        "no PyTorch with CUDA",
+        "linear_cross_entropy_with_grad",
+    ):
+        assert part in out
+    assert "wrong" not in out
+    written = json.loads((tmp_path / "name.json").read_text())
+    assert [data["data"] for data in written["data"]] == ["calibrated", "real", "random"]
+    assert [row["number"] for row in written["rows"]] == list(range(1, 11))
+    for row, spec in zip(written["rows"], backward.ROWS, strict=True):
+        assert f"{row['number']} {spec.name}, {spec.data}: " in out
+        assert (row["options"], row["wrt"]) == (spec.options, list(spec.wrt))
+        assert row["x"]["p10"] <= row["x"]["median"] <= row["x"]["p90"]
+        assert row["cublas"]["runs"] == row["call"]["runs"] == 2
+        assert list(row["errors"]) == row["wrt"]
+        assert all(error["rounding"] / 2 < error["error"] < 5e-3 for error in row["errors"].values())
+        assert ("zero_rows" in row) == ("c" in row["wrt"])
+        assert 0 < row["flagged"] <= 1
+    exact_row = written["rows"][2]
+    assert exact_row["flagged"] == 1
+    assert all(error["error"] <= error["at_most"] for error in exact_row["errors"].values())
+    assert readme_table.backward(written).count("\n") == 11
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda loss, grads: (loss + 1, grads), "the loss is"),
+        (lambda loss, grads: (loss, dataclasses.replace(grads, e=np.zeros_like(grads.e))), "the error of dE is 1"),
+        (lambda loss, grads: (loss, dataclasses.replace(grads, c=np.full_like(grads.c, np.nan))), "the error of dC is nan"),
+        (lambda loss, grads: 1 / 0, "ZeroDivisionError: "),
+    ],
+)
+def test_a_wrong_row_is_not_timed_and_the_others_are(spoil, message, monkeypatch, tmp_path, capsys):
+    right = cce.linear_cross_entropy_with_grad
+
+    def wrong(*arrays, **options):
+        found = right(*arrays, **options)
+        return spoil(*found) if "filter_eps" in options else found
+
+    wrong.__name__ = right.__name__
+    monkeypatch.setattr(backward.cce, right.__name__, wrong)
+    with pytest.raises(SystemExit, match="wrong, and not timed: rows 3"):
+        backward.main(["--quick", "--rows", "1", "3", "4", "--rounds", "1", "--record", "name"])
+    assert message in capsys.readouterr().out
+    rows = json.loads((tmp_path / "name.json").read_text())["rows"]
+    assert ["x" in row for row in rows] == [True, False, True]
+    assert readme_table.backward({"rows": rows}).count("\n") == 3
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_what_was_measured_before_an_interruption_is_recorded(monkeypatch, tmp_path):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inputs, "random", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        backward.main(["--quick", "--rows", "1", "8", "--rounds", "1", "--record", "name"])
+    assert [row["number"] for row in json.loads((tmp_path / "name.json").read_text())["rows"]] == [1]
+
+
+def measured_row(number, **values):
+    error = {"error": 4e-3, "rounding": 1.7e-3, "at_most": 5e-3}
+    row = {"number": number, "name": f"row {number}", "data": "real", "N": 1, "V": 2, "D": 3, "wrt": ["e", "c"]}
+    row |= {"x": {"median": 1.5, "p10": 1.4, "p90": 1.6}, "x_at_most": 1.5, "call": {"median_ms": 2.0}}
+    row |= {"errors": {"e": error, "c": error}, "zero_rows": 0.25, "flagged": 0.5, "mean_loss": 1.0}
+    return row | {"extra_bytes": 2**20, "extra_bytes_at_most": 2**20} | values
+
+
+def test_tables_of_backward_mark_what_is_above_its_limit():
+    far = {"error": 6e-3, "rounding": 1.7e-3, "at_most": 5e-3}
+    rows = [
+        measured_row(1),
+        measured_row(2, x_at_most=1.4),
+        measured_row(3, errors={"c": far}),
+        measured_row(4, extra_bytes=2**21),
+        measured_row(5, x_at_most=None, extra_bytes_at_most=None, errors={}),
+        {"number": 6, "name": "row 6", "data": "real", "wrong": "off"},
+    ]
+    data = {"data": "real", "N": 1, "V": 2, "D": 3, "mean_loss": 1.0, "rounding": {"e": 1.7e-3, "c": 1.6e-3}}
+    text = shown(backward_tables.row_table({"data": [data], "rows": rows}))
+    lines = [next(line for line in text.splitlines() if row["name"] in line) for row in rows]
+    for row, line, over in zip(rows, lines, (None, "1.500", "6.00", "2.0", None, None), strict=True):
+        told = shown(backward_tables.one_line(row))
+        for where in (line, told):
+            assert where.count("over") == (over is not None)
+            assert over is None or f"over: {over}" in where
+    assert "wrong" in lines[5]
+    assert "wrong: off" in shown(backward_tables.one_line(rows[5]))
+    assert readme_table.backward({"rows": rows}).splitlines()[2] == (
+        "| row 1 | real | 1, 2, 3 | 2.00 ms, 1.50 X | 1.5 X | 4.0e-03 | 4.0e-03 | 1.0 MiB |"
+    )
+
+
+def test_kernels_are_summed_by_name_and_shown():
+    mangled = "_ZN9cce_numba6hopper13make_a_kernel12_3clocals_3e8a_kernelB2v1B4cw51E10float32_2ai"
+    name = "cce_numba.hopper.make_a_kernel.a_kernel"
+    kernels = kernel_times.summed((kernel_times.readable(x), us) for x, us in [("copy", 1.0), (mangled, 2.0), (mangled, 3.0)])
+    assert kernels == [{"name": name, "calls": 2, "us": 5.0}, {"name": "copy", "calls": 1, "us": 1.0}]
+    text = shown(backward_tables.kernel_table(measured_row(1, kernels=kernels)))
+    assert name in text
+    assert "83.3%" in text
+    assert "not there" in shown(backward_tables.kernel_table(measured_row(1, kernels="not there")))
+
+
+def test_the_table_of_the_backward_is_what_was_measured():
+    if not (path := readme_table.recorded("backward")).exists():
+        pytest.skip(f"{path.name} has not been measured yet")
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert readme_table.backward(json.loads(path.read_text())) in readme, "benchmarks/readme_table.py backward prints it"

@@ -92,6 +92,42 @@ def test_numba_device_arrays_in_and_out(case, cupy):
     np.testing.assert_allclose(loss.copy_to_host(), exact, rtol=1e-5)
 
 
+def test_gradients_into_numba_device_arrays(case, cupy):
+    from numba import cuda
+
+    e, c, targets = (cuda.to_device(x) for x in (case.e, case.c, case.targets))
+    _, plain = cce.linear_cross_entropy_with_grad(e, c, targets)
+    out = cce.Gradients(e=cuda.device_array_like(e), c=cuda.device_array_like(c))
+    _, grads = cce.linear_cross_entropy_with_grad(e, c, targets, out=out)
+    assert grads.e is out.e
+    np.testing.assert_array_equal(out.e.copy_to_host(), plain.e.copy_to_host())
+    np.testing.assert_array_equal(out.c.copy_to_host(), plain.c.copy_to_host())
+
+
+def test_gradients_cannot_go_to_the_host(case, cupy):
+    with pytest.raises(ValueError, match=r"out\.e: must be on the device of e, cuda:0, got an array on cpu"):
+        cce.linear_cross_entropy_with_grad(*on_device(cupy, case), out=cce.Gradients(e=np.zeros_like(case.e)))
+    columns_apart = cupy.zeros((200, 96), np.float32)[:, ::2]
+    with pytest.raises(ValueError, match=r"out\.e: its last dimension must be contiguous on a device, got a stride of 8 bytes"):
+        cce.linear_cross_entropy_with_grad(*on_device(cupy, case), out=cce.Gradients(e=columns_apart))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_into_torch_tensors(case, cupy, dtype):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    e, c = (torch.from_numpy(x).cuda().to(getattr(torch, dtype)) for x in (case.e, case.c))
+    targets = torch.from_numpy(case.targets).cuda()
+    _, plain = cce.linear_cross_entropy_with_grad(e, c, targets, accum_c_fp32=True)
+    out = cce.Gradients(e=torch.full_like(e, float("nan")), c=torch.zeros(c.shape, device="cuda"))
+    cce.linear_cross_entropy_with_grad(e, c, targets, out=out)
+    assert torch.equal(out.e, plain.e)
+    assert torch.equal(out.c, plain.c)
+    cce.linear_cross_entropy_with_grad(e, c, targets, out=cce.Gradients(c=out.c), wrt="c", accumulate=True)
+    torch.testing.assert_close(out.c, 2 * plain.c, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_torch_tensors_on_their_current_stream(case, cupy, dtype):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")

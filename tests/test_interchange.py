@@ -110,3 +110,28 @@ class TestTorchOnTheHost:
     def test_a_device_that_is_neither(self, torch):
         with pytest.raises(TypeError, match="e: must be on the CPU or an NVIDIA GPU, got a tensor on meta"):
             cce.linear_cross_entropy(torch.ones(2, 3, device="meta"), CASE.c, CASE.targets)
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_gradients_into_tensors(self, torch, dtype):
+        """As PyTorch accumulates them: into `.grad` of a parameter, in place."""
+        e = torch.from_numpy(CASE.e).to(getattr(torch, dtype))
+        weight = torch.nn.Parameter(torch.from_numpy(CASE.c).to(e.dtype))
+        weight.grad = torch.zeros_like(weight)
+        d_e = torch.empty(len(e), 12, dtype=torch.float32)[:, 2:10]
+        targets = torch.from_numpy(CASE.targets)
+        out = cce.Gradients(e=d_e, c=weight.grad)
+        with torch.no_grad():
+            _, plain = cce.linear_cross_entropy_with_grad(e, weight, targets, accum_e_fp32=True)
+            cce.linear_cross_entropy_with_grad(e, weight, targets, out=out)
+            assert torch.equal(d_e, plain.e)
+            assert torch.equal(weight.grad, plain.c)
+            _, grads = cce.linear_cross_entropy_with_grad(e, weight, targets, out=out, accumulate=True)
+        assert grads.e is d_e
+        assert grads.c is weight.grad
+        torch.testing.assert_close(d_e, 2 * plain.e, rtol=1e-6, atol=1e-7)
+        assert torch.equal(weight.grad, 2 * plain.c)
+
+    def test_a_tensor_whose_elements_share_memory(self, torch):
+        e, c, targets = (torch.from_numpy(x) for x in (CASE.e, CASE.c, CASE.targets))
+        with pytest.raises(ValueError, match=r"out\.e: elements must not share memory"):
+            cce.linear_cross_entropy_with_grad(e, c, targets, out=cce.Gradients(e=torch.zeros(1, 8).expand(6, 8)))

@@ -8,6 +8,7 @@ from numba import cuda
 from numba.cuda.typing.typeof import typeof
 
 from cce_numba import arguments
+from cce_numba.plan import Gradients
 from cce_numba.simt import backward, forward, indexed_dot, tokens
 from cce_numba.simt.tiles import choose_tiles
 from tests import offline
@@ -33,7 +34,8 @@ def launches_of(dtype, monkeypatch):
     tiles = choose_tiles(p.compute_dtype, simulated=False)
     statistics = forward.forward(p, tiles, record_survivors=True)
     weight = np.ones(p.N, p.compute_dtype)
-    backward.backward(p, tiles, statistics, weight, weight, frozenset({"e", "c", "bias"}))
+    into = Gradients(*(np.empty_like(x) for x in (p.e, p.c, p.bias)))
+    backward.backward(p, tiles, statistics, weight, weight, into, accumulate=True)
     return recorded, tiles
 
 

@@ -21,24 +21,28 @@ _ROWS_OF_A_THREAD = 128  # of G, at a time
 
 
 def backward(
-    p: Problem, tiles: CpuTiles, statistics: Statistics, softmax_weight: Any, target_weight: Any, wrt: frozenset[str]
-) -> Gradients:
-    """Gradients in their final dtypes; None where not in `wrt`."""
+    p: Problem,
+    tiles: CpuTiles,
+    statistics: Statistics,
+    softmax_weight: Any,
+    target_weight: Any,
+    into: Gradients,
+    accumulate: bool,
+) -> None:
+    """Writes the gradients `into` arrays, or adds to what is in there; see `plan.Backend`."""
     upstream = Upstream(softmax_weight, target_weight)
-    d_e = np.zeros((p.N, p.D), p.grad_e_dtype) if "e" in wrt else None
-    d_c = np.zeros((p.V, p.D), p.grad_c_dtype) if "c" in wrt else None
-    d_bias = np.zeros(p.V, p.bias.dtype) if "bias" in wrt else None
     tokens = statistics.tokens
-    if d_e is None or tiles.dE_group >= len(tokens):
-        sweeps = [(0, len(tokens), d_e, d_c, d_bias)]
+    if into.e is not None and not accumulate:
+        into.e[...] = 0  # tokens that do not count stay so
+    if into.e is None or into.e.dtype == p.compute_dtype or tiles.dE_group >= len(tokens):
+        sweeps = [(0, len(tokens), into.e, into.c, into.bias)]
     else:
-        sweeps = [(first, last, d_e, None, None) for first, last in ranges(len(tokens), tiles.dE_group)]
-        sweeps += [(0, len(tokens), None, d_c, d_bias)]
+        sweeps = [(first, last, into.e, None, None) for first, last in ranges(len(tokens), tiles.dE_group)]
+        sweeps += [(0, len(tokens), None, into.c, into.bias)]
     steps = -(-p.V // tiles.block_v)
     for done, (first, last, *gradients) in enumerate(sweeps):
-        for step in _sweep(p, tiles, statistics, upstream, first, last, *gradients):
+        for step in _sweep(p, tiles, statistics, upstream, accumulate, first, last, *gradients):
             advance("backward", done * steps + step, len(sweeps) * steps)
-    return Gradients(d_e, d_c, d_bias)
 
 
 @dataclass(frozen=True)
@@ -58,16 +62,17 @@ def _sweep(
     tiles: CpuTiles,
     statistics: Statistics,
     upstream: Upstream,
+    accumulate: bool,
     first: int,
     last: int,
     d_e: Any,
     d_c: Any,
     d_bias: Any,
 ) -> Any:
-    """Adds to the gradients that are given what comes from the counting tokens [first, last); yields after each block.
+    """Adds to d_e what comes from the counting tokens [first, last), writes or adds to the others; yields after each block.
 
     d_e (N, D), d_c (V, D), d_bias (V,), each may be None. Sums are kept in the compute dtype: in the gradient itself where
-    it has that dtype, else in a buffer that is rounded once.
+    that will do, else in a buffer that is rounded once.
     """
     dtype = p.compute_dtype
     recorded = statistics.survivors is not None
@@ -75,10 +80,14 @@ def _sweep(
     filter_c = recorded and (d_c is not None or d_bias is not None) and p.options.filter_eps_c is not None
     filter_all = (filter_e or d_e is None) and (filter_c or (d_c is None and d_bias is None))
     step = tiles.survivor_block if filter_e or filter_c else tiles.block_n
-    d_e_sum = d_e if d_e is None or d_e.dtype == dtype else np.zeros_like(d_e[first:last], dtype)
+    d_e_sum = d_e if d_e is None or d_e.dtype == dtype else np.zeros((last - first, p.D), dtype)
+    # The BLAS writes to contiguous rows alone; and a sum that does not begin with what it is added to loses less.
+    d_c_sums_itself = d_c is not None and d_c.dtype == dtype and d_c.flags.c_contiguous and not accumulate
     for v_block, (v0, v1) in enumerate(ranges(p.V, tiles.block_v)):
         c = np.ascontiguousarray(p.c[v0:v1], dtype)
-        d_c_sum = None if d_c is None else d_c[v0:v1] if d_c.dtype == dtype else np.zeros((v1 - v0, p.D), dtype)
+        d_c_sum = None if d_c is None else d_c[v0:v1] if d_c_sums_itself else np.zeros((v1 - v0, p.D), dtype)
+        if d_c_sums_itself:
+            d_c[v0:v1] = 0
         d_bias_sum = np.zeros(v1 - v0)
         for n0, n1 in ranges(last - first, step):
             tokens = upstream.alive(statistics.tokens[first + n0 : first + n1])
@@ -102,13 +111,20 @@ def _sweep(
                 d_c_sum += g.T @ e
             if d_bias is not None:
                 d_bias_sum[slice(None) if not filter_c or kept is None else kept] += g.sum(axis=0, dtype=np.float64)
-        if d_c is not None and d_c.dtype != dtype:
-            d_c[v0:v1] = d_c_sum
+        if d_c is not None and not d_c_sums_itself:
+            _finish(d_c, slice(v0, v1), d_c_sum, accumulate)
         if d_bias is not None:
-            d_bias[v0:v1] = d_bias_sum
+            _finish(d_bias, slice(v0, v1), d_bias_sum, accumulate)
         yield v_block + 1
     if d_e is not None and d_e_sum is not d_e:
-        d_e[statistics.tokens[first:last]] = d_e_sum
+        _finish(d_e, statistics.tokens[first:last], d_e_sum, accumulate)
+
+
+def _finish(gradient: Any, where: Any, total: Any, accumulate: bool) -> None:
+    """Rounds `total` to gradient[where], or with `accumulate` what is there plus `total`, which is spoilt."""
+    if accumulate:
+        total += gradient[where].astype(total.dtype, copy=False)
+    gradient[where] = total
 
 
 def _kept_columns(statistics: Statistics, position: int, v0: int, v1: int) -> Any:

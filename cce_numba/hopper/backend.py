@@ -61,7 +61,7 @@ def plan(p: Problem) -> HopperPlan:
 
 
 def _make_plan(p: Problem, layout: Any) -> HopperPlan:
-    how = f"forward on the tensor cores of {p.device}, backward on the portable kernels"
+    how = f"forward and backward on the tensor cores of {p.device}"
     if layout.e_copied:
         how += f"; e is copied, since {layout.e_copied}"
     if layout.c_copied:
@@ -94,10 +94,10 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
 
 
 def backward(
-    p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, wrt: frozenset[str]
-) -> Gradients:
-    """See `plan.Backend`. Still the portable kernels; they share the survivors' blocks of 128 tokens."""
-    return simt.backward(p, simt.plan(p), statistics, softmax_weight, target_weight, wrt)
+    p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, into: Gradients, accumulate: bool
+) -> None:
+    """See `plan.Backend`."""
+    _module("backward.run").backward(p, _module("backward.tiles").BackwardTiles(), statistics, softmax_weight, target_weight, into, accumulate)
 
 
 @functools.cache

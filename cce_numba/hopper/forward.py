@@ -11,7 +11,6 @@ tile of c and multicasts it. Clusters are persistent workers; `schedule` says wh
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from cce_numba.arguments import Problem
 from cce_numba.hopper import merge, tensor_map
 from cce_numba.hopper.consumer import make_consume
 from cce_numba.hopper.indexed_dot import launch_indexed_dot
-from cce_numba.hopper.launch import Kernel, pointer_to
+from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.hopper.merge import make_merge_kernel
 from cce_numba.hopper.prepare import launch_prepare
 from cce_numba.hopper.producer import make_gather, make_produce
@@ -35,7 +34,7 @@ from cce_numba.ptx import cluster, control, memory
 from cce_numba.survivors import log_threshold
 
 
-@functools.cache
+@kernel_factory
 def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | None, capped: bool, record: bool) -> Kernel:
     """The kernel for 16-bit `dtype`; with or without bias, softcap and survivors, so that nobody pays for what others need."""
     produce, gather = make_produce(tiles), make_gather(tiles)

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba.cuda import types
 
-from cce_numba.ptx.instruction import F32, I32, U32, as_intrinsic, check_operands
+from cce_numba.ptx.instruction import F32, I32, U32, U64, as_intrinsic, check_operands
 from cce_numba.ptx.wgmma import fragment_type
 
 
@@ -96,6 +96,79 @@ def fill_columns(n: int, value: Callable[..., Any], *extras: Any) -> Any:
         return fragment_type(n)(*operands), generate
 
     return as_intrinsic(define, len(operands), f"fill_columns_{value.__name__}")
+
+
+def visit_groups(n: int, visit: Callable[..., Any], *extras: Any) -> Any:
+    """Shows a function 8 columns at a time: `visit(z_00, z_01, z_10, z_11, group, *extras) -> int32`, which nobody reads.
+
+    In a kernel: `visited(fragment, *extras)`. z_rc is row r and column 8 * group + c, both counted from the thread's first;
+    the groups come in order. `extras` here are the numba types of the operands that follow.
+    """
+    operands = (fragment_type(n), *extras)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(visit.__name__, operands[:1], given[:1])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, visit, I32(F32, F32, F32, F32, I32, *extras))
+            for group in range(n // 8):
+                four = (builder.extract_value(values[0], 4 * group + i) for i in range(4))
+                call(*four, ir.Constant(ir.IntType(32), group), *values[1:])
+            return context.get_dummy_value()
+
+        return types.void(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"visit_groups_{visit.__name__}")
+
+
+def fill_pairs(n: int, value: Callable[..., Any], *extras: Any) -> Any:
+    """A fragment of what `value(row_address, column, *extras) -> (float32, float32)` gives for two neighbouring columns of a row.
+
+    In a kernel: `fragment = filled(first_column, row_address_0, row_address_1, *extras)`, with int32 columns as in
+    `map_elements`.
+    """
+    operands = (I32, U64, U64, *extras)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(value.__name__, operands[:3], given[:3])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, value, types.UniTuple(F32, 2)(U64, I32, *extras))
+            fragment = ir.Constant(context.get_value_type(signature.return_type), ir.Undefined)
+            for i in range(0, n // 2, 2):
+                column = builder.add(values[0], ir.Constant(ir.IntType(32), column_of(i)))
+                pair = call(values[1 + row_of(i)], column, *values[3:])
+                for c in (0, 1):
+                    fragment = builder.insert_value(fragment, builder.extract_value(pair, c), i + c)
+            return fragment
+
+        return fragment_type(n)(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"fill_pairs_{value.__name__}")
+
+
+def visit_pairs(n: int, visit: Callable[..., Any], *extras: Any) -> Any:
+    """Shows a function two neighbouring columns of a row at a time: `visit(x, y, row_address, column, *extras) -> int32`.
+
+    Nobody reads what it returns. In a kernel: `visited(fragment, first_column, row_address_0, row_address_1, *extras)`, as in
+    `fill_pairs`.
+    """
+    operands = (fragment_type(n), I32, U64, U64, *extras)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(visit.__name__, operands[:4], given[:4])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, visit, I32(F32, F32, U64, I32, *extras))
+            for i in range(0, n // 2, 2):
+                column = builder.add(values[1], ir.Constant(ir.IntType(32), column_of(i)))
+                x, y = (builder.extract_value(values[0], i + c) for c in (0, 1))
+                call(x, y, values[2 + row_of(i)], column, *values[4:])
+            return context.get_dummy_value()
+
+        return types.void(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"visit_pairs_{visit.__name__}")
 
 
 def collect_bits(n: int, keep: Callable[..., Any]) -> Any:

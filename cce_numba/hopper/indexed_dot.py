@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -13,14 +12,14 @@ from numba.cuda import types
 from cce_numba.arguments import Problem
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.fold import make_load
-from cce_numba.hopper.launch import Kernel, pointer_to
+from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.hopper.tiles import SURVIVOR_BLOCK
 from cce_numba.ptx import arithmetic, control, memory
 
 _WARPS = 4  # of a CTA, each with a token
 
 
-@functools.cache
+@kernel_factory
 def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligned: bool) -> Kernel:
     """The kernel for 16-bit `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads 4 numbers at a time."""
     widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16

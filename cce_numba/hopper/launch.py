@@ -2,6 +2,7 @@
 
 A kernel takes `types.CPointer` or `uint64` for an array: its address, one value, where numba's own array argument has seven and
 more. Arguments are packed and handed to the driver directly, which takes the host a fraction of numba's own dispatch.
+What was compiled is kept on disk, see `cubin_cache`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,16 @@ import importlib
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, cast
 
 import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from cce_numba.hopper import cubin_cache
 from cce_numba.interchange import BFLOAT16
+
+_P = ParamSpec("_P")
 
 
 def pointer_to(dtype: Any) -> Any:
@@ -39,7 +43,10 @@ class Kernel:
         threads: of a CTA. Its registers are bounded so that one CTA fits on a multiprocessor.
         cluster: CTAs of a cluster.
         smem_bytes: dynamic shared memory of a CTA.
+        identity: what tells it from all other kernels, by `kernel_factory`; without one it is not kept on disk.
     """
+
+    identity: str | None = None
 
     def __init__(
         self, function: Callable[..., None], signature: Any, *, threads: int, cluster: int = 1, smem_bytes: int = 0
@@ -74,19 +81,41 @@ class Kernel:
                 handle, ctas, 1, 1, self.threads, 1, 1, self.smem_bytes, stream, 0, self._extra_pointer
             )
 
+    def build(self) -> Any:
+        """Numba's kernel, compiled for the current device. Linked as one whole (lto): else setmaxnreg would be ignored."""
+        dispatcher = cuda.jit(self.signature, launch_bounds=(self.threads, 1), lto=True)(self.function)
+        (compiled,) = dispatcher.overloads.values()
+        return compiled
+
     def _compile(self, device: int) -> tuple[int, Any]:
-        """The kernel's handle, and what keeps it loaded. Linked as one whole (lto): else setmaxnreg would be ignored."""
+        """The kernel's handle, and what keeps it loaded; from the disk if it is there."""
         with cuda.gpus[device]:
-            dispatcher = cuda.jit(self.signature, launch_bounds=(self.threads, 1), lto=True)(self.function)
-            (compiled,) = dispatcher.overloads.values()
-            handle = int(compiled._codelibrary.get_cufunc().kernel.handle)
+            path = cubin_cache.path_of(self, cuda.get_current_device().compute_capability)
+            loaded, keep = cubin_cache.load(path), None
+            if loaded is None:
+                keep = self.build()
+                loaded = keep.library.get_cufunc()
+                cubin_cache.store(path, *cubin_cache.machine_code(keep))
+            handle = int(loaded.kernel.handle)
         if self.smem_bytes > 48 * 1024:
             _set_attribute(handle, device, "MAX_DYNAMIC_SHARED_SIZE_BYTES", self.smem_bytes)
         if self.cluster > 1:
             for axis, size in (("WIDTH", self.cluster), ("HEIGHT", 1), ("DEPTH", 1)):
                 _set_attribute(handle, device, f"REQUIRED_CLUSTER_{axis}", size)
-        self._by_device[device] = handle, dispatcher
+        self._by_device[device] = handle, (loaded, keep)
         return self._by_device[device]
+
+
+def kernel_factory(make: Callable[_P, Kernel]) -> Callable[_P, Kernel]:
+    """`functools.cache` for a function that makes a kernel, out of its arguments alone: by them the kernel is kept on disk."""
+
+    @functools.cache
+    def made(*args: Any, **kwargs: Any) -> Kernel:
+        kernel = make(*args, **kwargs)
+        kernel.identity = cubin_cache.identity(make, *args, **kwargs)
+        return kernel
+
+    return cast(Callable[_P, Kernel], functools.update_wrapper(made, make))
 
 
 def _set_attribute(handle: int, device: int, name: str, value: int) -> None:

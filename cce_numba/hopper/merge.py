@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -12,14 +11,14 @@ from numba.cuda import types
 
 from cce_numba.hopper import schedule
 from cce_numba.hopper.fold import log_add_exp
-from cce_numba.hopper.launch import Kernel, pointer_to
+from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.ptx import control
 
 _WARPS = 4  # of a CTA, each with a token
 
 
-@functools.cache
+@kernel_factory
 def make_merge_kernel(tiles: HopperTiles) -> Kernel:
     """A warp for each token."""
     warps, group_n, block_n = _WARPS, tiles.group_n, tiles.block_n

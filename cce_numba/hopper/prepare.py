@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -11,14 +10,14 @@ from numba import cuda
 from numba.cuda import types
 
 from cce_numba.arguments import Problem
-from cce_numba.hopper.launch import Kernel, pointer_to
+from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.hopper.tensor_map import WORDS
 
 _THREADS = 1024
 _TOKENS = 8  # neighbours, of each thread
 
 
-@functools.cache
+@kernel_factory
 def make_prepare_kernel() -> Kernel:
     """One CTA."""
     threads, tokens_per_thread, warps, words = _THREADS, _TOKENS, _THREADS // 32, WORDS

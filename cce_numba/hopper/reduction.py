@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -11,13 +10,13 @@ from numba import cuda
 from numba.cuda import types
 
 from cce_numba.arguments import Problem
-from cce_numba.hopper.launch import Kernel, pointer_to
+from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.plan import Statistics
 
 _THREADS = 1024
 
 
-@functools.cache
+@kernel_factory
 def make_reduce_kernel() -> Kernel:
     """One CTA, so that the order of the sum, and with it every bit, is always the same."""
     threads = _THREADS

@@ -47,6 +47,33 @@ def encode(matrix: Any, box_rows: int, box_columns: int) -> tuple[int, ...]:
     return _encode(matrix.data.ptr, rows, columns, pitch_bytes(matrix), box_rows, box_columns, matrix.dtype == np.float16)
 
 
+def encode_matrix(pointer: int, rows: int, columns: int, pitch: int, box: int, dtype: np.dtype) -> tuple[int, ...]:
+    """As `encode`, of a matrix at an address whose rows are `pitch` bytes apart, read in boxes of `box` rows and columns."""
+    return _encode(pointer, rows, columns, pitch, box, box, dtype == np.float16)
+
+
+def aligned(matrix: Any) -> Any:
+    """The matrix, or a copy that the copy engine can read."""
+    if why_not(matrix) is None:
+        return matrix
+    copy = importlib.import_module("cupy").empty((matrix.shape[0], padded_columns(matrix.shape[1])), matrix.dtype)
+    copy[:, : matrix.shape[1]] = matrix
+    return copy[:, : matrix.shape[1]]
+
+
+def paired(gradient: Any, with_values: bool) -> Any:
+    """The (rows, columns) array, or a contiguous copy into which numbers can be stored two at a time; empty without values."""
+    rows, columns = gradient.shape
+    even = padded_columns(columns)
+    pair_bytes = 2 * gradient.itemsize
+    if gradient.flags.c_contiguous and columns == even and gradient.data.ptr % pair_bytes == 0:
+        return gradient
+    copy = importlib.import_module("cupy").empty((rows, even), gradient.dtype)[:, :columns]
+    if with_values:
+        copy[...] = gradient
+    return copy
+
+
 @functools.lru_cache(maxsize=256)
 def _encode(
     pointer: int, rows: int, columns: int, pitch: int, box_rows: int, box_columns: int, is_float16: bool

@@ -42,7 +42,7 @@ class HopperTiles:
                 "block_n must be 128: two 64-row products for each consumer, and the survivors' blocks",
             ),
             (
-                self.block_v % 32 == 0 and 32 <= self.block_v <= self.consumer_registers - 40,
+                self.block_v % 32 == 0 and 32 <= self.block_v <= min(192, self.consumer_registers - 32),
                 f"block_v must be a multiple of 32, up to 192: words of survivor bits, and so many sums in registers out of "
                 f"{self.consumer_registers}",
             ),

@@ -61,3 +61,20 @@ opaque_i32 = instruction(
     I32,
     doc="The same number, of which the compiler then knows nothing: a loop counter that passes through it is not unrolled.",
 )
+opaque_u32 = instruction("mov.b32 $0, $1;", (U32,), U32, name="opaque_u32", doc="As `opaque_i32`; and not before what is ordered.")
+pack_bf16 = instruction(
+    "cvt.rn.bf16x2.f32 $0, $2, $1;",
+    (F32, F32),
+    U32,
+    ordered=False,
+    doc="(x, y): both rounded to bfloat16, x in the lower half. ISA 9.7.9, cvt.",
+)
+pack_f16 = instruction(
+    "cvt.rn.f16x2.f32 $0, $2, $1;",
+    (F32, F32),
+    U32,
+    ordered=False,
+    doc="(x, y): both rounded to float16, x in the lower half. ISA 9.7.9, cvt.",
+)
+float_of_bits = instruction("mov.b32 $0, $1;", (U32,), F32, ordered=False, name="mov.b32 to f32", doc="(bits of a float32).")
+bits_of_float = instruction("mov.b32 $0, $1;", (F32,), U32, ordered=False, name="mov.b32 of f32", doc="The bits of a float32.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from cce_numba.ptx.instruction import F32, U32, instruction
+from cce_numba.ptx.instruction import F32, I32, U32, instruction
 
 
 @functools.cache
@@ -32,9 +32,28 @@ barrier_sync = instruction(
 or_of_warp = instruction(
     "redux.sync.or.b32 $0, $1, 0xffffffff;", (U32,), U32, doc="(bits): their union over the warp, in all lanes. ISA 9.7.13.10."
 )
+transpose_8x8 = instruction(
+    "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
+    (U32,),
+    U32,
+    ordered=False,
+    together=True,
+    doc="(two 16-bit numbers of a lane): an 8 x 8 matrix, of which lane l holds row l // 4 from column 2 * (l % 4) on, "
+    "transposed. ISA 9.7.15.5.17, movmatrix.",
+)
+shuffle_i32 = instruction(
+    "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
+    (I32, U32),
+    I32,
+    name="shfl.sync.idx",
+    doc="(value, lane): the value of that lane. ISA 9.7.9, shfl.sync.",
+)
 shuffle_xor_f32 = instruction(
     "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;",
     (F32, U32),
     F32,
     doc="(value, mask): the value of the lane whose number differs in the bits of the mask. ISA 9.7.9, shfl.sync.",
+)
+max_of_warp = instruction(
+    "redux.sync.max.u32 $0, $1, 0xffffffff;", (U32,), U32, doc="(number): the largest of the warp, in all lanes. ISA 9.7.13.10."
 )

@@ -19,7 +19,14 @@ _LLVM = {F32: ir.FloatType(), I32: ir.IntType(32), U32: ir.IntType(32), I64: ir.
 
 
 def instruction(
-    template: str, operands: tuple[Any, ...] = (), result: Any = VOID, *, ordered: bool = True, name: str = "", doc: str = ""
+    template: str,
+    operands: tuple[Any, ...] = (),
+    result: Any = VOID,
+    *,
+    ordered: bool = True,
+    together: bool = False,
+    name: str = "",
+    doc: str = "",
 ) -> Callable[..., Any]:
     """A function for kernels that runs one PTX instruction.
 
@@ -28,6 +35,7 @@ def instruction(
         operands: their types: F32, I32, U32, I64, U64.
         result: the type of the result, or VOID.
         ordered: it touches memory or synchronises, so that nothing may move across it, and it may not be removed.
+        together: it wants all threads of a warp, so that it may not move into branches; what is ordered never does.
         name: for error messages; the template's first word if left out.
         doc: what it does, and the section of the ISA.
 
@@ -48,7 +56,7 @@ def instruction(
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
             llvm_result = ir.VoidType() if result is VOID else _LLVM[result]
-            value = emit(builder, llvm_result, template, constraints, values, ordered=ordered)
+            value = emit(builder, llvm_result, template, constraints, values, ordered=ordered, together=together)
             return context.get_dummy_value() if result is VOID else value
 
         return result(*operands), generate
@@ -89,9 +97,18 @@ def _wanted(want: Any) -> str:
     return f"an integer of at least {want.bitwidth} bits" if isinstance(want, types.Integer) else str(want)
 
 
-def emit(builder: Any, result: Any, template: str, constraints: list[str], values: list[Any], *, ordered: bool = True) -> Any:
+def emit(
+    builder: Any,
+    result: Any,
+    template: str,
+    constraints: list[str],
+    values: list[Any],
+    *,
+    ordered: bool = True,
+    together: bool = False,
+) -> Any:
     """Puts inline PTX where the builder stands, and returns its result."""
     signature = ir.FunctionType(result, [value.type for value in values])
     code = ir.InlineAsm(signature, template, ",".join(constraints), side_effect=ordered)
     # Many of these want all threads of a warp; "convergent" keeps the compiler from moving them into branches.
-    return builder.call(code, values, attrs=("convergent",) if ordered else ())
+    return builder.call(code, values, attrs=("convergent",) if ordered or together else ())

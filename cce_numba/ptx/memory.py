@@ -72,3 +72,55 @@ fence_proxy_async = instruction(
 or_global_u32 = instruction(
     "red.global.or.b32 [$0], $1;", (U64, U32), doc="(address, bits): sets bits, atomically. ISA 9.7.13."
 )
+load_shared_i32 = instruction("ld.shared.s32 $0, [$1];", (U32,), I32, doc="(shared address). ISA 9.7.9, ld.")
+store_shared_i32 = instruction("st.shared.s32 [$0], $1;", (U32, I32), doc="(shared address, value). ISA 9.7.9, st.")
+
+# These may move, and be dropped: for an address that comes out of an ordered instruction after whatever wrote there.
+load_shared_f32_freely = instruction(
+    "ld.shared.f32 $0, [$1];", (U32,), F32, ordered=False, name="ld.shared.f32 (freely)", doc="(shared address)."
+)
+load_shared_i32_freely = instruction(
+    "ld.shared.s32 $0, [$1];", (U32,), I32, ordered=False, name="ld.shared.s32 (freely)", doc="(shared address)."
+)
+
+# What other CTAs write while this kernel runs: read from the L2 cache, which all share. With a condition in place of a branch,
+# so that many of them are under way at a time.
+load_if_u32 = instruction(
+    "{ .reg .pred p; setp.ne.u32 p, $2, 0; mov.u32 $0, 0; @p ld.global.cg.u32 $0, [$1]; }",
+    (U64, U32),
+    U32,
+    name="ld.global.cg.u32",
+    doc="(address, condition): 0 if the condition is 0. ISA 9.7.9, ld.",
+)
+store_if_u32 = instruction(
+    "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.u32 [$0], $1; }",
+    (U64, U32, U32),
+    name="st.global.u32",
+    doc="(address, value, condition): nothing if the condition is 0. ISA 9.7.9, st.",
+)
+store_global_u32 = instruction("st.global.u32 [$0], $1;", (U64, U32), doc="(address, value). ISA 9.7.9, st.")
+store_global_f32 = instruction("st.global.f32 [$0], $1;", (U64, F32), doc="(address, value). ISA 9.7.9, st.")
+
+# Counters through which CTAs wait for each other.
+load_acquire_u32 = instruction(
+    "ld.acquire.gpu.global.u32 $0, [$1];",
+    (U64,),
+    U32,
+    doc="(address): what others wrote before they released this value is visible after it. ISA 9.7.9, ld.",
+)
+add_release_u32 = instruction(
+    "red.release.gpu.global.add.u32 [$0], $1;",
+    (U64, U32),
+    doc="(address, number): adds, atomically, once all that this thread saw is visible to the GPU. ISA 9.7.13, red.",
+)
+fetch_add_u32 = instruction(
+    "atom.relaxed.gpu.global.add.u32 $0, [$1], $2;",
+    (U64, U32),
+    U32,
+    doc="(address, number): adds, atomically; what was there before. ISA 9.7.13, atom.",
+)
+fence_proxy_async_all = instruction(
+    "fence.proxy.async;",
+    name="fence.proxy.async (all)",
+    doc="Orders ordinary accesses, to global memory too, with those of tensor cores and bulk copies. ISA 9.7.13.4.",
+)

@@ -24,6 +24,11 @@ from cce_numba.ptx.instruction import F32, U32, U64, as_intrinsic, check_operand
 # ISA 9.7.15.5.1.
 SWIZZLE_128B = np.uint64((1 << 62) | ((1024 >> 4) << 32) | (1 << 16))
 
+# The same for operands whose rows run along M or N, not K: a panel is 64 of those by 64 k, a row of it one k; the next 64 of M
+# or N are in the next panel, `PANEL_BYTES` further (bits 16-29).
+PANEL_BYTES = 64 * 128
+SWIZZLE_128B_PANELS = np.uint64((1 << 62) | ((1024 >> 4) << 32) | ((PANEL_BYTES >> 4) << 16))
+
 fence = instruction(
     "wgmma.fence.sync.aligned;", doc="Before the first product, and wherever registers of its operands were touched."
 )
@@ -57,12 +62,13 @@ def zeros(n: int) -> Any:
 
 
 @functools.cache
-def mma(n: int, dtype: str) -> Any:
+def mma(n: int, dtype: str, *, a_m_major: bool = False, b_n_major: bool = False) -> Any:
     """The product for n columns, of "bf16" or "f16" operands: `fragment = mma(n, dtype)(fragment, a, b, accumulate)`.
 
-    a and b are shared-memory descriptors of A (64, 16) and B (n, 16), both K-major: rows of consecutive k. With accumulate == 0
-    the fragment that came in is not added. It runs asynchronously: `fence` before, `commit_group` and `wait_group` after.
-    Raises ValueError for an n that the hardware lacks, and for other dtypes.
+    a and b are shared-memory descriptors of A (64, 16) and B (n, 16), K-major: rows of consecutive k; or, with `a_m_major` or
+    `b_n_major`, panels (see `SWIZZLE_128B_PANELS`) whose rows run along M or N. With accumulate == 0 the fragment that came in
+    is not added. It runs asynchronously: `fence` before, `commit_group` and `wait_group` after. Raises ValueError for an n that
+    the hardware lacks, and for other dtypes.
     """
     if n % 8 or not 8 <= n <= 256:
         raise ValueError(f"wgmma: n must be a multiple of 8 in [8, 256], got {n}")
@@ -71,9 +77,10 @@ def mma(n: int, dtype: str) -> Any:
     count, fragment = n // 2, fragment_type(n)
     mnemonic = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{dtype}.{dtype}"
     registers = ", ".join(f"${i}" for i in range(count))
-    # The operands after D: two descriptors, whether to add D, no negation of A or B, neither of them transposed.
+    # The operands after D: two descriptors, whether to add D, no negation of A or B, which of them are transposed.
     a, b, accumulate = (f"${2 * count + i}" for i in range(3))
-    template = f"{{ .reg .pred p; setp.ne.b32 p, {accumulate}, 0; {mnemonic} {{{registers}}}, {a}, {b}, p, 1, 1, 0, 0; }}"
+    forms = f"{int(a_m_major)}, {int(b_n_major)}"
+    template = f"{{ .reg .pred p; setp.ne.b32 p, {accumulate}, 0; {mnemonic} {{{registers}}}, {a}, {b}, p, 1, 1, {forms}; }}"
     constraints = ["=f"] * count + [str(i) for i in range(count)] + ["l", "l", "r", "~{memory}"]
 
     def define(_: Any, *given: Any) -> Any:

@@ -90,7 +90,7 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
 
 
 def backward(
-    p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, wrt: frozenset[str]
-) -> Gradients:
+    p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, into: Gradients, accumulate: bool
+) -> None:
     """See `plan.Backend`."""
-    return backward_kernels.backward(p, plan.tiles, statistics, softmax_weight, target_weight, wrt)
+    backward_kernels.backward(p, plan.tiles, statistics, softmax_weight, target_weight, into, accumulate)

@@ -5,6 +5,8 @@
     dC = G.T @ E  of the chunk, complete: all tokens, rounded once, written once
     dE += G @ C   accumulated over chunks, rounded with the last
 
+Accumulated gradients begin with what is in their array, or meet it in the sum that is rounded.
+
 G is stored column by column, each at its place in the chunk, so both products can pick from it: what did not survive is
 neither written nor read.
 """
@@ -20,7 +22,7 @@ from cce_numba.plan import Gradients, Statistics, ceil_div
 from cce_numba.simt.columns import LIST_THREADS, make_list_columns_kernel
 from cce_numba.simt.gradient_of_logits import make_gradient_of_logits_kernel
 from cce_numba.simt.gradients import make_d_bias_kernel, make_d_c_kernel, make_d_e_kernel
-from cce_numba.simt.launch import SIMULATED, argument, launch
+from cce_numba.simt.launch import SIMULATED, argument, launch, zero
 from cce_numba.simt.tiles import SimtTiles
 
 WORKSPACE_BYTES = 64 * 2**20  # for G
@@ -35,24 +37,32 @@ def chunk_of(p: Problem, tiles: SimtTiles) -> int:
 
 
 def backward(
-    p: Problem, tiles: SimtTiles, statistics: Statistics, softmax_weight: Any, target_weight: Any, wrt: frozenset[str]
-) -> Gradients:
-    """Gradients in their final dtypes; None where not in `wrt`."""
+    p: Problem,
+    tiles: SimtTiles,
+    statistics: Statistics,
+    softmax_weight: Any,
+    target_weight: Any,
+    into: Gradients,
+    accumulate: bool,
+) -> None:
+    """Writes the gradients `into` arrays, or adds to what is in there; see `plan.Backend`."""
     xp: Any = p.xp
     real: Any = p.compute_dtype.type
-    d_e = xp.zeros((p.N, p.D), p.grad_e_dtype) if "e" in wrt else None
-    written = xp.empty if p.N else xp.zeros  # by the kernels, in full, if any are launched
-    d_c = written((p.V, p.D), p.grad_c_dtype) if "c" in wrt else None
-    d_bias = written(p.V, p.bias.dtype) if "bias" in wrt else None
+    d_e, d_c, d_bias = into.e, into.c, into.bias
+    if not accumulate:
+        # Kernels write dC and dbias in full, if any are launched, and dE of the tokens that count.
+        for gradient in (d_e,) if p.N else (d_c, d_bias):
+            if gradient is not None:
+                zero(gradient)
     if p.N == 0:
-        return Gradients(d_e, d_c, d_bias)
+        return
     n_blocks, chunk = ceil_div(p.N, tiles.block_n), chunk_of(p, tiles)
     keep_all_e, keep_all_c = p.options.filter_eps_e is None, p.options.filter_eps_c is None
     exact_g = (d_e is not None and keep_all_e) or ((d_c is not None or d_bias is not None) and keep_all_c)
     # A gradient of the compute dtype is its own sum; one that must be rounded has a sum beside it, if there are chunks.
-    sums_itself = p.grad_e_dtype == p.compute_dtype
+    sums_itself = d_e is None or d_e.dtype == p.compute_dtype
     d_e_sum = d_e if sums_itself else xp.empty((p.N, p.D) if chunk < p.V else (1, 1), p.compute_dtype)
-    d_e_rounded = xp.empty((1, 1), p.grad_e_dtype) if sums_itself else d_e
+    d_e_rounded = xp.empty((1, 1), p.compute_dtype) if sums_itself else d_e
 
     # Kernels take these again and again.
     e, c, targets, target_logit, lse = map(argument, (p.e, p.c, p.targets, statistics.target_logit, statistics.lse))
@@ -88,24 +98,24 @@ def backward(
         )
         if d_e is not None:
             launch(
-                make_d_e_kernel(tiles, p.dtype, p.grad_e_dtype, real),
+                make_d_e_kernel(tiles, p.dtype, np.dtype(d_e.dtype), real),
                 (n_blocks, D_tiles),
                 block,
                 *(g, c, v0, *lists[-1], tokens, n_valid, *weights),
-                *(v0 == 0, v1 == p.V and not sums_itself, d_e_sum, d_e_rounded),
+                *(v0 == 0 and not (accumulate and sums_itself), v1 == p.V and not sums_itself, accumulate),
+                *(d_e_sum, d_e_rounded),
             )
         if d_c is not None:
             launch(
-                make_d_c_kernel(tiles, p.dtype, p.grad_c_dtype, real),
+                make_d_c_kernel(tiles, p.dtype, np.dtype(d_c.dtype), real),
                 (ceil_div(v1 - v0, tiles.block_n), D_tiles),
                 block,
-                *(g, e, v0, v1, survivors, keep_all_c, count, tokens, n_valid, *weights, d_c),
+                *(g, e, v0, v1, survivors, keep_all_c, count, tokens, n_valid, *weights, accumulate, d_c),
             )
         if d_bias is not None:
             launch(
-                make_d_bias_kernel(tiles, bias_dtype, real),
+                make_d_bias_kernel(tiles, np.dtype(d_bias.dtype), real),
                 (ceil_div(v1 - v0, tiles.block_n),),
                 (tiles.block_n,),
-                *(g, v0, v1, survivors, keep_all_c, count, n_valid, d_bias),
+                *(g, v0, v1, survivors, keep_all_c, count, n_valid, accumulate, d_bias),
             )
-    return Gradients(d_e, d_c, d_bias)

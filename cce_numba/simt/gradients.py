@@ -42,7 +42,7 @@ def make_d_e_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
     """dE += G @ C over the surviving columns of a chunk: a tile is `block_n` tokens by `block_v` hidden ones."""
     load, _ = conversions(dtype)
     load_real, _ = conversions(np.dtype(real))
-    _, store = conversions(gradient_dtype)
+    load_gradient, store = conversions(gradient_dtype)
     product = make_product(tiles, real)
     g_stager = make_column_stager(tiles, tiles.block_n, load_real, real)
     c_stager = make_column_stager(tiles, tiles.block_v, load, real)
@@ -72,10 +72,14 @@ def make_d_e_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
         target_weight: Any,  # (N,)
         is_first: Any,  # bool
         rounds: Any,  # bool
+        adds: Any,  # bool
         d_e_sum: Any,  # (N, D)
         d_e: Any,  # (N, D)
     ) -> None:
-        """Grid (n_blocks, tiles of D). Sums over chunks in d_e_sum (N, D), of the compute dtype; `rounds` the last to d_e."""
+        """Grid (n_blocks, tiles of D). Sums over chunks in d_e_sum (N, D), of the compute dtype; `rounds` the last to d_e.
+
+        `is_first` does not read d_e_sum. `adds` what is in d_e before it is rounded.
+        """
         g_smem = cuda.shared.array(a_shape, real, alignment)
         c_smem = cuda.shared.array(b_shape, real, alignment)
         g_rows = cuda.shared.array(block_k, np.uint32)
@@ -110,6 +114,8 @@ def make_d_e_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
                         if not is_first:
                             total += d_e_sum[token, d]
                         if rounds:
+                            if adds:
+                                total += load_gradient(d_e[token, d])
                             d_e[token, d] = store(total)
                         else:
                             d_e_sum[token, d] = total
@@ -122,7 +128,7 @@ def make_d_c_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
     """dC = G.T @ E of a chunk: a tile is `block_n` vocabulary entries by `block_v` hidden ones."""
     load, _ = conversions(dtype)
     load_real, _ = conversions(np.dtype(real))
-    _, store = conversions(gradient_dtype)
+    load_gradient, store = conversions(gradient_dtype)
     product = make_product(tiles, real)
     g_stager = make_row_stager(tiles, tiles.block_n, load_real, real, masked=True)
     e_stager = make_column_stager(tiles, tiles.block_v, load, real)
@@ -152,9 +158,13 @@ def make_d_c_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
         n_valid: Any,  # (1,) int64
         softmax_weight: Any,  # (N,)
         target_weight: Any,  # (N,)
+        adds: Any,  # bool
         d_c: Any,  # (V, D)
     ) -> None:
-        """Grid (tiles of the chunk, tiles of D). Writes all rows [v0, v1) of d_c (V, D), zeros where nothing survived."""
+        """Grid (tiles of the chunk, tiles of D). Writes all rows [v0, v1) of d_c (V, D), zeros where nothing survived.
+
+        Or `adds` to what is there.
+        """
         g_smem = cuda.shared.array(a_shape, real, alignment)
         e_smem = cuda.shared.array(b_shape, real, alignment)
         g_rows = cuda.shared.array(block_n, np.uint32)
@@ -201,15 +211,18 @@ def make_d_c_kernel(tiles: SimtTiles, dtype: np.dtype, gradient_dtype: np.dtype,
                 for j in range(thread_v):
                     d = d0 + column_of(j)
                     if d < D:
-                        d_c[v, d] = store(acc[i, j])
+                        total = acc[i, j]
+                        if adds:
+                            total += load_gradient(d_c[v, d])
+                        d_c[v, d] = store(total)
 
     return d_c_kernel
 
 
 @functools.cache
-def make_d_bias_kernel(tiles: SimtTiles, bias_dtype: np.dtype, real: Any) -> Any:
+def make_d_bias_kernel(tiles: SimtTiles, gradient_dtype: np.dtype, real: Any) -> Any:
     """dbias = sum of G over the tokens, one thread a column."""
-    _, store = conversions(bias_dtype)
+    load_gradient, store = conversions(gradient_dtype)
     block_n = tiles.block_n
 
     @cuda.jit
@@ -221,9 +234,10 @@ def make_d_bias_kernel(tiles: SimtTiles, bias_dtype: np.dtype, real: Any) -> Any
         keep_all: Any,  # bool
         count: Any,  # (n_blocks,) int64
         n_valid: Any,  # (1,) int64
+        adds: Any,  # bool
         d_bias: Any,  # (V,)
     ) -> None:
-        """Writes d_bias[v0:v1] of (V,), zero where nothing survived."""
+        """Writes d_bias[v0:v1] of (V,), zero where nothing survived, or `adds` to what is there."""
         v = v0 + cuda.grid(1)
         if v < v1:
             total = real(0)
@@ -233,6 +247,8 @@ def make_d_bias_kernel(tiles: SimtTiles, bias_dtype: np.dtype, real: Any) -> Any
                     for position in range(n_block * block_n, min(n_block * block_n + block_n, n_valid[0])):
                         block_total += g[v - v0, position]
                     total += block_total
+            if adds:
+                total += load_gradient(d_bias[v])
             d_bias[v] = store(total)
 
     return d_bias_kernel

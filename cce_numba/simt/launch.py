@@ -42,8 +42,15 @@ def argument(array: Any) -> Any:
     """A NumPy or CuPy array as a kernel's argument, without a copy; launches do this themselves where it was not done."""
     if not SIMULATED:
         return DeviceArgument(array)
-    # The simulator copies arrays in and out, and only takes contiguous ones; strided ones are always inputs.
-    return np.ascontiguousarray(array.view(np.uint16) if array.dtype == BFLOAT16 else array)
+    if not isinstance(array, np.ndarray):
+        return array  # was one before
+    # The simulator copies the host's arrays in and out, and only takes contiguous ones; its own it uses where they are.
+    return simulator.device_array_class()(array.view(np.uint16) if array.dtype == BFLOAT16 else array)
+
+
+def zero(array: Any) -> None:
+    """Writes zeros everywhere, by bits, so that CuPy needs no kernel of the dtype."""
+    array.view(f"u{array.itemsize}")[...] = 0
 
 
 def kernel_of(threads: int, ctas: int) -> Any:

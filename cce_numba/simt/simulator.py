@@ -6,6 +6,7 @@ It runs each CUDA thread of a block as a Python thread, while a manager polls th
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 import threading
@@ -34,6 +35,12 @@ def running() -> Iterator[None]:
             yield
     finally:
         sys.setswitchinterval(interval)
+
+
+@functools.cache
+def device_array_class() -> Any:
+    """The simulator's device array: around a NumPy array of any strides, in whose memory kernels read and write."""
+    return importlib.import_module("numba.cuda.simulator.cudadrv.devicearray").FakeCUDAArray
 
 
 def _shared_array(shared: Any, shape: Any, dtype: Any, alignment: None = None) -> np.ndarray:

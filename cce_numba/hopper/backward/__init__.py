@@ -1,0 +1,1 @@
+"""The backward on tensor cores."""

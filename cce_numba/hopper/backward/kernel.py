@@ -1,0 +1,139 @@
+"""The kernel of the backward: persistent CTAs that take jobs until none is left (see `jobs`).
+
+    producer warpgroup      warp 0: one thread fetches tiles with the bulk copy engine
+                            warp 1: takes jobs off the queue and describes them
+                            warps 2, 3: copy rows that are not neighbours
+    consumer warpgroups     two, each with a 128 x 192 tile of sums in registers. They take turns: one multiplies while the other
+                            stores its tile
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from cce_numba.hopper.backward.jobs import make_job_ring, make_schedule
+from cce_numba.hopper.backward.load import make_copy, make_gather
+from cce_numba.hopper.backward.multiply import make_work
+from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, BackwardTiles
+from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
+from cce_numba.hopper.ring import make_ring
+from cce_numba.hopper.schedule import quotient
+from cce_numba.ptx import control, memory
+
+
+@kernel_factory
+def make_backward_kernel(
+    tiles: BackwardTiles,
+    dtype: np.dtype,
+    bias_dtype: np.dtype | None,
+    capped: bool,
+    with_sums: bool,
+    e_float32: bool,
+    c_float32: bool,
+) -> Kernel:
+    """The kernel for 16-bit `dtype`.
+
+    with_sums: G's columns are summed, for the gradient of the bias. e_float32, c_float32: dtypes of the gradients.
+    """
+    copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, bias_dtype)
+    work = make_work(tiles, dtype, bias_dtype is not None, capped, with_sums, e_float32, c_float32)
+    init_ring, init_jobs, ring_bytes = make_ring(tiles).init, make_job_ring(tiles).init, np.uint32(tiles.ring_bytes)
+    lower_registers = control.lower_registers(tiles.producer_registers)
+    raise_registers = control.raise_registers(tiles.consumer_registers)
+    block_n, first_gatherer = tiles.block_n, 128 - 32 * tiles.gatherers
+
+    def backward_kernel(
+        maps: Any,  # tensor maps of e, c and g, 128 bytes each
+        e: Any,  # address
+        e_pitch_bytes: Any,
+        c: Any,  # address
+        c_pitch_bytes: Any,
+        bias: Any,  # address of (V,)
+        softcap: Any,
+        n_valid: Any,  # (1,)
+        # The survey's tables.
+        rows: Any,  # address
+        row_of: Any,
+        whole: Any,
+        scale: Any,
+        order: Any,
+        dense: Any,
+        bits: Any,
+        live: Any,
+        before: Any,
+        n_live_tiles: Any,
+        n_rounds: Any,
+        first_tile: Any,
+        slot0: Any,
+        first_g: Any,
+        phase_end: Any,
+        # The workspace.
+        next_job: Any,  # address of a counter, zeroed
+        done: Any,  # address of counters for each phase, zeroed
+        lists: Any,  # address of (buffers * buffer_slots,)
+        g: Any,  # address of (buffers * buffer_slots, 128) of dtype
+        sums: Any,  # address of (buffers * buffer_slots, PARTS)
+        buffers: Any,
+        buffer_slots: Any,
+        # The gradients.
+        d_e: Any,  # address
+        d_e_pitch_bytes: Any,
+        rest: Any,  # bytes from d_e to the lower halves of its sums
+        d_c: Any,  # address
+        d_c_pitch_bytes: Any,
+        d_bias: Any,  # (V,)
+        d_tiles_c: Any,  # tiles of a row of dC, 0 if it is not wanted
+        d_tiles_e: Any,
+        accumulate: Any,
+        blocks: Any,
+        V: Any,
+        D: Any,
+    ) -> None:
+        """Any grid of CTAs that run at the same time. Writes or adds to d_c, adds to d_e."""
+        ring = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
+        jobs = np.uint32(ring + ring_bytes)
+        thread = np.int32(cuda.threadIdx.x)
+        warpgroup = thread >> 7
+        n_ctiles, block_words = quotient(V + COLUMN_TILE - 1, np.int32(COLUMN_TILE)), quotient(blocks + 31, np.int32(32))
+        if thread == 0:
+            init_ring(ring)
+            init_jobs(jobs)
+        cuda.syncthreads()
+        if warpgroup == 0:
+            lower_registers()
+            if thread == 0:
+                c_map, g_map = maps + np.uint64(128), maps + np.uint64(256)
+                copy(jobs, ring, maps, c_map, g_map, row_of, whole, live, block_words, slot0, first_tile, blocks, dense)
+            elif thread >= 32 and thread < 64:
+                tables = n_rounds, first_tile, first_g, slot0, phase_end, before, bits, live, order, dense, n_live_tiles
+                n_blocks = np.int32((n_valid[0] + block_n - 1) // block_n)
+                schedule(
+                    jobs, np.int32(thread & 31), next_job, done, tables, n_blocks, blocks, n_ctiles, block_words,
+                    d_tiles_c > 0 and not accumulate, d_tiles_c, d_tiles_e, quotient(D + K_STEP - 1, np.int32(K_STEP)), buffers, buffer_slots, lists, bias,
+                )  # fmt: skip
+            elif thread >= first_gatherer:
+                gather(
+                    jobs, ring, np.int32(thread - first_gatherer), e, e_pitch_bytes, c, c_pitch_bytes, g, lists, row_of, whole,
+                    live, bits, before, n_ctiles, block_words, slot0, first_tile, blocks, dense, D,
+                )  # fmt: skip
+        else:
+            raise_registers()
+            work(
+                jobs, ring, np.int32(warpgroup - 1), np.int32(thread & 127), rows, row_of, order, scale, softcap, g, sums, d_e,
+                d_e_pitch_bytes, rest, d_c, d_c_pitch_bytes, d_bias, accumulate, done, live, bits, before, slot0, first_tile,
+                n_ctiles, block_words, blocks, D,
+            )  # fmt: skip
+
+    f32, i32, i64, u64 = types.float32, types.int32, types.int64, types.uint64
+    p_i32, p_u32, p_f32 = pointer_to(np.int32), pointer_to(np.uint32), pointer_to(np.float32)
+    signature = types.void(
+        *(u64, u64, i64, u64, i64, u64, f32, pointer_to(np.int64)),
+        *(u64, p_i32, p_u32, p_f32, p_i32, p_i32, p_u32, p_u32, p_i32, p_i32, p_i32, p_i32, p_i32, p_i32, p_i32),
+        *(u64, u64, u64, u64, u64, i32, i32),
+        *(u64, i64, u64, u64, i64, p_f32, i32, i32, i32, i32, i32, i32),
+    )
+    return Kernel(backward_kernel, signature, threads=tiles.threads, smem_bytes=tiles.smem_bytes)

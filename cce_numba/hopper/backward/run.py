@@ -1,0 +1,190 @@
+"""Gradients on tensor cores: the survey of what survives, then one persistent kernel, for each of the filters that are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from cce_numba import gpu
+from cce_numba.arguments import Problem
+from cce_numba.hopper import tensor_map
+from cce_numba.hopper.backward.kernel import make_backward_kernel
+from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
+from cce_numba.hopper.backward.workspace import BUFFERS, Workspace
+from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
+from cce_numba.hopper.survey import survey
+from cce_numba.plan import Gradients, Statistics, ceil_div
+
+# Where more than this share of all pairs of a block and a column survives, taking all of them in order is faster.
+DENSE_SHARE = 0.7
+_THREADS = 1024
+
+
+@kernel_factory
+def make_begin_kernel() -> Kernel:
+    """One CTA."""
+    threads, words = _THREADS, tensor_map.WORDS
+
+    def begin_kernel(e_map: Any, c_map: Any, g_map: Any, maps: Any, counters: Any, n_counters: Any) -> None:
+        """maps (48,) = e_map, c_map, g_map of 16 words each; counters[:n_counters] = 0."""
+        t = cuda.threadIdx.x
+        if t < words:
+            maps[t] = e_map[t]
+            maps[words + t] = c_map[t]
+            maps[2 * words + t] = g_map[t]
+        for i in range(t, n_counters, threads):
+            counters[i] = np.int32(0)
+
+    tensor_map_type = types.UniTuple(types.uint64, tensor_map.WORDS)
+    signature = types.void(
+        tensor_map_type, tensor_map_type, tensor_map_type, pointer_to(np.uint64), pointer_to(np.int32), types.int32
+    )  # fmt: skip
+    return Kernel(begin_kernel, signature, threads=_THREADS)
+
+
+def backward(
+    p: Problem,
+    tiles: BackwardTiles,
+    statistics: Statistics,
+    softmax_weight: Any,
+    target_weight: Any,
+    into: Gradients,
+    accumulate: bool,
+) -> None:
+    """See `plan.Backend`. Where dE and dC have filters of their own, each is a pass of its own, and pays for what it asks."""
+    if not accumulate and into.e is not None:
+        into.e[...] = 0  # tokens that take no part
+    if p.N == 0:
+        for array in (into.c, into.bias):
+            if array is not None and not accumulate:
+                array[...] = 0
+        return
+    e, c = tensor_map.aligned(p.e), tensor_map.aligned(p.c)
+    filtered = statistics.survivors is not None
+    e_filtered, c_filtered = filtered and p.options.filter_eps_e is not None, filtered and p.options.filter_eps_c is not None
+    weights = softmax_weight, target_weight
+    if e_filtered == c_filtered or into.e is None or (into.c is None and into.bias is None):
+        keep_all = not (c_filtered if into.e is None else e_filtered)
+        _pass(p, tiles, statistics, weights, e, c, into, accumulate, keep_all)
+    else:
+        _pass(p, tiles, statistics, weights, e, c, Gradients(e=into.e), accumulate, not e_filtered)
+        _pass(p, tiles, statistics, weights, e, c, Gradients(c=into.c, bias=into.bias), accumulate, not c_filtered)
+
+
+def _pass(
+    p: Problem,
+    tiles: BackwardTiles,
+    statistics: Statistics,
+    weights: tuple[Any, Any],
+    e: Any,
+    c: Any,
+    into: Gradients,
+    accumulate: bool,
+    keep_all: bool,
+) -> None:
+    xp: Any = p.xp
+    d_e = None if into.e is None else tensor_map.paired(into.e, with_values=True)
+    d_c = None if into.c is None else tensor_map.paired(into.c, with_values=accumulate)
+    d_bias = None if into.bias is None else xp.zeros(p.V, np.float32)
+    e_float32, c_float32 = (x is not None and x.dtype == np.float32 for x in (d_e, d_c))
+    pitch_e = 0 if d_e is None else tensor_map.pitch_bytes(d_e)
+    # The lower halves lie as dE does, so its rows' length counts.
+    workspace = workspace_of(p, into)
+    scratch = xp.empty(workspace.nbytes, np.uint8)
+    base = scratch.data.ptr
+    at = {name: base + offset for name, offset in workspace.offsets.items()}
+    box = PANEL, PANEL
+    make_begin_kernel().launch(
+        1,
+        *tensor_map.encode(e, *box),
+        *tensor_map.encode(c, *box),
+        *workspace.g_map(at["g"], p.dtype),
+        at["maps"],
+        at["counters"],
+        workspace.counters,
+    )
+    d_tiles = ceil_div(p.D, tiles.block_v)
+    d_tiles_c = d_tiles if d_c is not None else int(d_bias is not None)
+    d_tiles_e = d_tiles if d_e is not None else 0
+    bits = statistics.survivors
+    survey(
+        workspace.survey,
+        at["survey"],
+        survivors_pointer=0 if keep_all else bits.data.ptr,
+        pitch_words=0 if keep_all else bits.strides[0] // 4,
+        keep_all=keep_all,
+        dense_share=DENSE_SHARE,
+        tokens=statistics.tokens.data.ptr,
+        n_valid=statistics.n_valid.data.ptr,
+        softmax_weight=weights[0].data.ptr,
+        target_weight=weights[1].data.ptr,
+        lse=statistics.lse.data.ptr,
+        target_logit=statistics.target_logit.data.ptr,
+        targets=p.targets.data.ptr,
+        d_tiles_c=d_tiles_c,
+        d_tiles_e=d_tiles_e,
+        zero_fill=d_tiles_c > 0 and not accumulate,
+    )
+    t = workspace.survey.at(at["survey"])
+    bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
+    capped = p.options.softcap is not None
+    kernel = make_backward_kernel(tiles, p.dtype, bias_dtype, capped, d_bias is not None, e_float32, c_float32)
+    kernel.launch(
+        gpu.current().multiprocessors,
+        at["maps"],
+        e.data.ptr,
+        tensor_map.pitch_bytes(e),
+        c.data.ptr,
+        tensor_map.pitch_bytes(c),
+        0 if p.bias is None else p.bias.data.ptr,
+        p.options.softcap or 0.0,
+        statistics.n_valid.data.ptr,
+        t.rows,
+        t.row_of,
+        t.whole,
+        t.scale,
+        t.order,
+        t.dense,
+        t.bits,
+        t.live,
+        t.before,
+        t.n_live_tiles,
+        t.n_rounds,
+        t.first_tile,
+        t.slot0,
+        t.first_g,
+        t.phase_end,
+        at["counters"],
+        at["counters"] + 4,
+        at["lists"],
+        at["g"],
+        at["sums"],
+        BUFFERS,
+        workspace.buffer_slots,
+        0 if d_e is None else d_e.data.ptr,
+        pitch_e,
+        0 if d_e is None else (at["rest"] - d_e.data.ptr) % 2**64,
+        0 if d_c is None else d_c.data.ptr,
+        0 if d_c is None else tensor_map.pitch_bytes(d_c),
+        0 if d_bias is None else d_bias.data.ptr,
+        d_tiles_c,
+        d_tiles_e,
+        accumulate,
+        workspace.blocks,
+        p.V,
+        p.D,
+    )
+    for mine, theirs in ((d_e, into.e), (d_c, into.c)):
+        if mine is not None and mine is not theirs:
+            theirs[...] = mine
+    if d_bias is not None:
+        into.bias[...] = d_bias + into.bias.astype(np.float32) if accumulate else d_bias
+
+
+def workspace_of(p: Problem, into: Gradients) -> Workspace:
+    """For these gradients."""
+    keeps_rest = into.e is not None and into.e.dtype != np.float32
+    return Workspace.of(p.N, p.V, tensor_map.padded_columns(p.D), keeps_rest=keeps_rest, with_sums=into.bias is not None)

@@ -1,0 +1,115 @@
+"""What a backward takes besides its inputs and the gradients, and how it is cut into rounds."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from cce_numba.hopper import tensor_map
+from cce_numba.hopper.backward.epilogues import PARTS
+from cce_numba.hopper.backward.load import G_ROW_BYTES
+from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP
+from cce_numba.hopper.survey import SurveyLayout
+from cce_numba.hopper.tiles import SURVIVOR_BLOCK
+from cce_numba.plan import ceil_div
+
+BUFFERS = 3  # rounds whose G is there at a time: one is written, one is read, one gives time to finish
+_SHARE = 0.12  # of the gradients' bytes, that the workspace is to stay below
+_LARGEST_G_BYTES = 64 * 2**20
+_ALIGNMENT_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One allocation.
+
+    Attributes:
+        N, V, D: of the problem.
+        keeps_rest: dE is of 16 bits, and keeps the lower halves of its sums here.
+        with_sums: sums of G's columns are kept, for the gradient of the bias.
+        g_bytes: for G, about; it becomes less where there is little to do, and more where blocks are many.
+    """
+
+    N: int
+    V: int
+    D: int
+    keeps_rest: bool
+    with_sums: bool
+    g_bytes: int
+
+    @classmethod
+    def of(cls, N: int, V: int, D: int, *, keeps_rest: bool, with_sums: bool) -> Workspace:
+        """With as much room for G as leaves all of it within the share of the gradients' bytes."""
+        allowed = int(_SHARE * 2 * D * (N + V)) - (2 * N * D if keeps_rest else 0)
+        without_g = _known(cls(N, V, D, keeps_rest, with_sums, 0))
+        tables = without_g.nbytes - BUFFERS * without_g.buffer_slots * without_g.slot_bytes
+        return _known(cls(N, V, D, keeps_rest, with_sums, max(0, min(_LARGEST_G_BYTES, allowed - tables)) >> 20 << 20))
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of tokens, at most."""
+        return ceil_div(self.N, SURVIVOR_BLOCK)
+
+    @property
+    def slot_bytes(self) -> int:
+        """A column of G for a block, its place in the list, and its sums."""
+        return G_ROW_BYTES + 4 + (4 * PARTS if self.with_sums else 0)
+
+    @functools.cached_property
+    def buffer_slots(self) -> int:
+        """Columns of G that a round has room for."""
+        least = 2 * COLUMN_TILE + self._overhead
+        most = ceil_div(self.V, COLUMN_TILE) * COLUMN_TILE + self._overhead
+        wanted = self.g_bytes // (BUFFERS * self.slot_bytes) // max(1, self.blocks)
+        return self.blocks * (min(max(wanted, least), most) // K_STEP * K_STEP)
+
+    @property
+    def _overhead(self) -> int:
+        """Columns of a block by which a round may exceed what the survey cuts at: part of a tile, and of a step of the sum."""
+        return COLUMN_TILE + K_STEP
+
+    @functools.cached_property
+    def survey(self) -> SurveyLayout:
+        """Tables, for rounds that fit."""
+        return SurveyLayout(self.N, self.V, self.buffer_slots - self.blocks * self._overhead)
+
+    @functools.cached_property
+    def offsets(self) -> dict[str, int]:
+        """Where each part begins, in bytes, and the `end` of all."""
+        slots = BUFFERS * self.buffer_slots
+        sizes = {
+            "maps": 3 * 8 * tensor_map.WORDS,
+            "counters": 4 * self.counters,
+            "survey": self.survey.nbytes,
+            "lists": 4 * slots,
+            "g": G_ROW_BYTES * slots,
+            "sums": 4 * PARTS * slots if self.with_sums else 0,
+            "rest": 2 * self.N * self.D if self.keeps_rest else 0,
+        }
+        offsets, end = {}, 0
+        for name, size in sizes.items():
+            offsets[name] = end
+            end += ceil_div(size, _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        return {**offsets, "end": end}
+
+    @property
+    def counters(self) -> int:
+        """The next job, and the jobs done in each phase."""
+        return 1 + 2 * self.survey.rounds_max
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parts."""
+        return self.offsets["end"]
+
+    def g_map(self, g: int, dtype: np.dtype) -> tuple[int, ...]:
+        """The tensor map of G at an address: a row of 128 tokens for each slot."""
+        return tensor_map.encode_matrix(g, BUFFERS * self.buffer_slots, SURVIVOR_BLOCK, G_ROW_BYTES, K_STEP, dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _known(workspace: Workspace) -> Workspace:
+    """The one of equal workspaces that came first, and so knows already what follows from it."""
+    return workspace
