@@ -27,7 +27,7 @@ def make_ring(tiles: HopperTiles) -> SimpleNamespace:
     """Device functions for a ring that starts at a shared address, and its addresses' arithmetic."""
     stages, stage_bytes, e_bytes = np.uint32(tiles.stages), np.uint32(tiles.stage_bytes), np.uint32(tiles.e_bytes)
     barriers, ctas = np.uint32(tiles.stages * tiles.stage_bytes), tiles.cluster
-    full_arrivals, empty_arrivals = np.uint32(1 + tiles.gatherers), np.uint32(tiles.cluster)
+    full_arrivals, empty_arrivals = np.uint32(tiles.full_arrivals), np.uint32(tiles.cluster)
     turn_barriers = np.uint32(tiles.stages * (tiles.stage_bytes + 16))
 
     @cuda.jit(device=True, forceinline=True)

@@ -101,6 +101,11 @@ class HopperTiles:
         return self.stages * (self.stage_bytes + 2 * _BARRIER_BYTES) + self.consumers * _BARRIER_BYTES
 
     @property
+    def full_arrivals(self) -> int:
+        """Arrivals that complete a stage: the copying thread's, and one of each gathering warp."""
+        return 1 + self.gatherers
+
+    @property
     def threads(self) -> int:
         """Threads of a CTA: a producer warpgroup, and the consumers."""
         return 128 * (1 + self.consumers)

@@ -61,7 +61,9 @@ opaque_i32 = instruction(
     I32,
     doc="The same number, of which the compiler then knows nothing: a loop counter that passes through it is not unrolled.",
 )
-opaque_u32 = instruction("mov.b32 $0, $1;", (U32,), U32, name="opaque_u32", doc="As `opaque_i32`; and not before what is ordered.")
+opaque_u32 = instruction(
+    "mov.b32 $0, $1;", (U32,), U32, name="opaque_u32", doc="As `opaque_i32`; and not before what is ordered."
+)
 pack_bf16 = instruction(
     "cvt.rn.bf16x2.f32 $0, $2, $1;",
     (F32, F32),

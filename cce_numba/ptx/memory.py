@@ -53,6 +53,12 @@ copy_async_16 = instruction(
 )
 copy_async_commit = instruction("cp.async.commit_group;", doc="This thread's copies so far make a group. ISA 9.7.9.25.3.")
 
+copy_async_arrive = instruction(
+    "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];",
+    (U32,),
+    doc="(barrier): one arrival for this thread, once all that it has begun to copy is there. ISA 9.7.13.15.16.",
+)
+
 
 @functools.cache
 def copy_async_wait(pending: int) -> Any:

@@ -94,7 +94,7 @@ def make_load_d_e(n: int, dtype: np.dtype, in_float32: bool) -> Any:
     holds the upper half of each float32 between rounds; the lower half is at the same place in a workspace, `rest` bytes further
     on. So sums lose nothing, and take half the memory of float32 beside dE.
     """
-    widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
+    is_float16, widen_f16 = dtype == np.float16, arithmetic.widen_f16
     sixteen, upper_half, lower_half = np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0xFFFF)
 
     def pair(row: Any, d: Any, rest: Any, scale: Any, D: Any, is_first: Any) -> Any:
@@ -104,12 +104,14 @@ def make_load_d_e(n: int, dtype: np.dtype, in_float32: bool) -> Any:
             x, y = load_if_u32(address, mine), load_if_u32(address + np.uint64(4), mine)
             return float_of_bits(x) * scale, float_of_bits(y) * scale
         address = np.uint64(row + np.uint64(2 * d))
+        # At first there is no lower half; a bfloat16 is a float32 without one. No branch, so that all loads go out together.
         upper = load_if_u32(address, mine)
-        if is_first != 0:
-            return widen(np.uint32(upper & lower_half)) * scale, widen(np.uint32(upper >> sixteen)) * scale
-        lower = load_if_u32(address + rest, mine)
+        lower = load_if_u32(address + rest, np.uint32(0) if is_first != 0 else mine)
         x = float_of_bits(np.uint32((upper << sixteen) | (lower & lower_half)))
-        return x * scale, float_of_bits(np.uint32((upper & upper_half) | (lower >> sixteen))) * scale
+        y = float_of_bits(np.uint32((upper & upper_half) | (lower >> sixteen)))
+        if is_float16 and is_first != 0:
+            x, y = widen_f16(np.uint32(upper & lower_half)), widen_f16(np.uint32(upper >> sixteen))
+        return x * scale, y * scale
 
     return fill_pairs(n, pair, _U64, _F32, _I32, _I32)
 
@@ -142,11 +144,12 @@ def make_store_d_e(n: int, dtype: np.dtype, in_float32: bool) -> Any:
 
 @functools.cache
 def make_load_d_c(n: int, dtype: np.dtype, in_float32: bool) -> Any:
-    """Rows of dC as they stand, to be added to: `load(d, row_0, row_1, scale, D)`, as `make_load_d_e`."""
+    """Rows of dC as they stand if they are to be added to, else zeros: `load(d, row_0, row_1, scale, D, accumulate)`."""
     widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
 
-    def pair(row: Any, d: Any, scale: Any, D: Any) -> Any:
-        mine = np.uint32(1) if row != 0 and d < D else np.uint32(0)
+    def pair(row: Any, d: Any, scale: Any, D: Any, accumulate: Any) -> Any:
+        # Not zeros in one branch and loads in another: products could then not follow each other without waiting.
+        mine = np.uint32(1) if row != 0 and d < D and accumulate != 0 else np.uint32(0)
         if in_float32:
             address = np.uint64(row + np.uint64(4 * d))
             x, y = load_if_u32(address, mine), load_if_u32(address + np.uint64(4), mine)
@@ -154,7 +157,7 @@ def make_load_d_c(n: int, dtype: np.dtype, in_float32: bool) -> Any:
         both = load_if_u32(row + np.uint64(2 * d), mine)
         return widen(np.uint32(both & np.uint32(0xFFFF))) * scale, widen(np.uint32(both >> np.uint32(16))) * scale
 
-    return fill_pairs(n, pair, _F32, _I32)
+    return fill_pairs(n, pair, _F32, _I32, _I32)
 
 
 @functools.cache

@@ -1,10 +1,10 @@
 """The kernel of the backward: persistent CTAs that take jobs until none is left (see `jobs`).
 
-    producer warpgroup      warp 0: one thread fetches tiles with the bulk copy engine
-                            warp 1: takes jobs off the queue and describes them
-                            warps 2, 3: copy rows that are not neighbours
-    consumer warpgroups     two, each with a 128 x 192 tile of sums in registers. They take turns: one multiplies while the other
-                            stores its tile
+producer warpgroup      warp 0: one thread fetches tiles with the bulk copy engine
+                        warp 1: takes jobs off the queue and describes them
+                        warps 2, 3: copy rows that are not neighbours
+consumer warpgroups     two, each with a 128 x 192 tile of sums in registers. They take turns: one multiplies while the other
+                        stores its tile
 """
 
 from __future__ import annotations

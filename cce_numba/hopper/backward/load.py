@@ -16,7 +16,7 @@ import functools
 from typing import Any
 
 import numpy as np
-from numba import cuda, literal_unroll
+from numba import cuda
 
 from cce_numba.hopper.backward.jobs import (
     D0,
@@ -53,34 +53,32 @@ def make_copy(tiles: BackwardTiles) -> Any:
     ring_, jobs_ = make_ring(tiles), make_job_ring(tiles)
     wait_empty, stage_of, full, a_smem, b_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem, ring_.c_smem
     field, wait_job, job_empty, hungry = jobs_.field, jobs_.wait_full, jobs_.empty, jobs_.hungry
-    stage_bytes, gatherers = np.uint32(tiles.stage_bytes), np.uint32(tiles.gatherers)
 
     @cuda.jit(device=True, forceinline=True)
     def begin(jobs: Any, ring: Any, use: Any, left: Any, expected: Any) -> Any:
-        """Waits for the stage, and tells its barrier how many bytes will come. `left`: stages of the job, with this one.
-
-        If all come from here, the gathering warps pass by, and this thread arrives for them.
-        """
+        """Waits for the stage, and tells its barrier how many bytes will come. `left`: stages of the job, with this one."""
         if left == LEAD:
             mbarrier.arrive(hungry(jobs))
         wait_empty(ring, use)
         stage = stage_of(use)
         mbarrier.arrive_expect_tx(full(ring, stage), expected)
-        if expected == stage_bytes:
-            mbarrier.arrive_many(full(ring, stage), gatherers)
         return stage
 
     @cuda.jit(device=True, forceinline=True)
     def rows_down(smem: Any, panels: Any, tensor_map: Any, barrier: Any, x: Any, y: Any) -> None:
         """Panels below each other."""
         for p in range(panels):
-            tma.load_2d(np.uint32(smem + np.uint32(p) * _PANEL_BYTES), tensor_map, barrier, np.int32(x), np.int32(y + PANEL * p))
+            tma.load_2d(
+                np.uint32(smem + np.uint32(p) * _PANEL_BYTES), tensor_map, barrier, np.int32(x), np.int32(y + PANEL * p)
+            )
 
     @cuda.jit(device=True, forceinline=True)
     def rows_across(smem: Any, panels: Any, tensor_map: Any, barrier: Any, x: Any, y: Any) -> None:
         """Panels beside each other."""
         for p in range(panels):
-            tma.load_2d(np.uint32(smem + np.uint32(p) * _PANEL_BYTES), tensor_map, barrier, np.int32(x + PANEL * p), np.int32(y))
+            tma.load_2d(
+                np.uint32(smem + np.uint32(p) * _PANEL_BYTES), tensor_map, barrier, np.int32(x + PANEL * p), np.int32(y)
+            )
 
     @cuda.jit(device=True, forceinline=True)
     def copy(
@@ -165,22 +163,28 @@ def make_gather(tiles: BackwardTiles) -> Any:
     """
     ring_, jobs_ = make_ring(tiles), make_job_ring(tiles)
     wait_empty, stage_of, full, a_smem, b_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem, ring_.c_smem
-    field, wait_job, job_empty, job_full = jobs_.field, jobs_.wait_full, jobs_.empty, jobs_.full
-    job_parity, columns_smem = jobs_.parity_of, jobs_.columns_smem
+    field, wait_job, job_empty, columns_smem = jobs_.field, jobs_.wait_full, jobs_.empty, jobs_.columns_smem
     load_id, opaque, load_if = memory.load_shared_i32_freely, arithmetic.opaque_u32, memory.load_if_u32
-    wait_all_but_two, wait_all = memory.copy_async_wait(2), memory.copy_async_wait(0)
 
     @cuda.jit(device=True, forceinline=True)
     def copy_row(smem: Any, id: Any, source: Any, pitch_bytes: Any, size: Any) -> None:
         """16 bytes of a row; zeros for row -1, which is nobody's. smem and source are those of this thread's part of a row."""
-        address = np.uint64(source + np.uint64(np.int64(max(id, 0)) * pitch_bytes))
-        memory.copy_async_16(np.uint32(smem), address, np.uint32(size) if id >= 0 else np.uint32(0))
+        # One instruction, as factors of 32 bits.
+        offset = np.uint64(np.uint32(max(np.int32(id), np.int32(0)))) * np.uint64(np.uint32(pitch_bytes))
+        memory.copy_async_16(np.uint32(smem), np.uint64(source + offset), np.uint32(size) if id >= 0 else np.uint32(0))
 
     @cuda.jit(device=True, forceinline=True)
     def copy_rows(smem: Any, ids: Any, source: Any, pitch_bytes: Any, size: Any) -> None:
         """Eight rows to a panel."""
-        for i in literal_unroll((0, 1, 2, 3, 4, 5, 6, 7)):
-            copy_row(smem + np.uint32(8 * _ROW_BYTES * i), ids[i], source, pitch_bytes, size)
+        step = np.uint32(8 * _ROW_BYTES)
+        copy_row(smem, ids[0], source, pitch_bytes, size)
+        copy_row(smem + step, ids[1], source, pitch_bytes, size)
+        copy_row(smem + np.uint32(2) * step, ids[2], source, pitch_bytes, size)
+        copy_row(smem + np.uint32(3) * step, ids[3], source, pitch_bytes, size)
+        copy_row(smem + np.uint32(4) * step, ids[4], source, pitch_bytes, size)
+        copy_row(smem + np.uint32(5) * step, ids[5], source, pitch_bytes, size)
+        copy_row(smem + np.uint32(6) * step, ids[6], source, pitch_bytes, size)
+        copy_row(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, size)
 
     @cuda.jit(device=True, forceinline=True)
     def ids_in_smem(address: Any) -> Any:
@@ -244,47 +248,35 @@ def make_gather(tiles: BackwardTiles) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def copy_across(smem: Any, ids: Any, source: Any, pitch_bytes: Any, row_bytes: Any) -> None:
         """Eight rows of each of three panels beside each other; row_bytes are left in a row from source on."""
-        for p in literal_unroll((0, 1, 2)):
-            copy_rows(
-                smem + np.uint32(p * PANEL_BYTES), ids, source + np.uint64(p * _ROW_BYTES), pitch_bytes,
-                clamped(row_bytes - p * _ROW_BYTES),
-            )  # fmt: skip
+        copy_rows(smem, ids, source, pitch_bytes, clamped(row_bytes))
+        smem, source = np.uint32(smem + _PANEL_BYTES), np.uint64(source + np.uint64(_ROW_BYTES))
+        copy_rows(smem, ids, source, pitch_bytes, clamped(row_bytes - _ROW_BYTES))
+        smem, source = np.uint32(smem + _PANEL_BYTES), np.uint64(source + np.uint64(_ROW_BYTES))
+        copy_rows(smem, ids, source, pitch_bytes, clamped(row_bytes - 2 * _ROW_BYTES))
 
     @cuda.jit(device=True, forceinline=True)
-    def landed(ring: Any, use: Any, thread: Any) -> None:
-        """One arrival for the warp, once what all its lanes copied is visible to the tensor cores."""
-        memory.fence_proxy_async()
+    def survivors_of(
+        bits: Any, before: Any, slot0: Any, slots: Any, block: Any, tile: Any, first: Any, n_ctiles: Any
+    ) -> Any:  # fmt: skip
+        """A block's survivors of a tile of columns: three numbers that tell their first slot, and four words of bits."""
+        counts, at = np.int64(block) * (n_ctiles + 1), np.int64(block) * (4 * n_ctiles) + 4 * tile
+        return (
+            slot0[slots + block], before[counts + tile], before[counts + first],
+            bits[at], bits[at + 1], bits[at + 2], bits[at + 3],
+        )  # fmt: skip
+
+    @cuda.jit(device=True, forceinline=True)
+    def pass_by(ring: Any, use: Any, stages: Any, lane: Any) -> Any:
+        """Arrives, for its warp, in stages in which nothing is gathered; the next use.
+
+        It must not be left out: a thread that does not keep up with the ring takes one of its phases for another.
+        """
+        if lane == 0:
+            for i in range(stages):
+                wait_empty(ring, use + np.uint32(i))
+                mbarrier.arrive_many(full(ring, stage_of(use + np.uint32(i))), np.uint32(32))
         cuda.syncwarp()
-        if thread & 31 == 0:
-            mbarrier.arrive(full(ring, stage_of(use)))
-
-    @cuda.jit(device=True, forceinline=True)
-    def let_land(ring: Any, use: Any, under_way: Any, thread: Any) -> Any:
-        """Of what this thread has begun, all but the last two stages have landed: the next of them is announced."""
-        memory.copy_async_commit()
-        wait_all_but_two()
-        if under_way < 2:
-            return np.int32(under_way + 1)
-        landed(ring, np.uint32(use - np.uint32(2)), thread)
-        return np.int32(under_way)
-
-    @cuda.jit(device=True, forceinline=True)
-    def let_all_land(ring: Any, use: Any, under_way: Any, thread: Any) -> Any:
-        """The stages before `use` that are under way are announced. None is, then."""
-        if under_way > 0:
-            wait_all()
-            if under_way > 1:
-                landed(ring, np.uint32(use - np.uint32(2)), thread)
-            landed(ring, np.uint32(use - np.uint32(1)), thread)
-        return np.int32(0)
-
-    @cuda.jit(device=True, forceinline=True)
-    def follow(ring: Any, use: Any, stages: Any) -> Any:
-        """Passes by stages in which nothing is gathered, never more than a round ahead; the next use."""
-        for _ in range(stages):
-            wait_empty(ring, use)
-            use = np.uint32(use + np.uint32(1))
-        return use
+        return np.uint32(use + np.uint32(stages))
 
     @cuda.jit(device=True, forceinline=True)
     def clamped(size_bytes: Any) -> Any:
@@ -304,23 +296,18 @@ def make_gather(tiles: BackwardTiles) -> Any:
         row_bytes = np.int32(2 * D - 16 * part)
         # Rows that are 8 apart have the same place in the swizzle.
         mine = np.uint32(np.uint32(_ROW_BYTES) * row + ((part ^ row) << np.uint32(4)))
-        s, use, under_way = np.uint32(0), np.uint32(0), np.int32(0)
+        s, use = np.uint32(0), np.uint32(0)
         while True:
-            if mbarrier.test(job_full(jobs, s), job_parity(s)) == 0:
-                # The job may be waiting for one that is only done when these have landed.
-                under_way = let_all_land(ring, use, under_way, thread)
-                wait_job(jobs, s)
+            wait_job(jobs, s)
             kind = field(jobs, s, KIND)
             if kind == END:
-                let_all_land(ring, use, under_way, thread)
                 break
             k_steps, place, d0 = field(jobs, s, K_STEPS), field(jobs, s, PLACE), field(jobs, s, D0)
             slot = field(jobs, s, SLOT)
             if kind == LOGITS:
                 is_whole = has_bit(whole, place)
                 if is_dense and is_whole:
-                    under_way = let_all_land(ring, use, under_way, thread)
-                    use = follow(ring, use, k_steps)
+                    use = pass_by(ring, use, k_steps, lane)
                 else:
                     ids = np.uint32(opaque(columns_smem(jobs, s)) + np.uint32(4) * row)
                     token = np.int32(place * COLUMN_TILE + row)
@@ -338,12 +325,11 @@ def make_gather(tiles: BackwardTiles) -> Any:
                                 panel_ids = ids_in_smem(np.uint32(ids + np.uint32(4 * PANEL * p)))
                                 copy_rows(smem, panel_ids, c + offset, c_pitch_bytes, size)
                                 smem = np.uint32(smem + _PANEL_BYTES)
-                        under_way = let_land(ring, use, under_way, thread)
+                        memory.copy_async_arrive(full(ring, stage_of(use)))
                         use = np.uint32(use + np.uint32(1))
             elif kind == D_E:
                 if is_dense:
-                    under_way = let_all_land(ring, use, under_way, thread)
-                    use = follow(ring, use, k_steps)
+                    use = pass_by(ring, use, k_steps, lane)
                 else:
                     listed = lists + np.uint64(4 * (np.int64(slot) + row))
                     source = c + np.uint64(2 * d0)
@@ -355,54 +341,45 @@ def make_gather(tiles: BackwardTiles) -> Any:
                         wait_empty(ring, use)
                         smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
                         copy_across(smem, ids, source, c_pitch_bytes, row_bytes - 2 * d0)
-                        under_way = let_land(ring, use, under_way, thread)
+                        memory.copy_async_arrive(full(ring, stage_of(use)))
                         use = np.uint32(use + np.uint32(1))
             elif k_steps > 0:
                 r = field(jobs, s, ROUND)
                 live_row, slots, first = np.int64(place) * block_words, np.int64(r) * (blocks + 1), first_tile[r]
                 word, left, block = next_block(live, live_row, block_words, np.int32(-1), np.uint32(0))
-                base, words = np.int32(0), (np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0))
-                if not is_dense:
-                    base, words = survivors_of(bits, before, slot0, slots, block, place, first, n_ctiles)
+                wholes = whole[word]
+                found = survivors_of(bits, before, slot0, slots, block, place, first, n_ctiles)
                 while block >= 0:
-                    token, is_whole = np.int32(block * COLUMN_TILE + row), has_bit(whole, block)
-                    this_base, this_words = np.int32(base + slot), words
-                    # Of the next block, in time.
+                    token, is_whole = np.int32(block * COLUMN_TILE + row), (wholes >> np.uint32(block & 31)) & np.uint32(1) != 0
+                    base = np.int32(slot + found[0] + found[1] - found[2])
+                    upper = slots_in(found[3], found[4], base, row)
+                    base = np.int32(base + cuda.popc(found[3]) + cuda.popc(found[4]))
+                    lower = slots_in(found[5], found[6], base, row)
+                    # Of the next block, in time: nothing is computed of it here, which would wait for it.
                     word, left, block = next_block(live, live_row, block_words, word, left)
-                    if block >= 0 and not is_dense:
-                        base, words = survivors_of(bits, before, slot0, slots, block, place, first, n_ctiles)
+                    if block >= 0:
+                        wholes = whole[word]
+                        found = survivors_of(bits, before, slot0, slots, block, place, first, n_ctiles)
                     if is_dense and is_whole:
-                        under_way = let_all_land(ring, use, under_way, thread)
-                        use = follow(ring, use, 2)
+                        use = pass_by(ring, use, 2, lane)
                     else:
                         for half in range(2):
                             wait_empty(ring, use)
                             if not is_dense:
                                 smem, source = np.uint32(a_smem(ring, stage_of(use)) + mine), g + np.uint64(_ROW_BYTES * half)
-                                pitch, size = np.int64(G_ROW_BYTES), np.uint32(16)
-                                copy_rows(smem, slots_in(this_words[0], this_words[1], this_base, row), source, pitch, size)
-                                middle = np.int32(this_base + cuda.popc(this_words[0]) + cuda.popc(this_words[1]))
-                                smem = np.uint32(smem + _PANEL_BYTES)
-                                copy_rows(smem, slots_in(this_words[2], this_words[3], middle, row), source, pitch, size)
+                                pitch, size = np.uint32(G_ROW_BYTES), np.uint32(16)
+                                copy_rows(smem, upper, source, pitch, size)
+                                copy_rows(np.uint32(smem + _PANEL_BYTES), lower, source, pitch, size)
                             if not is_whole:
                                 smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
                                 ids = ids_in_table(row_of, token + PANEL * half)
                                 copy_across(smem, ids, e + np.uint64(2 * d0), e_pitch_bytes, row_bytes - 2 * d0)
-                            under_way = let_land(ring, use, under_way, thread)
+                            memory.copy_async_arrive(full(ring, stage_of(use)))
                             use = np.uint32(use + np.uint32(1))
             cuda.syncwarp()
             if lane == 0:
                 mbarrier.arrive(job_empty(jobs, s))
             s = np.uint32(s + np.uint32(1))
-
-    @cuda.jit(device=True, forceinline=True)
-    def survivors_of(
-        bits: Any, before: Any, slot0: Any, slots: Any, block: Any, tile: Any, first: Any, n_ctiles: Any
-    ) -> Any:  # fmt: skip
-        """Where a block's survivors of a tile of columns begin in the round's buffer, and which they are."""
-        counts, at = np.int64(block) * (n_ctiles + 1), np.int64(block) * (4 * n_ctiles) + 4 * tile
-        base = np.int32(slot0[slots + block] + before[counts + tile] - before[counts + first])
-        return base, (bits[at], bits[at + 1], bits[at + 2], bits[at + 3])
 
     return gather
 

@@ -57,6 +57,7 @@ def make_multiply(tiles: BackwardTiles, dtype: str, *, a_m_major: bool, b_n_majo
         ring_.e_smem,
     )
     mma = wgmma.mma(tiles.block_v, dtype, a_m_major=a_m_major, b_n_major=b_n_major)
+    fence_proxy_async = memory.fence_proxy_async
     fence, commit_group, wait_all_but_one = wgmma.fence, wgmma.commit_group, wgmma.wait_group(1)
     # A step of 16 terms, in units of 16 bytes: within a row, or 16 rows of 128 bytes further down.
     a_step, b_step = (np.uint64(128 if major else 2) for major in (a_m_major, b_n_major))
@@ -74,6 +75,7 @@ def make_multiply(tiles: BackwardTiles, dtype: str, *, a_m_major: bool, b_n_majo
         stage, parity = stage_of(first_use), parity_of(first_use)
         for k in range(k_steps):
             mbarrier.wait(full(ring, stage), parity)
+            fence_proxy_async()  # rows that were copied one by one are there, but not yet for the tensor cores
             smem = np.uint32(a_smem(ring, stage))
             a, b = descriptor(a_form, smem), descriptor(b_form, smem + to_b)
             fence()
@@ -115,6 +117,8 @@ def make_work(
     load_d_e, store_d_e = make_load_d_e(block_v, dtype, e_float32), make_store_d_e(block_v, dtype, e_float32)
     load_d_c, store_d_c = make_load_d_c(block_v, dtype, c_float32), make_store_d_c(block_v, dtype, c_float32)
     zeros, opaque = wgmma.zeros(block_v), arithmetic.opaque_u32
+    # Addresses of what was loaded would otherwise be kept until it is stored, and there are no registers to hold them.
+    again = arithmetic.opaque_i32
     load_f32, load_i32, wait_all = memory.load_global_f32, memory.load_global_i32, wgmma.wait_group(0)
     float_of_bits = arithmetic.float_of_bits
     one_consumer = np.uint32(128)
@@ -122,10 +126,12 @@ def make_work(
     @cuda.jit(device=True, forceinline=True)
     def await_turn(ring: Any, consumer: Any, s: Any, turns: Any) -> Any:
         """Until the other's products are all under way; the number of turns so far."""
-        if s == 0:
-            return turns
-        mbarrier.wait(turn(ring, consumer), turns & np.uint32(1))
-        return np.uint32(turns + np.uint32(1))
+        if s > 0:
+            mbarrier.wait(turn(ring, consumer), turns & np.uint32(1))
+            turns = np.uint32(turns + np.uint32(1))
+        # All four warps have seen it before the first can hand it over: a job may have nothing to multiply.
+        control.barrier_sync(np.uint32(1 + consumer), one_consumer)
+        return turns
 
     @cuda.jit(device=True, forceinline=True)
     def finish(ring: Any, consumer: Any, first_use: Any, k_steps: Any, thread: Any) -> None:
@@ -227,7 +233,7 @@ def make_work(
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_d_e(upper, lower, ring, first_use, k_steps, thread)
                 finish(ring, consumer, first_use, k_steps, thread)
-                is_last = field(jobs, s, IS_LAST)
+                is_last, d = field(jobs, s, IS_LAST), again(d)
                 store_d_e(upper, d, row_0, row_1, rest, unscale, D, is_last)
                 store_d_e(lower, d, row_2, row_3, rest, unscale, D, is_last)
             else:
@@ -237,13 +243,12 @@ def make_work(
                 row_1 = row_address(d_c, d_c_pitch_bytes, order[place + 8])
                 row_2 = row_address(d_c, d_c_pitch_bytes, order[place + 64])
                 row_3 = row_address(d_c, d_c_pitch_bytes, order[place + 72])
-                upper, lower = zeros(), zeros()
-                if accumulate != 0:
-                    upper = load_d_c(d, row_0, row_1, to_scale, D)
-                    lower = load_d_c(d, row_2, row_3, to_scale, D)
+                upper = load_d_c(d, row_0, row_1, to_scale, D, accumulate)
+                lower = load_d_c(d, row_2, row_3, to_scale, D, accumulate)
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_d_c(upper, lower, ring, first_use, k_steps, thread)
                 finish(ring, consumer, first_use, k_steps, thread)
+                d = again(d)
                 store_d_c(upper, d, row_0, row_1, unscale, D)
                 store_d_c(lower, d, row_2, row_3, unscale, D)
                 if with_sums and field(jobs, s, D0) == 0:

@@ -12,7 +12,7 @@ LIST_TILE = 192  # columns of a list whose logits a job computes again
 COLUMN_TILE = 128  # vocabulary entries whose gradient a job computes
 K_STEP = 64  # terms of the sum in a stage
 HEADER_WORDS = 16
-LEAD = 10  # stages before the last of a job at which the next is asked for: just in time, so that none waits in a busy CTA
+LEAD = 16  # stages before the last of a job at which the next is asked for: just in time, so that none waits in a busy CTA
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class BackwardTiles(HopperTiles):
             raise ValueError(f"{self}: the backward's stages are 2 and 3 panels, and its CTAs work alone")
         if self.job_slots < 2 or self.job_slots % 2:
             raise ValueError(f"{self}: job_slots must be even, so that each belongs to one consumer")
+
+    @property
+    def full_arrivals(self) -> int:
+        """Arrivals that complete a stage: the copying thread's, and one of each gathering thread."""
+        return 1 + 32 * self.gatherers
 
     @property
     def job_bytes(self) -> int:
