@@ -65,7 +65,7 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
     if layout.e_copied:
         how += f"; e is copied, since {layout.e_copied}"
     if layout.c_copied:
-        how += f"; c is copied, {layout.c_rows} rows at a time, since {layout.c_copied}"
+        how += f"; c is copied, {layout.c_rows} rows at a time (for the backward all), since {layout.c_copied}"
     return HopperPlan(
         backend="hopper",
         how=how,
@@ -74,7 +74,7 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         stored_logits_bytes=p.logits_bytes,
         forward_bytes=layout.scratch_bytes + layout.copy_bytes + 12 * p.N,
         survivor_bytes=0 if p.options.filter_eps is None else layout.survivor_bytes,
-        backward_bytes=simt.backward_bytes(p),
+        backward_bytes=_module("backward.run").workspace_bytes(p),
     )
 
 
@@ -97,7 +97,7 @@ def backward(
     p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, into: Gradients, accumulate: bool
 ) -> None:
     """See `plan.Backend`."""
-    _module("backward.run").backward(p, _module("backward.tiles").BackwardTiles(), statistics, softmax_weight, target_weight, into, accumulate)
+    _module("backward.run").backward(p, statistics, softmax_weight, target_weight, into, accumulate)
 
 
 @functools.cache

@@ -122,7 +122,7 @@ def visit_groups(n: int, visit: Callable[..., Any], *extras: Any) -> Any:
 
 
 def fill_pairs(n: int, value: Callable[..., Any], *extras: Any) -> Any:
-    """A fragment of what `value(row_address, column, *extras) -> (float32, float32)` gives for two neighbouring columns of a row.
+    """A fragment of `value(row_address, column, *extras) -> (float32, float32)`, for two neighbouring columns of a row each.
 
     In a kernel: `fragment = filled(first_column, row_address_0, row_address_1, *extras)`, with int32 columns as in
     `map_elements`.

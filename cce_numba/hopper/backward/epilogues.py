@@ -16,6 +16,7 @@ from cce_numba.hopper.fragment import fill_pairs, visit_groups, visit_pairs
 from cce_numba.ptx import arithmetic, control, memory
 
 _F32, _I32, _U32, _U64 = types.float32, types.int32, types.uint32, types.uint64
+SIXTEEN, UPPER, LOWER = np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0xFFFF)
 PARTS = 8  # partial sums of a column of G: of 16 tokens each
 
 exp2, fma = arithmetic.exp2, arithmetic.fma
@@ -26,12 +27,13 @@ load_if_u32, store_if_u32, store_f32 = memory.load_if_u32, memory.store_if_u32, 
 
 
 @functools.cache
-def make_store_g(n: int, dtype: np.dtype, has_bias: bool, capped: bool, with_sums: bool) -> Any:
+def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool) -> Any:
     """Logits become G in the input dtype, stored column by column.
 
     In a kernel: `store_g(z, columns_smem, bias_smem, stored, g, sums, a_0, shift_0, b_0, target_0, a_1, shift_1, b_1, target_1,
-    softcap)` for rows 0 and 1 of the thread: softmax weight, log-sum-exp in base 2, target's weight, target. The first two must
-    come out of an ordered instruction (see `memory.load_shared_i32_freely`). The addresses g and sums are those of the tile's first column and of this warp's first token; sums (columns, PARTS) takes each column's sum.
+    softcap)` for rows 0 and 1 of the thread: softmax weight, log-sum-exp in base 2, target's weight, target. The first two
+    addresses must come out of an ordered instruction (see `memory.load_shared_i32_freely`). The addresses g and sums are those
+    of the tile's first column and of this warp's first token; sums (columns, PARTS) takes each column's sum.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
 
@@ -57,9 +59,8 @@ def make_store_g(n: int, dtype: np.dtype, has_bias: bool, capped: bool, with_sum
         lane = np.int32(cuda.threadIdx.x & 31)
         place = np.uint32(4 * (8 * group + 2 * (lane & 3)))
         v_0, v_1 = np.int32(load_i32(columns + place)), np.int32(load_i32(columns + place + np.uint32(4)))
-        if has_bias:
-            bias_0, bias_1 = load_f32(biases + place), load_f32(biases + place + np.uint32(4))
-            z_00, z_10, z_01, z_11 = z_00 + bias_0, z_10 + bias_0, z_01 + bias_1, z_11 + bias_1
+        bias_0, bias_1 = load_f32(biases + place), load_f32(biases + place + np.uint32(4))
+        z_00, z_10, z_01, z_11 = z_00 + bias_0, z_10 + bias_0, z_01 + bias_1, z_11 + bias_1
         g_00 = inlined(z_00, v_0, a_0, shift_0, b_0, target_0, softcap)
         g_01 = inlined(z_01, v_1, a_0, shift_0, b_0, target_0, softcap)
         g_10 = inlined(z_10, v_0, a_1, shift_1, b_1, target_1, softcap)
@@ -87,93 +88,63 @@ def make_store_g(n: int, dtype: np.dtype, has_bias: bool, capped: bool, with_sum
 
 
 @functools.cache
-def make_load_d_e(n: int, dtype: np.dtype, in_float32: bool) -> Any:
-    """Rows of dE as they stand, for products to add to: `load(d, row_0, row_1, rest, scale, D, is_first)`.
+def make_load_rows(n: int, dtype: np.dtype) -> Any:
+    """Rows of a gradient as they stand, for products to add to.
 
-    row_0, row_1: addresses of the thread's rows, 0 for nobody's; all is multiplied by scale. Where dE itself is of 16 bits it
-    holds the upper half of each float32 between rounds; the lower half is at the same place in a workspace, `rest` bytes further
-    on. So sums lose nothing, and take half the memory of float32 beside dE.
+    In a kernel: `load(d, row_0, row_1, in_float32, rest, scale, D, is_split, wanted)`: addresses of the thread's rows, 0 for
+    nobody's; all is multiplied by scale, and zero if it is not wanted.
+
+    A gradient of 16 bits that is not complete yet is split: it holds the upper half of each float32, and the lower half is at
+    the same place in a workspace, `rest` bytes further on. So sums lose nothing, and take half the memory of float32 beside it.
     """
     is_float16, widen_f16 = dtype == np.float16, arithmetic.widen_f16
-    sixteen, upper_half, lower_half = np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0xFFFF)
 
-    def pair(row: Any, d: Any, rest: Any, scale: Any, D: Any, is_first: Any) -> Any:
-        mine = np.uint32(1) if row != 0 and d < D else np.uint32(0)
-        if in_float32:
-            address = np.uint64(row + np.uint64(4 * d))
-            x, y = load_if_u32(address, mine), load_if_u32(address + np.uint64(4), mine)
-            return float_of_bits(x) * scale, float_of_bits(y) * scale
-        address = np.uint64(row + np.uint64(2 * d))
-        # At first there is no lower half; a bfloat16 is a float32 without one. No branch, so that all loads go out together.
-        upper = load_if_u32(address, mine)
-        lower = load_if_u32(address + rest, np.uint32(0) if is_first != 0 else mine)
-        x = float_of_bits(np.uint32((upper << sixteen) | (lower & lower_half)))
-        y = float_of_bits(np.uint32((upper & upper_half) | (lower >> sixteen)))
-        if is_float16 and is_first != 0:
-            x, y = widen_f16(np.uint32(upper & lower_half)), widen_f16(np.uint32(upper >> sixteen))
+    def pair(
+        row: Any, d: Any, in_float32: Any, rest: Any, scale: Any, D: Any, is_split: Any, wanted: Any
+    ) -> Any:  # fmt: skip
+        # No branches, so that all loads go out together.
+        mine = np.uint32(1) if row != 0 and d < D and wanted != 0 else np.uint32(0)
+        address = np.uint64(row + (np.uint64(d) << np.uint64(1 + in_float32)))
+        first = load_if_u32(address, mine)
+        has_second = np.uint32(mine & np.uint32(in_float32 | is_split))
+        second = load_if_u32(np.uint64(address + (np.uint64(4) if in_float32 != 0 else rest)), has_second)
+        # A bfloat16 is a float32 whose lower half is zero.
+        x, y = joined(first << SIXTEEN, second), joined(first, second >> SIXTEEN)
+        if is_float16:
+            whole_x, whole_y = widen_f16(np.uint32(first & LOWER)), widen_f16(np.uint32(first >> SIXTEEN))
+            x, y = x if is_split != 0 else whole_x, y if is_split != 0 else whole_y
+        x = float_of_bits(first) if in_float32 != 0 else x
+        y = float_of_bits(second) if in_float32 != 0 else y
         return x * scale, y * scale
 
-    return fill_pairs(n, pair, _U64, _F32, _I32, _I32)
+    return fill_pairs(n, pair, _I32, _U64, _F32, _I32, _I32, _I32)
 
 
 @functools.cache
-def make_store_d_e(n: int, dtype: np.dtype, in_float32: bool) -> Any:
-    """Back to where `make_load_d_e` took them: `store(sums, d, row_0, row_1, rest, scale, D, is_last)`; at last rounded, once."""
-    pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
-    sixteen, upper_half, lower_half = np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0xFFFF)
+def make_store_rows(n: int, dtype: np.dtype) -> Any:
+    """Back to where `make_load_rows` finds them, rounded if they are not to be split, which is when they are complete.
 
-    def store(x: Any, y: Any, row: Any, d: Any, rest: Any, scale: Any, D: Any, is_last: Any) -> Any:
-        mine = np.uint32(1) if row != 0 and d < D else np.uint32(0)
-        x, y = x * scale, y * scale
-        if in_float32:
-            address = np.uint64(row + np.uint64(4 * d))
-            store_if_u32(address, bits_of_float(x), mine)
-            store_if_u32(address + np.uint64(4), bits_of_float(y), mine)
-        else:
-            address = np.uint64(row + np.uint64(2 * d))
-            bits_x, bits_y = np.uint32(bits_of_float(x)), np.uint32(bits_of_float(y))
-            if is_last != 0:
-                store_if_u32(address, pack(x, y), mine)
-            else:
-                store_if_u32(address, np.uint32((bits_x >> sixteen) | (bits_y & upper_half)), mine)
-                store_if_u32(address + rest, np.uint32((bits_x & lower_half) | (bits_y << sixteen)), mine)
-        return np.int32(0)
-
-    return visit_pairs(n, store, _U64, _F32, _I32, _I32)
-
-
-@functools.cache
-def make_load_d_c(n: int, dtype: np.dtype, in_float32: bool) -> Any:
-    """Rows of dC as they stand if they are to be added to, else zeros: `load(d, row_0, row_1, scale, D, accumulate)`."""
-    widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
-
-    def pair(row: Any, d: Any, scale: Any, D: Any, accumulate: Any) -> Any:
-        # Not zeros in one branch and loads in another: products could then not follow each other without waiting.
-        mine = np.uint32(1) if row != 0 and d < D and accumulate != 0 else np.uint32(0)
-        if in_float32:
-            address = np.uint64(row + np.uint64(4 * d))
-            x, y = load_if_u32(address, mine), load_if_u32(address + np.uint64(4), mine)
-            return float_of_bits(x) * scale, float_of_bits(y) * scale
-        both = load_if_u32(row + np.uint64(2 * d), mine)
-        return widen(np.uint32(both & np.uint32(0xFFFF))) * scale, widen(np.uint32(both >> np.uint32(16))) * scale
-
-    return fill_pairs(n, pair, _F32, _I32, _I32)
-
-
-@functools.cache
-def make_store_d_c(n: int, dtype: np.dtype, in_float32: bool) -> Any:
-    """Rows of dC, complete: `store(sums, d, row_0, row_1, scale, D)`."""
+    In a kernel: `store(sums, d, row_0, row_1, in_float32, rest, scale, D, is_split)`.
+    """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
 
-    def store(x: Any, y: Any, row: Any, d: Any, scale: Any, D: Any) -> Any:
+    def store(x: Any, y: Any, row: Any, d: Any, in_float32: Any, rest: Any, scale: Any, D: Any, is_split: Any) -> Any:
         mine = np.uint32(1) if row != 0 and d < D else np.uint32(0)
         x, y = x * scale, y * scale
-        if in_float32:
-            address = np.uint64(row + np.uint64(4 * d))
-            store_if_u32(address, bits_of_float(x), mine)
-            store_if_u32(address + np.uint64(4), bits_of_float(y), mine)
-        else:
-            store_if_u32(row + np.uint64(2 * d), pack(x, y), mine)
+        bits_x, bits_y = np.uint32(bits_of_float(x)), np.uint32(bits_of_float(y))
+        upper, rounded = np.uint32((bits_x >> SIXTEEN) | (bits_y & UPPER)), np.uint32(pack(x, y))
+        upper = upper if is_split != 0 else rounded
+        lower = np.uint32((bits_x & LOWER) | (bits_y << SIXTEEN))
+        address = np.uint64(row + (np.uint64(d) << np.uint64(1 + in_float32)))
+        store_if_u32(address, bits_x if in_float32 != 0 else upper, mine)
+        address = np.uint64(address + (np.uint64(4) if in_float32 != 0 else rest))
+        store_if_u32(address, bits_y if in_float32 != 0 else lower, np.uint32(mine & np.uint32(in_float32 | is_split)))
         return np.int32(0)
 
-    return visit_pairs(n, store, _F32, _I32)
+    return visit_pairs(n, store, _I32, _U64, _F32, _I32, _I32)
+
+
+@cuda.jit(device=True, forceinline=True)
+def joined(upper: Any, lower: Any) -> Any:
+    """The float32 of these halves: the upper one's upper bits, the lower one's lower bits."""
+    return float_of_bits(np.uint32((np.uint32(upper) & UPPER) | (np.uint32(lower) & LOWER)))

@@ -1,13 +1,13 @@
-"""Jobs: what a CTA computes next. One warp takes them off the GPU's queue, describes them in shared memory, and the others read.
+"""Jobs: what a CTA computes next. One warp takes them off the GPU's queue and describes them in shared memory for the others.
 
 All CTAs take jobs off one queue, in the order of `survey`'s phases:
 
     G(0)  G(1) P(0)  G(2) P(1)  ...  P(R-1)
 
-G(r) recomputes the logits of round r and writes G to the workspace; P(r) multiplies it: dC of the round's vocabulary entries, and
-what they add to dE. A phase begins when those that it depends on are done, which the phase in between gives them time for. Each
-output tile of a phase has one owner, and the phases of a tile follow each other, so the sums are the same in every run, whichever
-CTA computes them.
+G(r) recomputes the logits of round r and writes G to the workspace; P(r) multiplies it: dC of the round's vocabulary entries,
+and what they add to dE. A phase begins when those that it depends on are done, which the phase in between gives them time for.
+Each output tile of a phase has one owner, and the phases of a tile follow each other, so the sums are the same in every run,
+whichever CTA computes them.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def wait_for_phase(phase: Any, phase_end: Any, done: Any) -> None:
 
 
 @functools.cache
-def make_schedule(tiles: BackwardTiles, bias_dtype: np.dtype | None) -> Any:
+def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
     """The device function of the warp that takes jobs and describes them."""
     jobs_ = make_job_ring(tiles)
     hungry, wait_empty, full, set_field, columns_smem, bias_smem = (
@@ -155,9 +155,7 @@ def make_schedule(tiles: BackwardTiles, bias_dtype: np.dtype | None) -> Any:
         jobs_.bias_smem,
     )
     load_smem, store_smem, store_float = memory.load_shared_i32, memory.store_shared_i32, memory.store_shared_f32
-    has_bias = bias_dtype is not None
-    bias_bytes = bias_dtype.itemsize if bias_dtype is not None else 0
-    load_bias: Any = make_load(bias_dtype) if bias_dtype is not None else None
+    load_narrow, load_wide = make_load(dtype), make_load(np.dtype(np.float32))
     list_tile, column_tile, block_v = LIST_TILE, COLUMN_TILE, tiles.block_v
     expect = mbarrier.arrive
 
@@ -169,7 +167,7 @@ def make_schedule(tiles: BackwardTiles, bias_dtype: np.dtype | None) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def expand(columns: Any, wanted: Any, rank: Any, bits: Any, row: Any, first_word: Any, end_word: Any, lane: Any) -> None:
-        """Sorted places of `wanted` survivors to shared memory, of a row of bits from a word on; `rank` more come before them."""
+        """Sorted places of `wanted` survivors, of a row of bits from a word on; `rank` more come before them."""
         word, found = np.int32(first_word), np.int32(-rank)
         while found < wanted:
             mine = np.uint32(0)
@@ -195,15 +193,16 @@ def make_schedule(tiles: BackwardTiles, bias_dtype: np.dtype | None) -> Any:
     def schedule(
         jobs: Any, lane: Any, next_job: Any, done: Any, t: Any, n_blocks: Any, blocks: Any, n_ctiles: Any, block_words: Any,
         zero_fill: Any, d_tiles_c: Any, d_tiles_e: Any, k_steps_d: Any, buffers: Any, buffer_slots: Any, lists: Any,
-        bias: Any,
+        bias: Any, bias_bytes: Any,
     ) -> None:  # fmt: skip
-        """t: the survey's tables, see `kernel`. d_tiles_c, d_tiles_e: tiles of a row of dC and dE, 0 if it is not wanted."""
+        """t: the survey's tables, see `kernel`; d_tiles_c, d_tiles_e: tiles of a row of dC and dE, 0 if it is not wanted;
+        bias_bytes: of a bias, 0 for none."""
         (n_rounds, first_tile, first_g, slot0, phase_end, before, bits, live, order, dense, n_live_tiles) = t
         rounds, is_dense, live_tiles = n_rounds[0], dense[0] != 0, n_live_tiles[0]
         zero_tiles = np.int32(0)
         if zero_fill:
             zero_tiles = np.int32(n_ctiles - live_tiles)
-        phase, phase_first, entered = np.int32(0), np.int32(0), np.int32(-1)
+        phase, phase_first, entered, added = np.int32(0), np.int32(0), np.int32(-1), np.int32(0)
         s, use = np.uint32(0), np.uint32(0)
         while True:
             if s > 0:
@@ -227,8 +226,6 @@ def make_schedule(tiles: BackwardTiles, bias_dtype: np.dtype | None) -> Any:
                 if lane == 0:
                     if is_products:
                         wait_for_phase(phase_of_logits(r), phase_end, done)
-                        if r > 0:
-                            wait_for_phase(phase_of_products(np.int32(r - 1), rounds), phase_end, done)
                     elif r >= buffers:
                         wait_for_phase(phase_of_products(np.int32(r - buffers), rounds), phase_end, done)
                 cuda.syncwarp()
@@ -243,8 +240,8 @@ def make_schedule(tiles: BackwardTiles, bias_dtype: np.dtype | None) -> Any:
                 skipped = np.int32(list_tile * (index - first_g[row + place]))
                 counts = np.int64(place) * (n_ctiles + 1)
                 n_list = np.int32(before[counts + t1] - before[counts + t0])
-                columns = np.int32(min(list_tile, n_list - skipped))
-                stored = np.int32(min(list_tile, (n_list + K_STEP - 1) // K_STEP * K_STEP - skipped))
+                columns = min(np.int32(list_tile), np.int32(n_list - skipped))
+                stored = min(np.int32(list_tile), np.int32((n_list + K_STEP - 1) // K_STEP * K_STEP - skipped))
                 slot = np.int32(buffer + slot0[row + place] + skipped)
                 first = np.int32(first + skipped)
                 ids = columns_smem(jobs, s)
@@ -263,13 +260,19 @@ def make_schedule(tiles: BackwardTiles, bias_dtype: np.dtype | None) -> Any:
                         if not is_dense:
                             v = order[load_smem(np.uint32(ids + np.uint32(4 * position)))]
                     store_smem(np.uint32(ids + np.uint32(4 * position)), np.int32(v))
-                    if d_tiles_e > 0 and position < stored:
-                        memory.store_global_u32(lists + np.uint64(4 * np.int64(slot + position)), np.uint32(v))
-                    if has_bias:
-                        b = np.float32(0)
-                        if v >= 0:
-                            b = load_bias(bias + np.uint64(bias_bytes * v))
-                        store_float(np.uint32(bias_smem(jobs, s) + np.uint32(4 * position)), b)
+                    b = np.float32(0)
+                    if v >= 0 and bias_bytes == 4:
+                        b = load_wide(bias + np.uint64(4 * v))
+                    elif v >= 0 and bias_bytes == 2:
+                        b = load_narrow(bias + np.uint64(2 * v))
+                    store_float(np.uint32(bias_smem(jobs, s) + np.uint32(4 * position)), b)
+                if d_tiles_e > 0:
+                    cuda.syncwarp()
+                    last = np.int32(columns - 1)
+                    for at in range(lane, stored, 32):
+                        # Past the end, G is zero; times a row that counts, which cannot make a NaN where there is none.
+                        listed = load_smem(np.uint32(ids + np.uint32(4 * (at if at < last else last))))
+                        memory.store_global_u32(lists + np.uint64(4 * np.int64(slot + at)), np.uint32(listed))
             else:
                 own, share = np.int32(t1 - t0), np.int32(0)
                 zero_first = np.int64(0)
@@ -294,6 +297,12 @@ def make_schedule(tiles: BackwardTiles, bias_dtype: np.dtype | None) -> Any:
                             k_steps = np.int32(k_steps + cuda.shfl_xor_sync(0xFFFFFFFF, k_steps, mask))
                 else:
                     kind = D_E
+                    if r > added:
+                        # Only these go on from where the round before has come to.
+                        if lane == 0:
+                            wait_for_phase(phase_of_products(np.int32(r - 1), rounds), phase_end, done)
+                        cuda.syncwarp()
+                        added = r
                     index = np.int32(index - n_products)
                     place = quotient(index, d_tiles_e)
                     d0 = np.int32((index - place * d_tiles_e) * block_v)

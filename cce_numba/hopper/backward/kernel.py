@@ -3,8 +3,8 @@
 producer warpgroup      warp 0: one thread fetches tiles with the bulk copy engine
                         warp 1: takes jobs off the queue and describes them
                         warps 2, 3: copy rows that are not neighbours
-consumer warpgroups     two, each with a 128 x 192 tile of sums in registers. They take turns: one multiplies while the other
-                        stores its tile
+consumer warpgroups     two, each with a 128 x 192 tile of sums in registers. They take turns: one multiplies while the
+                        other stores its tile
 """
 
 from __future__ import annotations
@@ -26,21 +26,10 @@ from cce_numba.ptx import control, memory
 
 
 @kernel_factory
-def make_backward_kernel(
-    tiles: BackwardTiles,
-    dtype: np.dtype,
-    bias_dtype: np.dtype | None,
-    capped: bool,
-    with_sums: bool,
-    e_float32: bool,
-    c_float32: bool,
-) -> Kernel:
-    """The kernel for 16-bit `dtype`.
-
-    with_sums: G's columns are summed, for the gradient of the bias. e_float32, c_float32: dtypes of the gradients.
-    """
-    copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, bias_dtype)
-    work = make_work(tiles, dtype, bias_dtype is not None, capped, with_sums, e_float32, c_float32)
+def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool) -> Kernel:
+    """The kernel for 16-bit `dtype`; with_sums: G's columns are summed, for the gradient of the bias."""
+    copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype)
+    work = make_work(tiles, dtype, capped, with_sums)
     init_ring, init_jobs, ring_bytes = make_ring(tiles).init, make_job_ring(tiles).init, np.uint32(tiles.ring_bytes)
     lower_registers = control.lower_registers(tiles.producer_registers)
     raise_registers = control.raise_registers(tiles.consumer_registers)
@@ -53,6 +42,7 @@ def make_backward_kernel(
         c: Any,  # address
         c_pitch_bytes: Any,
         bias: Any,  # address of (V,)
+        bias_bytes: Any,  # of a number of it: 4, 2, or 0 if there is none
         softcap: Any,
         n_valid: Any,  # (1,)
         # The survey's tables.
@@ -82,9 +72,11 @@ def make_backward_kernel(
         # The gradients.
         d_e: Any,  # address
         d_e_pitch_bytes: Any,
+        e_in_float32: Any,
         rest: Any,  # bytes from d_e to the lower halves of its sums
         d_c: Any,  # address
         d_c_pitch_bytes: Any,
+        c_in_float32: Any,
         d_bias: Any,  # (V,)
         d_tiles_c: Any,  # tiles of a row of dC, 0 if it is not wanted
         d_tiles_e: Any,
@@ -113,7 +105,8 @@ def make_backward_kernel(
                 n_blocks = np.int32((n_valid[0] + block_n - 1) // block_n)
                 schedule(
                     jobs, np.int32(thread & 31), next_job, done, tables, n_blocks, blocks, n_ctiles, block_words,
-                    d_tiles_c > 0 and not accumulate, d_tiles_c, d_tiles_e, quotient(D + K_STEP - 1, np.int32(K_STEP)), buffers, buffer_slots, lists, bias,
+                    d_tiles_c > 0 and not accumulate, d_tiles_c, d_tiles_e, quotient(D + K_STEP - 1, np.int32(K_STEP)),
+                    buffers, buffer_slots, lists, bias, bias_bytes,
                 )  # fmt: skip
             elif thread >= first_gatherer:
                 gather(
@@ -123,17 +116,17 @@ def make_backward_kernel(
         else:
             raise_registers()
             work(
-                jobs, ring, np.int32(warpgroup - 1), np.int32(thread & 127), rows, row_of, order, scale, softcap, g, sums, d_e,
-                d_e_pitch_bytes, rest, d_c, d_c_pitch_bytes, d_bias, accumulate, done, live, bits, before, slot0, first_tile,
-                n_ctiles, block_words, blocks, D,
+                jobs, ring, np.int32(warpgroup - 1), np.int32(thread & 127), rows, row_of, order, scale, softcap, g, sums,
+                d_e, d_e_pitch_bytes, e_in_float32, rest, d_c, d_c_pitch_bytes, c_in_float32, d_bias, accumulate, done,
+                live, bits, before, slot0, first_tile, n_ctiles, block_words, blocks, D,
             )  # fmt: skip
 
     f32, i32, i64, u64 = types.float32, types.int32, types.int64, types.uint64
     p_i32, p_u32, p_f32 = pointer_to(np.int32), pointer_to(np.uint32), pointer_to(np.float32)
     signature = types.void(
-        *(u64, u64, i64, u64, i64, u64, f32, pointer_to(np.int64)),
+        *(u64, u64, i64, u64, i64, u64, i32, f32, pointer_to(np.int64)),
         *(u64, p_i32, p_u32, p_f32, p_i32, p_i32, p_u32, p_u32, p_i32, p_i32, p_i32, p_i32, p_i32, p_i32, p_i32),
         *(u64, u64, u64, u64, u64, i32, i32),
-        *(u64, i64, u64, u64, i64, p_f32, i32, i32, i32, i32, i32, i32),
+        *(u64, i64, i32, u64, u64, i64, i32, p_f32, i32, i32, i32, i32, i32, i32),
     )
     return Kernel(backward_kernel, signature, threads=tiles.threads, smem_bytes=tiles.smem_bytes)

@@ -168,10 +168,16 @@ def make_gather(tiles: BackwardTiles) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def copy_row(smem: Any, id: Any, source: Any, pitch_bytes: Any, size: Any) -> None:
-        """16 bytes of a row; zeros for row -1, which is nobody's. smem and source are those of this thread's part of a row."""
+        """16 bytes of a row. smem and source are those of this thread's part of a row."""
         # One instruction, as factors of 32 bits.
-        offset = np.uint64(np.uint32(max(np.int32(id), np.int32(0)))) * np.uint64(np.uint32(pitch_bytes))
-        memory.copy_async_16(np.uint32(smem), np.uint64(source + offset), np.uint32(size) if id >= 0 else np.uint32(0))
+        offset = np.uint64(np.uint32(id)) * np.uint64(np.uint32(pitch_bytes))
+        memory.copy_async_16(np.uint32(smem), np.uint64(source + offset), np.uint32(size))
+
+    @cuda.jit(device=True, forceinline=True)
+    def copy_row_or_zeros(smem: Any, id: Any, source: Any, pitch_bytes: Any, size: Any) -> None:
+        """The same; zeros for row -1, which is nobody's."""
+        present = np.uint32(size) if id >= 0 else np.uint32(0)
+        copy_row(smem, np.uint32(max(np.int32(id), np.int32(0))), source, pitch_bytes, present)
 
     @cuda.jit(device=True, forceinline=True)
     def copy_rows(smem: Any, ids: Any, source: Any, pitch_bytes: Any, size: Any) -> None:
@@ -187,18 +193,31 @@ def make_gather(tiles: BackwardTiles) -> Any:
         copy_row(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, size)
 
     @cuda.jit(device=True, forceinline=True)
+    def copy_rows_or_zeros(smem: Any, ids: Any, source: Any, pitch_bytes: Any, size: Any) -> None:
+        """Eight rows to a panel, of which some may be nobody's."""
+        step = np.uint32(8 * _ROW_BYTES)
+        copy_row_or_zeros(smem, ids[0], source, pitch_bytes, size)
+        copy_row_or_zeros(smem + step, ids[1], source, pitch_bytes, size)
+        copy_row_or_zeros(smem + np.uint32(2) * step, ids[2], source, pitch_bytes, size)
+        copy_row_or_zeros(smem + np.uint32(3) * step, ids[3], source, pitch_bytes, size)
+        copy_row_or_zeros(smem + np.uint32(4) * step, ids[4], source, pitch_bytes, size)
+        copy_row_or_zeros(smem + np.uint32(5) * step, ids[5], source, pitch_bytes, size)
+        copy_row_or_zeros(smem + np.uint32(6) * step, ids[6], source, pitch_bytes, size)
+        copy_row_or_zeros(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, size)
+
+    @cuda.jit(device=True, forceinline=True)
     def ids_in_smem(address: Any) -> Any:
-        """Eight of a list, 8 apart."""
+        """Eight of a list, 8 apart; past its end any row will do, since what comes of it is not looked at."""
         step = np.uint32(32)
         return (
-            load_id(address),
-            load_id(address + step),
-            load_id(address + np.uint32(2) * step),
-            load_id(address + np.uint32(3) * step),
-            load_id(address + np.uint32(4) * step),
-            load_id(address + np.uint32(5) * step),
-            load_id(address + np.uint32(6) * step),
-            load_id(address + np.uint32(7) * step),
+            max(load_id(address), 0),
+            max(load_id(address + step), 0),
+            max(load_id(address + np.uint32(2) * step), 0),
+            max(load_id(address + np.uint32(3) * step), 0),
+            max(load_id(address + np.uint32(4) * step), 0),
+            max(load_id(address + np.uint32(5) * step), 0),
+            max(load_id(address + np.uint32(6) * step), 0),
+            max(load_id(address + np.uint32(7) * step), 0),
         )
 
     @cuda.jit(device=True, forceinline=True)
@@ -245,14 +264,18 @@ def make_gather(tiles: BackwardTiles) -> Any:
             slot_in(next_word, row + np.uint32(24), next_base),
         )
 
-    @cuda.jit(device=True, forceinline=True)
-    def copy_across(smem: Any, ids: Any, source: Any, pitch_bytes: Any, row_bytes: Any) -> None:
+    def make_copy_across(copy_eight: Any) -> Any:
         """Eight rows of each of three panels beside each other; row_bytes are left in a row from source on."""
-        copy_rows(smem, ids, source, pitch_bytes, clamped(row_bytes))
-        smem, source = np.uint32(smem + _PANEL_BYTES), np.uint64(source + np.uint64(_ROW_BYTES))
-        copy_rows(smem, ids, source, pitch_bytes, clamped(row_bytes - _ROW_BYTES))
-        smem, source = np.uint32(smem + _PANEL_BYTES), np.uint64(source + np.uint64(_ROW_BYTES))
-        copy_rows(smem, ids, source, pitch_bytes, clamped(row_bytes - 2 * _ROW_BYTES))
+
+        @cuda.jit(device=True, forceinline=True)
+        def copy_across(smem: Any, ids: Any, source: Any, pitch_bytes: Any, row_bytes: Any) -> None:
+            copy_eight(smem, ids, source, pitch_bytes, clamped(row_bytes))
+            smem, source = np.uint32(smem + _PANEL_BYTES), np.uint64(source + np.uint64(_ROW_BYTES))
+            copy_eight(smem, ids, source, pitch_bytes, clamped(row_bytes - _ROW_BYTES))
+            smem, source = np.uint32(smem + _PANEL_BYTES), np.uint64(source + np.uint64(_ROW_BYTES))
+            copy_eight(smem, ids, source, pitch_bytes, clamped(row_bytes - 2 * _ROW_BYTES))
+
+        return copy_across
 
     @cuda.jit(device=True, forceinline=True)
     def survivors_of(
@@ -281,6 +304,8 @@ def make_gather(tiles: BackwardTiles) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def clamped(size_bytes: Any) -> Any:
         return np.uint32(min(16, max(0, size_bytes)))
+
+    copy_across, copy_across_or_zeros = make_copy_across(copy_rows), make_copy_across(copy_rows_or_zeros)
 
     @cuda.jit(device=True, forceinline=True)
     def gather(
@@ -316,9 +341,9 @@ def make_gather(tiles: BackwardTiles) -> Any:
                         wait_empty(ring, use)
                         if not is_whole:
                             smem = np.uint32(a_smem(ring, stage_of(use)) + mine)
-                            copy_rows(smem, ids_in_table(row_of, token), e + offset, e_pitch_bytes, size)
+                            copy_rows_or_zeros(smem, ids_in_table(row_of, token), e + offset, e_pitch_bytes, size)
                             smem = np.uint32(smem + _PANEL_BYTES)
-                            copy_rows(smem, ids_in_table(row_of, token + PANEL), e + offset, e_pitch_bytes, size)
+                            copy_rows_or_zeros(smem, ids_in_table(row_of, token + PANEL), e + offset, e_pitch_bytes, size)
                         if not is_dense:
                             smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
                             for p in range(3):
@@ -368,12 +393,12 @@ def make_gather(tiles: BackwardTiles) -> Any:
                             if not is_dense:
                                 smem, source = np.uint32(a_smem(ring, stage_of(use)) + mine), g + np.uint64(_ROW_BYTES * half)
                                 pitch, size = np.uint32(G_ROW_BYTES), np.uint32(16)
-                                copy_rows(smem, upper, source, pitch, size)
-                                copy_rows(np.uint32(smem + _PANEL_BYTES), lower, source, pitch, size)
+                                copy_rows_or_zeros(smem, upper, source, pitch, size)
+                                copy_rows_or_zeros(np.uint32(smem + _PANEL_BYTES), lower, source, pitch, size)
                             if not is_whole:
                                 smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
                                 ids = ids_in_table(row_of, token + PANEL * half)
-                                copy_across(smem, ids, e + np.uint64(2 * d0), e_pitch_bytes, row_bytes - 2 * d0)
+                                copy_across_or_zeros(smem, ids, e + np.uint64(2 * d0), e_pitch_bytes, row_bytes - 2 * d0)
                             memory.copy_async_arrive(full(ring, stage_of(use)))
                             use = np.uint32(use + np.uint32(1))
             cuda.syncwarp()

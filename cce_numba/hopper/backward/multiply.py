@@ -8,14 +8,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.backward.epilogues import (
-    PARTS,
-    make_load_d_c,
-    make_load_d_e,
-    make_store_d_c,
-    make_store_d_e,
-    make_store_g,
-)
+from cce_numba.hopper.backward.epilogues import PARTS, make_load_rows, make_store_g, make_store_rows
 from cce_numba.hopper.backward.jobs import (
     D0,
     D_E,
@@ -44,9 +37,10 @@ _LEAST_BITS = np.uint32(0x3FFFF)
 
 @functools.cache
 def make_multiply(tiles: BackwardTiles, dtype: str, *, a_m_major: bool, b_n_major: bool) -> Any:
-    """The device function of a job's loop over the stages: `upper, lower = multiply(upper, lower, ring, first_use, k_steps, thread)`.
+    """The device function of a job's loop over the stages: `upper, lower = multiply(upper, lower, ring, use, k_steps, thread)`.
 
-    upper and lower are the first and last 64 rows of what the products are added to. It returns while the last are under way.
+    upper and lower are the first and last 64 rows of what the products are added to, use the first stage's. It returns while
+    the last products are under way.
     """
     ring_ = make_ring(tiles)
     stage_of, parity_of, full, release, a_smem = (
@@ -101,9 +95,7 @@ def make_multiply(tiles: BackwardTiles, dtype: str, *, a_m_major: bool, b_n_majo
 
 
 @functools.cache
-def make_work(
-    tiles: BackwardTiles, dtype: np.dtype, has_bias: bool, capped: bool, with_sums: bool, e_float32: bool, c_float32: bool
-) -> Any:
+def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool) -> Any:
     """The device function of a consumer warpgroup."""
     ring_, jobs_ = make_ring(tiles), make_job_ring(tiles)
     turn, release = ring_.turn, ring_.release
@@ -113,9 +105,8 @@ def make_work(
     multiply_logits = make_multiply(tiles, name, a_m_major=False, b_n_major=False)
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
-    store_g = make_store_g(block_v, dtype, has_bias, capped, with_sums)
-    load_d_e, store_d_e = make_load_d_e(block_v, dtype, e_float32), make_store_d_e(block_v, dtype, e_float32)
-    load_d_c, store_d_c = make_load_d_c(block_v, dtype, c_float32), make_store_d_c(block_v, dtype, c_float32)
+    store_g = make_store_g(block_v, dtype, capped, with_sums)
+    load_rows, store_rows = make_load_rows(block_v, dtype), make_store_rows(block_v, dtype)
     zeros, opaque = wgmma.zeros(block_v), arithmetic.opaque_u32
     # Addresses of what was loaded would otherwise be kept until it is stored, and there are no registers to hold them.
     again = arithmetic.opaque_i32
@@ -179,9 +170,9 @@ def make_work(
     @cuda.jit(device=True, forceinline=True)
     def work(
         jobs: Any, ring: Any, consumer: Any, thread: Any, rows: Any, row_of: Any, order: Any, scale: Any, softcap: Any, g: Any,
-        sums: Any, d_e: Any, d_e_pitch_bytes: Any, rest: Any, d_c: Any, d_c_pitch_bytes: Any, d_bias: Any,
-        accumulate: Any, done: Any, live: Any, bits: Any, before: Any, slot0: Any, first_tile: Any, n_ctiles: Any,
-        block_words: Any, blocks: Any, D: Any,
+        sums: Any, d_e: Any, d_e_pitch_bytes: Any, e_in_float32: Any, rest: Any, d_c: Any, d_c_pitch_bytes: Any,
+        c_in_float32: Any, d_bias: Any, accumulate: Any, done: Any, live: Any, bits: Any, before: Any, slot0: Any,
+        first_tile: Any, n_ctiles: Any, block_words: Any, blocks: Any, D: Any,
     ) -> None:  # fmt: skip
         lane = np.int32(thread & 31)
         row = np.int32((thread >> 5) * 16 + (lane >> 2))  # and 8, 64, 72 further down
@@ -226,16 +217,16 @@ def make_work(
                 row_1 = row_address(d_e, d_e_pitch_bytes, row_of[position + 8])
                 row_2 = row_address(d_e, d_e_pitch_bytes, row_of[position + 64])
                 row_3 = row_address(d_e, d_e_pitch_bytes, row_of[position + 72])
-                is_first = field(jobs, s, IS_FIRST)
+                is_split, yes = np.int32(1 - field(jobs, s, IS_FIRST)), np.int32(1)
                 # Before its turn, while the other multiplies: nothing waits for this.
-                upper = load_d_e(d, row_0, row_1, rest, to_scale, D, is_first)
-                lower = load_d_e(d, row_2, row_3, rest, to_scale, D, is_first)
+                upper = load_rows(d, row_0, row_1, e_in_float32, rest, to_scale, D, is_split, yes)
+                lower = load_rows(d, row_2, row_3, e_in_float32, rest, to_scale, D, is_split, yes)
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_d_e(upper, lower, ring, first_use, k_steps, thread)
                 finish(ring, consumer, first_use, k_steps, thread)
-                is_last, d = field(jobs, s, IS_LAST), again(d)
-                store_d_e(upper, d, row_0, row_1, rest, unscale, D, is_last)
-                store_d_e(lower, d, row_2, row_3, rest, unscale, D, is_last)
+                is_split, d = np.int32(1 - field(jobs, s, IS_LAST)), again(d)
+                store_rows(upper, d, row_0, row_1, e_in_float32, rest, unscale, D, is_split)
+                store_rows(lower, d, row_2, row_3, e_in_float32, rest, unscale, D, is_split)
             else:
                 d = np.int32(field(jobs, s, D0) + 2 * (lane & 3))
                 place = np.int64(field(jobs, s, PLACE)) * COLUMN_TILE + row
@@ -243,14 +234,16 @@ def make_work(
                 row_1 = row_address(d_c, d_c_pitch_bytes, order[place + 8])
                 row_2 = row_address(d_c, d_c_pitch_bytes, order[place + 64])
                 row_3 = row_address(d_c, d_c_pitch_bytes, order[place + 72])
-                upper = load_d_c(d, row_0, row_1, to_scale, D, accumulate)
-                lower = load_d_c(d, row_2, row_3, to_scale, D, accumulate)
+                nothing, no = np.uint64(0), np.int32(0)
+                # Not zeros in one branch and loads in another: products could then not follow each other without waiting.
+                upper = load_rows(d, row_0, row_1, c_in_float32, nothing, to_scale, D, no, accumulate)
+                lower = load_rows(d, row_2, row_3, c_in_float32, nothing, to_scale, D, no, accumulate)
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_d_c(upper, lower, ring, first_use, k_steps, thread)
                 finish(ring, consumer, first_use, k_steps, thread)
                 d = again(d)
-                store_d_c(upper, d, row_0, row_1, unscale, D)
-                store_d_c(lower, d, row_2, row_3, unscale, D)
+                store_rows(upper, d, row_0, row_1, c_in_float32, nothing, unscale, D, no)
+                store_rows(lower, d, row_2, row_3, c_in_float32, nothing, unscale, D, no)
                 if with_sums and field(jobs, s, D0) == 0:
                     place = np.int64(field(jobs, s, PLACE))
                     v = order[place * COLUMN_TILE + thread]

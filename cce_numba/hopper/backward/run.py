@@ -1,4 +1,4 @@
-"""Gradients on tensor cores: the survey of what survives, then one persistent kernel, for each of the filters that are asked for."""
+"""Gradients on tensor cores: the survey of what survives, then one persistent kernel."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from cce_numba.plan import Gradients, Statistics, ceil_div
 
 # Where more than this share of all pairs of a block and a column survives, taking all of them in order is faster.
 DENSE_SHARE = 0.7
+TILES = BackwardTiles()
 _THREADS = 1024
 
 
@@ -47,7 +48,6 @@ def make_begin_kernel() -> Kernel:
 
 def backward(
     p: Problem,
-    tiles: BackwardTiles,
     statistics: Statistics,
     softmax_weight: Any,
     target_weight: Any,
@@ -68,15 +68,14 @@ def backward(
     weights = softmax_weight, target_weight
     if e_filtered == c_filtered or into.e is None or (into.c is None and into.bias is None):
         keep_all = not (c_filtered if into.e is None else e_filtered)
-        _pass(p, tiles, statistics, weights, e, c, into, accumulate, keep_all)
+        _pass(p, statistics, weights, e, c, into, accumulate, keep_all)
     else:
-        _pass(p, tiles, statistics, weights, e, c, Gradients(e=into.e), accumulate, not e_filtered)
-        _pass(p, tiles, statistics, weights, e, c, Gradients(c=into.c, bias=into.bias), accumulate, not c_filtered)
+        _pass(p, statistics, weights, e, c, Gradients(e=into.e), accumulate, not e_filtered)
+        _pass(p, statistics, weights, e, c, Gradients(c=into.c, bias=into.bias), accumulate, not c_filtered)
 
 
 def _pass(
     p: Problem,
-    tiles: BackwardTiles,
     statistics: Statistics,
     weights: tuple[Any, Any],
     e: Any,
@@ -89,7 +88,7 @@ def _pass(
     d_e = None if into.e is None else tensor_map.paired(into.e, with_values=True)
     d_c = None if into.c is None else tensor_map.paired(into.c, with_values=accumulate)
     d_bias = None if into.bias is None else xp.zeros(p.V, np.float32)
-    e_float32, c_float32 = (x is not None and x.dtype == np.float32 for x in (d_e, d_c))
+    e_in_float32, c_in_float32 = (x is not None and x.dtype == np.float32 for x in (d_e, d_c))
     pitch_e = 0 if d_e is None else tensor_map.pitch_bytes(d_e)
     # The lower halves lie as dE does, so its rows' length counts.
     workspace = workspace_of(p, into)
@@ -106,7 +105,7 @@ def _pass(
         at["counters"],
         workspace.counters,
     )
-    d_tiles = ceil_div(p.D, tiles.block_v)
+    d_tiles = ceil_div(p.D, TILES.block_v)
     d_tiles_c = d_tiles if d_c is not None else int(d_bias is not None)
     d_tiles_e = d_tiles if d_e is not None else 0
     bits = statistics.survivors
@@ -129,9 +128,7 @@ def _pass(
         zero_fill=d_tiles_c > 0 and not accumulate,
     )
     t = workspace.survey.at(at["survey"])
-    bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
-    capped = p.options.softcap is not None
-    kernel = make_backward_kernel(tiles, p.dtype, bias_dtype, capped, d_bias is not None, e_float32, c_float32)
+    kernel = make_backward_kernel(TILES, p.dtype, p.options.softcap is not None, d_bias is not None)
     kernel.launch(
         gpu.current().multiprocessors,
         at["maps"],
@@ -140,6 +137,7 @@ def _pass(
         c.data.ptr,
         tensor_map.pitch_bytes(c),
         0 if p.bias is None else p.bias.data.ptr,
+        0 if p.bias is None else p.bias.itemsize,
         p.options.softcap or 0.0,
         statistics.n_valid.data.ptr,
         t.rows,
@@ -166,9 +164,11 @@ def _pass(
         workspace.buffer_slots,
         0 if d_e is None else d_e.data.ptr,
         pitch_e,
+        e_in_float32,
         0 if d_e is None else (at["rest"] - d_e.data.ptr) % 2**64,
         0 if d_c is None else d_c.data.ptr,
         0 if d_c is None else tensor_map.pitch_bytes(d_c),
+        c_in_float32,
         0 if d_bias is None else d_bias.data.ptr,
         d_tiles_c,
         d_tiles_e,
@@ -178,13 +178,26 @@ def _pass(
         p.D,
     )
     for mine, theirs in ((d_e, into.e), (d_c, into.c)):
-        if mine is not None and mine is not theirs:
+        if theirs is not None and mine is not theirs:
             theirs[...] = mine
-    if d_bias is not None:
+    if into.bias is not None:
         into.bias[...] = d_bias + into.bias.astype(np.float32) if accumulate else d_bias
 
 
 def workspace_of(p: Problem, into: Gradients) -> Workspace:
     """For these gradients."""
     keeps_rest = into.e is not None and into.e.dtype != np.float32
-    return Workspace.of(p.N, p.V, tensor_map.padded_columns(p.D), keeps_rest=keeps_rest, with_sums=into.bias is not None)
+    return _workspace(p, keeps_rest=keeps_rest, with_sums=into.bias is not None)
+
+
+def workspace_bytes(p: Problem) -> int:
+    """For all gradients, in arrays of the backward's own: with copies of what the copy engine cannot read as it lies."""
+    copies = sum(2 * len(x) * tensor_map.padded_columns(p.D) for x in (p.e, p.c) if tensor_map.why_not(x) is not None)
+    if tensor_map.padded_columns(p.D) != p.D:  # and of gradients that cannot be stored two numbers at a time
+        itemsizes = 4 if p.options.accum_e_fp32 else 2, 4 if p.options.accum_c_fp32 else 2
+        copies += sum(n * rows * tensor_map.padded_columns(p.D) for n, rows in zip(itemsizes, (p.N, p.V), strict=True))
+    return copies + _workspace(p, keeps_rest=not p.options.accum_e_fp32, with_sums=p.bias is not None).nbytes if p.N else 0
+
+
+def _workspace(p: Problem, *, keeps_rest: bool, with_sums: bool) -> Workspace:
+    return Workspace.of(p.N, p.V, tensor_map.padded_columns(p.D), keeps_rest=keeps_rest, with_sums=with_sums)

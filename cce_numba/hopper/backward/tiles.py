@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cce_numba.hopper.tiles import HopperTiles
-from cce_numba.ptx.wgmma import PANEL_BYTES
 
 PANEL = 64  # rows of a panel, each of 64 16-bit numbers: 128 bytes, the swizzle's pattern
 LIST_TILE = 192  # columns of a list whose logits a job computes again
@@ -55,6 +54,3 @@ class BackwardTiles(HopperTiles):
     def smem_bytes(self) -> int:
         """All shared memory of a CTA: alignment, the ring, the jobs."""
         return 1024 + self.ring_bytes + self.jobs_bytes
-
-
-assert BackwardTiles().e_bytes == 2 * PANEL_BYTES and BackwardTiles().c_bytes == 3 * PANEL_BYTES
