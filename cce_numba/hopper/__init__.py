@@ -8,7 +8,8 @@ Read in this order:
     fragment, fold         what happens to a tile of logits in registers
     forward                the kernel that these make, and all launches of a forward
     prepare, indexed_dot, merge, reduction    the small kernels before and after
-    workspace, tensor_map, launch, backend    the host's side
+    workspace, tensor_map, launch, cubin_cache, backend    the host's side
+    backward/              the gradients
 
 Instructions come from `cce_numba.ptx`.
 """

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 WORDS = 16  # of 64 bits
+_LARGEST_PITCH_BYTES = 2**32  # what is copied row by row multiplies with 32 bits
 _ALIGNMENT_BYTES = 16  # of the address and of the distance between rows
 
 
@@ -23,6 +24,8 @@ def why_not(matrix: Any) -> str | None:
         return f"it does not start at a multiple of {_ALIGNMENT_BYTES} bytes"
     if matrix.shape[0] > 1 and (matrix.strides[0] % _ALIGNMENT_BYTES or matrix.strides[0] <= 0):
         return f"its rows are {matrix.strides[0]} bytes apart, not a positive multiple of {_ALIGNMENT_BYTES}"
+    if matrix.shape[0] > 1 and matrix.strides[0] >= _LARGEST_PITCH_BYTES:
+        return f"its rows are {matrix.strides[0]} bytes apart, not less than {_LARGEST_PITCH_BYTES}"
     if matrix.shape[0] > 1 and matrix.strides[0] < matrix.shape[1] * matrix.itemsize:
         return f"its rows are {matrix.strides[0]} bytes apart, and overlap"
     return None

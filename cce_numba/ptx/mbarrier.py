@@ -32,10 +32,3 @@ wait = instruction(
     name="mbarrier.try_wait",
     doc="(barrier, parity): waits until the phase of that parity is complete.",
 )
-test = instruction(
-    "{ .reg .pred done; mbarrier.test_wait.parity.shared::cta.b64 done, [$1], $2; selp.u32 $0, 1, 0, done; }",
-    (U32, U32),
-    U32,
-    name="mbarrier.test_wait",
-    doc="(barrier, parity): 1 if the phase of that parity is complete, 0 if not; does not wait.",
-)

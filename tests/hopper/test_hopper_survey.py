@@ -14,9 +14,9 @@ from tests.harness import SimulatorHarness
 if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
-from cce_numba.hopper import survey as survey_module
+from cce_numba.hopper.backward import survey as survey_module
+from cce_numba.hopper.backward.survey import SurveyLayout, Tables, survey
 from cce_numba.hopper.launch import Kernel
-from cce_numba.hopper.survey import SurveyLayout, Tables, survey
 
 KERNELS = ("weigh", "list", "order", "sort", "rounds", "slots", "phases")
 

@@ -7,9 +7,9 @@ from numba import cuda
 from numba.cuda import types
 
 from cce_numba.hopper.launch import Kernel, pointer_to
-from cce_numba.ptx import cluster, control, mbarrier, memory, tma, wgmma
+from cce_numba.ptx import arithmetic, cluster, control, mbarrier, memory, tma, wgmma
 
-F32_ARRAY, U32_ARRAY = pointer_to(np.float32), pointer_to(np.uint32)
+F32_ARRAY, I32_ARRAY, U32_ARRAY = pointer_to(np.float32), pointer_to(np.int32), pointer_to(np.uint32)
 BOX_ROWS, ROW_BYTES = 128, 128  # of a swizzled box: 64 16-bit numbers a row
 BOX_BYTES = BOX_ROWS * ROW_BYTES
 _ALIGNMENT_BYTES = 1024  # where the swizzle's pattern begins
@@ -84,15 +84,20 @@ def make_multicast():
     return Kernel(multicast_kernel, types.void(types.uint64, F32_ARRAY), threads=128, cluster=2, smem_bytes=smem_bytes)
 
 
-def make_product(n, dtype):
-    """out[thread] = its fragment of a (64, 64) @ b (n, 64).T; twice that if accumulate is 1, since the product runs twice."""
-    zeros, mma, wait_all = wgmma.zeros(n), wgmma.mma(n, dtype), wgmma.wait_group(0)
-    a_bytes, b_bytes = 64 * ROW_BYTES, n * ROW_BYTES
-    swizzle = wgmma.SWIZZLE_128B
+def make_product(n, dtype, a_m_major=False, b_n_major=False):
+    """out[thread] = its fragment of a @ b; twice that if accumulate is 1, since the product runs twice.
+
+    a (64, 64) and b (64, n) lie in memory as a and b.T, with rows that run along k; a.T if a_m_major, b if b_n_major.
+    """
+    zeros, mma, wait_all = wgmma.zeros(n), wgmma.mma(n, dtype, a_m_major=a_m_major, b_n_major=b_n_major), wgmma.wait_group(0)
+    a_bytes, b_bytes, panels = 64 * ROW_BYTES, n * ROW_BYTES, n // 64
+    a_form, b_form = (wgmma.SWIZZLE_128B_PANELS if major else wgmma.SWIZZLE_128B for major in (a_m_major, b_n_major))
+    # 16 terms, in units of 16 bytes: 32 bytes of each row, or 16 rows.
+    a_step, b_step = (16 * ROW_BYTES // 16 if major else 32 // 16 for major in (a_m_major, b_n_major))
 
     @cuda.jit(device=True)
-    def descriptor(address):
-        return swizzle | np.uint64((np.uint32(address) & np.uint32(0x3FFFF)) >> np.uint32(4))
+    def descriptor(form, address):
+        return form | np.uint64((np.uint32(address) & np.uint32(0x3FFFF)) >> np.uint32(4))
 
     def product_kernel(a_map, b_map, accumulate, out):
         thread, smem = cuda.threadIdx.x, aligned_smem()
@@ -103,15 +108,20 @@ def make_product(n, dtype):
             tma.fence_tensor_map(b_map)
             mbarrier.arrive_expect_tx(barrier, a_bytes + b_bytes)
             tma.load_2d(smem, a_map, barrier, 0, 0)
-            tma.load_2d(smem + np.uint32(a_bytes), b_map, barrier, 0, 0)
+            if b_n_major:
+                for p in range(panels):
+                    panel = smem + np.uint32(a_bytes + p * wgmma.PANEL_BYTES)
+                    tma.load_2d(panel, b_map, barrier, 64 * p, 0)
+            else:
+                tma.load_2d(smem + np.uint32(a_bytes), b_map, barrier, 0, 0)
         mbarrier.wait(barrier, 0)
-        a, b = descriptor(smem), descriptor(smem + np.uint32(a_bytes))
+        a, b = descriptor(a_form, smem), descriptor(b_form, smem + np.uint32(a_bytes))
         fragment = zeros()
         for turn in range(2):
             wgmma.fence()
             fragment = mma(fragment, a, b, np.uint32(turn & accumulate))
-            for k in range(1, 4):  # 16 terms, or 32 bytes, at a time
-                fragment = mma(fragment, a + np.uint64(2 * k), b + np.uint64(2 * k), np.uint32(1))
+            for k in range(1, 4):
+                fragment = mma(fragment, a + np.uint64(a_step * k), b + np.uint64(b_step * k), np.uint32(1))
             wgmma.commit_group()
             wait_all()
         out[thread] = fragment
@@ -141,6 +151,40 @@ def make_copy_async():
     return Kernel(copy_async_kernel, signature, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
 
 
+def make_copy_async_arrive():
+    """out[i] = 16 bytes at source + 16 * (31 - i), which another thread has copied: the barrier tells when they are there."""
+
+    def copy_async_arrive_kernel(source, out):
+        thread, smem = cuda.threadIdx.x, aligned_smem()
+        barrier = smem + np.uint32(32 * 16)
+        init_barrier(barrier, 32)
+        memory.copy_async_16(smem + np.uint32(16 * thread), source + np.uint64(16 * thread), 16)
+        memory.copy_async_arrive(barrier)
+        mbarrier.wait(barrier, 0)
+        for i in range(4):
+            out[4 * thread + i] = memory.load_shared_i32(smem + np.uint32(16 * (31 - thread) + 4 * i))
+
+    signature = types.void(types.uint64, I32_ARRAY)
+    return Kernel(copy_async_arrive_kernel, signature, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16 + _BARRIER_BYTES)
+
+
+def make_shared():
+    """x backwards, through shared memory: by loads that stay where they are, and by those that may move."""
+
+    def shared_kernel(x_i32, x_f32, out_i32, freely_i32, freely_f32):
+        i, smem = cuda.threadIdx.x, aligned_smem()
+        memory.store_shared_i32(smem + np.uint32(4 * i), x_i32[i])
+        memory.store_shared_f32(smem + np.uint32(4 * (64 + i)), x_f32[i])
+        cuda.syncthreads()
+        address = np.uint32(arithmetic.opaque_u32(smem) + np.uint32(4 * (63 - i)))
+        out_i32[i] = memory.load_shared_i32(address)
+        freely_i32[i] = memory.load_shared_i32_freely(address)
+        freely_f32[i] = memory.load_shared_f32_freely(address + np.uint32(4 * 64))
+
+    signature = types.void(I32_ARRAY, F32_ARRAY, I32_ARRAY, I32_ARRAY, F32_ARRAY)
+    return Kernel(shared_kernel, signature, threads=64, smem_bytes=_ALIGNMENT_BYTES + 2 * 64 * 4)
+
+
 def make_or_of_warp():
     """out[i] = the union of the bits of the warp of thread i."""
 
@@ -148,6 +192,33 @@ def make_or_of_warp():
         out[cuda.threadIdx.x] = control.or_of_warp(x[cuda.threadIdx.x])
 
     return Kernel(or_of_warp_kernel, types.void(U32_ARRAY, U32_ARRAY), threads=64)
+
+
+def make_max_of_warp():
+    """out[i] = the largest number of the warp of thread i."""
+
+    def max_of_warp_kernel(x, out):
+        out[cuda.threadIdx.x] = control.max_of_warp(x[cuda.threadIdx.x])
+
+    return Kernel(max_of_warp_kernel, types.void(U32_ARRAY, U32_ARRAY), threads=64)
+
+
+def make_transpose():
+    """out[warp] = the 8 x 8 matrix x[warp] of 16-bit numbers, transposed."""
+
+    def transpose_kernel(x, out):
+        out[cuda.threadIdx.x] = control.transpose_8x8(x[cuda.threadIdx.x])
+
+    return Kernel(transpose_kernel, types.void(U32_ARRAY, U32_ARRAY), threads=64)
+
+
+def make_shuffle_of_lane():
+    """out[i] = x of that lane of the same warp."""
+
+    def shuffle_of_lane_kernel(x, lane, out):
+        out[cuda.threadIdx.x] = control.shuffle_i32(x[cuda.threadIdx.x], lane)
+
+    return Kernel(shuffle_of_lane_kernel, types.void(I32_ARRAY, types.int32, I32_ARRAY), threads=64)
 
 
 def make_shuffle():
@@ -167,6 +238,48 @@ def make_or_global():
         memory.or_global_u32(words + np.uint64(4 * (i % 2)), bits[i])
 
     return Kernel(or_global_kernel, types.void(types.uint64, U32_ARRAY), threads=128)
+
+
+def make_conditional():
+    """Where wanted, out[i] = x[i]; where not, loaded[i] = 0, and both addresses are nobody's."""
+
+    def conditional_kernel(x, wanted, loaded, out):
+        i = cuda.threadIdx.x
+        mine = np.uint64(wanted[i])
+        found = memory.load_if_u32(np.uint64(mine * (x + np.uint64(4 * i))), wanted[i])
+        loaded[i] = found
+        memory.store_if_u32(np.uint64(mine * (out + np.uint64(4 * i))), found, wanted[i])
+
+    return Kernel(conditional_kernel, types.void(types.uint64, U32_ARRAY, U32_ARRAY, types.uint64), threads=32)
+
+
+def make_stores_to_global():
+    """out_u32 = x_u32, out_f32 = x_f32, by their addresses."""
+
+    def stores_to_global_kernel(x_u32, x_f32, out_u32, out_f32):
+        i = cuda.threadIdx.x
+        memory.store_global_u32(out_u32 + np.uint64(4 * i), x_u32[i])
+        memory.store_global_f32(out_f32 + np.uint64(4 * i), x_f32[i])
+
+    return Kernel(stores_to_global_kernel, types.void(U32_ARRAY, F32_ARRAY, types.uint64, types.uint64), threads=32)
+
+
+def make_counters():
+    """tickets[cta] = how many came before; out = what each had stored before it counted itself, as the first CTA reads it."""
+
+    def counters_kernel(counters, stored, tickets, out):
+        cta, ctas = cuda.blockIdx.x, cuda.gridDim.x
+        if cuda.threadIdx.x == 0:
+            tickets[cta] = memory.fetch_add_u32(counters, 1)
+            memory.store_global_u32(stored + np.uint64(4 * cta), np.uint32(100 + cta))
+            memory.add_release_u32(counters + np.uint64(4), 1)
+            if cta == 0:
+                while memory.load_acquire_u32(counters + np.uint64(4)) < ctas:
+                    cuda.nanosleep(np.uint32(100))
+                for i in range(ctas):
+                    out[i] = memory.load_if_u32(stored + np.uint64(4 * i), 1)
+
+    return Kernel(counters_kernel, types.void(types.uint64, types.uint64, U32_ARRAY, U32_ARRAY), threads=32)
 
 
 def make_load_global():

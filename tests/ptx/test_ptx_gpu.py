@@ -114,6 +114,27 @@ def test_widening_every_16_bit_number(cupy, dtype, widen):
     np.testing.assert_array_equal(wide, bits.view(DTYPES[dtype]).astype(np.float32))
 
 
+@pytest.mark.parametrize(("dtype", "pack"), [("bf16", arithmetic.pack_bf16), ("f16", arithmetic.pack_f16)])
+def test_packing_rounds_two_numbers(cupy, rng, dtype, pack):
+    """To the nearest, ties to even, of any size: what is too large becomes inf, and NaN stays NaN."""
+    x, y = rng.integers(0, 2**32, (2, 2**16), np.uint32).view(np.float32)
+    x[::2] = y[1::2] = rng.standard_normal(2**15)
+    x[:4] = [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11]  # halfway between two numbers of 16 bits
+    packed = elementwise(cupy, lambda x, y, z: arithmetic.float_of_bits(pack(x, y)), x, y).view(np.uint16)
+    for got, given in zip(packed.reshape(-1, 2).T, (x, y), strict=True):
+        with np.errstate(over="ignore"):
+            expected = given.astype(DTYPES[dtype])
+        np.testing.assert_array_equal(got.view(DTYPES[dtype]).astype(np.float32), expected.astype(np.float32))
+
+
+def test_floats_and_their_bits(cupy, rng):
+    """A float32 of which the highest bit is turned around is its negative."""
+    x = rng.standard_normal(1024).astype(np.float32)
+    sign = np.uint32(0x80000000)
+    got = elementwise(cupy, lambda x, y, z: arithmetic.float_of_bits(arithmetic.bits_of_float(x) ^ sign), x)
+    np.testing.assert_array_equal(got, -x)
+
+
 # ---- tensor maps, barriers, clusters
 
 
@@ -199,6 +220,22 @@ def test_a_product(cupy, rng, n, dtype, accumulate):
     assert (error <= bound).all(), f"{np.max(error / bound)} of the bound"
 
 
+@pytest.mark.parametrize(("a_m_major", "b_n_major"), [(False, False), (True, True), (False, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_of_operands_whose_rows_run_along_m_or_n(cupy, rng, dtype, a_m_major, b_n_major):
+    """The three that the backward has: of logits, of dE, of dC."""
+    n = 192
+    a, b = rng.standard_normal((64, 64)).astype(DTYPES[dtype]), rng.standard_normal((64, n)).astype(DTYPES[dtype])
+    on_device = cupy.asarray(a.T.copy() if a_m_major else a), cupy.asarray(b if b_n_major else b.T.copy())
+    a_map, b_map = encoded(cupy, on_device[0], 64), encoded(cupy, on_device[1], 64 if b_n_major else n)
+    out = cupy.full((128, n // 2), np.nan, np.float32)
+    product = kernels.make_product(n, dtype, a_m_major, b_n_major)
+    product.launch(1, a_map.data.ptr, b_map.data.ptr, 0, out.data.ptr)
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    error, bound = np.abs(tile_of(out.get()) - a @ b), 64 * ULP * np.abs(a) @ np.abs(b)
+    assert (error <= bound).all(), f"{np.max(error / bound)} of the bound"
+
+
 # ---- memory, warps
 
 
@@ -212,11 +249,51 @@ def test_asynchronous_copies_zero_what_they_do_not_copy(cupy, rng):
     np.testing.assert_array_equal(out.get().view(np.uint8).reshape(32, 16), expected)
 
 
+def test_a_barrier_tells_when_copies_are_there(cupy, rng):
+    source = rng.integers(-(2**31), 2**31, (32, 4)).astype(np.int32)
+    on_device, out = cupy.asarray(source), cupy.zeros((32, 4), np.int32)
+    kernels.make_copy_async_arrive().launch(1, on_device.data.ptr, out.data.ptr)
+    np.testing.assert_array_equal(out.get(), source[::-1])
+
+
+def test_loads_from_shared_memory_that_stay_and_that_may_move(cupy, rng):
+    x_i32, x_f32 = rng.integers(-(2**31), 2**31, 64).astype(np.int32), rng.standard_normal(64).astype(np.float32)
+    given = cupy.asarray(x_i32), cupy.asarray(x_f32)
+    out = [cupy.zeros(64, dtype) for dtype in (np.int32, np.int32, np.float32)]
+    kernels.make_shared().launch(1, *(array.data.ptr for array in (*given, *out)))
+    for got, expected in zip(out, (x_i32, x_i32, x_f32), strict=True):
+        np.testing.assert_array_equal(got.get(), expected[::-1])
+
+
 def test_the_union_of_a_warps_bits(cupy, rng):
     bits = np.uint32(1) << rng.integers(0, 32, (2, 32)).astype(np.uint32)
     on_device, out = cupy.asarray(bits), cupy.empty((2, 32), np.uint32)
     kernels.make_or_of_warp().launch(1, on_device.data.ptr, out.data.ptr)
     np.testing.assert_array_equal(out.get(), np.broadcast_to(np.bitwise_or.reduce(bits, axis=1)[:, None], (2, 32)))
+
+
+def test_the_largest_of_a_warp(cupy, rng):
+    """Of numbers without a sign: the highest bit counts."""
+    x = rng.integers(0, 2**32, (2, 32), np.uint32)
+    on_device, out = cupy.asarray(x), cupy.empty((2, 32), np.uint32)
+    kernels.make_max_of_warp().launch(1, on_device.data.ptr, out.data.ptr)
+    np.testing.assert_array_equal(out.get(), np.broadcast_to(x.max(axis=1)[:, None], (2, 32)))
+
+
+def test_a_matrix_of_a_warp_is_transposed(cupy):
+    """Lane l holds row l // 4 from column 2 * (l % 4) on, before and after."""
+    x = np.arange(2 * 64, dtype=np.uint16).reshape(2, 8, 8)
+    on_device, out = cupy.asarray(x), cupy.empty((2, 8, 8), np.uint16)
+    kernels.make_transpose().launch(1, on_device.data.ptr, out.data.ptr)
+    np.testing.assert_array_equal(out.get(), x.transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("lane", [0, 7, 31])
+def test_a_lanes_value_reaches_all(cupy, lane):
+    x = np.arange(-32, 32, dtype=np.int32)
+    on_device, out = cupy.asarray(x), cupy.empty(64, np.int32)
+    kernels.make_shuffle_of_lane().launch(1, on_device.data.ptr, lane, out.data.ptr)
+    np.testing.assert_array_equal(out.get(), x[[lane] * 32 + [32 + lane] * 32])
 
 
 @pytest.mark.parametrize("mask", [1, 2, 4, 8, 16, 31])
@@ -245,3 +322,30 @@ def test_loads_from_global_memory(cupy, rng):
     kernels.make_load_global().launch(1, *(array.data.ptr for array in (*given, *out)))
     for expected, got in zip(x, out, strict=True):
         np.testing.assert_array_equal(got.get(), expected)
+
+
+def test_loads_and_stores_on_a_condition(cupy, rng):
+    """Without it nothing is touched, not even an address that is nobody's."""
+    x, wanted = rng.integers(1, 2**32, 32, np.uint32), (np.arange(32) % 3 == 0).astype(np.uint32)
+    given = cupy.asarray(x), cupy.asarray(wanted)
+    loaded, out = cupy.full(32, 9, np.uint32), cupy.full(32, 7, np.uint32)
+    kernels.make_conditional().launch(1, *(array.data.ptr for array in (*given, loaded, out)))
+    np.testing.assert_array_equal(loaded.get(), np.where(wanted, x, 0))
+    np.testing.assert_array_equal(out.get(), np.where(wanted, x, 7))
+
+
+def test_stores_to_global_memory(cupy, rng):
+    x = rng.integers(0, 2**32, 32, np.uint32), rng.standard_normal(32).astype(np.float32)
+    given, out = [cupy.asarray(array) for array in x], [cupy.zeros(32, array.dtype) for array in x]
+    kernels.make_stores_to_global().launch(1, *(array.data.ptr for array in (*given, *out)))
+    for expected, got in zip(x, out, strict=True):
+        np.testing.assert_array_equal(got.get(), expected)
+
+
+def test_ctas_count_and_see_what_others_stored_before(cupy):
+    counters, stored = cupy.zeros(2, np.uint32), cupy.zeros(64, np.uint32)
+    tickets, out = cupy.zeros(64, np.uint32), cupy.zeros(64, np.uint32)
+    kernels.make_counters().launch(64, *(array.data.ptr for array in (counters, stored, tickets, out)))
+    np.testing.assert_array_equal(np.sort(tickets.get()), np.arange(64))
+    np.testing.assert_array_equal(out.get(), 100 + np.arange(64))
+    assert counters.get().tolist() == [64, 64]

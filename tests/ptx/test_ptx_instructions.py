@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from llvmlite import ir
 from numba.core.errors import TypingError
 from numba.cuda import types
 
 from cce_numba import ptx
 from cce_numba.ptx import control, memory, wgmma
-from cce_numba.ptx.instruction import F32, I32, I64, U32, U64, VOID, instruction
+from cce_numba.ptx.instruction import F32, I32, I64, U32, U64, VOID, emit, instruction
 from tests import offline
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -62,6 +63,11 @@ TABLE = [
     Row("arithmetic.widen_bf16", r"shl\.b32 bits, %r\d+, 16", (U32,), F32),
     Row("arithmetic.widen_f16", r"cvt\.f32\.f16", (U32,), F32),
     Row("arithmetic.opaque_i32", r"mov\.b32", (I32,), I32),
+    Row("arithmetic.opaque_u32", r"mov\.b32", (U32,), U32),
+    Row("arithmetic.pack_bf16", r"cvt\.rn\.bf16x2\.f32", (F32, F32), U32),
+    Row("arithmetic.pack_f16", r"cvt\.rn\.f16x2\.f32", (F32, F32), U32),
+    Row("arithmetic.float_of_bits", r"mov\.b32 %f\d+, %r\d+", (U32,), F32),
+    Row("arithmetic.bits_of_float", r"mov\.b32 %r\d+, %f\d+", (F32,), U32),
     Row("cluster.cta_rank", r"mov\.u32 %r\d+, %cluster_ctarank", (), U32),
     Row("cluster.map_shared", r"mapa\.shared::cluster\.u32", (U32, U32), U32),
     Row("cluster.sync", r"barrier\.cluster\.arrive\.release; barrier\.cluster\.wait\.acquire"),
@@ -69,6 +75,9 @@ TABLE = [
     Row("control.lower_registers", r"setmaxnreg\.dec\.sync\.aligned\.u32 24", made_with=(24,)),
     Row("control.barrier_sync", r"bar\.sync", (U32, U32)),
     Row("control.or_of_warp", r"redux\.sync\.or\.b32", (U32,), U32),
+    Row("control.max_of_warp", r"redux\.sync\.max\.u32", (U32,), U32),
+    Row("control.transpose_8x8", r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16", (U32,), U32),
+    Row("control.shuffle_i32", r"shfl\.sync\.idx\.b32", (I32, U32), I32),
     Row("control.shuffle_xor_f32", r"shfl\.sync\.bfly\.b32", (F32, U32), F32),
     Row("mbarrier.init", r"mbarrier\.init\.shared::cta\.b64", (U32, U32)),
     Row("mbarrier.fence_init", r"fence\.mbarrier_init\.release\.cluster"),
@@ -84,12 +93,25 @@ TABLE = [
     Row("memory.load_global_i32", r"ld\.global\.nc\.s32", (U64,), I32),
     Row("memory.load_shared_f32", r"ld\.shared\.f32", (U32,), F32),
     Row("memory.store_shared_f32", r"st\.shared\.f32", (U32, F32)),
+    Row("memory.load_shared_i32", r"ld\.shared\.s32", (U32,), I32),
+    Row("memory.store_shared_i32", r"st\.shared\.s32", (U32, I32)),
+    Row("memory.load_shared_f32_freely", r"ld\.shared\.f32", (U32,), F32),
+    Row("memory.load_shared_i32_freely", r"ld\.shared\.s32", (U32,), I32),
     Row("memory.copy_async_16", r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+", (U32, U64, U32)),
     Row("memory.copy_async_commit", r"cp\.async\.commit_group"),
     Row("memory.copy_async_wait", r"cp\.async\.wait_group 0", made_with=(0,)),
     Row("memory.copy_async_wait", r"cp\.async\.wait_group 3", made_with=(3,)),
+    Row("memory.copy_async_arrive", r"cp\.async\.mbarrier\.arrive\.noinc\.shared::cta\.b64 \[%r\d+\]", (U32,)),
     Row("memory.fence_proxy_async", r"fence\.proxy\.async\.shared::cta"),
+    Row("memory.fence_proxy_async_all", r"fence\.proxy\.async"),
     Row("memory.or_global_u32", r"red\.global\.or\.b32", (U64, U32)),
+    Row("memory.load_if_u32", r"@p ld\.global\.cg\.u32 %r\d+, \[%rd\d+\]", (U64, U32), U32),
+    Row("memory.store_if_u32", r"@p st\.global\.u32 \[%rd\d+\], %r\d+", (U64, U32, U32)),
+    Row("memory.store_global_u32", r"st\.global\.u32 \[%rd\d+\], %r\d+", (U64, U32)),
+    Row("memory.store_global_f32", r"st\.global\.f32 \[%rd\d+\], %f\d+", (U64, F32)),
+    Row("memory.load_acquire_u32", r"ld\.acquire\.gpu\.global\.u32", (U64,), U32),
+    Row("memory.add_release_u32", r"red\.release\.gpu\.global\.add\.u32", (U64, U32)),
+    Row("memory.fetch_add_u32", r"atom\.relaxed\.gpu\.global\.add\.u32", (U64, U32), U32),
     Row("tma.load_2d", _TENSOR_COPY, (U32, U64, U32, I32, I32)),
     Row("tma.load_2d_multicast", _TENSOR_COPY + r"\.multicast::cluster", (U32, U64, U32, I32, I32, U32)),
     Row("tma.fence_tensor_map", r"fence\.proxy\.tensormap::generic\.acquire\.gpu \[%rd\d+\], 128", (U64,)),
@@ -209,6 +231,24 @@ def test_only_ordered_instructions_stay_if_nobody_uses_their_result(ordered):
         function(x)
 
     assert offline.compile_function(kernel, types.void(U32)).count(r"not\.b32") == ordered
+
+
+@pytest.mark.parametrize(
+    ("properties", "attributes"),
+    [
+        ({"ordered": True}, (True, True)),
+        ({"ordered": False}, (False, False)),
+        ({"ordered": False, "together": True}, (False, True)),
+    ],
+    ids=["ordered", "neither", "together"],
+)
+def test_what_the_compiler_is_told(properties, attributes):
+    """`sideeffect`: it is neither removed nor moved. `convergent`: it may be, but not into a branch that it was not in."""
+    module, i32 = ir.Module(), ir.IntType(32)
+    function = ir.Function(module, ir.FunctionType(i32, [i32]), "f")
+    builder = ir.IRBuilder(function.append_basic_block())
+    builder.ret(emit(builder, i32, "not.b32 $0, $1;", ["=r", "r"], [*function.args], **properties))
+    assert ("sideeffect" in str(module), "convergent" in str(module)) == attributes
 
 
 def test_stores_do_not_move_across_ordered_instructions():

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("compiler")
 
 ARGUMENTS = {
     "make_elementwise": (lambda x, y, z: arithmetic.fma(x, y, z),),
-    "make_product": (256, "f16"),
+    "make_product": (256, "f16", True, True),
     "make_handover": (5,),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from numba.core.errors import TypingError
@@ -15,9 +17,9 @@ pytestmark = pytest.mark.usefixtures("compiler")
 WIDTHS = range(8, 257, 8)  # all that the hardware has, ISA 9.7.15.2
 
 
-def make_product(n, dtype):
+def make_product(n, dtype, **majors):
     """A kernel with one product, and its signature: every element of the fragment is stored."""
-    zeros, mma, wait_all = wgmma.zeros(n), wgmma.mma(n, dtype), wgmma.wait_group(0)
+    zeros, mma, wait_all = wgmma.zeros(n), wgmma.mma(n, dtype, **majors), wgmma.wait_group(0)
 
     def product(a, b, accumulate, out):
         fragment = zeros()
@@ -63,6 +65,17 @@ def test_a_product_assembles(n, dtype):
     assert compiled.notices == []
 
 
+@pytest.mark.parametrize("b_n_major", [False, True])
+@pytest.mark.parametrize("a_m_major", [False, True])
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_operands_whose_rows_do_not_run_along_k_are_transposed(dtype, a_m_major, b_n_major):
+    """ISA 9.7.15.5.2: `d, a-desc, b-desc, scale-d, imm-scale-a, imm-scale-b, imm-trans-a, imm-trans-b`."""
+    compiled = offline.compile_function(*make_product(64, dtype, a_m_major=a_m_major, b_n_major=b_n_major))
+    flags = rf"{int(a_m_major)}, {int(b_n_major)};"
+    assert len(re.findall(rf"m64n64k16\.f32\.{dtype}\.{dtype} {{[^}}]*}}, %rd\d+, %rd\d+, p, 1, 1, {flags}", compiled.ptx)) == 1
+    assert compiled.notices == []
+
+
 def test_the_fragment_must_be_of_the_products_width():
     mma, zeros = wgmma.mma(64, "bf16"), wgmma.zeros(72)
 
@@ -74,19 +87,33 @@ def test_the_fragment_must_be_of_the_products_width():
         offline.compile_function(kernel, types.void(types.uint64, types.uint64))
 
 
-def test_the_descriptor_of_swizzled_rows():
-    """ISA 9.7.15.5.1, "matrix descriptor format": lengths are in units of 16 bytes.
+def fields_of(descriptor):
+    """A descriptor's fields, ISA 9.7.15.5.1, "matrix descriptor format": lengths are in units of 16 bytes.
 
     bits  0-13  start address, which kernels add
-    bits 16-29  leading dimension byte offset: not used with a swizzle for K-major operands, by convention 1
+    bits 16-29  leading dimension byte offset
     bits 32-45  stride dimension byte offset: from one group of 8 rows to the next
     bits 49-51  base offset: 0, as the pattern starts at a multiple of 1024 bytes
     bits 62-63  swizzle: 1 is that of 128 bytes
     """
-    bits = int(wgmma.SWIZZLE_128B)
+    bits = int(descriptor)
     fields = {"start": (0, 14), "leading": (16, 14), "stride": (32, 14), "base": (49, 3), "swizzle": (62, 2)}
     values = {name: bits >> first & (1 << length) - 1 for name, (first, length) in fields.items()}
-    bytes_of_8_rows = 8 * 64 * 2  # of 64 16-bit numbers
-    assert values == {"start": 0, "leading": 1, "stride": bytes_of_8_rows // 16, "base": 0, "swizzle": 1}
     assert bits == sum(values[name] << first for name, (first, _) in fields.items())  # nothing else is set
-    assert isinstance(wgmma.SWIZZLE_128B, np.uint64)  # a Python integer and a uint64 would make a float64 in numba
+    assert isinstance(descriptor, np.uint64)  # a Python integer and a uint64 would make a float64 in numba
+    return values
+
+
+def test_the_descriptor_of_swizzled_rows():
+    """For K-major operands the leading dimension is not used with a swizzle, by convention 1."""
+    bytes_of_8_rows = 8 * 64 * 2  # of 64 16-bit numbers
+    expected = {"start": 0, "leading": 1, "stride": bytes_of_8_rows // 16, "base": 0, "swizzle": 1}
+    assert fields_of(wgmma.SWIZZLE_128B) == expected
+
+
+def test_the_descriptor_of_panels():
+    """For others it is the distance to the next 64 of M or N, in a panel of 64 rows."""
+    bytes_of_8_rows, bytes_of_a_panel = 8 * 64 * 2, 64 * 64 * 2
+    assert bytes_of_a_panel == wgmma.PANEL_BYTES
+    expected = {"start": 0, "leading": bytes_of_a_panel // 16, "stride": bytes_of_8_rows // 16, "base": 0, "swizzle": 1}
+    assert fields_of(wgmma.SWIZZLE_128B_PANELS) == expected

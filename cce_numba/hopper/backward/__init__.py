@@ -1,1 +1,13 @@
-"""The backward on tensor cores."""
+"""The backward on tensor cores: what survives is surveyed, then one persistent kernel computes it in rounds.
+
+Read in this order:
+
+    tiles       sizes: every product runs through the same stages
+    survey      small kernels that turn survivor bits into lists, rounds and phases
+    jobs        what a CTA computes next
+    load        how operands come to shared memory, in order or row by row
+    multiply    a consumer's loop, and what it does for each kind of job
+    epilogues   what a tile of sums begins with, and what becomes of it
+    kernel      the kernel that these make
+    workspace, run    the host's side
+"""

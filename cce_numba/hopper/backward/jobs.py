@@ -31,13 +31,12 @@ LOGITS, D_E, D_C, END = np.int32(0), np.int32(1), np.int32(2), np.int32(3)
 KIND, FIRST_USE, K_STEPS = 0, 1, 2
 PLACE = 3  # the block of tokens (LOGITS, D_E) or the tile of columns (D_C)
 D0 = 4  # first hidden entry of the tile (D_E, D_C)
-COLUMNS = 5  # of the list that take part
-STORED = 6  # columns of G to store (LOGITS): those, and zeros up to a whole step of the sum
-SLOT = 7  # of G's first column in the workspace (LOGITS: of this tile; D_E: of the block; D_C: of the buffer)
-FIRST = 8  # the first column's place in sorted order, of this tile (LOGITS) or of the round
-PHASE = 9
-ROUND = 10
-IS_FIRST, IS_LAST = 11, 12  # round
+STORED = 5  # columns of G to store (LOGITS): those of the list, and zeros up to a whole step of the sum
+SLOT = 6  # of G's first column in the workspace (LOGITS: of this tile; D_E: of the block; D_C: of the buffer)
+FIRST = 7  # the first column's place in sorted order, of this tile (LOGITS) or of the round
+PHASE = 8
+ROUND = 9
+IS_FIRST, IS_LAST = 10, 11  # round
 
 
 @functools.cache
@@ -316,7 +315,6 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
                 set_field(jobs, s, K_STEPS, k_steps)
                 set_field(jobs, s, PLACE, place)
                 set_field(jobs, s, D0, d0)
-                set_field(jobs, s, COLUMNS, columns)
                 set_field(jobs, s, STORED, stored)
                 set_field(jobs, s, SLOT, slot)
                 set_field(jobs, s, FIRST, first)

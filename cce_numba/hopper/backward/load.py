@@ -334,7 +334,7 @@ def make_gather(tiles: BackwardTiles) -> Any:
                 if is_dense and is_whole:
                     use = pass_by(ring, use, k_steps, lane)
                 else:
-                    ids = np.uint32(opaque(columns_smem(jobs, s)) + np.uint32(4) * row)
+                    ids = np.uint32(columns_smem(jobs, s) + np.uint32(4) * row)
                     token = np.int32(place * COLUMN_TILE + row)
                     for k in range(k_steps):
                         offset, size = np.uint64(_ROW_BYTES * k), clamped(row_bytes - _ROW_BYTES * k)
@@ -346,8 +346,10 @@ def make_gather(tiles: BackwardTiles) -> Any:
                             copy_rows_or_zeros(smem, ids_in_table(row_of, token + PANEL), e + offset, e_pitch_bytes, size)
                         if not is_dense:
                             smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
+                            # Read again in each step: there are no registers to keep them in.
+                            list_smem = opaque(ids)
                             for p in range(3):
-                                panel_ids = ids_in_smem(np.uint32(ids + np.uint32(4 * PANEL * p)))
+                                panel_ids = ids_in_smem(np.uint32(list_smem + np.uint32(4 * PANEL * p)))
                                 copy_rows(smem, panel_ids, c + offset, c_pitch_bytes, size)
                                 smem = np.uint32(smem + _PANEL_BYTES)
                         memory.copy_async_arrive(full(ring, stage_of(use)))

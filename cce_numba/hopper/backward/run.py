@@ -12,10 +12,10 @@ from cce_numba import gpu
 from cce_numba.arguments import Problem
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.kernel import make_backward_kernel
+from cce_numba.hopper.backward.survey import survey
 from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
 from cce_numba.hopper.backward.workspace import BUFFERS, Workspace
 from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
-from cce_numba.hopper.survey import survey
 from cce_numba.plan import Gradients, Statistics, ceil_div
 
 # Where more than this share of all pairs of a block and a column survives, taking all of them in order is faster.

@@ -10,12 +10,12 @@ import numpy as np
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.epilogues import PARTS
 from cce_numba.hopper.backward.load import G_ROW_BYTES
+from cce_numba.hopper.backward.survey import SurveyLayout
 from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP
-from cce_numba.hopper.survey import SurveyLayout
 from cce_numba.hopper.tiles import SURVIVOR_BLOCK
 from cce_numba.plan import ceil_div
 
-BUFFERS = 3  # rounds whose G is there at a time: one is written, one is read, one gives time to finish
+BUFFERS = 3  # at least 2: rounds whose G is there at a time: one is written, one is read, one gives time to finish
 _SHARE = 0.115  # of the gradients' bytes, that the workspace is to stay below
 _G_BYTES = 40 * 2**20, 96 * 2**20  # at least (rounds that are too small wait for each other), and at most
 _ALIGNMENT_BYTES = 256
@@ -42,10 +42,10 @@ class Workspace:
     @classmethod
     def of(cls, N: int, V: int, D: int, *, keeps_rest: bool, with_sums: bool) -> Workspace:
         """With as much room for G as leaves all of it within the share of the gradients' bytes, if that is enough."""
-        allowed = int(_SHARE * 2 * D * (N + V)) - (2 * N * D if keeps_rest else 0)
+        allowed = int(_SHARE * 2 * D * (N + V))
         without_g = _known(cls(N, V, D, keeps_rest, with_sums, 0))
-        tables = without_g.nbytes - BUFFERS * without_g.buffer_slots * without_g.slot_bytes
-        return _known(cls(N, V, D, keeps_rest, with_sums, min(max(allowed - tables, _G_BYTES[0]), _G_BYTES[1]) >> 20 << 20))
+        others = without_g.nbytes - BUFFERS * without_g.buffer_slots * without_g.slot_bytes
+        return _known(cls(N, V, D, keeps_rest, with_sums, min(max(allowed - others, _G_BYTES[0]), _G_BYTES[1]) >> 20 << 20))
 
     @property
     def blocks(self) -> int:

@@ -24,15 +24,13 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, LIST_TILE
 from cce_numba.hopper.fold import LOG2E
 from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.hopper.tiles import SURVIVOR_BLOCK
 from cce_numba.plan import ceil_div
 from cce_numba.ptx import control
 
-COLUMN_TILE = 128  # sorted columns
-K_STEP = 64  # a block's columns of a round are padded to a multiple of it
-LIST_TILE = 192  # columns of a job that recomputes logits
 GROUPS = 8  # of blocks, one for each bit of a column's key
 WEIGHT_EXPONENT = 13  # the largest weight, scaled, is in [2^13, 2^14)
 

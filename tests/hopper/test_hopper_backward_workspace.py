@@ -1,0 +1,200 @@
+"""How a backward is cut, by arithmetic alone: rounds that fit into their buffers, parts in a row, phases in order."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.harness import SimulatorHarness
+
+if SimulatorHarness.is_active():
+    pytest.skip("the simulator has none of these kernels", allow_module_level=True)
+
+from cce_numba.hopper.backward import workspace as workspace_module
+from cce_numba.hopper.backward.jobs import phase_of_logits, phase_of_products
+from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, LIST_TILE, PANEL, BackwardTiles
+from cce_numba.hopper.backward.workspace import BUFFERS, Workspace
+from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
+from cce_numba.ptx.wgmma import PANEL_BYTES
+from tests.hopper.test_hopper_survey import make_inputs, model
+
+MIB = 2**20
+
+numbers = {
+    "N": st.integers(1, 300_000),
+    "V": st.integers(1, 300_000),
+    "D": st.sampled_from([8, 64, 2304, 4096, 8192, 16_384]),
+    "keeps_rest": st.booleans(),
+    "with_sums": st.booleans(),
+}
+
+
+# ---- memory
+
+
+@given(**numbers)
+def test_parts_lie_one_after_the_other(N, V, D, keeps_rest, with_sums):
+    w = Workspace.of(N, V, D, keeps_rest=keeps_rest, with_sums=with_sums)
+    slots = BUFFERS * w.buffer_slots
+    least = {
+        "maps": 3 * 128,
+        "counters": 4 * (1 + 2 * w.survey.rounds_max),
+        "survey": w.survey.nbytes,
+        "lists": 4 * slots,
+        "g": 128 * 2 * slots,
+        "sums": 8 * 4 * slots if with_sums else 0,
+        "rest": 2 * N * D if keeps_rest else 0,
+    }
+    starts = [*w.offsets.values()]
+    assert list(w.offsets) == [*least, "end"]
+    assert all(start % 256 == 0 for start in starts)
+    for size, start, end in zip(least.values(), starts, starts[1:], strict=False):
+        assert start + size <= end < start + size + 256
+    assert w.nbytes == w.offsets["end"]
+
+
+@given(**numbers)
+def test_memory_stays_within_its_share_where_it_can(N, V, D, keeps_rest, with_sums):
+    """Not where there is little for a share to be of, nor where blocks are so many that each has the least."""
+    w = Workspace.of(N, V, D, keeps_rest=keeps_rest, with_sums=with_sums)
+    assert w.g_bytes <= 96 * MIB
+    has_the_least = w.buffer_slots <= w.blocks * (3 * COLUMN_TILE + K_STEP)
+    if w.g_bytes > 40 * MIB and not has_the_least:
+        assert w.nbytes <= 0.115 * 2 * D * (N + V)
+    if not has_the_least:
+        assert BUFFERS * w.buffer_slots * w.slot_bytes <= w.g_bytes
+
+
+def test_the_shape_that_everyone_measures():
+    """Gemma 2 (2B), 8192 tokens: 1217 MB of gradients, of which the paper's own implementation takes as much again."""
+    w = Workspace.of(8192, 256_000, 2304, keeps_rest=True, with_sums=False)
+    assert w.nbytes <= 0.115 * 2 * 2304 * (8192 + 256_000)
+    assert w.g_bytes >= 40 * MIB
+    assert w is Workspace.of(8192, 256_000, 2304, keeps_rest=True, with_sums=False)
+
+
+def test_what_is_small_takes_little():
+    w = Workspace.of(1, 5, 8, keeps_rest=True, with_sums=True)
+    assert w.buffer_slots == COLUMN_TILE + COLUMN_TILE + K_STEP
+    assert w.nbytes < MIB
+
+
+# ---- rounds
+
+
+def slots_of_rounds(counts, cap):
+    """Columns that each round's lists take, padded, of (blocks, tiles) counts: rounds are cut as the survey cuts them."""
+    round_of = np.concatenate([[0], np.cumsum(counts.sum(axis=0))[:-1]]) // cap
+    lists = [counts[:, round_of == r].sum(axis=1) for r in range(round_of[-1] + 1)]
+    return [int((-(-of_block // K_STEP) * K_STEP).sum()) for of_block in lists]
+
+
+@given(data=st.data())
+def test_whatever_survives_fits_into_a_round(data):
+    blocks, tiles = data.draw(st.integers(1, 40), label="blocks"), data.draw(st.integers(1, 60), label="tiles")
+    g_bytes = data.draw(st.sampled_from([0, MIB, 4 * MIB]), label="bytes of G")
+    w = Workspace(128 * blocks, 128 * tiles, 64, False, False, g_bytes)
+    kinds = data.draw(st.lists(st.sampled_from([0, 1, 63, 64, 65, 127, 128]), min_size=1), label="survivors of a tile")
+    counts = np.random.default_rng(data.draw(st.integers(0, 99), label="seed")).choice(kinds, (blocks, tiles))
+    assert max(slots_of_rounds(counts, w.survey.cap)) <= w.buffer_slots
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 33])
+def test_the_worst_case_fits_with_little_to_spare(blocks):
+    """Rounds that are full but for one pair, then a whole tile, and lists that end one past a step of the sum."""
+    w = Workspace(128 * blocks, 128 * 400, 64, False, False, 0)
+    counts = np.full((blocks, 400), 65)
+    counts[0] = 64
+    counts[:, 100:] = 128
+    worst = max(slots_of_rounds(counts, w.survey.cap))
+    assert w.buffer_slots - 2 * 128 * blocks < worst <= w.buffer_slots
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.9, None])
+def test_the_surveys_rounds_fit(density):
+    w = Workspace(1500, 20_000, 64, False, False, 0)
+    found = model(w.survey, make_inputs(1, 1500, 20_000, density=density, listed=0.9))
+    rounds = int(found["n_rounds"][0])
+    assert 2 < rounds <= w.survey.rounds_max
+    assert found["slot0"][:, -1].max() <= w.buffer_slots
+    assert (found["first_g"][:, -1] * LIST_TILE >= found["slot0"][:, -1] - 1500 // 128 * K_STEP).all()
+
+
+def test_rounds_are_cut_by_the_workspaces_numbers(monkeypatch):
+    """As tests of the kernel make them: many small ones."""
+    monkeypatch.setattr(workspace_module, "_G_BYTES", (0, 0))
+    monkeypatch.setattr(workspace_module, "_SHARE", 0.0)
+    w = Workspace.of(300, 3000, 64, keeps_rest=True, with_sums=False)
+    assert w.buffer_slots == 3 * (2 * 128 + 128 + 64)
+    assert w.survey.cap == 3 * 2 * 128
+    assert w.survey.rounds_max == 13
+
+
+# ---- phases
+
+
+@pytest.mark.parametrize("rounds", range(1, 9))
+def test_phases_are_in_the_surveys_order(rounds):
+    """G(0), G(1), P(0), G(2), P(1), ..., P(last)."""
+    order = [("G", 0)]
+    for r in range(1, rounds):
+        order += [("G", r), ("P", r - 1)]
+    order.append(("P", rounds - 1))
+    places = {("G", r): int(phase_of_logits.py_func(r)) for r in range(rounds)}
+    places |= {("P", r): int(phase_of_products.py_func(r, rounds)) for r in range(rounds)}
+    assert places == {phase: place for place, phase in enumerate(order)}
+
+
+@pytest.mark.parametrize("buffers", [2, BUFFERS])
+def test_no_phase_waits_for_a_later_one(buffers):
+    """Products wait for their logits and for the products before; logits for the products whose buffer they take."""
+    rounds = 9
+    for r in range(rounds):
+        products = phase_of_products.py_func(r, rounds)
+        assert phase_of_logits.py_func(r) < products
+        if r > 0:
+            assert phase_of_products.py_func(r - 1, rounds) < products
+        if r >= buffers:
+            assert phase_of_products.py_func(r - buffers, rounds) < phase_of_logits.py_func(r)
+
+
+# ---- tiles
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ({"block_n": 64}, "block_n must be 128"),
+        ({"block_v": 128}, "the backward's stages are 2 and 3 panels, and its CTAs work alone"),
+        ({"cluster": 2}, "the backward's stages are 2 and 3 panels, and its CTAs work alone"),
+        ({"job_slots": 0}, "job_slots must be even"),
+        ({"job_slots": 3}, "job_slots must be even"),
+        ({"job_slots": 24}, f"takes 244712 bytes of shared memory, but a CTA has at most {MAX_SMEM_BYTES}: fewer stages"),
+        ({"stages": 6}, f"takes 253368 bytes of shared memory, but a CTA has at most {MAX_SMEM_BYTES}: fewer stages"),
+    ],
+)
+def test_sizes_that_do_not_work_are_refused(sizes, reason):
+    with pytest.raises(ValueError, match=rf"BackwardTiles\(block_n=.*\): {reason}"):
+        BackwardTiles(**sizes)
+
+
+def test_bytes_of_a_cta():
+    """By hand: the forward's ring of 5 stages, and 4 jobs of 16 words, 192 columns and 192 biases."""
+    tiles = BackwardTiles()
+    assert dataclasses.astuple(tiles) == (128, LIST_TILE, 64, 5, 1, 4)
+    assert (tiles.e_bytes, tiles.c_bytes) == (2 * PANEL_BYTES, 3 * PANEL_BYTES)
+    assert tiles.ring_bytes == HopperTiles().ring_bytes == 204_896
+    assert tiles.job_bytes == 4 * (16 + 192 + 192)
+    assert tiles.smem_bytes == 1024 + 204_896 + 4 * (1600 + 16) + 8 <= MAX_SMEM_BYTES
+    assert tiles.full_arrivals == 1 + 64
+    assert tiles.block_d == PANEL
+
+
+def test_registers_are_those_of_a_multiprocessor():
+    tiles = BackwardTiles()
+    at_start = 65536 // tiles.threads // 8 * 8
+    assert 128 * (tiles.producer_registers + tiles.consumers * tiles.consumer_registers) <= tiles.threads * at_start
