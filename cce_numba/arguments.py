@@ -7,7 +7,7 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, cast
 
@@ -22,6 +22,8 @@ REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("e", "c", "bias")
 NO_TARGETS = object()  # in place of targets, where only the log-sum-exp is wanted
 
+_ELSEWHERE = {"weight": ["class_weights"], "temperature": ["logit_scale"]}  # what other functions call them
+
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -31,8 +33,13 @@ class LossOptions(TypedDict, total=False):
     bias: Any
     ignore_index: int
     softcap: float | None
+    logit_scale: Any
     reduction: Reduction
     shift: int | bool
+    label_smoothing: float
+    z_loss: float
+    class_weights: Any
+    token_weights: Any
     filter_eps: float | str | None
     filter_e_grad: bool
     filter_c_grad: bool
@@ -46,8 +53,13 @@ DEFAULTS: dict[str, Any] = {
     "bias": None,
     "ignore_index": -100,
     "softcap": None,
+    "logit_scale": None,
     "reduction": "mean",
     "shift": 0,
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "class_weights": None,
+    "token_weights": None,
     "filter_eps": "auto",
     "filter_e_grad": True,
     "filter_c_grad": True,
@@ -60,12 +72,14 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the loss, checked. `filter_eps` is a probability, or None for exact gradients."""
+    """The options of the loss that are not arrays, checked. `filter_eps` is a probability, or None for exact gradients."""
 
     ignore_index: int
     softcap: float | None
     reduction: Reduction
     shift: int
+    label_smoothing: float
+    z_loss: float
     filter_eps: float | None
     filter_e_grad: bool
     filter_c_grad: bool
@@ -82,6 +96,11 @@ class Options:
         """The threshold for `dC` and `dbias`, or None where they are exact."""
         return self.filter_eps if self.filter_c_grad else None
 
+    @property
+    def smooths_capped(self) -> bool:
+        """Whether label smoothing meets a softcap: its uniform term is then not linear in e and c, so kernels take it."""
+        return self.label_smoothing > 0 and self.softcap is not None
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -92,6 +111,9 @@ class Problem:
         c: (V, D) of e's dtype, any strides.
         targets: (N,) int64, contiguous, already shifted, or None when only the log-sum-exp is wanted.
         bias: (V,) of e's dtype or float32, contiguous, or None.
+        logit_scale: (N,) of the compute dtype, contiguous, what multiplies each token's logits before the softcap; None for 1.
+        class_weights: (V,) of the compute dtype, contiguous, or None.
+        token_weights: (N,) of the compute dtype, contiguous, already shifted, as targets are; or None.
         options: the checked options.
         e_shape: shape of the caller's `e`.
         token_shape: shape of the tokens before the shift; their product is N.
@@ -102,6 +124,9 @@ class Problem:
     c: Any
     targets: Any  # or None
     bias: Any  # or None
+    logit_scale: Any  # or None
+    class_weights: Any  # or None
+    token_weights: Any  # or None
     options: Options
     e_shape: tuple[int, ...]
     token_shape: tuple[int, ...]
@@ -177,7 +202,7 @@ def options(dtype: np.dtype, given: Mapping[str, Any], only: Iterable[str] = DEF
         return _default_options(dtype)
     for name in given:
         if name not in DEFAULTS:
-            close = difflib.get_close_matches(name, DEFAULTS, n=1)
+            close = _ELSEWHERE.get(name) or difflib.get_close_matches(name, DEFAULTS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; options are {', '.join(DEFAULTS)}"
             raise TypeError(f"{name}: is not an option{hint}")
         if name not in only:
@@ -195,12 +220,17 @@ def _checked_options(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
         raise ValueError(f"reduction: must be one of {', '.join(map(repr, REDUCTIONS))}, got {value['reduction']!r}")
     if value["check_targets"] is not None:
         flag("check_targets", value["check_targets"])
+    softcap, filter_eps = _softcap(value["softcap"], dtype), _filter_eps(value["filter_eps"], dtype)
+    label_smoothing = _number("label_smoothing", value["label_smoothing"], "a number in [0, 1)", lambda x: 0 <= x < 1)
     return Options(
         ignore_index=_integer("ignore_index", value["ignore_index"]),
-        softcap=_softcap(value["softcap"], dtype),
+        softcap=softcap,
         reduction=cast(Reduction, value["reduction"]),
         shift=_shift(value["shift"]),
-        filter_eps=_filter_eps(value["filter_eps"], dtype),
+        label_smoothing=label_smoothing,
+        z_loss=_number("z_loss", value["z_loss"], "a finite number >= 0", lambda x: 0 <= x <= float(_computed(dtype).max)),
+        # Under a softcap the uniform term of label smoothing reaches all entries, and no sum over them is known beforehand.
+        filter_eps=None if label_smoothing and softcap is not None else filter_eps,
         filter_e_grad=flag("filter_e_grad", value["filter_e_grad"]),
         filter_c_grad=flag("filter_c_grad", value["filter_c_grad"]),
         accum_e_fp32=flag("accum_e_fp32", value["accum_e_fp32"]),
@@ -239,12 +269,16 @@ def problem(
     token_shape = tuple(native_e.shape[:-1])
     if checked.shift and not token_shape:
         raise ValueError(f"shift: needs a token axis to shift along, but e has shape {native_e.shape}; shift must be 0")
-    bias, look = given.get("bias"), given.get("check_targets")
+    bias, look, class_weights = given.get("bias"), given.get("check_targets"), given.get("class_weights")
+    token_weights = given.get("token_weights")
     p = Problem(
         e=native_e.reshape(math.prod(token_shape), native_e.shape[-1]),
         c=native_c,
         targets=None if targets is NO_TARGETS else _targets(targets, native_e, checked),
         bias=None if bias is None else _bias(bias, native_e, native_c),
+        logit_scale=_logit_scale(given.get("logit_scale"), native_e),
+        class_weights=None if class_weights is None else _class_weights(class_weights, native_e, native_c),
+        token_weights=None if token_weights is None else _token_weights(token_weights, native_e, checked),
         options=checked,
         e_shape=tuple(native_e.shape),
         token_shape=token_shape,
@@ -319,12 +353,19 @@ def _targets(targets: Any, e: Any, checked: Options) -> Any:
     _check_same_device("targets", native, e)
     if native.dtype == np.uint64:
         native = native.clip(max=2**63 - 1)  # so that the cast cannot turn a target out of range into an ignored one
-    native = native.astype(np.int64, copy=False)
-    if checked.shift:
-        # Tokens stay where they are and meet a later target; those at the end meet none. So e is never copied.
-        shifted = interchange.array_module(native).full_like(native, checked.ignore_index)
-        shifted[..., : -checked.shift] = native[..., checked.shift :]
-        native = shifted
+    return _flat(_shifted(native.astype(np.int64, copy=False), checked, checked.ignore_index))
+
+
+def _shifted(native: Any, checked: Options, fill: int) -> Any:
+    """Tokens stay where they are and meet a later target; those at the end meet none, but `fill`. So e is never copied."""
+    if not checked.shift:
+        return native
+    shifted = interchange.array_module(native).full_like(native, fill)
+    shifted[..., : -checked.shift] = native[..., checked.shift :]
+    return shifted
+
+
+def _flat(native: Any) -> Any:
     return interchange.array_module(native).ascontiguousarray(native.reshape(-1))
 
 
@@ -347,6 +388,54 @@ def _bias(bias: Any, e: Any, c: Any) -> Any:
         raise ValueError(f"bias: must have shape (V,) = ({c.shape[0]},), got shape {native.shape}")
     _check_same_device("bias", native, e)
     return interchange.array_module(native).ascontiguousarray(native)
+
+
+def _logit_scale(logit_scale: Any, e: Any) -> Any:
+    """(N,) of the compute dtype, or None where it would change nothing."""
+    dtype = np.dtype(e.dtype)
+    wide, xp, N = _computed(dtype).dtype, interchange.array_module(e), math.prod(e.shape[:-1])
+    if logit_scale is None:
+        return None
+    if isinstance(logit_scale, np.ndarray) and not logit_scale.ndim:
+        logit_scale = logit_scale[()]
+    if isinstance(logit_scale, numbers.Real | str):
+        value = _positive("logit_scale", logit_scale, dtype, "a positive number, an array of one for each token")
+        return None if value == 1 else xp.full(N, value, wide)
+    native = _real("logit_scale", logit_scale, e)
+    if native.shape not in ((), e.shape[:-1]):
+        raise ValueError(
+            f"logit_scale: must be a number or have the shape of e without its last dimension, {e.shape[:-1]}, got shape "
+            f"{native.shape}"
+        )
+    return _flat(xp.broadcast_to(native, e.shape[:-1]))
+
+
+def _class_weights(class_weights: Any, e: Any, c: Any) -> Any:
+    native = _real("class_weights", class_weights, e)
+    if native.shape != (c.shape[0],):
+        raise ValueError(f"class_weights: must have shape (V,) = ({c.shape[0]},), got shape {native.shape}")
+    return _flat(native)
+
+
+def _token_weights(token_weights: Any, e: Any, checked: Options) -> Any:
+    native = _real("token_weights", token_weights, e, booleans=True)
+    if native.shape != e.shape[:-1]:
+        raise ValueError(f"token_weights: must have the shape of targets, {e.shape[:-1]}, got {native.shape}")
+    return _flat(_shifted(native, checked, 0))
+
+
+def _real(name: str, array: Any, e: Any, *, booleans: bool = False) -> Any:
+    """The array, on e's device, as one of the compute dtype."""
+    native = interchange.take(name, array)
+    if native.dtype.kind not in ("fiub" if booleans else "fiu") and native.dtype != BFLOAT16:
+        raise TypeError(f"{name}: must be real numbers{' or booleans' if booleans else ''}, got dtype {native.dtype}")
+    _check_same_device(name, native, e)
+    return native.astype(_computed(np.dtype(e.dtype)).dtype, copy=False)
+
+
+def _computed(dtype: np.dtype) -> np.finfo:
+    """Of the dtype that a problem is computed in, whose arrays are of `dtype`."""
+    return np.finfo(np.float64 if dtype == np.float64 else np.float32)
 
 
 def _integer(name: str, value: Any) -> int:
@@ -374,14 +463,32 @@ def _shift(shift: Any) -> int:
 
 
 def _softcap(softcap: Any, dtype: np.dtype) -> float | None:
-    if softcap is None:
-        return None
-    if not isinstance(softcap, numbers.Real) or isinstance(softcap, bool):
-        raise TypeError(f"softcap: must be a positive number or None, got {softcap!r}")
-    computed = np.finfo(np.float64 if dtype == np.float64 else np.float32)
-    if not float(computed.smallest_normal) <= float(softcap) <= float(computed.max):
-        raise ValueError(f"softcap: must be positive and finite in {computed.dtype}, or None, got {softcap!r}")
-    return float(softcap)
+    return None if softcap is None else _positive("softcap", softcap, dtype, "a positive number")
+
+
+def _positive(name: str, value: Any, dtype: np.dtype, what: str) -> float:
+    """A number that is positive and finite in the compute dtype; "`what` or None" tells what may come."""
+    computed = _computed(dtype)
+    number = _float(name, value, f"{what} or None")
+    if not float(computed.smallest_normal) <= number <= float(computed.max):
+        raise ValueError(f"{name}: must be positive and finite in {computed.dtype}, or None, got {value!r}")
+    return number
+
+
+def _number(name: str, value: Any, what: str, fits: Callable[[float], bool]) -> float:
+    number = _float(name, value, what)
+    if not fits(number):  # nor does NaN
+        raise ValueError(f"{name}: must be {what}, got {value!r}")
+    return number
+
+
+def _float(name: str, value: Any, what: str) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name}: must be {what}, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:  # an integer
+        return math.inf
 
 
 def _filter_eps(filter_eps: Any, dtype: np.dtype) -> float | None:

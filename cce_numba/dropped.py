@@ -51,6 +51,8 @@ def _softmax(p: Problem, tokens: Any, c: Any, v0: int, lse: Any) -> Any:
     z = e.astype(p.compute_dtype, copy=False) @ c.T
     if p.bias is not None:
         z += p.bias[v0 : v0 + len(c)].astype(p.compute_dtype, copy=False)
+    if p.logit_scale is not None:
+        z *= p.logit_scale[tokens][:, None]
     if (softcap := p.options.softcap) is not None:
         z = softcap * p.xp.tanh(z / softcap)
     return p.xp.exp(z - lse[tokens][:, None])

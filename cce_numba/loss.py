@@ -1,7 +1,8 @@
 """The public functions: check the arguments, plan, call the backend, and make the loss out of its statistics.
 
-The algebra of the loss lives here, once for all backends: a backend gives each token's log-sum-exp and target logit, and
-takes two weights per token back (`plan.Backend`). A new loss term changes how these are combined, not the kernels.
+The algebra of the loss lives here and in `terms.py`, once for all backends: a backend gives each token's log-sum-exp and
+target logit, and takes two weights per token back (`plan.Backend`). A new loss term changes how these are combined, not the
+kernels.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from cce_numba import arguments, dropped, interchange
+from cce_numba import arguments, dropped, interchange, terms
 from cce_numba import plan as planning
 from cce_numba.arguments import LossOptions, Problem
 from cce_numba.destination import Destination
 from cce_numba.plan import Gradients, Plan, Statistics
+from cce_numba.terms import Terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +29,11 @@ class Result:
 
     Attributes:
         loss: 0-d for "mean" and "sum"; per token for "none". float32, or float64 for float64 inputs, as all below.
-        nll: negative log-likelihood per token, in the shape of `targets[..., shift:]`; 0 where ignored.
+        nll: negative log-likelihood per token, `lse - target_logit`, in the shape of `targets[..., shift:]`; 0 where ignored.
+            Without weights, label smoothing and z-loss, which are in the loss alone.
         lse: natural-log log-sum-exp of the logits per token; 0 where ignored.
         target_logit: the target's logit per token; 0 where ignored.
-        n_valid: 0-d int64, how many tokens count.
+        n_valid: 0-d int64, how many tokens count, whatever their weights.
         plan: how it ran.
     """
 
@@ -41,6 +44,7 @@ class Result:
     plan: Plan
     _problem: Problem
     _statistics: Statistics
+    _terms: Terms | None
 
     @functools.cached_property
     def nll(self) -> Any:
@@ -65,9 +69,10 @@ class Result:
     def dropped_mass(self) -> Any:
         """Per token, the probability that the filter drops: the sum of the softmax over the entries that its block leaves out.
 
-        It bounds the token's error in a filtered gradient: that of `dE` by `|d_loss| * dropped_mass * max_v |c_v|`, less
-        where a softcap is flat. In the shape of `nll`; 0 where ignored, and everywhere if nothing is filtered, or nearly
-        everything survives. A lost token (NaN) keeps all, and so drops 0.
+        It bounds the token's error in a filtered gradient: that of `dE` by `|d_loss| * dropped_mass * max_v |c_v|`, times its
+        weights and `logit_scale` if there are any, less where a softcap is flat. In the shape of `nll`; 0 where ignored, and
+        everywhere if nothing is filtered, or nearly everything survives. A lost token (NaN) keeps all, and so drops 0. On
+        `hopper` it is at most this: where more than 70 % of all pairs survive, gradients take all, which the device alone knows.
 
         Computes all logits again, at each call, in pieces whose memory does not grow with N or V; waits for the device.
 
@@ -82,6 +87,9 @@ class Result:
 def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = False, **options: Unpack[LossOptions]) -> Any:
     """Cross-entropy of `softmax(e @ c.T + bias)` with `targets`, without storing the logits (arXiv 2411.09009).
 
+    The loss of a token is that of `torch.nn.functional.cross_entropy` with the same `ignore_index`, `label_smoothing` and class
+    weights, times its own weight. Gradients are with respect to `e`, `c` and `bias`, not to scales and weights.
+
     Args:
         e: (..., D) embeddings: float16, bfloat16 (`ml_dtypes.bfloat16`), float32 or float64; NumPy, CuPy, or anything
             with `__cuda_array_interface__` or DLPack. Strides are welcome.
@@ -91,7 +99,18 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         bias: (V,) added to the logits; of e's dtype or float32.
         ignore_index: tokens with this target take no part, whatever stands in their rows.
         softcap: logits become `softcap * tanh(logits / softcap)`, after the bias.
-        reduction: "mean" over the tokens that count (nan if none does), "sum", or "none".
+        logit_scale: multiplies the logits, after the bias, before the softcap: 1 / temperature. A positive number, or an array
+            of e's shape without its last dimension, one for each token of `e`; an element that is not positive and finite
+            may make its token's loss and gradient NaN, and no other's. A scale that is not 1 leaves out "hopper".
+        label_smoothing: in [0, 1), this part of the target's probability is spread over all V entries. It is never filtered:
+            without a softcap it is computed apart, with one rounding more of 16-bit gradients; with one, all gradients are
+            exact, as with `filter_eps=None`, and "hopper" is left out.
+        z_loss: >= 0, adds `z_loss * lse**2` to each token's loss; class weights do not multiply it.
+        class_weights: (V,) numbers that multiply a token's loss, by its target; with label smoothing, each entry's share of it.
+        token_weights: numbers or booleans, of targets' shape (they shift with the targets), that multiply a token's whole loss.
+            One of weight 0 takes no part, whatever stands in its row.
+        reduction: "mean" over the tokens that count (nan if none does), "sum", or "none". With weights, the mean divides by the
+            sum of token weight times class weight of the target (nan, with gradients of 0, if that is 0).
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
         filter_eps: gradients leave out what has a probability below this in all of a block's tokens; "auto" is
             `finfo(dtype).eps / 512` (2^-16 for bfloat16), None is exact. The loss itself is always exact.
@@ -119,7 +138,7 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
     return_lse = arguments.flag("return_lse", return_lse)
     with _prepared(e, c, targets, options) as (problem, plan):
         statistics = _statistics(problem, plan, with_grad=False)
-        loss = _loss(problem, plan, statistics)
+        loss = _loss(problem, plan, statistics, Terms.of(problem, statistics))
         return (loss, _exported(problem, statistics.lse)) if return_lse else loss
 
 
@@ -162,15 +181,16 @@ def linear_cross_entropy_with_grad(
     with _prepared(e, c, targets, options) as (problem, plan):
         destination = Destination.of(out, accumulate, arguments.wanted(wrt, problem), problem)
         statistics = _statistics(problem, plan, with_grad=True)
-        loss = _loss(problem, plan, statistics)
-        grads = _backward(problem, plan, statistics, None, None, destination)
+        parts = Terms.of(problem, statistics)
+        loss = _loss(problem, plan, statistics, parts)
+        grads = _backward(problem, plan, statistics, parts, None, None, destination)
         return (loss, _exported(problem, statistics.lse), grads) if return_lse else (loss, grads)
 
 
 def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Result:
     """The loss with its parts, ready for `backward`; arguments and errors are those of `linear_cross_entropy`.
 
-    The result keeps `e`, `c` and `bias` (not copies): they must not change before `backward`.
+    The result keeps `e`, `c`, `bias`, `logit_scale` and `class_weights` (not copies): they must not change before `backward`.
 
     >>> result = forward(np.zeros((2, 4)), np.ones((8, 4)), np.array([1, -100]))
     >>> result.nll.round(4), int(result.n_valid)
@@ -178,14 +198,16 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
     """
     with _prepared(e, c, targets, options) as (problem, plan):
         statistics = _statistics(problem, plan, with_grad=True)
+        parts = Terms.of(problem, statistics)
         return Result(
-            loss=_loss(problem, plan, statistics),
+            loss=_loss(problem, plan, statistics, parts),
             lse=_exported(problem, statistics.lse),
             target_logit=_exported(problem, statistics.target_logit),
             n_valid=problem.kind.export(statistics.n_valid),
             plan=plan,
             _problem=problem,
             _statistics=statistics,
+            _terms=parts,
         )
 
 
@@ -203,8 +225,7 @@ def backward(
     Args:
         result: what `forward` returned; it may be used again.
         d_loss: upstream gradient of the loss: a scalar, or for "none" also an array in the shape of the loss. 1 by default.
-        d_lse: upstream gradient of the lse: a scalar or an array in its shape. 0 by default. `2 * w * result.lse / n` adds
-            a z-loss of weight w.
+        d_lse: upstream gradient of the lse: a scalar or an array in its shape. 0 by default. No weights multiply it.
         wrt: which gradients to compute, out of "e", "c", "bias"; all that exist by default. Others are None.
         out: arrays to write gradients to, as in `linear_cross_entropy_with_grad`.
         accumulate: add to what `out` holds.
@@ -221,20 +242,21 @@ def backward(
     gradients = arguments.wanted(wrt, problem)
     with problem.kind.current():
         destination = Destination.of(out, accumulate, gradients, problem)
-        return _backward(problem, result.plan, result._statistics, d_loss, d_lse, destination)
+        return _backward(problem, result.plan, result._statistics, result._terms, d_loss, d_lse, destination)
 
 
 def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Any:
     """Each token's target logit, one dot product per token: paper section 4.1.
 
-    Takes `bias`, `ignore_index`, `softcap`, `shift`, `check_targets`, `backend` of `linear_cross_entropy`; raises its errors.
+    Takes `bias`, `ignore_index`, `softcap`, `logit_scale`, `shift`, `check_targets`, `backend` of `linear_cross_entropy`, and
+    raises its errors.
 
     Returns an array in the shape of `targets[..., shift:]`, 0 where ignored; float32, or float64 for float64 inputs.
 
     >>> indexed_dot(np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [3.0, 4.0]]), np.array([1]))
     array([11.])
     """
-    only = ("bias", "ignore_index", "softcap", "shift", "check_targets", "backend")
+    only = ("bias", "ignore_index", "softcap", "logit_scale", "shift", "check_targets", "backend")
     with _prepared(e, c, targets, options, only) as (problem, plan):
         return _exported(problem, planning.backend_module(plan.backend).indexed_dot(problem, plan))
 
@@ -242,14 +264,15 @@ def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) ->
 def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
     """Each token's natural-log log-sum-exp of `e @ c.T + bias`: paper section 4.2.
 
-    Takes `bias`, `softcap`, `shift` and `backend` of `linear_cross_entropy`, and raises its errors.
+    Takes `bias`, `softcap`, `logit_scale`, `shift` and `backend` of `linear_cross_entropy`, and raises its errors.
 
     Returns an array in the shape of `e[..., :-shift, 0]`; float32, or float64 for float64 inputs.
 
     >>> linear_logsumexp(np.zeros((1, 2)), np.ones((4, 2))).round(4)
     array([1.3863])
     """
-    with _prepared(e, c, arguments.NO_TARGETS, options, ("bias", "softcap", "shift", "backend")) as (problem, plan):
+    only = ("bias", "softcap", "logit_scale", "shift", "backend")
+    with _prepared(e, c, arguments.NO_TARGETS, options, only) as (problem, plan):
         statistics = planning.backend_module(plan.backend).forward(problem, plan, record_survivors=False)
         return _exported(problem, statistics.lse)
 
@@ -283,9 +306,11 @@ def _statistics(problem: Problem, plan: Plan, *, with_grad: bool) -> Statistics:
     return planning.backend_module(plan.backend).forward(problem, plan, record_survivors=record)
 
 
-def _loss(problem: Problem, plan: Plan, statistics: Statistics) -> Any:
+def _loss(problem: Problem, plan: Plan, statistics: Statistics, parts: Terms | None) -> Any:
     if problem.options.reduction == "none":
-        return _exported(problem, statistics.lse - statistics.target_logit)
+        return _exported(problem, statistics.lse - statistics.target_logit if parts is None else parts.per_token())
+    if parts is not None:
+        return problem.kind.export(parts.reduced())
     return problem.kind.export(planning.backend_module(plan.backend).reduced_nll(problem, statistics))
 
 
@@ -295,17 +320,37 @@ def _exported(problem: Problem, flat: Any) -> Any:
 
 
 def _backward(
-    problem: Problem, plan: Plan, statistics: Statistics, d_loss: Any, d_lse: Any, destination: Destination
+    problem: Problem,
+    plan: Plan,
+    statistics: Statistics,
+    parts: Terms | None,
+    d_loss: Any,
+    d_lse: Any,
+    destination: Destination,
 ) -> Gradients:
     per_token_shape = tuple(problem.per_token(statistics.lse).shape)
     loss_shape = per_token_shape if problem.options.reduction == "none" else ()
-    d_nll = arguments.upstream("d_loss", 1.0 if d_loss is None else d_loss, problem, loss_shape)
-    if problem.options.reduction == "mean":
-        with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: then no backend reads this
-            d_nll /= statistics.n_valid.astype(problem.compute_dtype)
-    # nll = lse - target_logit, so d_nll reaches both; d_lse the log-sum-exp alone, whose gradient is the softmax.
-    softmax_weight = d_nll if d_lse is None else d_nll + arguments.upstream("d_lse", d_lse, problem, per_token_shape)
-    into = destination.arrays(problem)
+    d_token = arguments.upstream("d_loss", 1.0 if d_loss is None else d_loss, problem, loss_shape)
+    if parts is not None:
+        softmax_weight, target_weight, smooth_weight = parts.gradient_weights(d_token)
+    else:
+        if problem.options.reduction == "mean":
+            with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: then no backend reads this
+                d_token /= statistics.n_valid.astype(problem.compute_dtype)
+        softmax_weight, target_weight, smooth_weight = d_token, d_token, None  # nll = lse - target_logit
+    if d_lse is not None:  # it reaches the log-sum-exp alone, whose gradient is the softmax
+        softmax_weight = softmax_weight + arguments.upstream("d_lse", d_lse, problem, per_token_shape)
+    if problem.logit_scale is not None:  # what flows into a logit flows on through its scale
+        softmax_weight = terms.times(softmax_weight, problem.logit_scale)
+        target_weight = terms.times(target_weight, problem.logit_scale)
+        smooth_weight = None if smooth_weight is None else terms.times(smooth_weight, problem.logit_scale)
+    into, accumulate, uniform_weight = destination.arrays(problem), destination.accumulate, None
+    if parts is not None and smooth_weight is not None:
+        if problem.options.smooths_capped:
+            uniform_weight = smooth_weight / problem.compute_dtype.type(problem.V)
+        else:
+            parts.write_uniform(smooth_weight, into, accumulate)
+            accumulate = True
     module = planning.backend_module(plan.backend)
-    module.backward(problem, plan, statistics, softmax_weight, d_nll, into, destination.accumulate)
+    module.backward(problem, plan, statistics, softmax_weight, target_weight, uniform_weight, into, accumulate)
     return destination.returned(problem, into)

@@ -71,6 +71,8 @@ class Statistics:
         survivors: (at least ceil(n_valid / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
             consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive: then all do.
         survivor_block: tokens in a block of `survivors`.
+        mean_logit: (N,) mean over the vocabulary of class weight times logit, 0 where ignored, of the compute dtype; None
+            unless `Options.smooths_capped`: else it follows from e and c (`terms.py`).
     """
 
     tokens: Any
@@ -79,6 +81,7 @@ class Statistics:
     target_logit: Any  # or None
     survivors: Any  # or None
     survivor_block: int
+    mean_logit: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +100,11 @@ class Backend(Protocol):
     """What a module must offer to be a backend. Arrays are those of `Problem`; nothing here synchronises with the host."""
 
     def why_not(self, p: Problem) -> str | None:
-        """Why it cannot take this problem on this machine, or None if it can."""
+        """Why it cannot take this problem on this machine, or None if it can.
+
+        A backend need not know a `logit_scale`, nor what `Options.smooths_capped` asks for. All other terms of the loss are
+        made of what it gives (`terms.py`).
+        """
 
     def plan(self, p: Problem) -> Plan:
         """Tiles and memory for this problem."""
@@ -110,12 +117,13 @@ class Backend(Protocol):
 
         A column survives in a block if a token of the block has it as its target, or may give it a probability of at
         least `filter_eps`; "may", since the rule compares with a lower bound of the final log-sum-exp. NaN survives.
+        Also the mean logit, if the problem `smooths_capped`.
         """
 
     def reduced_nll(self, p: Problem, statistics: Statistics) -> Any:
         """0-d, of the compute dtype: sum or mean (as the options say) of lse - target_logit over the tokens that count.
 
-        The sum of none is 0, the mean of none is nan.
+        The sum of none is 0, the mean of none is nan. It is the loss where this has no other terms and no weights.
         """
 
     def backward(
@@ -125,13 +133,18 @@ class Backend(Protocol):
         statistics: Statistics,
         softmax_weight: Any,
         target_weight: Any,
+        uniform_weight: Any,
         into: Gradients,
         accumulate: bool,
     ) -> None:
         """Gradients from G[n, v] = softmax_weight[n] * softmax[n, v] - target_weight[n] * (v == targets[n]).
 
-        Both weights are (N,) of the compute dtype. The softcap's derivative multiplies G. Tokens that do not count, or
-        whose two weights are zero, take no part. Whole loss terms are made of these weights (see `loss.py`).
+        Weights are (N,) of the compute dtype. The softcap's derivative multiplies G; that of the logit scale is in the weights.
+        Tokens that do not count, or whose weights are zero, take no part. Whole loss terms are made of these weights (see
+        `terms.py`).
+
+        uniform_weight: None, unless the problem `smooths_capped`: then G[n, v] is less by uniform_weight[n] * class_weights[v]
+            (1 without class weights), and nothing is filtered.
 
         into: e (N, D), c (V, D), bias (V,) to write, None where not wanted; each of its input's dtype or the compute dtype,
             and strided, on a device with contiguous rows. What is in there may be anything: every element is written.
@@ -162,6 +175,8 @@ def choose(p: Problem, backend: str | None) -> Plan:
         reason = module.why_not(p)
         if reason is None:
             plan = module.plan(p)
+            if p.options.smooths_capped:
+                plan = replace(plan, how=f"{plan.how}; nothing is filtered, since labels are smoothed under a softcap")
             return replace(plan, rejected=rejected) if rejected else plan
         rejected[name] = reason
     if backend:

@@ -19,7 +19,7 @@ Every kernel is tested against this package, and it is the place to start readin
 # ruff: noqa: F401 - everything imported here is a public name
 
 from . import blocked
-from .building_blocks import logit_gradient, logits, logsumexp, onehot, softmax, target_logit
+from .building_blocks import logit_gradient, logits, logsumexp, onehot, softcap_slope, softmax, target_logit, weighted
 from .filters import auto_eps, column_filter, column_flags, dropped_mass, forward_flags, tile_filter
-from .loss import Forward, Gradients, backward, forward
+from .loss import Forward, Gradients, backward, forward, weights
 from .online import merge, online_logsumexp, to_lse

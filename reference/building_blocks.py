@@ -19,25 +19,29 @@ def blocks(length, size):
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def bias_and_softcap(z, bias=None, softcap=None):
-    """Finish raw dot products `z (n, V)`: add `bias (V,)`, then squash into (-softcap, softcap) by tanh.
+def bias_and_softcap(z, bias=None, softcap=None, logit_scale=None):
+    """Finish raw dot products `z (n, V)`: add `bias (V,)`, scale, then squash into (-softcap, softcap) by tanh.
+
+    The scale is a number, or `(n,)`.
 
     >>> bias_and_softcap(np.array([[1.0, 99.0]]), bias=np.array([0.5, 1.0]), softcap=30.0).round(3).tolist()
     [[1.499, 29.924]]
     """
     if bias is not None:
         z = z + np.asarray(bias, np.float64)
+    if logit_scale is not None:
+        z = z * np.asarray(logit_scale, np.float64)[..., None]
     return z if softcap is None else softcap * np.tanh(z / softcap)
 
 
 @quiet
-def logits(e, c, bias=None, softcap=None):
-    """The scores `z (n, V)` of every vocabulary entry for every token: `e @ c.T + bias`, softcapped.
+def logits(e, c, bias=None, softcap=None, logit_scale=None):
+    """The scores `z (n, V)` of every vocabulary entry for every token: `e @ c.T + bias`, scaled and softcapped.
 
     >>> logits([[1.0, 2.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]).tolist()
     [[1.0, 2.0, 3.0]]
     """
-    return bias_and_softcap(np.asarray(e, np.float64) @ np.asarray(c, np.float64).T, bias, softcap)
+    return bias_and_softcap(np.asarray(e, np.float64) @ np.asarray(c, np.float64).T, bias, softcap, logit_scale)
 
 
 @quiet
@@ -95,5 +99,23 @@ def logit_gradient(logits, targets, a, b, softcap=None):
     >>> logit_gradient(np.log([[1.0, 3.0]]), np.array([1]), a=np.ones(1), b=np.ones(1)).round(3).tolist()
     [[0.25, -0.25]]
     """
-    g = a[:, None] * softmax(logits) - b[:, None] * onehot(targets, logits.shape[-1])
-    return g if softcap is None else g * (1.0 - (logits / softcap) ** 2)
+    return softcap_slope(logits, softcap) * (a[:, None] * softmax(logits) - b[:, None] * onehot(targets, logits.shape[-1]))
+
+
+def softcap_slope(logits, softcap=None):
+    """The derivative `(n, V)` of softcapped logits with respect to what was capped: `1 - tanh^2`.
+
+    >>> softcap_slope(np.array([[0.0, 4.0, 5.0]]), softcap=5.0).round(2).tolist()
+    [[1.0, 0.36, 0.0]]
+    """
+    return np.ones(logits.shape) if softcap is None else 1.0 - (logits / softcap) ** 2
+
+
+@quiet
+def weighted(weight, x):
+    """`weight * x`, but 0 where the weight is 0, whatever x is: what has no weight takes no part.
+
+    >>> weighted(np.array([0.0, 2.0]), np.array([np.nan, 3.0])).tolist()
+    [0.0, 6.0]
+    """
+    return np.where(weight == 0, 0.0, weight * x)

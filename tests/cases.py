@@ -29,6 +29,7 @@ class Edges:
     max_d: int
     long_v: int = 0  # a vocabulary that takes many tiles
     dtypes: tuple[np.dtype, ...] = DTYPES  # that it takes
+    every_term: bool = True  # takes a logit_scale, and label smoothing under a softcap
 
     @property
     def dtype(self) -> np.dtype:
@@ -109,6 +110,34 @@ def cases(draw: st.DrawFn, edges: Edges, dtypes: tuple[np.dtype, ...] | None = N
     if "bias" in case.options and draw(st.booleans(), label="fp32 bias") and case.e.dtype != np.float64:
         case.options["bias"] = case.options["bias"].astype(np.float32)
     return case
+
+
+@st.composite
+def with_terms(draw: st.DrawFn, case: Case, edges: Edges) -> Case:
+    """The case with any terms of the loss, and weights of any shape that they may have, zeros among them."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**16), label="seed of the weights"))
+    shape, V = case.targets.shape, len(case.c)
+    kinds = {
+        "logit_scale": st.sampled_from([None, None, "number", "array"] if edges.every_term else [None]),
+        "label_smoothing": st.sampled_from([0.0, 0.0, 0.1, 0.75]),
+        "z_loss": st.sampled_from([0.0, 0.0, 1e-4, 0.25]),
+        "class_weights": st.sampled_from([None, None, "array"]),
+        "token_weights": st.sampled_from([None, None, "array", "mask"]),
+    }
+    drawn = {name: draw(kind, label=name) for name, kind in kinds.items()}
+    dtype = draw(st.sampled_from([np.float64, np.float32]), label="dtype of the weights")
+    made = {
+        "logit_scale": {"number": 0.625, "array": rng.uniform(0.25, 1.5, shape).astype(dtype)},
+        "class_weights": {"array": (rng.uniform(0.1, 2, V) * (rng.random(V) < 0.9)).astype(dtype)},
+        "token_weights": {
+            "array": (rng.uniform(0.1, 2, shape) * (rng.random(shape) < 0.8)).astype(dtype),
+            "mask": rng.random(shape) < 0.7,
+        },
+    }
+    terms = {name: made.get(name, {}).get(kind, kind) for name, kind in drawn.items()}
+    if terms["label_smoothing"] and not edges.every_term:
+        terms["softcap"] = None
+    return case.with_options(**terms)
 
 
 def filters() -> st.SearchStrategy[dict[str, Any]]:

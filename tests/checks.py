@@ -42,6 +42,7 @@ class Expectation:
 
     case: Case
     forward: reference.Forward
+    magnitude: np.ndarray  # (n_valid, V) of what is summed up to a logit, scale included
     z_error: np.ndarray  # (n_valid, V) of a logit
     lse_error: np.ndarray  # (n_valid,)
     valid: np.ndarray  # mask of the tokens that count, in the shape of nll
@@ -49,13 +50,33 @@ class Expectation:
     @property
     def options(self) -> dict[str, Any]:
         """Those that the reference knows."""
-        known = ("bias", "ignore_index", "softcap", "reduction", "shift")
+        known = ("bias", "ignore_index", "softcap", "logit_scale", "reduction", "shift", *TERMS)
         return {name: self.case.options[name] for name in known if name in self.case.options}
+
+    @property
+    def scale(self) -> np.ndarray:
+        """(n_valid,) what multiplies the logits of the tokens that count."""
+        return self._per_token[0][self.valid]
+
+    @property
+    def weights(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(n_valid,) of the tokens, (n_valid,) those times their target's, (V,) of the classes."""
+        V, of_token = len(self.case.c), self._per_token[1][self.valid]
+        return reference.weights(shifted_targets(self), V, self.case.options.get("class_weights"), of_token)
+
+    @property
+    def _per_token(self) -> tuple[np.ndarray, np.ndarray]:
+        options = self.case.options
+        given = options.get("logit_scale"), options.get("token_weights")
+        return reference.loss.per_token(*given, self.case.targets.shape, options.get("shift", 0))
+
+
+TERMS = ("label_smoothing", "z_loss", "class_weights", "token_weights")
 
 
 def expect(case: Case) -> Expectation:
     """Runs the reference's forward and bounds the rounding errors of a backend that computes in float32 (or float64)."""
-    options = Expectation(case, None, None, None, None).options  # type: ignore[arg-type]
+    options = Expectation(case, None, None, None, None, None).options  # type: ignore[arg-type]
     forward = reference.forward(case.e, case.c, case.targets, **options)
     shift = int(options.get("shift", 0))
     length = case.targets.shape[-1] if case.targets.ndim else 0
@@ -67,12 +88,14 @@ def expect(case: Case) -> Expectation:
         magnitude = np.abs(e[valid].astype(np.float64)) @ np.abs(case.c.astype(np.float64)).T
         if options.get("bias") is not None:
             magnitude += np.abs(options["bias"].astype(np.float64))
+        magnitude *= np.abs(Expectation(case, forward, magnitude, None, None, valid).scale)[:, None]  # type: ignore[arg-type]
         # gamma_D of Higham's Accuracy and Stability, section 3.1, on the products' magnitudes; tanh to a few units.
-        z_error = (case.c.shape[1] + 4) * unit * magnitude + 8 * unit * np.abs(forward.logits)
+        z_error = (case.c.shape[1] + 6) * unit * magnitude + 8 * unit * np.abs(forward.logits)
+        z_error[forward.logits == -np.inf] = 0  # masked by the bias
         lse = forward.lse[valid]
         largest = z_error.max(axis=1, initial=0)
         lse_error = largest + (32 + np.log2(case.c.shape[0])) * unit * (1 + np.abs(lse))
-    return Expectation(case, forward, z_error, lse_error, valid)
+    return Expectation(case, forward, magnitude, z_error, lse_error, valid)
 
 
 def compute_unit(dtype: np.dtype) -> float:
@@ -92,15 +115,35 @@ def check_forward(expected: Expectation, numbers: dict[str, np.ndarray]) -> None
     assert_within("target_logit", numbers["target_logit"], exact.target_logit, at_target)
     nll_error = per_token + at_target + 4 * compute_unit(expected.case.e.dtype) * np.abs(exact.nll)
     assert_within("nll", numbers["nll"], exact.nll, nll_error)
-    loss, loss_error = np.asarray(exact.loss), nll_error
-    if loss.ndim == 0 and exact.nll.ndim:
-        loss_error = np.sum(nll_error) / (
-            max(1, exact.n_valid) if expected.case.options.get("reduction", "mean") == "mean" else 1
-        )
-        loss_error += 4 * compute_unit(expected.case.e.dtype) * np.abs(loss)
+    loss, loss_error = np.asarray(exact.loss), np.zeros(exact.lse.shape)
+    loss_error[valid] = token_loss_error(expected, nll_error[valid])
+    if expected.case.options.get("reduction", "mean") != "none":
+        unit = compute_unit(expected.case.e.dtype)
+        loss_error = np.sum(loss_error)
+        if expected.case.options.get("reduction", "mean") == "mean" and exact.total_weight:
+            loss_error = loss_error / np.abs(exact.total_weight)
+        loss_error += 8 * unit * np.abs(loss)
     assert_within("loss", numbers["loss"], loss, loss_error)
     wide = np.float64 if expected.case.e.dtype == np.float64 else np.float32
     assert all(numbers[name].dtype == wide for name in ("loss", "nll", "lse", "target_logit"))
+
+
+def token_loss_error(expected: Expectation, nll_error: np.ndarray) -> np.ndarray:
+    """(n_valid,) of each token's loss: first-order bounds of its terms' errors, and their own rounding."""
+    options, V = expected.case.options, len(expected.case.c)
+    unit, lse = compute_unit(expected.case.e.dtype), np.abs(expected.forward.lse[expected.valid])
+    of_token, of_target, of_class = map(np.abs, expected.weights)
+    smoothing, z_loss = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+    with np.errstate(all="ignore"):
+        error = of_target * (1 - smoothing) * (nll_error + 8 * unit * np.abs(expected.forward.nll[expected.valid]))
+        if smoothing:
+            # The mean of V logits, or one product with the mean of V rows: sums of V terms either way.
+            mean, mean_error = (expected.magnitude * of_class).mean(axis=1), (expected.z_error * of_class).mean(axis=1)
+            at_mean = of_class.mean() * (expected.lse_error + 8 * unit * lse) + mean_error + (V + 16) * unit * mean
+            error += of_token * smoothing * at_mean
+        if z_loss:
+            error += of_token * z_loss * ((2 * lse + expected.lse_error) * expected.lse_error + 8 * unit * lse**2)
+    return np.where(of_token == 0, 0, error)
 
 
 def check_survivors(expected: Expectation, kept: np.ndarray, eps: float, block: int) -> None:
@@ -163,25 +206,31 @@ def gradient_tolerances(
     """First-order bounds, per element of dE, dC, dbias: G's error times its factor, and the rounding of the sums."""
     case, exact = expected.case, expected.forward
     unit = compute_unit(case.e.dtype)
-    reduction = case.options.get("reduction", "mean")
-    n_valid = max(1, exact.n_valid)
-    d_nll = np.broadcast_to(np.asarray(1.0 if d_loss is None else d_loss, np.float64), exact.nll.shape)[expected.valid]
-    if reduction == "mean":
-        d_nll = d_nll / n_valid
-    b = np.abs(d_nll)
-    a = np.abs(
-        d_nll + np.broadcast_to(np.asarray(0.0 if d_lse is None else d_lse, np.float64), exact.lse.shape)[expected.valid]
-    )
-    # The weights come in the compute dtype, where their sum may cancel.
-    a_error = 4 * unit * (b + a)
+    smoothing, z_loss = case.options.get("label_smoothing", 0.0), case.options.get("z_loss", 0.0)
+    lse, scale = exact.lse[expected.valid], np.abs(expected.scale)
+    d_token = np.broadcast_to(np.asarray(1.0 if d_loss is None else d_loss, np.float64), exact.nll.shape)[expected.valid]
+    if case.options.get("reduction", "mean") == "mean":
+        d_token = d_token / exact.total_weight if exact.total_weight else d_token * 0
+    d_lse = np.broadcast_to(np.asarray(0.0 if d_lse is None else d_lse, np.float64), exact.lse.shape)[expected.valid]
+    of_token, of_target, of_class = expected.weights
     with np.errstate(all="ignore"):
+        b = d_token * of_target * (1 - smoothing) * scale
+        u = d_token * of_token * smoothing / len(case.c) * scale
+        z = np.where(of_token * d_token == 0, 0, d_token * of_token * z_loss * scale)
+        into_lse = [b, u * of_class.sum(), 2 * z * lse, d_lse * scale]
+        a, b, u, of_class = np.abs(sum(into_lse)), np.abs(b), np.abs(u), np.abs(of_class)
+        # The weights come in the compute dtype, where their sum may cancel.
+        a_error = 8 * unit * (sum(map(np.abs, into_lse)) + a + u * of_class.sum())
+        a_error += reference.weighted(2 * np.abs(z), expected.lse_error)
         p = np.exp(exact.logits - exact.lse[expected.valid][:, None])
         hot = reference.onehot(shifted_targets(expected), case.c.shape[0]) if len(p) else np.zeros_like(p)
         underflow = 2 * float(np.finfo(np.float64 if case.e.dtype == np.float64 else np.float32).smallest_normal)
         p_error = underflow + p * np.expm1(np.minimum(expected.z_error + expected.lse_error[:, None], 50)) + 8 * unit * p
         g = a[:, None] * p + b[:, None] * hot  # magnitudes: of terms that cancel, both count
         g_error = a[:, None] * p_error + a_error[:, None] * p + 4 * unit * g
+        flat = u[:, None] * of_class  # what label smoothing takes from all entries
         if (softcap := case.options.get("softcap")) is not None:
+            g, g_error, flat = g + flat, g_error + 16 * unit * flat, np.zeros_like(flat)
             tanh = exact.logits / softcap
             slope_error = 2 * np.abs(tanh) * (expected.z_error / softcap + 8 * unit) + 8 * unit
             g_error = g_error * (1 - tanh**2) + g * slope_error
@@ -193,17 +242,42 @@ def gradient_tolerances(
     length = case.targets.shape[-1] if case.targets.ndim else 0
     e = (e_all[..., : max(0, length - shift), :] if shift else e_all)[expected.valid]
     c = np.abs(case.c.astype(np.float64))
-    e, c = (np.where(np.isfinite(x), x, 0) for x in (e, c))
+    e, c, flat = (np.where(np.isfinite(x), x, 0) for x in (e, c, flat))
 
-    def of(keep: np.ndarray | None, terms: int) -> np.ndarray:
-        bound = g_error + (terms + 8) * unit * (g + g_error)
+    def of(keep: np.ndarray | None, terms: int, error: np.ndarray) -> np.ndarray:
+        bound = error + (terms + 8) * unit * (g + error)
         return bound if keep is None else np.where(keep, bound, 0)
 
-    for_c = of(keep_c, exact.n_valid)
+    rounded_error = g_error + rounding_of_g(g + g_error, np.maximum(a, b), case.e.dtype)
     d_e = np.zeros_like(e_all)
     view = d_e[..., : max(0, length - shift), :] if shift else d_e
-    view[expected.valid] = of(keep_e, case.c.shape[0]) @ c
-    return d_e, for_c.T @ e, for_c.sum(axis=0)
+    view[expected.valid] = of(keep_e, case.c.shape[0], rounded_error) @ c
+    d_c, d_bias = of(keep_c, exact.n_valid, rounded_error).T @ e, of(keep_c, exact.n_valid, g_error).sum(axis=0)
+    if flat.any():
+        # It is of rank one: one sum over the vocabulary, or over the tokens; and rounded before the rest is added to it.
+        e_unit, c_unit = (
+            unit if case.e.dtype.itemsize > 2 or case.options.get(f"accum_{name}_fp32") else unit_of(case.e.dtype)
+            for name in ("e", "c")
+        )
+        bias_unit = unit if case.options.get("bias") is None else unit_of(case.options["bias"].dtype)
+        view[expected.valid] += (2 * (len(case.c) + 16) * unit + 1.01 * e_unit) * (flat @ c)
+        d_c += (2 * (exact.n_valid + 16) * unit + 1.01 * c_unit) * (flat.T @ e)
+        d_bias += (2 * (exact.n_valid + 16) * unit + 1.01 * bias_unit) * flat.sum(axis=0)
+    return d_e, d_c, d_bias
+
+
+def unit_of(dtype: np.dtype) -> float:
+    """Unit roundoff of a format."""
+    return float(ml_dtypes.finfo(dtype).eps) / 2
+
+
+def rounding_of_g(g: np.ndarray, weights: np.ndarray, dtype: np.dtype) -> np.ndarray | float:
+    """What tensor cores cost: they take G in the inputs' dtype, scaled so that the largest weight is at least 2^13."""
+    if dtype.itemsize > 2:
+        return 0.0
+    info = ml_dtypes.finfo(dtype)
+    largest = np.max(weights, where=np.isfinite(weights), initial=0)
+    return float(info.eps) / 2 * g + float(info.smallest_subnormal) / 2 * largest * 2.0**-13
 
 
 def shifted_targets(expected: Expectation) -> np.ndarray:

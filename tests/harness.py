@@ -44,9 +44,7 @@ class Harness:
 
     def _options(self, case: Case) -> dict[str, Any]:
         options = {"backend": self.backend, **case.options}
-        if isinstance(options.get("bias"), np.ndarray):
-            options["bias"] = self.device(options["bias"])
-        return options
+        return {name: self.device(value) if isinstance(value, np.ndarray) else value for name, value in options.items()}
 
     def _arrays(self, case: Case) -> tuple[Any, Any, Any]:
         return self.device(case.e), self.device(case.c), self.device(case.targets)
@@ -129,6 +127,7 @@ class HopperHarness(GpuHarness):
         max_d=450,
         long_v=40_003,
         dtypes=DTYPES[:2],
+        every_term=False,
     )
 
     def __init__(self) -> None:

@@ -82,6 +82,43 @@ def test_arrays_that_do_not_fit(kind, arrays, says):
         (ValueError, {"bias": np.ones(4, np.float32)}, ["bias", "(5,)", "(4,)"]),
         (TypeError, {"bias": np.ones(5)}, ["bias", "float32", "float64"]),
         (TypeError, {"bias": [0.0] * 5}, ["bias", "array", "list"]),
+        (ValueError, {"softcap": 10**400}, ["softcap", "finite"]),
+        (ValueError, {"label_smoothing": 1.0}, ["label_smoothing", "[0, 1)", "1.0"]),
+        (ValueError, {"label_smoothing": -0.1}, ["label_smoothing", "[0, 1)", "-0.1"]),
+        (ValueError, {"label_smoothing": float("nan")}, ["label_smoothing", "[0, 1)", "nan"]),
+        (TypeError, {"label_smoothing": "0.1"}, ["label_smoothing", "number", "'0.1'"]),
+        (TypeError, {"label_smoothing": True}, ["label_smoothing", "number", "True"]),
+        (TypeError, {"label_smoothing": None}, ["label_smoothing", "number", "None"]),
+        (TypeError, {"label_smoothing": np.full(3, 0.1)}, ["label_smoothing", "number"]),
+        (ValueError, {"z_loss": -1e-4}, ["z_loss", ">= 0", "-0.0001"]),
+        (ValueError, {"z_loss": float("inf")}, ["z_loss", "finite", "inf"]),
+        (ValueError, {"z_loss": 1e39}, ["z_loss", "finite", "1e+39"]),
+        (TypeError, {"z_loss": np.ones(3)}, ["z_loss", "number"]),
+        (TypeError, {"z_loss": False}, ["z_loss", "number", "False"]),
+        (ValueError, {"logit_scale": 0.0}, ["logit_scale", "positive", "0.0"]),
+        (ValueError, {"logit_scale": -2}, ["logit_scale", "positive", "-2"]),
+        (ValueError, {"logit_scale": float("nan")}, ["logit_scale", "nan"]),
+        (ValueError, {"logit_scale": np.float32(np.inf)}, ["logit_scale", "finite", "inf"]),
+        (ValueError, {"logit_scale": np.array(0.0)}, ["logit_scale", "positive"]),
+        (ValueError, {"logit_scale": 1e39}, ["logit_scale", "float32", "1e+39"]),
+        (TypeError, {"logit_scale": "2"}, ["logit_scale", "number", "array", "'2'"]),
+        (TypeError, {"logit_scale": True}, ["logit_scale", "number", "True"]),
+        (TypeError, {"logit_scale": [1.0, 2.0, 3.0]}, ["logit_scale", "array", "list"]),
+        (TypeError, {"logit_scale": np.ones(3, bool)}, ["logit_scale", "real numbers", "bool"]),
+        (TypeError, {"logit_scale": np.ones(3, complex)}, ["logit_scale", "real numbers", "complex128"]),
+        (ValueError, {"logit_scale": np.ones(5)}, ["logit_scale", "(3,)", "(5,)"]),
+        (ValueError, {"logit_scale": np.ones((3, 1))}, ["logit_scale", "(3,)", "(3, 1)"]),
+        (ValueError, {"class_weights": np.ones(3)}, ["class_weights", "(V,) = (5,)", "(3,)"]),
+        (ValueError, {"class_weights": np.ones(())}, ["class_weights", "(V,)", "()"]),
+        (TypeError, {"class_weights": 2.0}, ["class_weights", "array", "float"]),
+        (TypeError, {"class_weights": np.ones(5, bool)}, ["class_weights", "real numbers", "bool"]),
+        (TypeError, {"class_weights": np.ones(5, complex)}, ["class_weights", "real numbers", "complex128"]),
+        (ValueError, {"token_weights": np.ones(5)}, ["token_weights", "targets", "(3,)", "(5,)"]),
+        (ValueError, {"token_weights": np.ones(2), "shift": 1}, ["token_weights", "targets", "(3,)", "(2,)"]),
+        (TypeError, {"token_weights": 0.5}, ["token_weights", "array", "float"]),
+        (TypeError, {"token_weights": np.array(["a", "b", "c"])}, ["token_weights", "real numbers or booleans", "<U1"]),
+        (TypeError, {"weight": np.ones(5)}, ["weight", "did you mean 'class_weights'"]),
+        (TypeError, {"temperature": 2.0}, ["temperature", "did you mean 'logit_scale'"]),
     ],
 )
 def test_options_that_do_not_fit(kind, options, says):
@@ -90,8 +127,14 @@ def test_options_that_do_not_fit(kind, options, says):
 
 
 def test_options_that_mean_nothing_to_a_building_block():
-    with pytest.raises(TypeError, match="reduction: means nothing here; this function takes bias, softcap, shift, backend"):
+    takes = "bias, softcap, logit_scale, shift, backend"
+    with pytest.raises(TypeError, match=f"reduction: means nothing here; this function takes {takes}"):
         cce.linear_logsumexp(e, c, reduction="sum")
+    for name in ("label_smoothing", "z_loss", "class_weights", "token_weights"):
+        with pytest.raises(TypeError, match=f"{name}: means nothing here"):
+            cce.linear_logsumexp(e, c, **{name: 0})
+        with pytest.raises(TypeError, match=f"{name}: means nothing here"):
+            cce.indexed_dot(e, c, targets, **{name: 0})
     with pytest.raises(TypeError, match="filter_eps: means nothing here"):
         cce.indexed_dot(e, c, targets, filter_eps=None)
 
@@ -102,13 +145,36 @@ def test_shift_needs_an_axis():
     assert "(4,)" in message
 
 
-@pytest.mark.parametrize("name", ["c", "targets", "bias"])
+@pytest.mark.parametrize("name", ["c", "targets", "bias", "logit_scale", "class_weights", "token_weights"])
 def test_arrays_on_different_devices(monkeypatch, name):
-    arrays = {"c": c, "targets": targets, "bias": np.zeros(5, np.float32)}
+    options = {name: np.ones(3, np.float32) for name in ("logit_scale", "token_weights")}
+    options |= {name: np.ones(5, np.float32) for name in ("bias", "class_weights")}
+    arrays = {"c": c, "targets": targets, **options}
     elsewhere = arrays[name]
     monkeypatch.setattr(interchange, "device_of", lambda x: "cuda:1" if x is elsewhere else "cpu")
-    message = error_of(ValueError, e, arrays["c"], arrays["targets"], bias=arrays["bias"])
+    message = error_of(ValueError, e, c, targets, **options)
     assert message == f"{name}: must be on the device of e, cpu, got an array on cuda:1"
+
+
+def test_weights_of_any_real_dtype_and_scales_of_any_number():
+    """As floats of the compute dtype; token weights may be a mask."""
+    half = arguments.problem(e, c, targets, {"token_weights": np.array([True, False, True]), "class_weights": np.arange(5)})
+    assert half.token_weights.tolist() == [1, 0, 1]
+    assert half.class_weights.dtype == half.token_weights.dtype == np.float32
+    for two in (2, 2.0, np.float16(2), np.array(2.0), np.full(3, 2, np.int8), np.full(3, 2, interchange.BFLOAT16)):
+        scale = arguments.problem(e, c, targets, {"logit_scale": two}).logit_scale
+        assert scale.dtype == np.float32
+        assert scale.tolist() == [2, 2, 2]
+    for one in (None, 1, 1.0, np.array(1.0)):
+        assert arguments.problem(e, c, targets, {"logit_scale": one}).logit_scale is None
+
+
+def test_weights_shift_with_the_targets_and_scales_do_not():
+    given = {"token_weights": np.array([1.0, 2.0, 3.0]), "logit_scale": np.array([4.0, 5.0, 6.0]), "shift": 1}
+    p = arguments.problem(e, c, targets, given)
+    assert p.targets.tolist() == [1, 4, -100]
+    assert p.token_weights.tolist() == [2, 3, 0]
+    assert p.logit_scale.tolist() == [4, 5, 6]
 
 
 def test_nothing_is_changed_by_a_bad_call_or_a_good_one():

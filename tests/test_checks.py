@@ -31,8 +31,8 @@ def test_assert_within():
 
 
 def numbers_of(expected):
-    forward = expected.forward
-    numbers = {name: np.asarray(getattr(forward, name), np.float32) for name in ("loss", "nll", "lse", "target_logit")}
+    forward, wide = expected.forward, np.float64 if expected.case.e.dtype == np.float64 else np.float32
+    numbers = {name: np.asarray(getattr(forward, name), wide) for name in ("loss", "nll", "lse", "target_logit")}
     return numbers | {"n_valid": np.array(forward.n_valid)}
 
 
@@ -73,6 +73,56 @@ def test_wrong_gradients_are_refused(name, how, dtype):
     grads = {k: (wrong if k == name else v).astype(dtype) for k, v in right.items()}
     with pytest.raises(AssertionError, match=f"grads.{name}"):
         check_gradients(expected, cce.Gradients(**grads))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_g_may_be_rounded_once(dtype):
+    """To the inputs' dtype, as tensor cores take it, in gradients of float32; but not to one bit less."""
+    case = make_case(1, (40,), 50, 12, dtype, reduction="sum", accum_e_fp32=True, accum_c_fp32=True)
+    expected = expect(case)
+    e, c = (x.astype(np.float64) for x in (case.e, case.c))
+    g = np.exp(expected.forward.logits - expected.forward.lse[:, None]) - reference.onehot(case.targets, 50)
+
+    def check(g):
+        check_gradients(expected, cce.Gradients(e=(g @ c).astype(np.float32), c=(g.T @ e).astype(np.float32)))
+
+    check(g)
+    check(g.astype(dtype).astype(np.float64))
+    sign = np.where(np.outer(np.ones(40), c[:, 0]) > 0, 1, -1)
+    check(g + 2.0**-12 * np.abs(g) * sign if dtype == np.float16 else g + 2.0**-9 * np.abs(g) * sign)
+    with pytest.raises(AssertionError, match="grads"):
+        check(g + 2.0 ** (-10 if dtype == np.float16 else -7) * np.abs(g) * sign)
+
+
+TERMS = {
+    "logit_scale": 0.5,
+    "label_smoothing": 0.1,
+    "z_loss": 0.01,
+    "class_weights": np.linspace(0.1, 2, 50),
+    "token_weights": np.linspace(0.1, 2, 40),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize("name", TERMS)
+def test_a_missing_term_is_refused(name, softcap, dtype):
+    """In the loss, in dE and in dC; and the reference with all of them, rounded, is accepted."""
+    case = make_case(0, (40,), 50, 12, dtype, softcap=softcap, reduction="sum").with_options(**TERMS)
+    expected = expect(case)
+    check_forward(expected, numbers_of(expected))
+    right = reference.backward(case.e, case.c, case.targets, **expected.options)
+    check_gradients(expected, cce.Gradients(right.e.astype(dtype), right.c.astype(dtype)))
+    without = {k: v for k, v in expected.options.items() if k != name}
+    numbers = numbers_of(expected)
+    numbers["loss"] = reference.forward(case.e, case.c, case.targets, **without).loss.astype(numbers["loss"].dtype)
+    with pytest.raises(AssertionError, match="loss"):
+        check_forward(expected, numbers)
+    wrong = reference.backward(case.e, case.c, case.targets, **without)
+    with pytest.raises(AssertionError, match=r"grads\.e"):
+        check_gradients(expected, cce.Gradients(wrong.e.astype(dtype), right.c.astype(dtype)))
+    with pytest.raises(AssertionError, match=r"grads\.c"):
+        check_gradients(expected, cce.Gradients(right.e.astype(dtype), wrong.c.astype(dtype)))
 
 
 def test_a_missed_survivor_is_refused():

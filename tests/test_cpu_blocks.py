@@ -20,7 +20,7 @@ from cce_numba.cpu import backend
 from cce_numba.cpu.fold import exp_float32
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.progress import reported_to
-from tests.cases import DTYPES, Edges, cases, filters, make_case
+from tests.cases import DTYPES, Edges, cases, filters, make_case, with_terms
 from tests.checks import check_forward, check_gradients, expect
 from tests.harness import CpuHarness
 
@@ -34,7 +34,7 @@ def test_any_blocks(data):
     multiple = st.integers(1, 3).map(lambda k: k * survivor_block)
     tiles = CpuTiles(survivor_block, data.draw(multiple), data.draw(st.sampled_from([8, 16])), data.draw(multiple))
     case = data.draw(cases(EDGES))
-    case = case.with_options(**data.draw(filters()))
+    case = data.draw(with_terms(case.with_options(**data.draw(filters())), EDGES))
     harness = CpuHarness()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "choose_tiles", lambda p: tiles)
@@ -52,13 +52,14 @@ def test_where_nearly_everything_survives_all_does():
     np.testing.assert_array_equal(cce.backward(filtered).c, cce.backward(exact).c)
 
 
+@pytest.mark.parametrize("terms", [{}, {"label_smoothing": 0.1, "z_loss": 1e-4}], ids=["plain", "terms"])
 @pytest.mark.parametrize("filter_eps", ["auto", None])
 @pytest.mark.parametrize(
     ("N", "V", "D", "dtype"),
     [(1024, 20_000, 256, np.float32), (6000, 3000, 1024, ml_dtypes.bfloat16), (50, 200_000, 16, np.float32)],
     ids=["usual", "dE in groups", "wide"],
 )
-def test_memory_stays_within_64_mib_and_within_the_plan(N, V, D, dtype, filter_eps):
+def test_memory_stays_within_64_mib_and_within_the_plan(N, V, D, dtype, filter_eps, terms):
     case = make_case(0, (N,), V, D, np.dtype(dtype), spread=1.0)
     small = make_case(0, (2,), 8, D, np.dtype(dtype))
     CpuHarness().backward(CpuHarness().forward(small))  # compiles
@@ -66,7 +67,7 @@ def test_memory_stays_within_64_mib_and_within_the_plan(N, V, D, dtype, filter_e
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        _, grads = cce.linear_cross_entropy_with_grad(case.e, case.c, case.targets, filter_eps=filter_eps)
+        _, grads = cce.linear_cross_entropy_with_grad(case.e, case.c, case.targets, filter_eps=filter_eps, **terms)
         extra = tracemalloc.get_traced_memory()[1] - before - grads.e.nbytes - grads.c.nbytes
     finally:
         tracemalloc.stop()

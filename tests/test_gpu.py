@@ -50,8 +50,16 @@ def test_arrays_on_different_devices(cupy, case, name):
         cce.linear_cross_entropy(e, arrays["c"], arrays["targets"], bias=arrays["bias"])
 
 
-def test_work_is_ordered_on_the_current_stream_and_the_host_does_not_wait(cupy, case):
-    expected = cce.linear_cross_entropy_with_grad(*on_device(cupy, case))  # compiles, too
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("terms", ["none", "every", "under a softcap"])
+def test_work_is_ordered_on_the_current_stream_and_the_host_does_not_wait(cupy, terms, dtype):
+    case, options = make_case(0, (200,), 700, 48, np.dtype(dtype)), {}
+    if terms != "none":
+        weights = {"class_weights": cupy.linspace(0, 2, 700), "token_weights": cupy.arange(200) % 3 > 0}
+        options = {"label_smoothing": 0.1, "z_loss": 1e-3, **weights}
+    if terms == "under a softcap":
+        options |= {"softcap": 20.0, "logit_scale": cupy.linspace(0.5, 1.5, 200)}
+    expected = cce.linear_cross_entropy_with_grad(*on_device(cupy, case), **options)  # compiles, too
     spin = cupy.RawKernel(
         'extern "C" __global__ void spin(long long cycles) {'
         " long long start = clock64(); while (clock64() - start < cycles); }",
@@ -64,12 +72,12 @@ def test_work_is_ordered_on_the_current_stream_and_the_host_does_not_wait(cupy, 
     with stream:
         spin((1,), (1,), (np.int64(2_000_000_000),))  # about a second, before the input exists
         late_e[...] = e
-        loss, grads = cce.linear_cross_entropy_with_grad(late_e, c, targets)
+        loss, grads = cce.linear_cross_entropy_with_grad(late_e, c, targets, **options)
         assert not stream.done, "the host waited for the device"
     stream.synchronize()
     cupy.testing.assert_array_equal(loss, expected[0])
-    cupy.testing.assert_array_equal(grads.e, expected[1].e)
-    cupy.testing.assert_array_equal(grads.c, expected[1].c)
+    for ours, before in ((grads.e, expected[1].e), (grads.c, expected[1].c)):
+        cupy.testing.assert_array_equal(ours.astype(np.float32), before.astype(np.float32))
 
 
 def test_a_target_out_of_range_is_nan_without_looking(cupy, case):

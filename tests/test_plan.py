@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import cce_numba as cce
+from cce_numba import arguments
 from cce_numba import plan as planning
 from cce_numba.cpu.tiles import WORKSPACE_BYTES
 from cce_numba.simt.tiles import GPU_TILES, GPU_TILES_FLOAT64, SIMULATOR_TILES, SimtTiles
@@ -49,6 +51,34 @@ def test_backends_offer_what_the_protocol_asks(name):
         asked = list(inspect.signature(getattr(planning.Backend, function)).parameters.values())[1:]
         offered = list(inspect.signature(getattr(module, function)).parameters.values())
         assert [(p.name, p.kind) for p in offered] == [(p.name, p.kind) for p in asked], function
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"logit_scale": 0.5}, "logit_scale must be None or 1"),
+        ({"logit_scale": np.ones(3)}, "logit_scale must be None or 1"),
+        ({"softcap": 30.0, "label_smoothing": 0.1}, "label_smoothing must be 0, or softcap None"),
+        ({"label_smoothing": 0.1, "z_loss": 0.1, "class_weights": np.ones(5), "token_weights": np.ones(3)}, None),
+        ({"logit_scale": 1.0, "softcap": 30.0}, None),
+    ],
+)
+def test_what_tensor_cores_leave_to_the_portable_kernels(monkeypatch, options, reason):
+    from cce_numba.hopper import backend
+
+    monkeypatch.setattr(backend.simt, "SIMULATED", False)
+    monkeypatch.setattr(backend.simt, "why_not", lambda p: None)
+    monkeypatch.setattr(backend.gpu, "current", lambda: SimpleNamespace(compute_capability=(9, 0)))
+    said = backend.why_not(arguments.problem(e.astype(np.float16), c.astype(np.float16), targets, options))
+    assert said is None if reason is None else reason in said
+
+
+@not_simulated
+def test_a_filter_that_is_left_out_is_told():
+    options = {"softcap": 30.0, "label_smoothing": 0.1}
+    assert "nothing is filtered, since" in cce.explain(e, c, targets, **options).how
+    assert cce.explain(e, c, targets, **options).survivor_bytes == 0
+    assert cce.explain(e, c, targets, label_smoothing=0.1).survivor_bytes > 0
 
 
 @not_simulated

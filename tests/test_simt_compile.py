@@ -17,7 +17,10 @@ from tests.cases import DTYPES, make_case
 pytestmark = pytest.mark.usefixtures("compiler")
 
 
-def launches_of(dtype, monkeypatch):
+TERMS = {"softcap": 30.0, "label_smoothing": 0.1, "class_weights": np.ones(1000), "logit_scale": np.ones(300)}
+
+
+def launches_of(dtype, monkeypatch, terms):
     """{kernel's name: (kernel, signature)}: what the host code would launch, by letting it run with launches recorded."""
     recorded = {}
 
@@ -30,19 +33,19 @@ def launches_of(dtype, monkeypatch):
     monkeypatch.setattr(backward, "argument", lambda array: array)
     monkeypatch.setattr(forward, "multiprocessors", lambda: 132)
     case = make_case(0, (300,), 1000, 64, dtype, bias=True)
-    p = arguments.problem(case.e, case.c, case.targets, case.options)
+    p = arguments.problem(case.e, case.c, case.targets, case.options | terms)
     tiles = choose_tiles(p.compute_dtype, simulated=False)
     statistics = forward.forward(p, tiles, record_survivors=True)
     weight = np.ones(p.N, p.compute_dtype)
     into = Gradients(*(np.empty_like(x) for x in (p.e, p.c, p.bias)))
-    backward.backward(p, tiles, statistics, weight, weight, into, accumulate=True)
+    backward.backward(p, tiles, statistics, weight, weight, weight if terms else None, into, accumulate=True)
     return recorded, tiles
 
 
-@pytest.mark.parametrize("cc", [(8, 0), (9, 0)], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize(("cc", "terms"), [((8, 0), {}), ((9, 0), {}), ((8, 0), TERMS)], ids=["sm_80", "sm_90", "sm_80, terms"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernels_compile_within_their_budget(dtype, cc, monkeypatch):
-    launches, tiles = launches_of(dtype, monkeypatch)
+def test_kernels_compile_within_their_budget(dtype, cc, terms, monkeypatch):
+    launches, tiles = launches_of(dtype, monkeypatch, terms)
     assert set(launches) == {
         "list_tokens_kernel",
         "indexed_dot_kernel",

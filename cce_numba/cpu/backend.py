@@ -58,7 +58,15 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
 
 
 def backward(
-    p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, into: Gradients, accumulate: bool
+    p: Problem,
+    plan: Plan,
+    statistics: Statistics,
+    softmax_weight: Any,
+    target_weight: Any,
+    uniform_weight: Any,
+    into: Gradients,
+    accumulate: bool,
 ) -> None:
     """See `plan.Backend`."""
-    backward_loops.backward(p, plan.tiles, statistics, softmax_weight, target_weight, into, accumulate)
+    upstream = backward_loops.Upstream(softmax_weight, target_weight, uniform_weight)
+    backward_loops.backward(p, plan.tiles, statistics, upstream, into, accumulate)

@@ -11,26 +11,25 @@ from typing import Any
 import numpy as np
 
 from cce_numba.arguments import Problem
-from cce_numba.cpu.blocks import finish_logits, ranges, rows, threads
+from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, threads
 from cce_numba.cpu.fold import add_rows, gradient_block
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.plan import Gradients, Statistics
 from cce_numba.progress import advance
 
 _ROWS_OF_A_THREAD = 128  # of G, at a time
+_ROWS_TO_FINISH = 512  # at a time: adding to what is there takes a copy of it
 
 
 def backward(
     p: Problem,
     tiles: CpuTiles,
     statistics: Statistics,
-    softmax_weight: Any,
-    target_weight: Any,
+    upstream: Upstream,
     into: Gradients,
     accumulate: bool,
 ) -> None:
     """Writes the gradients `into` arrays, or adds to what is in there; see `plan.Backend`."""
-    upstream = Upstream(softmax_weight, target_weight)
     tokens = statistics.tokens
     if into.e is not None and not accumulate:
         into.e[...] = 0  # tokens that do not count stay so
@@ -47,14 +46,16 @@ def backward(
 
 @dataclass(frozen=True)
 class Upstream:
-    """(N,) weights of the softmax and of the one-hot target in G, of the compute dtype."""
+    """(N,) weights of the softmax, of the one-hot target and of the class weights in G, of the compute dtype."""
 
     softmax_weight: Any
     target_weight: Any
+    uniform_weight: Any  # or None
 
     def alive(self, tokens: Any) -> Any:
         """Those of the tokens that any gradient comes from."""
-        return tokens[(self.softmax_weight[tokens] != 0) | (self.target_weight[tokens] != 0)]
+        alive = (self.softmax_weight[tokens] != 0) | (self.target_weight[tokens] != 0)
+        return tokens[alive if self.uniform_weight is None else alive | (self.uniform_weight[tokens] != 0)]
 
 
 def _sweep(
@@ -112,19 +113,21 @@ def _sweep(
             if d_bias is not None:
                 d_bias_sum[slice(None) if not filter_c or kept is None else kept] += g.sum(axis=0, dtype=np.float64)
         if d_c is not None and not d_c_sums_itself:
-            _finish(d_c, slice(v0, v1), d_c_sum, accumulate)
+            _finish(d_c[v0:v1], None, d_c_sum, accumulate)
         if d_bias is not None:
-            _finish(d_bias, slice(v0, v1), d_bias_sum, accumulate)
+            _finish(d_bias[v0:v1], None, d_bias_sum, accumulate)
         yield v_block + 1
     if d_e is not None and d_e_sum is not d_e:
         _finish(d_e, statistics.tokens[first:last], d_e_sum, accumulate)
 
 
-def _finish(gradient: Any, where: Any, total: Any, accumulate: bool) -> None:
-    """Rounds `total` to gradient[where], or with `accumulate` what is there plus `total`, which is spoilt."""
-    if accumulate:
-        total += gradient[where].astype(total.dtype, copy=False)
-    gradient[where] = total
+def _finish(gradient: Any, tokens: Any, total: Any, accumulate: bool) -> None:
+    """Rounds `total` to the gradient's rows of these tokens (None: to all), or adds it to them; it is spoilt."""
+    for start, stop in ranges(len(total), _ROWS_TO_FINISH):
+        rows, part = slice(start, stop) if tokens is None else tokens[start:stop], total[start:stop]
+        if accumulate:
+            part += gradient[rows].astype(total.dtype, copy=False)
+        gradient[rows] = part
 
 
 def _kept_columns(statistics: Statistics, position: int, v0: int, v1: int) -> Any:
@@ -148,7 +151,7 @@ def _gradient_of_logits(
 ) -> Any:
     """G (n, k) of these tokens and columns (counted from v0; None means all of c's block), from recomputed logits."""
     z = e @ _rows(c, columns).T
-    finish_logits(z, p, slice(v0, v0 + len(c)) if columns is None else columns + v0)
+    finish_logits(z, p, tokens, slice(v0, v0 + len(c)) if columns is None else columns + v0)
     wanted = p.targets[tokens] - v0
     if columns is None:
         target_column = np.where((wanted >= 0) & (wanted < len(c)), wanted, -1)
@@ -156,18 +159,22 @@ def _gradient_of_logits(
         found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
         target_column = np.where(columns[found] == wanted, found, -1)
     inverse_softcap = z.dtype.type(0 if p.options.softcap is None else 1 / p.options.softcap)
+    uniform_weight = upstream.uniform_weight
     # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
     softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, upstream.softmax_weight[tokens])
     per_token = (
         statistics.lse[tokens],
         softmax_weight.astype(z.dtype, copy=False),
         upstream.target_weight[tokens],
+        (upstream.target_weight if uniform_weight is None else uniform_weight)[tokens],
         target_column,
     )
+    # Nothing is filtered where there is such a term: all columns of the block are here.
+    of_class = np.empty(0, z.dtype) if uniform_weight is None else class_weights(p, slice(v0, v0 + len(c)))
 
     def fill(span: tuple[int, int]) -> None:
         some = slice(*span)
-        gradient_block(z[some], *(x[some] for x in per_token), inverse_softcap)
+        gradient_block(z[some], *(x[some] for x in per_token), of_class, inverse_softcap)
 
     list(threads().map(fill, ranges(len(tokens), _ROWS_OF_A_THREAD)))
     return z

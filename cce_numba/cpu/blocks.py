@@ -29,14 +29,23 @@ def rows(array: Any, index: Any, dtype: np.dtype) -> Any:
     return array[index].astype(dtype, copy=False)
 
 
-def finish_logits(z: Any, p: Problem, columns: Any) -> None:
-    """Adds the bias of these columns to the products z (n, v) and caps them, in place."""
+def finish_logits(z: Any, p: Problem, tokens: Any, columns: Any) -> None:
+    """Adds the bias of these columns to the products z (n, v), scales the rows of these tokens and caps them, in place."""
     if p.bias is not None:
         z += p.bias[columns].astype(z.dtype, copy=False)
+    if p.logit_scale is not None:
+        z *= p.logit_scale[tokens][:, None]
     if p.options.softcap is not None:
         z /= z.dtype.type(p.options.softcap)
         np.tanh(z, out=z)
         z *= z.dtype.type(p.options.softcap)
+
+
+def class_weights(p: Problem, columns: slice) -> Any:
+    """(v,) of the compute dtype: the class weights of these columns, 1 without any."""
+    if p.class_weights is None:
+        return np.ones(columns.stop - columns.start, p.compute_dtype)
+    return p.class_weights[columns]
 
 
 @cache

@@ -100,16 +100,31 @@ def fold_block(
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
-def gradient_block(z: Any, lse: Any, softmax_weight: Any, target_weight: Any, target_column: Any, inverse_softcap: Any) -> None:
-    """Turns logits z (n, v) into G = softmax_weight * softmax - target_weight * onehot, times the softcap's derivative.
+def gradient_block(
+    z: Any,
+    lse: Any,
+    softmax_weight: Any,
+    target_weight: Any,
+    uniform_weight: Any,
+    target_column: Any,
+    class_weights: Any,
+    inverse_softcap: Any,
+) -> None:
+    """Turns logits z (n, v) into G = softmax_weight * softmax - target_weight * onehot - uniform_weight * class_weights.
 
-    In place. lse and both weights: (n,) of z's dtype. target_column (n,): where the row's target stands among the columns,
-    or -1. inverse_softcap: 1 / softcap in z's dtype, or 0 without one.
+    Times the softcap's derivative. In place. lse and weights: (n,) of z's dtype; class_weights (v,), or empty for no such term.
+    target_column (n,): where the row's target stands among the columns, or -1. inverse_softcap: 1 / softcap in z's dtype, or 0
+    without one.
     """
     for n in range(z.shape[0]):
         row, column, weight, log_sum_exp = z[n], target_column[n], softmax_weight[n], lse[n]
         at_target = row[column] if column >= 0 else row[0]
-        if inverse_softcap == _ZERO:
+        if class_weights.shape[0] > 0:
+            uniform = uniform_weight[n]
+            for v in range(row.shape[0]):
+                tanh = row[v] * inverse_softcap
+                row[v] = (weight * _exp(row[v] - log_sum_exp) - uniform * class_weights[v]) * (_ONE - tanh * tanh)
+        elif inverse_softcap == _ZERO:
             for v in range(row.shape[0]):
                 row[v] = weight * _exp(row[v] - log_sum_exp)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cce_numba.arguments import Problem
-from cce_numba.cpu.blocks import finish_logits, ranges, rows, threads
+from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, threads
 from cce_numba.cpu.fold import fold_block
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.plan import Statistics
@@ -34,6 +34,8 @@ def target_logits(p: Problem, tokens: Any, block_n: int) -> Any:
         z = np.vecdot(rows(p.e, block, p.compute_dtype), p.c[safe].astype(p.compute_dtype, copy=False))[:, None]
         if p.bias is not None:
             z += p.bias[safe].astype(z.dtype)[:, None]
+        if p.logit_scale is not None:
+            z *= p.logit_scale[block][:, None]
         if p.options.softcap is not None:
             z = z.dtype.type(p.options.softcap) * np.tanh(z / z.dtype.type(p.options.softcap))
         out[block] = np.where(in_range, z[:, 0], np.nan)
@@ -41,10 +43,11 @@ def target_logits(p: Problem, tokens: Any, block_n: int) -> Any:
 
 
 def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
-    """Log-sum-exp, target logit and survivors of each token."""
+    """Log-sum-exp, target logit and survivors of each token, and its mean logit where it is asked for."""
     tokens = counting_tokens(p)
     target_logit = None if p.targets is None else target_logits(p, tokens, tiles.block_n)
     running_max, running_sum = np.full(len(tokens), -np.inf), np.zeros(len(tokens))
+    total_logit = np.zeros(len(tokens)) if p.options.smooths_capped else None
     survivors = None
     if record_survivors:
         survivors = np.zeros((-(-len(tokens) // tiles.survivor_block), -(-p.V // 8)), np.uint8)
@@ -57,7 +60,9 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
         for v_block, (v0, v1) in enumerate(ranges(p.V, tiles.block_v)):
             z = z_buffer[: (n1 - n0) * (v1 - v0)].reshape(n1 - n0, v1 - v0)
             np.matmul(e, p.c[v0:v1].astype(p.compute_dtype, copy=False).T, out=z)
-            finish_logits(z, p, slice(v0, v1))
+            finish_logits(z, p, tokens[n0:n1], slice(v0, v1))
+            if total_logit is not None:
+                total_logit[n0:n1] += z @ class_weights(p, slice(v0, v1))
 
             def fold(span: tuple[int, int], n0: int = n0, v0: int = v0, z: Any = z, seed: Any = logit_seed) -> None:
                 a, b = span
@@ -76,7 +81,11 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
         _keep_targets_and_nan(survivors, p, tokens, lse, target_logit, tiles.survivor_block)
         if np.bitwise_count(survivors).sum(dtype=np.int64) > _DENSE_ABOVE * len(survivors) * p.V:
             survivors = None
-    return Statistics(tokens, np.array(len(tokens)), lse, target_logit, survivors, tiles.survivor_block)
+    mean_logit = None
+    if total_logit is not None:
+        mean_logit = np.zeros(p.N, p.compute_dtype)
+        mean_logit[tokens] = total_logit / p.V
+    return Statistics(tokens, np.array(len(tokens)), lse, target_logit, survivors, tiles.survivor_block, mean_logit)
 
 
 def _keep_targets_and_nan(survivors: Any, p: Problem, tokens: Any, lse: Any, target_logit: Any, block: int) -> None:

@@ -36,6 +36,10 @@ def why_not(p: Problem) -> str | None:
         return f"it needs compute capability 9.x (Hopper: H100, H200), and {p.device} has {major}.{minor}"
     if max(p.N, p.V, p.D) > _LARGEST:
         return f"it numbers tokens, entries and terms with 32 bits: N, V and D must be at most {_LARGEST:,}"
+    if p.logit_scale is not None:
+        return "its kernels do not scale logits yet: logit_scale must be None or 1"
+    if p.options.smooths_capped:
+        return "its kernels do not smooth labels under a softcap yet: label_smoothing must be 0, or softcap None"
     return None
 
 
@@ -94,7 +98,14 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
 
 
 def backward(
-    p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, into: Gradients, accumulate: bool
+    p: Problem,
+    plan: Plan,
+    statistics: Statistics,
+    softmax_weight: Any,
+    target_weight: Any,
+    uniform_weight: Any,
+    into: Gradients,
+    accumulate: bool,
 ) -> None:
     """See `plan.Backend`."""
     _module("backward.run").backward(p, statistics, softmax_weight, target_weight, into, accumulate)

@@ -58,7 +58,8 @@ def plan(p: Problem) -> Plan:
         how=f"portable kernels on {where}, computing in {p.compute_dtype}; vocabulary in {splits} splits per block of tokens "
         f"in the forward, in chunks of {chunk} in the backward",
         tiles=tiles,
-        forward_bytes=p.N * (4 * splits * itemsize + 8),  # up to twice the splits: see forward_kernels._HEAD
+        # Up to twice the splits (see forward_kernels._HEAD); or once, and float64 totals of logits beside them.
+        forward_bytes=p.N * (4 * splits * itemsize + 8),
         survivor_bytes=0 if p.options.filter_eps is None else survivor_bytes(p, tiles.survivor_block),
         backward_bytes=backward_bytes(p),
         stored_logits_bytes=p.logits_bytes,
@@ -90,7 +91,14 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
 
 
 def backward(
-    p: Problem, plan: Plan, statistics: Statistics, softmax_weight: Any, target_weight: Any, into: Gradients, accumulate: bool
+    p: Problem,
+    plan: Plan,
+    statistics: Statistics,
+    softmax_weight: Any,
+    target_weight: Any,
+    uniform_weight: Any,
+    into: Gradients,
+    accumulate: bool,
 ) -> None:
     """See `plan.Backend`."""
-    backward_kernels.backward(p, plan.tiles, statistics, softmax_weight, target_weight, into, accumulate)
+    backward_kernels.backward(p, plan.tiles, statistics, softmax_weight, target_weight, uniform_weight, into, accumulate)

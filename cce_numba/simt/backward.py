@@ -42,6 +42,7 @@ def backward(
     statistics: Statistics,
     softmax_weight: Any,
     target_weight: Any,
+    uniform_weight: Any,
     into: Gradients,
     accumulate: bool,
 ) -> None:
@@ -70,6 +71,13 @@ def backward(
     survivors = argument(xp.zeros((1, 1), np.uint8) if statistics.survivors is None else statistics.survivors)
     g = argument(xp.empty((chunk, p.N), p.compute_dtype))
     weights = argument(softmax_weight), argument(target_weight)
+    # Most kernels ask the weights only whether a token takes part, and two can answer for three.
+    marks = weights
+    if uniform_weight is not None:
+        marks = argument(xp.where(uniform_weight != 0, uniform_weight, softmax_weight)), weights[1]
+    logit_scale, of_class, of_uniform = (
+        lse if x is None else argument(x) for x in (p.logit_scale, p.class_weights, uniform_weight)
+    )
     bias = argument(xp.zeros(1, p.dtype) if p.bias is None else p.bias)
     bias_dtype = p.dtype if p.bias is None else np.dtype(p.bias.dtype)
     # One pair of lists for G, and another for dE where it is filtered and dC is not.
@@ -85,23 +93,23 @@ def backward(
                 make_list_columns_kernel(tiles),
                 (n_blocks,),
                 (LIST_THREADS,),
-                *(survivors, keep_all, tokens, n_valid, *weights, v0, v1, columns, count),
+                *(survivors, keep_all, tokens, n_valid, *marks, v0, v1, columns, count),
             )
         columns, count = lists[0]
         launch(
-            make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype, real),
+            make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype, real, uniform_weight is not None),
             (n_blocks, ceil_div(v1 - v0, tiles.block_v)),
             block,
             *(e, c, bias, p.bias is not None, targets, tokens, n_valid, target_logit, lse),
-            real(p.options.softcap or 0),
-            *(*weights, v0, columns, count, g),
+            *(logit_scale, p.logit_scale is not None, real(p.options.softcap or 0), of_class, p.class_weights is not None),
+            *(*weights, of_uniform, v0, columns, count, g),
         )
         if d_e is not None:
             launch(
                 make_d_e_kernel(tiles, p.dtype, np.dtype(d_e.dtype), real),
                 (n_blocks, D_tiles),
                 block,
-                *(g, c, v0, *lists[-1], tokens, n_valid, *weights),
+                *(g, c, v0, *lists[-1], tokens, n_valid, *marks),
                 *(v0 == 0 and not (accumulate and sums_itself), v1 == p.V and not sums_itself, accumulate),
                 *(d_e_sum, d_e_rounded),
             )
@@ -110,7 +118,7 @@ def backward(
                 make_d_c_kernel(tiles, p.dtype, np.dtype(d_c.dtype), real),
                 (ceil_div(v1 - v0, tiles.block_n), D_tiles),
                 block,
-                *(g, e, v0, v1, survivors, keep_all_c, count, tokens, n_valid, *weights, accumulate, d_c),
+                *(g, e, v0, v1, survivors, keep_all_c, count, tokens, n_valid, *marks, accumulate, d_c),
             )
         if d_bias is not None:
             launch(

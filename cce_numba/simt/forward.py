@@ -31,8 +31,8 @@ _HEAD = 8
 
 
 @functools.cache
-def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, real: Any) -> Any:
-    """The kernel for `e` and `c` of `dtype`, computing in `real`."""
+def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, real: Any, with_mean: bool) -> Any:
+    """The kernel for `e` and `c` of `dtype`, computing in `real`; `with_mean` it also adds up the logits."""
     load, _ = conversions(dtype)
     load_bias, _ = conversions(bias_dtype)
     product, logits_tile = make_product(tiles, real), make_logits_tile(tiles, load, real)
@@ -41,6 +41,7 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
     block_n, block_v, threads = tiles.block_n, tiles.block_v, tiles.threads
     thread_n, thread_v, threads_n, threads_v = tiles.thread_n, tiles.thread_v, tiles.threads_n, tiles.threads_v
     partial_shape, hit_shape = (threads_v, block_n), (threads_n, block_v)
+    totals, column_weights = (block_n, block_v) if with_mean else (1, 1)
     alignment = ALIGNMENT
     minus_infinity, out_of_reach = real(-math.inf), real(1e38)
     slack = real(RELATIVE_SLACK)
@@ -55,12 +56,17 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
         tokens: Any,  # (N,) int64, the first n_valid[0] count
         n_valid: Any,  # (1,) int64
         target_logit: Any,  # (N,)
+        logit_scale: Any,  # (N,)
+        has_scale: Any,  # bool
         softcap: Any,  # 0 for none
+        class_weights: Any,  # (V,)
+        has_class_weights: Any,  # bool
         first_tile: Any,  # vocabulary tiles
         tiles_per_split: Any,
         last_tile: Any,
         part_max: Any,  # (splits, N)
         part_sum: Any,  # (splits, N)
+        part_total: Any,  # (splits, N) float64
         survivors: Any,  # (n_blocks, ceil(V / 8)) uint8
         record: Any,  # bool
         log_eps: Any,  # natural log
@@ -70,7 +76,8 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
         """Grid (n_blocks, splits). part_max, part_sum (splits, N): each listed token's (max, sum of exp(z - max)).
 
         Over the vocabulary tiles [first_tile, last_tile). e (N, D), c (V, D), bias (V,); targets, target_logit (N,);
-        tokens (N,) lists n_valid[0] tokens; lse_so_far (N,) what tiles before these have given, if `has_lse`.
+        tokens (N,) lists n_valid[0] tokens; lse_so_far (N,) what tiles before these have given, if `has_lse`. part_total
+        (splits, N): the sums of class weight times logit, if the kernel was made `with_mean`.
         survivors (n_blocks, ceil(V / 8)): bytes of little-endian bits, written whole if `record`.
         """
         e_smem = cuda.shared.array(a_shape, real, alignment)
@@ -82,6 +89,9 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
         row_max = cuda.shared.array(block_n, real)
         row_sum = cuda.shared.array(block_n, real)
         row_lost = cuda.shared.array(block_n, real)  # what rounding took from row_sum (Kahan)
+        row_scale = cuda.shared.array(block_n, real)
+        row_total = cuda.shared.array(totals, np.float64)
+        column_weight = cuda.shared.array(column_weights, real)
         partial = cuda.shared.array(partial_shape, real)
         hits = cuda.shared.array(hit_shape, np.uint8)
         acc = cuda.local.array(acc_shape, real)
@@ -94,6 +104,9 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
             row_max[r], row_sum[r], row_lost[r] = minus_infinity, real(0), real(0)
             token = tokens[min(n0 + r, n_valid[0] - 1)]
             e_rows[r], row_target[r], row_bound[r] = token, targets[token], target_logit[token]
+            row_scale[r] = logit_scale[token] if has_scale else real(1)
+            if with_mean:
+                row_total[r] = 0
             if has_lse and lse_so_far[token] > row_bound[r]:
                 row_bound[r] = lse_so_far[token]
             if n0 + r >= n_valid[0]:  # a row past the end repeats the last token, flags nothing and is not written
@@ -104,6 +117,10 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
         for v0 in range(first, last, block_v):
             for r in range(t, block_v, threads):
                 c_rows[r] = min(v0 + r, V - 1)
+                if with_mean:
+                    column_weight[r] = real(0)
+                    if v0 + r < V:
+                        column_weight[r] = class_weights[v0 + r] if has_class_weights else real(1)
             logits_tile(acc, e, e_rows, c, c_rows, e_smem, c_smem)
 
             # Products become logits; padding is masked last, so that no bias or cap can lift it.
@@ -113,7 +130,8 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
                 if has_bias and v < V:
                     offset = real(load_bias(bias[v]))
                 for i in range(thread_n):
-                    acc[i, j] = finish_logit(acc[i, j], offset, softcap) if v < V else minus_infinity
+                    scale = row_scale[y * thread_n + i]
+                    acc[i, j] = finish_logit(acc[i, j], offset, scale, softcap) if v < V else minus_infinity
 
             # The tile's row maxima: each thread its own columns, then across the threads of a row.
             for i in range(thread_n):
@@ -159,6 +177,20 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
                         row_bound[r] = so_far
             cuda.syncthreads()
 
+            if with_mean:
+                for i in range(thread_n):
+                    total = real(0)
+                    for j in range(thread_v):
+                        weight = column_weight[column_of(j)]
+                        if weight != 0:  # nor for the padding, which is -inf
+                            total += acc[i, j] * weight
+                    partial[x, y * thread_n + i] = total
+                cuda.syncthreads()
+                for r in range(t, block_n, threads):
+                    for other in range(threads_v):
+                        row_total[r] += partial[other, r]
+                cuda.syncthreads()
+
             if record:
                 for j in range(thread_v):
                     column = column_of(j)
@@ -185,28 +217,32 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, rea
             if n0 + r < n_valid[0]:
                 part_max[cuda.blockIdx.y, n0 + r] = row_max[r]
                 part_sum[cuda.blockIdx.y, n0 + r] = row_sum[r] - row_lost[r]
+                if with_mean:
+                    part_total[cuda.blockIdx.y, n0 + r] = row_total[r]
 
     return lse_kernel
 
 
 @functools.cache
-def make_finish_kernel(tiles: SimtTiles, real: Any) -> Any:
-    """Merges the splits, and keeps everything in a block where a token is lost."""
+def make_finish_kernel(tiles: SimtTiles, real: Any, with_mean: bool) -> Any:
+    """Merges the splits, and keeps everything in a block where a token is lost; `with_mean` also means of the logits."""
     block_n = tiles.block_n
 
     @cuda.jit
     def finish_kernel(
         part_max: Any,  # (splits, N)
         part_sum: Any,  # (splits, N)
+        part_total: Any,  # (splits, N) float64
         tokens: Any,  # (N,) int64, the first n_valid[0] count
         n_valid: Any,  # (1,) int64
         target_logit: Any,  # (N,)
         lse: Any,  # (N,)
+        mean_logit: Any,  # (N,)
         survivors: Any,  # (n_blocks, ceil(V / 8)) uint8
         record: Any,  # bool
         V: Any,  # vocabulary entries
     ) -> None:
-        """Grid n_blocks, block_n threads. lse (N,) = log-sum-exp of each listed token.
+        """Grid n_blocks, block_n threads. lse (N,) = log-sum-exp of each listed token. mean_logit (N,), `with_mean`.
 
         If a token of the block is lost (NaN lse or target logit), its gradient must be NaN in every column: all survive.
         """
@@ -233,6 +269,11 @@ def make_finish_kernel(tiles: SimtTiles, real: Any) -> Any:
             elif total == real(0):
                 result = real(-math.inf)
             lse[token] = result
+            if with_mean:
+                of_splits = 0.0
+                for split in range(part_total.shape[0]):
+                    of_splits += part_total[split, position]
+                mean_logit[token] = real(of_splits / V)
             if result != result or target_logit[token] != target_logit[token]:
                 lost[r] = 1
         cuda.syncthreads()
@@ -248,7 +289,7 @@ def make_finish_kernel(tiles: SimtTiles, real: Any) -> Any:
 
 
 def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
-    """Log-sum-exp, target logit and survivors of each token."""
+    """Log-sum-exp, target logit and survivors of each token, and its mean logit where it is asked for."""
     xp: Any = p.xp
     real: Any = p.compute_dtype.type
     tokens, n_valid = list_tokens(p)
@@ -265,22 +306,28 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
     survivors = xp.zeros((n_blocks, ceil_div(p.V, 8)) if record_survivors else (1, 1), np.uint8)
     lse = xp.zeros(p.N, p.compute_dtype)
     bias = xp.zeros(1, p.dtype) if p.bias is None else p.bias
+    logit_scale, of_class = (lse if x is None else x for x in (p.logit_scale, p.class_weights))
+    with_mean = p.options.smooths_capped
+    part_total = xp.empty(part_sum.shape if with_mean else (1, 1), np.float64)
+    mean_logit = xp.zeros(p.N, p.compute_dtype) if with_mean else lse
     done = 0
     for phase, ((first, last), more) in enumerate(zip(phases, splits, strict=True)):
         launch(
-            make_lse_kernel(tiles, p.dtype, np.dtype(bias.dtype), real),
+            make_lse_kernel(tiles, p.dtype, np.dtype(bias.dtype), real, with_mean),
             (n_blocks, more),
             (tiles.threads_v, tiles.threads_n),
-            *(p.e, p.c, bias, p.bias is not None, targets, tokens, n_valid, target_logit, real(p.options.softcap or 0)),
-            *(first, ceil_div(last - first, more), last, part_max[done : done + more], part_sum[done : done + more]),
+            *(p.e, p.c, bias, p.bias is not None, targets, tokens, n_valid, target_logit, logit_scale),
+            *(p.logit_scale is not None, real(p.options.softcap or 0), of_class, p.class_weights is not None),
+            *(first, ceil_div(last - first, more), last),
+            *(part[done : done + more] for part in (part_max, part_sum, part_total)),
             *(survivors, record_survivors, real(log_threshold(p.options.filter_eps)), lse, phase > 0),
         )
         done += more
         launch(
-            make_finish_kernel(tiles, real),
+            make_finish_kernel(tiles, real, with_mean),
             (n_blocks,),
             (tiles.block_n,),
-            *(part_max[:done], part_sum[:done], tokens, n_valid, target_logit, lse, survivors),
+            *(part_max[:done], part_sum[:done], part_total[:done], tokens, n_valid, target_logit, lse, mean_logit, survivors),
             *(record_survivors and last == v_tiles, p.V),
         )
     return Statistics(
@@ -290,6 +337,7 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
         target_logit=None if p.targets is None else target_logit,
         survivors=survivors if record_survivors else None,
         survivor_block=tiles.block_n,
+        mean_logit=mean_logit if with_mean else None,
     )
 
 

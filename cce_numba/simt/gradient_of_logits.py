@@ -1,4 +1,7 @@
-"""G: the surviving logits again, and from them softmax_weight * softmax - target_weight * onehot."""
+"""G: the surviving logits again, and from them softmax_weight * softmax - target_weight * onehot.
+
+Less uniform_weight * class_weights, where label smoothing goes through a softcap; then all logits survive.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from cce_numba.simt.tiles import SimtTiles
 
 
 @functools.cache
-def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, real: Any) -> Any:
-    """Recomputes the surviving logits and turns them into G."""
+def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, real: Any, uniform: bool) -> Any:
+    """Recomputes the surviving logits and turns them into G; `uniform` says whether that has its third term."""
     load, _ = conversions(dtype)
     load_bias, _ = conversions(bias_dtype)
     product, logits_tile = make_product(tiles, real), make_logits_tile(tiles, load, real)
@@ -38,9 +41,14 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
         n_valid: Any,  # (1,) int64
         target_logit: Any,  # (N,)
         lse: Any,  # (N,)
+        logit_scale: Any,  # (N,)
+        has_scale: Any,  # bool
         softcap: Any,  # 0 for none
+        class_weights: Any,  # (V,)
+        has_class_weights: Any,  # bool
         softmax_weight: Any,  # (N,)
         target_weight: Any,  # (N,)
+        uniform_weight: Any,  # (N,)
         v0: Any,  # the chunk is [v0, v1)
         columns: Any,  # (n_blocks, chunk) int64
         count: Any,  # (n_blocks,) int64
@@ -69,7 +77,10 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
                 token = tokens[n0 + row]
                 a, b, shift = softmax_weight[token], target_weight[token], lse[token]
                 target = targets[token]
+                scale = logit_scale[token] if has_scale else real(1)
                 dead = a == 0 and b == 0  # takes no part, not even with a NaN
+                if uniform:
+                    dead = dead and uniform_weight[token] == 0
                 if target_logit[token] != target_logit[token]:
                     a = real(math.nan)  # its target is out of range: the loss is NaN, and so is the gradient
                 for j in range(thread_v):
@@ -79,10 +90,12 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
                         offset = real(0)
                         if has_bias:
                             offset = real(load_bias(bias[v]))
-                        z = finish_logit(acc[i, j], offset, softcap)
+                        z = finish_logit(acc[i, j], offset, scale, softcap)
                         gradient = a * real(math.exp(z - shift))
                         if v == target:
                             gradient -= b
+                        if uniform:
+                            gradient -= uniform_weight[token] * (class_weights[v] if has_class_weights else real(1))
                         if softcap > 0:
                             gradient *= real(1) - (z / softcap) * (z / softcap)
                         g[v - v0, n0 + row] = real(0) if dead else gradient

@@ -35,6 +35,8 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype, real: Any) ->
         targets: Any,
         tokens: Any,
         n_valid: Any,
+        logit_scale: Any,
+        has_scale: Any,
         softcap: Any,
         target_logit: Any,
     ) -> None:
@@ -63,7 +65,10 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype, real: Any) ->
                 offset = real(0)
                 if has_bias:
                     offset = real(load_bias(bias[target]))
-                z = finish_logit(z, offset, softcap)
+                scale = real(1)
+                if has_scale:
+                    scale = logit_scale[n]
+                z = finish_logit(z, offset, scale, softcap)
             target_logit[tokens[position]] = z
 
     return indexed_dot_kernel
@@ -74,10 +79,12 @@ def indexed_dot(p: Problem, tokens: Any, n_valid: Any) -> Any:
     real: Any = p.compute_dtype.type
     bias = p.xp.zeros(1, p.dtype) if p.bias is None else p.bias
     target_logit = p.xp.zeros(p.N, p.compute_dtype)
+    logit_scale = target_logit if p.logit_scale is None else p.logit_scale
     launch(
         make_indexed_dot_kernel(p.dtype, np.dtype(bias.dtype), real),
         (ceil_div(p.N, _TOKENS),),
         (_LANES, _TOKENS),
-        *(p.e, p.c, bias, p.bias is not None, p.targets, tokens, n_valid, real(p.options.softcap or 0), target_logit),
+        *(p.e, p.c, bias, p.bias is not None, p.targets, tokens, n_valid, logit_scale, p.logit_scale is not None),
+        *(real(p.options.softcap or 0), target_logit),
     )
     return target_logit

@@ -200,9 +200,9 @@ def make_logits_tile(tiles: SimtTiles, load: Any, real: Any) -> Any:
 
 
 @cuda.jit(device=True)
-def finish_logit(z: Any, bias: Any, softcap: Any) -> Any:
-    """A product becomes a logit: plus bias, then capped (softcap 0 caps nothing)."""
-    z += bias
+def finish_logit(z: Any, bias: Any, scale: Any, softcap: Any) -> Any:
+    """A product becomes a logit: plus bias, scaled, then capped (softcap 0 caps nothing)."""
+    z = (z + bias) * scale
     if softcap > 0:
         z = softcap * math.tanh(z / softcap)
     return z

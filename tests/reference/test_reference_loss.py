@@ -234,6 +234,95 @@ def test_gradient_mass():
     assert_close(backward(e, c, TARGETS, bias=bias, d_lse=d_lse).bias.sum(), d_lse[TARGETS != -100].sum())
 
 
+# ---------------------------------------------------------------- terms and weights
+
+
+def every_term(rng):
+    """Options that turn on all of them; one token and one class weigh nothing."""
+    class_weights, token_weights = rng.uniform(0.2, 2, V), rng.uniform(0.2, 2, TARGETS.shape)
+    class_weights[3], token_weights[1, 1] = 0.0, 0.0
+    scale = rng.uniform(0.5, 1.5, TARGETS.shape)
+    weights = {"class_weights": class_weights, "token_weights": token_weights}
+    return {"label_smoothing": 0.3, "z_loss": 0.2, "logit_scale": scale, **weights}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_backward_of_every_term_is_the_finite_difference(reduction, shift, softcap):
+    e, c, bias, rng = problem()
+    options = {"bias": bias, "softcap": softcap, "reduction": reduction, "shift": shift, **every_term(rng)}
+    shape = forward(e, c, TARGETS, shift=shift).nll.shape
+    d_loss, d_lse = rng.normal(size=shape if reduction == "none" else ()), rng.normal(size=shape)
+    grads = backward(e, c, TARGETS, d_loss=d_loss, d_lse=d_lse, **options)
+    h = 1e-5  # error h^2 = 1e-10 of the third derivative, rounding 1e-16 / h = 1e-11
+    for parameter, actual in zip((e, c, bias), (grads.e, grads.c, grads.bias), strict=True):
+        numeric = np.zeros(parameter.shape)
+        for index in np.ndindex(parameter.shape):
+            exact, values = parameter[index], []
+            for parameter[index] in (exact + h, exact - h):
+                result = forward(e, c, TARGETS, **options)
+                values.append(np.sum(d_loss * result.loss) + np.sum(d_lse * result.lse))
+            parameter[index] = exact
+            numeric[index] = (values[0] - values[1]) / (2 * h)
+        assert_close(actual, numeric, tol=1e-8)
+
+
+def test_neutral_terms_change_nothing():
+    e, c, bias, _ = problem()
+    ones = {"logit_scale": np.ones(TARGETS.shape), "class_weights": np.ones(V), "token_weights": np.ones(TARGETS.shape)}
+    for reduction in ("mean", "sum", "none"):
+        plain, neutral = ({"bias": bias, "softcap": 2.0, "reduction": reduction, **terms} for terms in ({}, ones))
+        assert_close(forward(e, c, TARGETS, **neutral).loss, forward(e, c, TARGETS, **plain).loss)
+        assert_same_gradients(backward(e, c, TARGETS, **neutral), backward(e, c, TARGETS, **plain))
+
+
+def test_a_logit_scale_is_a_scale_of_e_and_bias():
+    e, c, bias, _ = problem()
+    scaled, by_hand = forward(e, c, TARGETS, bias=bias, logit_scale=0.5), forward(e / 2, c, TARGETS, bias=bias / 2)
+    assert_close(scaled.loss, by_hand.loss)
+    assert_close(scaled.lse, by_hand.lse)
+
+
+def test_a_weight_of_2_is_a_token_twice():
+    e, c, bias, rng = problem(batch=(4,))
+    targets, terms = np.array([0, 1, 2, 3]), {"label_smoothing": 0.1, "z_loss": 0.1, "class_weights": rng.uniform(0.2, 2, V)}
+    weighted = forward(e, c, targets, bias=bias, token_weights=np.array([1, 2, 1, 0]), **terms)
+    repeated = forward(e[[0, 1, 1, 2]], c, targets[[0, 1, 1, 2]], bias=bias, **terms)
+    assert_close(weighted.loss, repeated.loss)
+    assert weighted.n_valid == 4
+
+
+def test_a_token_of_weight_0_takes_no_part():
+    e, c, bias, rng = problem()
+    options = {"bias": bias, **every_term(rng)}
+    without = np.where(options["token_weights"] == 0, -100, TARGETS)
+    e[options["token_weights"] == 0] = np.nan
+    for reduction in ("mean", "sum"):
+        result = forward(e, c, TARGETS, reduction=reduction, **options)
+        assert_close(result.loss, forward(e, c, without, reduction=reduction, **options).loss)
+        assert result.n_valid == 7
+        grads = backward(e, c, TARGETS, reduction=reduction, **options)
+        assert_same_gradients(grads, backward(e, c, without, reduction=reduction, **options))
+
+
+def test_weights_that_sum_to_nothing_are_the_mean_of_nothing():
+    e, c, bias, _ = problem()
+    options = {"bias": bias, "class_weights": np.zeros(V), "z_loss": 0.1}
+    assert np.isnan(forward(e, c, TARGETS, **options).loss)
+    assert not backward(e, c, TARGETS, **options).c.any()
+    assert backward(e, c, TARGETS, reduction="sum", **options).c.any()  # the z-loss has no class weights
+
+
+def test_what_label_smoothing_takes_from_all_entries_is_never_filtered():
+    e, c, bias, rng = problem()
+    options = {"bias": bias, "label_smoothing": 0.2, "class_weights": rng.uniform(0.2, 2, V), "reduction": "sum"}
+    nothing = np.zeros((7, V), bool)
+    grads = backward(e, c, TARGETS, keep_e=nothing, keep_c=nothing, **options)
+    assert_close(grads.bias, -7 * 0.2 / V * options["class_weights"])
+    assert_close(grads.c, grads.bias[:, None] * e[TARGETS != -100].mean(axis=0))
+
+
 # ---------------------------------------------------------------- keep masks
 
 
@@ -418,6 +507,46 @@ def test_against_torch(reduction, shift, softcap, with_bias, with_d_lse):
     assert_close(np.ravel(result.lse), lse.detach().numpy())
     grads = backward(e, c, TARGETS, d_loss=d_loss, d_lse=d_lse if with_d_lse else None, **options)
     for parameter, actual in zip(parameters, (grads.e, grads.c, grads.bias), strict=False):
+        assert_close(actual, parameter.grad.numpy())
+
+
+TERMS = ("label_smoothing", "z_loss", "logit_scale", "class_weights", "token_weights")
+CHOICES = [{name for name, on in zip(TERMS, choice, strict=True) if on} for choice in itertools.product((0, 1), repeat=5)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "+".join(sorted(choice)) or "none")
+def test_terms_against_torch(choice, softcap, reduction):
+    """`F.cross_entropy` is the whole loss but for the z-loss and the token weights, and then all of its reductions are ours."""
+    torch = pytest.importorskip("torch")
+    e, c, bias, rng = problem(seed=2)
+    options = {name: value for name, value in every_term(rng).items() if name in choice}
+    d_loss = rng.normal(size=TARGETS.shape if reduction == "none" else ())
+    parameters = [torch.tensor(x, requires_grad=True) for x in (e, c, bias)]
+    z = parameters[0].reshape(-1, D) @ parameters[1].T + parameters[2]
+    z = z * torch.tensor(np.ravel(options.get("logit_scale", np.ones(TARGETS.shape))))[:, None]
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    weight = torch.tensor(options["class_weights"]) if "class_weights" in choice else None
+    targets, smoothing = torch.tensor(TARGETS).reshape(-1), options.get("label_smoothing", 0.0)
+
+    def cross_entropy(reduction):
+        return torch.nn.functional.cross_entropy(z, targets, weight=weight, label_smoothing=smoothing, reduction=reduction)
+
+    if choice & {"z_loss", "token_weights"}:
+        counts = torch.tensor(np.ravel(np.where(TARGETS == -100, 0.0, options.get("token_weights", 1.0))))
+        loss = counts * (cross_entropy("none") + options.get("z_loss", 0.0) * torch.logsumexp(z, dim=-1) ** 2)
+        if reduction != "none":
+            of_target = 1.0 if weight is None else weight[targets.clamp(min=0)]
+            loss = loss.sum() / ((counts * of_target).sum() if reduction == "mean" else 1.0)
+    else:
+        loss = cross_entropy(reduction)
+    (torch.tensor(d_loss).reshape(loss.shape) * loss).sum().backward()
+
+    options |= {"bias": bias, "softcap": softcap, "reduction": reduction}
+    assert_close(np.ravel(forward(e, c, TARGETS, **options).loss), np.ravel(loss.detach().numpy()))
+    grads = backward(e, c, TARGETS, d_loss=d_loss, **options)
+    for parameter, actual in zip(parameters, (grads.e, grads.c, grads.bias), strict=True):
         assert_close(actual, parameter.grad.numpy())
 
 

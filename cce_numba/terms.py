@@ -1,0 +1,206 @@
+"""The terms of the loss beyond the negative log-likelihood, and the weights, as array operations: once for all backends.
+
+The loss of a token is made of what a backend gives, its log-sum-exp and target logit, and of its mean logit:
+
+    loss = nll_weight * (lse - target_logit) + smooth_weight * (mean_class_weight * lse - mean_logit) + z_weight * lse**2
+
+    nll_weight     token weight * class weight of the target * (1 - label_smoothing)
+    smooth_weight  token weight * label_smoothing
+    z_weight       token weight * z_loss
+
+with means over the vocabulary: that of the class weights, and that of class weight times logit. Label smoothing is that of
+`torch.nn.functional.cross_entropy`. So each token's gradient with respect to its logits is a multiple of the softmax, less one
+of the one-hot target, less one of the class weights. The last of them is not small anywhere, so no filter could take it; but
+without a softcap it is of rank one, and known without any logit: (N,) times (V,). It is written to the gradients before the
+backend adds the rest to them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cce_numba import interchange
+from cce_numba.arguments import Problem
+from cce_numba.plan import Gradients, Statistics
+
+# Of e, c and their gradients at a time, in the compute dtype; there are up to three such pieces at once.
+_HOST_BYTES, _DEVICE_BYTES = 4 * 2**20, 32 * 2**20
+
+_quiet = np.errstate(all="ignore")  # inf and nan speak for themselves
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """The loss of each token of a problem by its weights, which are (N,) of the compute dtype, 0 where ignored.
+
+    Attributes:
+        problem: its loss has other terms than the negative log-likelihood, or weights.
+        statistics: what the backend found.
+        nll_weight: of the negative log-likelihood.
+        smooth_weight: of the label smoothing, or None without.
+        z_weight: of the squared log-sum-exp, or None without.
+        total_weight: 0-d float64, what a mean divides by: the sum of token weight * class weight of the target.
+    """
+
+    problem: Problem
+    statistics: Statistics
+    nll_weight: Any
+    smooth_weight: Any
+    z_weight: Any
+    total_weight: Any
+
+    @staticmethod
+    @_quiet
+    def of(p: Problem, statistics: Statistics) -> Terms | None:
+        """The terms of this problem; None if its loss is the negative log-likelihood alone, each token counting as one."""
+        options, xp, real = p.options, p.xp, p.compute_dtype.type
+        if not (options.label_smoothing or options.z_loss or p.class_weights is not None or p.token_weights is not None):
+            return None
+        counts = p.targets != options.ignore_index
+        of_token = counts.astype(p.compute_dtype)
+        if p.token_weights is not None:
+            of_token = xp.where(counts, p.token_weights, of_token)  # whatever an ignored token's weight is
+        of_target = of_token
+        if p.class_weights is not None:
+            in_range = (p.targets >= 0) & (p.targets < p.V)
+            picked = p.class_weights[xp.where(in_range, p.targets, xp.zeros_like(p.targets))]
+            # One whose target is out of range is lost by its target logit, and counts as 1, so that no other is.
+            of_target = times(of_token, xp.where(in_range, picked, xp.ones_like(picked)))
+        return Terms(
+            problem=p,
+            statistics=statistics,
+            nll_weight=of_target * real(1 - options.label_smoothing),
+            smooth_weight=of_token * real(options.label_smoothing) if options.label_smoothing else None,
+            z_weight=of_token * real(options.z_loss) if options.z_loss else None,
+            total_weight=of_target.sum(dtype=np.float64),
+        )
+
+    @_quiet
+    def per_token(self) -> Any:
+        """(N,) the loss of each token, 0 where ignored or of weight 0."""
+        lse = self.statistics.lse
+        loss = times(self.nll_weight, lse - self.statistics.target_logit)
+        if self.smooth_weight is not None:
+            loss += times(self.smooth_weight, lse * self._mean_class_weight - self._mean_logit())
+        if self.z_weight is not None:
+            loss += times(self.z_weight, lse * lse)
+        return loss
+
+    @_quiet
+    def reduced(self) -> Any:
+        """0-d, of the compute dtype: the sum or the mean of the tokens' losses; the mean over a total weight of 0 is nan."""
+        p, total = self.problem, self.per_token().sum(dtype=np.float64)
+        if p.options.reduction == "mean":
+            total = p.xp.where(self.total_weight == 0, np.nan, total / self.total_weight)
+        return p.xp.asarray(total, dtype=p.compute_dtype)
+
+    @_quiet
+    def gradient_weights(self, d_loss: Any) -> tuple[Any, Any, Any]:
+        """What d_loss (N,) gives each log-sum-exp, takes from the target logit and, or None, from the mean logit: (N,) each."""
+        p = self.problem
+        if p.options.reduction == "mean":  # over a total weight of 0 it is nan, and has no gradient, as the mean of no token
+            per_weight = p.xp.where(self.total_weight == 0, 0.0, 1 / self.total_weight)
+            d_loss = d_loss * per_weight.astype(p.compute_dtype)
+        target_weight = times(self.nll_weight, d_loss)
+        softmax_weight, smooth_weight = target_weight, None
+        if self.smooth_weight is not None:
+            smooth_weight = times(self.smooth_weight, d_loss)
+            softmax_weight = softmax_weight + smooth_weight * self._mean_class_weight
+        if self.z_weight is not None:
+            # One that is lost needs no factor to be so, and weights that are finite can be scaled.
+            lse = p.xp.nan_to_num(self.statistics.lse, nan=0.0, posinf=0.0, neginf=0.0)
+            softmax_weight = softmax_weight + times(self.z_weight, d_loss) * (lse + lse)
+        return softmax_weight, target_weight, smooth_weight
+
+    @_quiet
+    def write_uniform(self, smooth_weight: Any, into: Gradients, accumulate: bool) -> None:
+        """Writes to gradients, or adds to them, what comes from the mean logits, which are linear in e, c and bias.
+
+        smooth_weight (N,): what is taken from each token's mean logit, times its logit scale. In a 16-bit gradient this is
+        rounded once, and once more when the backend adds the rest.
+        """
+        p, xp = self.problem, self.problem.xp
+        if into.e is not None:
+            _write_outer(p, into.e, -smooth_weight, self._mean_row[0], accumulate)
+        if into.c is not None:
+            total = xp.zeros(p.D, np.float64)
+            for n0, n1 in _pieces(p, p.N):
+                e, weight = p.e[n0:n1].astype(p.compute_dtype, copy=False), smooth_weight[n0:n1]
+                # Zero times a NaN in a row that takes no part would be NaN.
+                total += weight @ xp.where((weight == 0)[:, None], xp.zeros((), e.dtype), e)
+            _write_outer(p, into.c, p.class_weights, (-total / p.V).astype(p.compute_dtype), accumulate)
+        if into.bias is not None:
+            mean = (-smooth_weight.sum(dtype=np.float64) / p.V).astype(p.compute_dtype)
+            _write_outer(p, into.bias[:, None], p.class_weights, mean.reshape(1), accumulate)
+
+    @functools.cached_property
+    def _mean_class_weight(self) -> Any:
+        """0-d, of the compute dtype."""
+        p = self.problem
+        return p.compute_dtype.type(1) if p.class_weights is None else _mean(p, p.class_weights)
+
+    @functools.cached_property
+    def _mean_row(self) -> tuple[Any, Any]:
+        """(D,) and 0-d, of the compute dtype: the means over the vocabulary of class weight times row of c, and times bias."""
+        p, xp = self.problem, self.problem.xp
+        total = xp.zeros(p.D, np.float64)
+        weights = xp.ones(p.V, p.compute_dtype) if p.class_weights is None else p.class_weights
+        for v0, v1 in _pieces(p, p.V):
+            total += weights[v0:v1] @ p.c[v0:v1].astype(p.compute_dtype, copy=False)
+        no_bias = xp.zeros((), p.compute_dtype)
+        mean_bias = no_bias if p.bias is None else _mean(p, times(weights, p.bias.astype(p.compute_dtype, copy=False)))
+        return (total / p.V).astype(p.compute_dtype), mean_bias
+
+    def _mean_logit(self) -> Any:
+        """(N,) of the compute dtype: the mean over the vocabulary of class weight times logit."""
+        p = self.problem
+        if p.options.smooths_capped:
+            return self.statistics.mean_logit
+        mean_row, mean_bias = self._mean_row
+        mean_logit = p.xp.empty(p.N, p.compute_dtype)
+        for n0, n1 in _pieces(p, p.N):
+            mean_logit[n0:n1] = p.e[n0:n1].astype(p.compute_dtype, copy=False) @ mean_row
+        mean_logit += mean_bias
+        return mean_logit if p.logit_scale is None else mean_logit * p.logit_scale
+
+
+@_quiet
+def times(weight: Any, x: Any) -> Any:
+    """weight * x, where a weight of 0 gives 0 whatever x is: what does not count need not be finite.
+
+    >>> times(np.array([0.0, 2.0]), np.array([np.nan, 3.0]))
+    array([0., 6.])
+    """
+    xp: Any = interchange.array_module(weight)
+    return xp.where(weight == 0, weight, weight * x)
+
+
+def _mean(p: Problem, array: Any) -> Any:
+    return array.mean(dtype=np.float64).astype(p.compute_dtype)
+
+
+def _write_outer(p: Problem, gradient: Any, column: Any, row: Any, accumulate: bool) -> None:
+    """Writes column[:, None] * row to a gradient (k, d), a piece at a time, or adds it; column (k,) None is of ones.
+
+    Rounded in the array's own dtype, and stored by bits, so that CuPy need not know how to copy bfloat16 between strides.
+    """
+    bits = gradient.view(f"u{gradient.itemsize}")
+    if column is None and not accumulate:
+        bits[...] = row.astype(gradient.dtype).view(bits.dtype)
+        return
+    for start, stop in _pieces(p, len(gradient)):
+        value = row[None, :] if column is None else times(column[start:stop, None], row)
+        if accumulate:
+            value = value + gradient[start:stop].astype(value.dtype, copy=False)
+        bits[start:stop] = value.astype(gradient.dtype).view(bits.dtype)
+
+
+def _pieces(p: Problem, total: int) -> Iterator[tuple[int, int]]:
+    """Consecutive [start, stop) of rows of D elements of the compute dtype, of bounded size."""
+    step = max(1, (_DEVICE_BYTES if p.on_device else _HOST_BYTES) // (p.compute_dtype.itemsize * p.D))
+    return ((start, min(start + step, total)) for start in range(0, total, step))
