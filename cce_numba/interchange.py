@@ -21,7 +21,7 @@ from cce_numba import gpu
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _LIBRARIES = ("numpy", "cupy", "torch", "numba", "numba_cuda")
-_TORCH_DTYPES = {f"torch.{x}": np.dtype(x) for x in ("float16", "float32", "float64", "int32", "int64")}
+_TORCH_DTYPES = {f"torch.{x}": np.dtype(x) for x in ("float16", "float32", "float64", "uint8", "int32", "int64")}
 _TORCH_DTYPES["torch.bfloat16"] = BFLOAT16
 _DLPACK_HOST = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged

@@ -1,0 +1,21 @@
+"""PyTorch: `cut_cross_entropy`'s interface on these kernels, with autograd, `torch.compile` and autocast.
+
+Tensors on the CPU go through the NumPy path, tensors on CUDA through CuPy, neither with a copy; see `functional` for what the
+functions do, `operators` for how PyTorch sees them, `memory` for whose memory they take.
+
+>>> import torch
+>>> e, weight = torch.zeros(2, 4, requires_grad=True), torch.ones(8, 4, requires_grad=True)
+>>> loss = linear_cross_entropy(e, weight, torch.tensor([3, 5]))
+>>> loss.backward()
+>>> round(loss.item(), 4), weight.grad.shape
+(2.0794, torch.Size([8, 4]))
+"""
+
+from cce_numba.torch.functional import (
+    LinearCrossEntropy,
+    compute_z_loss,
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
+)
+
+__all__ = ["LinearCrossEntropy", "compute_z_loss", "linear_cross_entropy", "linear_cross_entropy_backward"]

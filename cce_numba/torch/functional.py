@@ -1,0 +1,405 @@
+"""What PyTorch's users call: `linear_cross_entropy`, its module, the z-loss, and a backward that adds to `.grad` in place."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from cce_numba import arguments
+from cce_numba import loss as losses
+from cce_numba.destination import Destination
+from cce_numba.interchange import BFLOAT16
+from cce_numba.plan import Gradients
+from cce_numba.terms import Terms
+from cce_numba.torch import operators
+
+# What each name of `impl` makes of the options that choose a filter; those that it does not name are the caller's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "cce": {},
+    "cce_exact": {"filter_eps": None},
+    "cce_kahan": {},
+    "cce_kahan_full": {"filter_eps": None},
+    "cce_kahan_full_c": {"filter_eps": "auto", "filter_e_grad": True, "filter_c_grad": False},
+    "cce_kahan_full_e": {"filter_eps": "auto", "filter_e_grad": False, "filter_c_grad": True},
+    "cce_kahan_full_c_full_e": {"filter_eps": None},
+}
+STORED_LOGITS = "torch_compile"
+_TENSOR_OPTIONS = ("logit_scale", "class_weights", "token_weights")
+
+_DTYPES = {
+    torch.float16: np.dtype(np.float16),
+    torch.bfloat16: BFLOAT16,
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+}
+
+
+def linear_cross_entropy(
+    e: torch.Tensor,
+    c: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool | int = 0,
+    return_lse: bool = False,
+    filter_eps: float | str | None = "auto",
+    accum_e_fp32: bool = False,
+    accum_c_fp32: bool = False,
+    filter_e_grad: bool = True,
+    filter_c_grad: bool = True,
+    impl: str | enum.Enum = "cce",
+    *,
+    logit_scale: float | torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    class_weights: torch.Tensor | None = None,
+    token_weights: torch.Tensor | None = None,
+    check_targets: bool | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Cross-entropy of `softmax(e @ c.T + bias)` with `targets`, recorded by autograd, without storing the logits.
+
+    Names, defaults and order are those of `cut_cross_entropy.linear_cross_entropy` 25.9, up to `impl`; the others, and all that
+    is not said here, are those of `cce_numba.linear_cross_entropy`. It works under `torch.compile(fullgraph=True)`, autocast,
+    activation checkpointing and CUDA graphs; under `torch.no_grad` nothing is kept for a backward. What is different:
+
+    - the filter drops single vocabulary entries of 128 tokens, where theirs drops tiles, and at a lower threshold: "auto" is
+      `finfo(dtype).eps / 512`, theirs `/ 32`. So it is faster and more accurate;
+    - gradients are always summed in float32 (float64 for float64) and rounded once, to their inputs' dtypes. So `accum_e_fp32`,
+      `accum_c_fp32`, and the "kahan" in a preset's name, are accepted and change nothing;
+    - loss and lse are float32 (float64), and so are the logits that they are made of;
+    - the lse of an ignored token is 0, and its gradient goes nowhere;
+    - if every token is ignored, "mean" is nan, as PyTorch has it, "sum" is 0, and gradients are 0;
+    - tensors may be on the CPU, of float32 and float64, strided or expanded; nothing is copied to be contiguous.
+
+    Args:
+        e: (..., D) embeddings: float16, bfloat16, float32 or float64, on the CPU or on CUDA. Under autocast cast to its dtype.
+        c: (V, D) classifier, on e's device; cast to e's dtype.
+        targets: (...) integers in [0, V), or `ignore_index`.
+        bias: (V,) added to the logits; cast to e's dtype, unless it is float32.
+        ignore_index: tokens with this target take no part, whatever stands in their rows.
+        softcap: logits become `softcap * tanh(logits / softcap)`, after the bias.
+        reduction: "mean" over the tokens that count, "sum", or "none".
+        shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
+        return_lse: return `(loss, lse)`, both with gradients.
+        filter_eps: gradients leave out what has a probability below this in all of a block's tokens; None is exact.
+        accum_e_fp32: True or False, see above.
+        accum_c_fp32: True or False, see above.
+        filter_e_grad: False keeps the gradient of `e` exact.
+        filter_c_grad: False keeps the gradients of `c` and `bias` exact.
+        impl: "cce", or a preset, which takes the place of the three filter options: "cce_exact", "cce_kahan_full" and
+            "cce_kahan_full_c_full_e" filter nothing, "cce_kahan_full_c" the gradient of `e` alone, "cce_kahan_full_e" that of
+            `c` alone; "cce_kahan" is "cce". "torch_compile" is the baseline: stored logits, plain PyTorch, yours to compile.
+            Members of `cut_cross_entropy`'s enumeration will do.
+        logit_scale: multiplies the logits; a number, or a tensor with one for each token of `e`.
+        label_smoothing: in [0, 1).
+        z_loss: weight of `lse**2` in each token's loss.
+        class_weights: (V,). Like all tensors that are not e, c or bias it gets no gradient, and must not require one.
+        token_weights: of targets' shape.
+        check_targets: True raises for a target out of range, on any device. None does so on the CPU; on CUDA, where looking
+            would wait for the device, such a token's loss and gradient become NaN.
+        backend: "cpu", "simt", "hopper", or None to choose by device and dtype.
+
+    Returns:
+        The loss: 0-d, or for "none" in the shape of `targets[..., shift:]` with 0 where ignored. With `return_lse` also the
+        natural-log log-sum-exp in that shape, 0 where ignored.
+
+    Raises:
+        TypeError: an argument is no tensor, or has the wrong dtype.
+        ValueError: shapes, devices, targets or option values do not fit.
+        BackendUnavailable: the backend that was asked for cannot run here.
+        NotImplementedError: in a backward through the gradients: they have no derivatives.
+
+    >>> e, c = torch.zeros(2, 3, 4, requires_grad=True), torch.ones(8, 4)
+    >>> loss, lse = linear_cross_entropy(e, c, torch.tensor([[1, 2, 3], [4, 5, -100]]), shift=True, return_lse=True)
+    >>> (loss + 1e-4 * compute_z_loss(lse)).backward()
+    >>> lse.shape, e.grad.shape
+    (torch.Size([2, 2]), torch.Size([2, 3, 4]))
+    """
+    name = _impl(impl)
+    tensors = {"bias": bias, "logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
+    _check_tensors(e, c, targets, tensors)
+    e, c, bias = _cast(e, c, bias)
+    options = {
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "reduction": reduction,
+        "shift": shift,
+        "filter_eps": filter_eps,
+        "filter_e_grad": filter_e_grad,
+        "filter_c_grad": filter_c_grad,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "check_targets": check_targets,
+        "backend": backend,
+    }
+    unused = {"accum_e_fp32": accum_e_fp32, "accum_c_fp32": accum_c_fp32}
+    _check_options(e.dtype, options | unused, return_lse)
+    options |= {"logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
+    if name == STORED_LOGITS:
+        extra = {"logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
+        extra |= {"label_smoothing": label_smoothing or None, "z_loss": z_loss or None}
+        if given := [term for term, value in extra.items() if value is not None]:
+            raise ValueError(f"{given[0]}: is not in the baseline, impl {STORED_LOGITS!r}; take another impl, or leave it out")
+        loss, lse = _from_stored_logits(e, c, targets, bias, ignore_index, softcap, reduction, int(shift))
+        return (loss, lse) if return_lse else loss
+    loss, flat_lse = operators.apply(e, c, targets, bias, options | PRESETS[name])
+    if not return_lse:
+        return loss
+    lse = flat_lse.reshape(targets.shape)
+    return loss, lse[..., : max(0, lse.shape[-1] - int(shift))] if shift else lse
+
+
+class LinearCrossEntropy(torch.nn.Module):
+    """`linear_cross_entropy` as a module without parameters: options when it is made, `(e, c, targets, bias=None)` when called.
+
+    The options' order is that of `cut_cross_entropy.LinearCrossEntropy`, and `options` are the others of the function; all but
+    tensors are checked when the module is made.
+
+    >>> criterion = LinearCrossEntropy(shift=True, reduction="sum")
+    >>> round(criterion(torch.zeros(3, 4), torch.ones(8, 4), torch.tensor([1, 2, 3])).item(), 4)
+    4.1589
+    """
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        reduction: str = "mean",
+        shift: bool | int = 0,
+        filter_eps: float | str | None = "auto",
+        accum_e_fp32: bool = False,
+        accum_c_fp32: bool = False,
+        filter_e_grad: bool = True,
+        filter_c_grad: bool = True,
+        impl: str | enum.Enum = "cce",
+        return_lse: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        checked = {
+            "ignore_index": ignore_index,
+            "softcap": softcap,
+            "reduction": reduction,
+            "shift": shift,
+            "filter_eps": filter_eps,
+            "accum_e_fp32": accum_e_fp32,
+            "accum_c_fp32": accum_c_fp32,
+            "filter_e_grad": filter_e_grad,
+            "filter_c_grad": filter_c_grad,
+        } | options
+        if "bias" in options:
+            raise TypeError("bias: is given when the module is called, not when it is made")
+        numbers = {name: value for name, value in checked.items() if not isinstance(value, torch.Tensor)}
+        _check_options(torch.float32, numbers, return_lse)
+        self.options = checked | {"impl": _impl(impl), "return_lse": return_lse}
+
+    def forward(self, e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        """The loss, or `(loss, lse)`."""
+        return linear_cross_entropy(e, c, targets, bias, **self.options)
+
+    def extra_repr(self) -> str:
+        """The options that are not at their defaults."""
+        defaults = arguments.DEFAULTS | {"impl": "cce", "return_lse": False}
+        given = {name: x for name, x in self.options.items() if isinstance(x, torch.Tensor) or x != defaults[name]}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items())
+
+
+def compute_z_loss(
+    lse: torch.Tensor,
+    targets: torch.Tensor | None = None,
+    shift: bool | int = 0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """The square of the log-sum-exp, whose mean times a small weight keeps it near 0 (the z-loss), recorded by autograd.
+
+    `z_loss=weight` of `linear_cross_entropy` adds the same to the loss, in fewer steps.
+
+    Args:
+        lse: (...) of `linear_cross_entropy(..., return_lse=True)`.
+        targets: those of the loss: tokens that are ignored do not count in the mean. Without them, every token does.
+        shift: that of the loss.
+        ignore_index: that of the loss.
+        reduction: "mean" (nan if no token counts), "sum", or "none".
+
+    Raises TypeError or ValueError, naming the argument, if one does not fit.
+
+    >>> compute_z_loss(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([5, 6, -100]))
+    tensor(5.)
+    """
+    _check_tensor("lse", lse)
+    if reduction not in arguments.REDUCTIONS:
+        raise ValueError(f"reduction: must be one of {', '.join(map(repr, arguments.REDUCTIONS))}, got {reduction!r}")
+    squared = lse * lse
+    if targets is None:
+        return squared.mean() if reduction == "mean" else squared.sum() if reduction == "sum" else squared
+    _check_tensor("targets", targets)
+    counts = (targets[..., shift:] if shift else targets) != ignore_index
+    if counts.shape != lse.shape:
+        raise ValueError(
+            f"targets: must have, after the shift, the shape of lse, {tuple(lse.shape)}, got {tuple(counts.shape)}"
+        )
+    squared = torch.where(counts, squared, 0)
+    if reduction == "none":
+        return squared
+    return squared.sum() / counts.sum() if reduction == "mean" else squared.sum()
+
+
+def linear_cross_entropy_backward(
+    e: torch.Tensor,
+    c: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    d_loss: Any = 1.0,
+    **options: Any,
+) -> torch.Tensor:
+    """The loss, with its backward done: the kernels add the gradients to `.grad`, in place.
+
+    Autograd makes a gradient and then adds it to a `.grad` that is there, so it holds two of the classifier's for a while. Here
+    those of `e`, `c` and `bias` that are leaves have theirs added to `.grad` (made of zeros, if there is none) as they are
+    computed, in float32 and rounded once a call; the gradients of others go on through autograd. A float32 parameter under
+    autocast gets its gradient without a rounding to 16 bits. It is not for parameters with hooks (DistributedDataParallel's),
+    which it does not run, nor for `torch.compile(fullgraph=True)`.
+
+    Args:
+        d_loss: the upstream gradient (a loss scale, 1 / micro-batches), as in `cce_numba.backward`.
+        options: those of `cce_numba.linear_cross_entropy`, but `accum_e_fp32` and `accum_c_fp32`.
+
+    Returns the loss, detached, without d_loss. Raises what `linear_cross_entropy` does, and for a `.grad` that does not fit.
+
+    >>> body, weight = torch.ones(4, 4, requires_grad=True), torch.zeros(8, 4, requires_grad=True)
+    >>> e = torch.eye(2, 4) @ body
+    >>> linear_cross_entropy_backward(e, weight, torch.tensor([3, 5]), d_loss=0.5).requires_grad
+    False
+    >>> weight.grad[3]
+    tensor([-0.1875, -0.1875, -0.1875, -0.1875])
+    """
+    _check_tensors(e, c, targets, {"bias": bias} | {name: options.get(name) for name in _TENSOR_OPTIONS})
+    inputs = {name: x for name, x in (("e", e), ("c", c), ("bias", bias)) if x is not None and x.requires_grad}
+    with torch.no_grad():
+        cast_e, cast_c, cast_bias = _cast(e, c, bias)
+        with operators.prepared(cast_e, cast_c, targets, {"bias": cast_bias, **options}) as (problem, plan):
+            grads = {name: _accumulator(x) for name, x in inputs.items()}
+            destination = Destination.of(Gradients(**grads), True, frozenset(grads), problem)
+            statistics = losses._statistics(problem, plan, with_grad=bool(grads))
+            parts = Terms.of(problem, statistics)
+            loss = losses._loss(problem, plan, statistics, parts)
+            if grads:
+                losses._backward(problem, plan, statistics, parts, d_loss, None, destination)
+    onward = [name for name, x in inputs.items() if not x.is_leaf]
+    if onward:
+        torch.autograd.backward([inputs[name] for name in onward], [grads[name] for name in onward])
+    return loss
+
+
+def _accumulator(tensor: torch.Tensor) -> torch.Tensor:
+    """What the gradient of a tensor is added to."""
+    if not tensor.is_leaf:
+        return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+    if tensor.grad is None:
+        tensor.grad = torch.zeros_like(tensor)
+    return tensor.grad
+
+
+def _impl(impl: str | enum.Enum) -> str:
+    name = impl.name.lower() if isinstance(impl, enum.Enum) else impl
+    if name != STORED_LOGITS and name not in PRESETS:
+        raise ValueError(f"impl: must be one of {', '.join(map(repr, (*PRESETS, STORED_LOGITS)))}, got {impl!r}")
+    return name
+
+
+def _check_tensor(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"{name}: must be a torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__} "
+            "(cce_numba.linear_cross_entropy takes other arrays)"
+        )
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(f"{name}: must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
+
+
+def _check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> None:
+    """That they are tensors on e's device; `optional` ones may be None, and a logit scale a number."""
+    for name, tensor in {"e": e, "c": c, "targets": targets, **optional}.items():
+        if tensor is None and name in optional:
+            continue
+        if name == "logit_scale" and not isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, int | float):
+                raise TypeError(f"logit_scale: must be a number or a torch.Tensor, got {tensor!r}")
+            continue
+        _check_tensor(name, tensor)
+        if name in arguments.GRADIENTS:
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name}: must be of a floating-point dtype, got {tensor.dtype}")
+        elif tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: requires grad, but gets no gradient here; pass {name}.detach()")
+        if tensor.device != e.device:
+            raise ValueError(f"{name}: must be on the device of e, {e.device}, got a tensor on {tensor.device}")
+    if e.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"e: must be on the CPU or on CUDA, got a tensor on {e.device}")
+
+
+def _cast(
+    e: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Under autocast e in its dtype, as for a linear layer; c in e's dtype; bias too, unless it may stay in float32."""
+    kind = e.device.type
+    if torch.is_autocast_enabled(kind) and e.dtype != torch.float64:
+        e = e.to(torch.get_autocast_dtype(kind))
+    if e.dtype not in _DTYPES:
+        raise TypeError(f"e: dtype must be one of {', '.join(map(str, _DTYPES))}, got {e.dtype}")
+    if bias is not None and (bias.dtype != torch.float32 or e.dtype == torch.float64):
+        bias = bias.to(e.dtype)
+    return e, c.to(e.dtype), bias
+
+
+def _check_options(dtype: torch.dtype, options: dict[str, Any], return_lse: Any) -> None:
+    """Raises what `arguments.options` does; under `torch.compile`, which cannot look there, the operator will when it runs."""
+    if torch.compiler.is_compiling():
+        return
+    arguments.flag("return_lse", return_lse)
+    try:
+        _checked(dtype, **options)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        arguments.options(_DTYPES[dtype], options)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _checked(dtype: torch.dtype, **options: Any) -> None:
+    arguments.options(_DTYPES[dtype], options)
+
+
+def _from_stored_logits(
+    e: torch.Tensor,
+    c: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    reduction: str,
+    shift: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(loss, lse)` as one writes it without these kernels: logits of e's dtype, stored, and again in float32 (float64)."""
+    if shift:
+        e, targets = e[..., : max(0, e.shape[-2] - shift), :], targets[..., shift:]
+    logits = e @ c.T
+    logits = logits if e.dtype == torch.float64 else logits.float()
+    if bias is not None:
+        logits = logits + bias
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    flat = logits.reshape(-1, c.shape[0])
+    loss = F.cross_entropy(flat, targets.reshape(-1).long(), ignore_index=ignore_index, reduction=reduction)
+    loss = loss.reshape(targets.shape) if reduction == "none" else loss
+    return loss, torch.where(targets != ignore_index, logits.logsumexp(-1), 0)

@@ -1,0 +1,66 @@
+"""Whose memory a call takes: CuPy's arrays lie in blocks of PyTorch's allocator, and go back to PyTorch as those blocks.
+
+So there is one pool on the device, whose peak PyTorch reports, and which a CUDA graph under capture has made its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from cce_numba import interchange
+
+DTYPES = {np.dtype(name): getattr(torch, name) for name in ("float32", "float64", "uint8", "int32", "int64")}
+
+
+@contextlib.contextmanager
+def from_pytorch(device: torch.device) -> Iterator[None]:
+    """Inside, and in this thread, what CuPy allocates comes from PyTorch's allocator. Nothing to do on the CPU."""
+    if device.type == "cpu":
+        yield
+        return
+    with importlib.import_module("cupy").cuda.using_allocator(functools.partial(allocate, device)):
+        yield
+
+
+def allocate(device: torch.device, n_bytes: int) -> Any:
+    """A `cupy.cuda.MemoryPointer` to a tensor of bytes, which is its owner: PyTorch has the memory back when CuPy drops it.
+
+    That is soon enough: both work on PyTorch's current stream, in whose order the allocator gives memory away again.
+    """
+    cuda = importlib.import_module("cupy").cuda
+    block = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    return cuda.MemoryPointer(cuda.UnownedMemory(block.data_ptr(), n_bytes, block, device.index or 0), 0)
+
+
+def tensor_of(native: Any) -> torch.Tensor:
+    """A contiguous tensor of what a NumPy or CuPy array holds: the same memory, if that is contiguous and, on CUDA, PyTorch's.
+
+    Not by DLPack, since the storage of an operator's result must be PyTorch's own for CUDA graphs to manage it.
+    """
+    if not interchange.is_on_device(native):
+        return torch.from_numpy(native if native.flags.c_contiguous else native.copy())
+    block = getattr(native.data.mem, "_owner", None)
+    if not isinstance(block, torch.Tensor) or not native.flags.c_contiguous:
+        return torch.from_dlpack(native).clone(memory_format=torch.contiguous_format)
+    first = (native.data.ptr - block.data_ptr()) // native.itemsize
+    tensor = torch.empty(0, dtype=DTYPES[np.dtype(native.dtype)], device=block.device)
+    return tensor.set_(block.untyped_storage(), first, native.shape)
+
+
+def tensors_of(arrays: Iterable[Any]) -> list[torch.Tensor]:
+    """`tensor_of` each, copied where two lie in one block: an operator's results must not share memory."""
+    tensors: list[torch.Tensor] = []
+    seen: set[int] = set()
+    for array in arrays:
+        tensor = tensor_of(array)
+        storage = tensor.untyped_storage().data_ptr()
+        tensors.append(tensor.clone() if storage in seen else tensor)
+        seen.add(storage)
+    return tensors

@@ -1,0 +1,166 @@
+"""`torch.compile(fullgraph=True)`: one graph, the numbers of eager mode, sizes that change, errors that can be read."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+cct = pytest.importorskip("cce_numba.torch")
+
+N, V, D = 40, 3000, 16
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def problem(device, n=N, dtype=torch.float32):
+    torch.manual_seed(n)
+    e, c, bias = torch.randn(2, n, D), torch.randn(V, D) / 2, torch.randn(V)
+    targets = torch.randint(0, V, (2, n))
+    targets[:, ::5] = -100
+    return *(x.to(device, dtype).requires_grad_() for x in (e, c)), targets.to(device), bias.to(device).requires_grad_()
+
+
+def results(function, tensors):
+    loss, lse = function(*tensors)
+    differentiable = [x for x in tensors if x.requires_grad]
+    return loss, lse, *torch.autograd.grad(loss.sum() + 0.1 * lse.sum(), differentiable)
+
+
+def assert_same(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+OPTIONS = [
+    {},
+    {"filter_eps": 2.0**-4, "shift": True, "reduction": "none"},
+    {"impl": "cce_kahan_full_c", "reduction": "sum", "ignore_index": -100},
+    {"softcap": 5.0, "label_smoothing": 0.1},
+    {"z_loss": 0.01, "logit_scale": 0.5},
+    {"impl": "torch_compile", "shift": 1, "softcap": 5.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_same_as_eager(device, options, dtype):
+    def function(e, c, targets, bias):
+        return cct.linear_cross_entropy(e * 2, c, targets, bias, return_lse=True, **options)
+
+    tensors = problem(device, dtype=dtype)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(results(compiled, tensors), results(function, tensors))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch's compiler needs g++")
+def test_inductor(device):
+    """The default compiler, with operations around it."""
+
+    def function(e, c, targets, bias):
+        loss, lse = cct.linear_cross_entropy(torch.nn.functional.silu(e), c, targets, bias, shift=1, return_lse=True)
+        return loss + 1e-3 * cct.compute_z_loss(lse, targets, 1), lse
+
+    tensors = problem(device)
+    assert_same(results(torch.compile(function, fullgraph=True), tensors), results(function, tensors))
+
+
+def test_tensor_options(device):
+    def function(e, c, targets, bias, scale, classes, tokens):
+        return cct.linear_cross_entropy(
+            e, c, targets, bias, return_lse=True, logit_scale=scale, class_weights=classes, token_weights=tokens
+        )  # fmt: skip
+
+    more = (torch.rand(2, N, device=device) + 0.5, torch.rand(V, device=device), torch.rand(2, N, device=device) > 0.5)
+    tensors = (*problem(device), *more)
+    assert_same(results(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors), results(function, tensors))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", [{"filter_eps": 2.0**-4}, {"softcap": 5.0, "label_smoothing": 0.1}], ids=str)
+def test_sizes_that_change_are_compiled_once(device, reduction, options):
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def function(e, c, targets, bias):
+        return cct.linear_cross_entropy(e, c, targets, bias, shift=1, return_lse=True, reduction=reduction, **options)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+    traced = torch.compile(function, fullgraph=True, backend=count, dynamic=True)
+    for n in (40, 41, 7, 300):
+        tensors = problem(device, n)
+        assert_same(results(compiled, tensors), results(function, tensors))
+        traced(*tensors)
+    assert len(graphs) == 1
+
+
+def test_options_that_change(device):
+    def function(e, c, targets, bias, shift, softcap, z_loss):
+        return cct.linear_cross_entropy(e, c, targets, bias, shift=shift, softcap=softcap, z_loss=z_loss, return_lse=True)
+
+    tensors = problem(device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for shift, softcap, z_loss in ((0, None, 0.0), (1, 5.0, 0.1), (2, 7.0, 0.2), (3, 9.0, 0.3)):
+
+        def same(*tensors, options=(shift, softcap, z_loss), call=function):
+            return call(*tensors, *options)
+
+        assert_same(results(lambda *t, o=(shift, softcap, z_loss): compiled(*t, *o), tensors), results(same, tensors))
+
+
+def test_the_module_and_autocast(device):
+    criterion = cct.LinearCrossEntropy(shift=1, return_lse=True)
+    compiled = torch.compile(criterion, fullgraph=True, backend="aot_eager")
+    tensors = problem(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        actual, expected = compiled(*tensors), criterion(*tensors)
+    assert_same(actual, expected)
+
+
+def test_without_grad(device):
+    compiled = torch.compile(cct.LinearCrossEntropy(), fullgraph=True, backend="aot_eager")
+    tensors = problem(device)
+    with torch.no_grad():
+        loss = compiled(*tensors)
+    assert not loss.requires_grad
+    assert torch.equal(loss, cct.linear_cross_entropy(*tensors).detach())
+
+
+def test_checkpointing(device):
+    from torch.utils.checkpoint import checkpoint
+
+    def function(e, c, targets, bias):
+        return checkpoint(cct.LinearCrossEntropy(return_lse=True), e, c, targets, bias, use_reentrant=False)
+
+    tensors = problem(device)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(results(compiled, tensors), results(function, tensors))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"c": torch.ones(V, D + 1)}, r"c: must have shape \(V, D\)"),
+        ({"targets": torch.zeros(2, N - 1, dtype=torch.long)}, "targets: must have the shape of e"),
+        ({"bias": torch.ones(V + 1)}, r"bias: must have shape \(V,\) = \(3000,\)"),
+        ({"impl": "triton"}, "impl: must be one of"),
+        ({"reduction": "avg"}, "reduction: must be one of"),
+        ({"softcap": 0.0}, "softcap: must be positive"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_errors_name_the_argument(changed, message):
+    e, c, targets, bias = problem("cpu")
+    given = {"e": e, "c": c, "targets": targets, "bias": bias} | changed
+    compiled = torch.compile(lambda: cct.linear_cross_entropy(**given), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=message):
+        compiled()

@@ -1,0 +1,110 @@
+"""Every misuse names the argument, what came, and what must come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cce_numba as cce
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+cct = pytest.importorskip("cce_numba.torch")
+
+
+def arguments(**changed):
+    e, c, targets = torch.ones(2, 3, 4), torch.ones(8, 4), torch.zeros(2, 3, dtype=torch.long)
+    return {"e": e, "c": c, "targets": targets} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"e": np.ones((2, 3, 4))}, TypeError, r"e: must be a torch\.Tensor, got numpy\.ndarray \(cce_numba\.linear_cross"),
+        ({"c": [1.0]}, TypeError, r"c: must be a torch\.Tensor, got builtins\.list"),
+        ({"targets": None}, TypeError, r"targets: must be a torch\.Tensor, got builtins\.NoneType"),
+        ({"bias": 1.0}, TypeError, r"bias: must be a torch\.Tensor, got builtins\.float"),
+        ({"class_weights": np.ones(8)}, TypeError, r"class_weights: must be a torch\.Tensor, got numpy"),
+        ({"e": torch.ones(2, 3, 4, dtype=torch.int32)}, TypeError, r"e: must be of a floating-point dtype, got torch\.int32"),
+        ({"e": torch.ones(2, 3, 4).to(torch.float8_e4m3fn)}, TypeError, r"e: dtype must be one of torch\.float16, .*float8_e4"),
+        ({"c": torch.ones(8, 4, dtype=torch.bool)}, TypeError, r"c: must be of a floating-point dtype, got torch\.bool"),
+        ({"targets": torch.zeros(2, 3)}, TypeError, r"targets: must be integers, got dtype float32"),
+        ({"targets": torch.zeros(3, dtype=torch.long)}, ValueError, r"targets: must have the shape of e without .* \(2, 3\)"),
+        ({"targets": torch.full((2, 3), 8)}, ValueError, r"targets: must lie in \[0, V\) = \[0, 8\) .*, got 8 for token 0"),
+        ({"c": torch.ones(4, 8)}, ValueError, r"e: last dimension must be .* D = 8 .*c looks transposed, pass c\.T"),
+        ({"c": torch.ones(4)}, ValueError, r"c: must have shape \(V, D\), got shape \(4,\)"),
+        ({"bias": torch.ones(7)}, ValueError, r"bias: must have shape \(V,\) = \(8,\), got shape \(7,\)"),
+        ({"c": torch.ones(8, 4, device="meta")}, ValueError, "c: must be on the device of e, cpu, got a tensor on meta"),
+        ({"targets": torch.zeros(2, 3, device="meta")}, ValueError, "targets: must be on the device of e, cpu"),
+        ({"softcap": -1.0}, ValueError, "softcap: must be positive"),
+        ({"softcap": "30"}, TypeError, "softcap: must be a positive number or None, got '30'"),
+        ({"reduction": "avg"}, ValueError, "reduction: must be one of 'mean', 'sum', 'none', got 'avg'"),
+        ({"reduction": ["mean"]}, ValueError, "reduction: must be one of 'mean'"),
+        ({"shift": -1}, ValueError, "shift: must be False, True or an integer >= 0, got -1"),
+        ({"shift": 1.0}, TypeError, r"shift: must be an integer, got 1\.0"),
+        ({"ignore_index": None}, TypeError, "ignore_index: must be an integer, got None"),
+        ({"filter_eps": 2.0}, ValueError, r"filter_eps: must be 'auto', a number in \(0, 1\) or None"),
+        ({"filter_c_grad": 1}, TypeError, "filter_c_grad: must be True or False, got 1"),
+        ({"accum_e_fp32": None}, TypeError, "accum_e_fp32: must be True or False, got None"),
+        ({"return_lse": 1}, TypeError, "return_lse: must be True or False, got 1"),
+        ({"check_targets": "yes"}, TypeError, "check_targets: must be True or False, got 'yes'"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing: must be a number in \[0, 1\), got 1\.5"),
+        ({"logit_scale": "2"}, TypeError, r"logit_scale: must be a number or a torch\.Tensor, got '2'"),
+        ({"logit_scale": 0.0}, ValueError, "logit_scale: must be positive"),
+        ({"class_weights": torch.ones(7)}, ValueError, r"class_weights: must have shape \(V,\) = \(8,\)"),
+        ({"token_weights": torch.ones(7)}, ValueError, "token_weights: must have the shape of targets"),
+        ({"class_weights": torch.ones(8, requires_grad=True)}, ValueError, r"class_weights: requires grad.*class_weights\.det"),
+        ({"impl": "triton"}, ValueError, "impl: must be one of 'cce', 'cce_exact', .*'torch_compile', got 'triton'"),
+        ({"impl": "torch_compile", "z_loss": 0.1}, ValueError, "z_loss: is not in the baseline"),
+        ({"backend": "cuda"}, ValueError, "backend: must be one of 'hopper', 'simt', 'cpu' or None, got 'cuda'"),
+        ({"backend": "hopper"}, cce.BackendUnavailable, "backend: 'hopper' cannot run this"),
+        ({"vocab_parallel_options": None}, TypeError, "vocab_parallel_options"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_misuse(changed, error, message):
+    with pytest.raises(error, match=message):
+        cct.linear_cross_entropy(**arguments(**changed))
+
+
+def test_a_sharded_tensor():
+    class Sharded(torch.Tensor):
+        def full_tensor(self):
+            return self
+
+    with pytest.raises(TypeError, match=r"c: must be a plain tensor, got a DTensor; pass c\.full_tensor\(\)"):
+        cct.linear_cross_entropy(**arguments(c=torch.ones(8, 4).as_subclass(Sharded)))
+
+
+def test_numbers_of_numpy_are_numbers():
+    options = {"softcap": np.float32(5), "shift": np.int64(1), "ignore_index": np.int32(3), "label_smoothing": np.float32(0.25)}
+    plain = {"softcap": 5.0, "shift": 1, "ignore_index": 3, "label_smoothing": 0.25}
+    e = torch.rand(2, 3, 4)
+    actual = cct.linear_cross_entropy(**arguments(e=e), **options, filter_e_grad=np.True_)
+    assert torch.equal(actual, cct.linear_cross_entropy(**arguments(e=e), **plain))
+
+
+def test_another_kind_of_device():
+    on_meta = {name: x.to("meta") for name, x in arguments().items()}
+    with pytest.raises(ValueError, match="e: must be on the CPU or on CUDA, got a tensor on meta"):
+        cct.linear_cross_entropy(**on_meta)
+
+
+def test_the_module_s_options():
+    with pytest.raises(ValueError, match="softcap: must be positive"):
+        cct.LinearCrossEntropy(softcap=0)
+    with pytest.raises(TypeError, match="zloss: is not an option; did you mean 'z_loss'"):
+        cct.LinearCrossEntropy(zloss=0.1)
+    with pytest.raises(TypeError, match="bias: is given when the module is called"):
+        cct.LinearCrossEntropy(bias=torch.ones(8))
+
+
+def test_backward_into_grad():
+    with pytest.raises(TypeError, match=r"softcap: must be a positive number or None, got 'x'"):
+        cct.linear_cross_entropy_backward(**arguments(), softcap="x")
+    c = torch.ones(8, 4, requires_grad=True)
+    c.grad = torch.zeros(4, 8).T
+    before = c.grad.clone()
+    cct.linear_cross_entropy_backward(**arguments(c=c))  # strides are welcome
+    assert not torch.equal(c.grad, before)
+    with pytest.raises(ValueError, match="d_loss: must be a scalar"):
+        cct.linear_cross_entropy_backward(**arguments(c=c), d_loss=torch.ones(5))
