@@ -72,7 +72,7 @@ class Result:
         It bounds the token's error in a filtered gradient: that of `dE` by `|d_loss| * dropped_mass * max_v |c_v|`, times its
         weights and `logit_scale` if there are any, less where a softcap is flat. In the shape of `nll`; 0 where ignored, and
         everywhere if nothing is filtered, or nearly everything survives. A lost token (NaN) keeps all, and so drops 0. On
-        `hopper` it is at most this: where more than 70 % of all pairs survive, gradients take all, which the device alone knows.
+        `hopper` it is at most this: where more than 70 % of all pairs survive gradients take all, which only the device knows.
 
         Computes all logits again, at each call, in pieces whose memory does not grow with N or V; waits for the device.
 

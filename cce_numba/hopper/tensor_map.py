@@ -56,10 +56,10 @@ def encode_matrix(pointer: int, rows: int, columns: int, pitch: int, box: int, d
 
 
 def aligned(matrix: Any) -> Any:
-    """The matrix, or a copy that the copy engine can read."""
-    if why_not(matrix) is None:
+    """The matrix, or a copy whose rows are whole 16 bytes, zeros at their end: so rows can be copied one by one, too."""
+    if why_not(matrix) is None and matrix.shape[1] == padded_columns(matrix.shape[1]):
         return matrix
-    copy = importlib.import_module("cupy").empty((matrix.shape[0], padded_columns(matrix.shape[1])), matrix.dtype)
+    copy = importlib.import_module("cupy").zeros((matrix.shape[0], padded_columns(matrix.shape[1])), matrix.dtype)
     copy[:, : matrix.shape[1]] = matrix
     return copy[:, : matrix.shape[1]]
 

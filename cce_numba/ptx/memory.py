@@ -51,6 +51,13 @@ copy_async_16 = instruction(
     (U32, U64, U32),
     doc="(shared address, global address, bytes): copies so many of 16 bytes and zeros the rest, later. ISA 9.7.9.25.3.",
 )
+copy_async_16_or_zeros = instruction(
+    # Not a number of bytes: it takes five instructions more.
+    "{ .reg .pred absent; setp.eq.u32 absent, $2, 0; cp.async.cg.shared.global [$0], [$1], 16, absent; }",
+    (U32, U64, U32),
+    name="cp.async.cg.shared.global (or zeros)",
+    doc="(shared address, global address, condition): copies 16 bytes, later, or zeros if the condition is 0. ISA 9.7.9.25.3.",
+)
 copy_async_commit = instruction("cp.async.commit_group;", doc="This thread's copies so far make a group. ISA 9.7.9.25.3.")
 
 copy_async_arrive = instruction(

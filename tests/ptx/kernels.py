@@ -131,8 +131,8 @@ def make_product(n, dtype, a_m_major=False, b_n_major=False):
     return Kernel(product_kernel, signature, threads=128, smem_bytes=_ALIGNMENT_BYTES + a_bytes + b_bytes + _BARRIER_BYTES)
 
 
-def make_copy_async():
-    """out[i] = 16 bytes at source + 16 * i, of which only counts[i] are copied."""
+def make_copy_async(copy):
+    """out[i] = 16 bytes at source + 16 * i, of which only counts[i] are copied; or, as `copy` takes it, all if it is not 0."""
     wait_all = memory.copy_async_wait(0)
 
     def copy_async_kernel(source, counts, out):
@@ -141,7 +141,7 @@ def make_copy_async():
         for i in range(4):
             memory.store_shared_f32(smem + np.uint32(4 * i), np.float32(1))  # what a copy of fewer bytes must not leave
         cuda.syncthreads()
-        memory.copy_async_16(smem, source + np.uint64(16 * thread), counts[thread])
+        copy(smem, source + np.uint64(16 * thread), counts[thread])
         memory.copy_async_commit()
         wait_all()
         for i in range(4):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cce_numba.hopper import tensor_map
-from cce_numba.ptx import arithmetic
+from cce_numba.ptx import arithmetic, memory
 from tests.harness import SimulatorHarness
 from tests.ptx import kernels
 
@@ -239,13 +239,14 @@ def test_a_product_of_operands_whose_rows_run_along_m_or_n(cupy, rng, dtype, a_m
 # ---- memory, warps
 
 
-def test_asynchronous_copies_zero_what_they_do_not_copy(cupy, rng):
-    """Of 0 to 16 bytes."""
+@pytest.mark.parametrize("whole", [False, True], ids=["of 0 to 16 bytes", "all or nothing"])
+def test_asynchronous_copies_zero_what_they_do_not_copy(cupy, rng, whole):
     source = rng.integers(1, 256, (32, 16)).astype(np.uint8)
-    counts = (np.arange(32) % 17).astype(np.uint32)
+    counts = (np.arange(32) % 17 * (np.arange(32) % 3 > 0 if whole else 1)).astype(np.uint32)
     on_device, counts_on_device, out = cupy.asarray(source), cupy.asarray(counts), cupy.full(128, np.nan, np.float32)
-    kernels.make_copy_async().launch(1, on_device.data.ptr, counts_on_device.data.ptr, out.data.ptr)
-    expected = np.where(np.arange(16) < counts[:, None], source, 0)
+    copy = memory.copy_async_16_or_zeros if whole else memory.copy_async_16
+    kernels.make_copy_async(copy).launch(1, on_device.data.ptr, counts_on_device.data.ptr, out.data.ptr)
+    expected = np.where(np.arange(16) < (16 * (counts[:, None] > 0) if whole else counts[:, None]), source, 0)
     np.testing.assert_array_equal(out.get().view(np.uint8).reshape(32, 16), expected)
 
 

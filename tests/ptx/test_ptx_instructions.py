@@ -97,6 +97,11 @@ TABLE = [
     Row("memory.store_shared_i32", r"st\.shared\.s32", (U32, I32)),
     Row("memory.load_shared_f32_freely", r"ld\.shared\.f32", (U32,), F32),
     Row("memory.load_shared_i32_freely", r"ld\.shared\.s32", (U32,), I32),
+    Row(
+        "memory.copy_async_16_or_zeros",
+        r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, absent",
+        (U32, U64, U32),
+    ),
     Row("memory.copy_async_16", r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+", (U32, U64, U32)),
     Row("memory.copy_async_commit", r"cp\.async\.commit_group"),
     Row("memory.copy_async_wait", r"cp\.async\.wait_group 0", made_with=(0,)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cce_numba.ptx import arithmetic
+from cce_numba.ptx import arithmetic, memory
 from tests import offline
 from tests.ptx import kernels
 
@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("compiler")
 ARGUMENTS = {
     "make_elementwise": (lambda x, y, z: arithmetic.fma(x, y, z),),
     "make_product": (256, "f16", True, True),
+    "make_copy_async": (memory.copy_async_16_or_zeros,),
     "make_handover": (5,),
 }
 

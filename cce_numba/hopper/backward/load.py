@@ -167,43 +167,43 @@ def make_gather(tiles: BackwardTiles) -> Any:
     load_id, opaque, load_if = memory.load_shared_i32_freely, arithmetic.opaque_u32, memory.load_if_u32
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_row(smem: Any, id: Any, source: Any, pitch_bytes: Any, size: Any) -> None:
-        """16 bytes of a row. smem and source are those of this thread's part of a row."""
+    def copy_row(smem: Any, id: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
+        """16 bytes of a row, or zeros if they are not `present`. smem and source are those of this thread's part of a row."""
         # One instruction, as factors of 32 bits.
         offset = np.uint64(np.uint32(id)) * np.uint64(np.uint32(pitch_bytes))
-        memory.copy_async_16(np.uint32(smem), np.uint64(source + offset), np.uint32(size))
+        memory.copy_async_16_or_zeros(np.uint32(smem), np.uint64(source + offset), np.uint32(present))
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_row_or_zeros(smem: Any, id: Any, source: Any, pitch_bytes: Any, size: Any) -> None:
+    def copy_row_or_zeros(smem: Any, id: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
         """The same; zeros for row -1, which is nobody's."""
-        present = np.uint32(size) if id >= 0 else np.uint32(0)
-        copy_row(smem, np.uint32(max(np.int32(id), np.int32(0))), source, pitch_bytes, present)
+        here = np.uint32(present) if id >= 0 else np.uint32(0)
+        copy_row(smem, np.uint32(max(np.int32(id), np.int32(0))), source, pitch_bytes, here)
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_rows(smem: Any, ids: Any, source: Any, pitch_bytes: Any, size: Any) -> None:
+    def copy_rows(smem: Any, ids: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
         """Eight rows to a panel."""
         step = np.uint32(8 * _ROW_BYTES)
-        copy_row(smem, ids[0], source, pitch_bytes, size)
-        copy_row(smem + step, ids[1], source, pitch_bytes, size)
-        copy_row(smem + np.uint32(2) * step, ids[2], source, pitch_bytes, size)
-        copy_row(smem + np.uint32(3) * step, ids[3], source, pitch_bytes, size)
-        copy_row(smem + np.uint32(4) * step, ids[4], source, pitch_bytes, size)
-        copy_row(smem + np.uint32(5) * step, ids[5], source, pitch_bytes, size)
-        copy_row(smem + np.uint32(6) * step, ids[6], source, pitch_bytes, size)
-        copy_row(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, size)
+        copy_row(smem, ids[0], source, pitch_bytes, present)
+        copy_row(smem + step, ids[1], source, pitch_bytes, present)
+        copy_row(smem + np.uint32(2) * step, ids[2], source, pitch_bytes, present)
+        copy_row(smem + np.uint32(3) * step, ids[3], source, pitch_bytes, present)
+        copy_row(smem + np.uint32(4) * step, ids[4], source, pitch_bytes, present)
+        copy_row(smem + np.uint32(5) * step, ids[5], source, pitch_bytes, present)
+        copy_row(smem + np.uint32(6) * step, ids[6], source, pitch_bytes, present)
+        copy_row(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, present)
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_rows_or_zeros(smem: Any, ids: Any, source: Any, pitch_bytes: Any, size: Any) -> None:
+    def copy_rows_or_zeros(smem: Any, ids: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
         """Eight rows to a panel, of which some may be nobody's."""
         step = np.uint32(8 * _ROW_BYTES)
-        copy_row_or_zeros(smem, ids[0], source, pitch_bytes, size)
-        copy_row_or_zeros(smem + step, ids[1], source, pitch_bytes, size)
-        copy_row_or_zeros(smem + np.uint32(2) * step, ids[2], source, pitch_bytes, size)
-        copy_row_or_zeros(smem + np.uint32(3) * step, ids[3], source, pitch_bytes, size)
-        copy_row_or_zeros(smem + np.uint32(4) * step, ids[4], source, pitch_bytes, size)
-        copy_row_or_zeros(smem + np.uint32(5) * step, ids[5], source, pitch_bytes, size)
-        copy_row_or_zeros(smem + np.uint32(6) * step, ids[6], source, pitch_bytes, size)
-        copy_row_or_zeros(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, size)
+        copy_row_or_zeros(smem, ids[0], source, pitch_bytes, present)
+        copy_row_or_zeros(smem + step, ids[1], source, pitch_bytes, present)
+        copy_row_or_zeros(smem + np.uint32(2) * step, ids[2], source, pitch_bytes, present)
+        copy_row_or_zeros(smem + np.uint32(3) * step, ids[3], source, pitch_bytes, present)
+        copy_row_or_zeros(smem + np.uint32(4) * step, ids[4], source, pitch_bytes, present)
+        copy_row_or_zeros(smem + np.uint32(5) * step, ids[5], source, pitch_bytes, present)
+        copy_row_or_zeros(smem + np.uint32(6) * step, ids[6], source, pitch_bytes, present)
+        copy_row_or_zeros(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, present)
 
     @cuda.jit(device=True, forceinline=True)
     def ids_in_smem(address: Any) -> Any:
@@ -269,11 +269,11 @@ def make_gather(tiles: BackwardTiles) -> Any:
 
         @cuda.jit(device=True, forceinline=True)
         def copy_across(smem: Any, ids: Any, source: Any, pitch_bytes: Any, row_bytes: Any) -> None:
-            copy_eight(smem, ids, source, pitch_bytes, clamped(row_bytes))
+            copy_eight(smem, ids, source, pitch_bytes, is_some(row_bytes))
             smem, source = np.uint32(smem + _PANEL_BYTES), np.uint64(source + np.uint64(_ROW_BYTES))
-            copy_eight(smem, ids, source, pitch_bytes, clamped(row_bytes - _ROW_BYTES))
+            copy_eight(smem, ids, source, pitch_bytes, is_some(row_bytes - _ROW_BYTES))
             smem, source = np.uint32(smem + _PANEL_BYTES), np.uint64(source + np.uint64(_ROW_BYTES))
-            copy_eight(smem, ids, source, pitch_bytes, clamped(row_bytes - 2 * _ROW_BYTES))
+            copy_eight(smem, ids, source, pitch_bytes, is_some(row_bytes - 2 * _ROW_BYTES))
 
         return copy_across
 
@@ -302,8 +302,9 @@ def make_gather(tiles: BackwardTiles) -> Any:
         return np.uint32(use + np.uint32(stages))
 
     @cuda.jit(device=True, forceinline=True)
-    def clamped(size_bytes: Any) -> Any:
-        return np.uint32(min(16, max(0, size_bytes)))
+    def is_some(left_bytes: Any) -> Any:
+        """Whether a row has anything left; if so, it is 16 bytes at least."""
+        return np.uint32(1) if left_bytes > 0 else np.uint32(0)
 
     copy_across, copy_across_or_zeros = make_copy_across(copy_rows), make_copy_across(copy_rows_or_zeros)
 
@@ -318,7 +319,7 @@ def make_gather(tiles: BackwardTiles) -> Any:
         e += np.uint64(16 * part)
         c += np.uint64(16 * part)
         g += np.uint64(16 * part)
-        row_bytes = np.int32(2 * D - 16 * part)
+        row_bytes = np.int32(16 * ((D + 7) // 8 - part))
         # Rows that are 8 apart have the same place in the swizzle.
         mine = np.uint32(np.uint32(_ROW_BYTES) * row + ((part ^ row) << np.uint32(4)))
         s, use = np.uint32(0), np.uint32(0)
@@ -337,20 +338,20 @@ def make_gather(tiles: BackwardTiles) -> Any:
                     ids = np.uint32(columns_smem(jobs, s) + np.uint32(4) * row)
                     token = np.int32(place * COLUMN_TILE + row)
                     for k in range(k_steps):
-                        offset, size = np.uint64(_ROW_BYTES * k), clamped(row_bytes - _ROW_BYTES * k)
+                        offset, present = np.uint64(_ROW_BYTES * k), is_some(row_bytes - _ROW_BYTES * k)
                         wait_empty(ring, use)
                         if not is_whole:
                             smem = np.uint32(a_smem(ring, stage_of(use)) + mine)
-                            copy_rows_or_zeros(smem, ids_in_table(row_of, token), e + offset, e_pitch_bytes, size)
+                            copy_rows_or_zeros(smem, ids_in_table(row_of, token), e + offset, e_pitch_bytes, present)
                             smem = np.uint32(smem + _PANEL_BYTES)
-                            copy_rows_or_zeros(smem, ids_in_table(row_of, token + PANEL), e + offset, e_pitch_bytes, size)
+                            copy_rows_or_zeros(smem, ids_in_table(row_of, token + PANEL), e + offset, e_pitch_bytes, present)
                         if not is_dense:
                             smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
                             # Read again in each step: there are no registers to keep them in.
                             list_smem = opaque(ids)
                             for p in range(3):
                                 panel_ids = ids_in_smem(np.uint32(list_smem + np.uint32(4 * PANEL * p)))
-                                copy_rows(smem, panel_ids, c + offset, c_pitch_bytes, size)
+                                copy_rows(smem, panel_ids, c + offset, c_pitch_bytes, present)
                                 smem = np.uint32(smem + _PANEL_BYTES)
                         memory.copy_async_arrive(full(ring, stage_of(use)))
                         use = np.uint32(use + np.uint32(1))
@@ -394,9 +395,9 @@ def make_gather(tiles: BackwardTiles) -> Any:
                             wait_empty(ring, use)
                             if not is_dense:
                                 smem, source = np.uint32(a_smem(ring, stage_of(use)) + mine), g + np.uint64(_ROW_BYTES * half)
-                                pitch, size = np.uint32(G_ROW_BYTES), np.uint32(16)
-                                copy_rows_or_zeros(smem, upper, source, pitch, size)
-                                copy_rows_or_zeros(np.uint32(smem + _PANEL_BYTES), lower, source, pitch, size)
+                                pitch, present = np.uint32(G_ROW_BYTES), np.uint32(1)
+                                copy_rows_or_zeros(smem, upper, source, pitch, present)
+                                copy_rows_or_zeros(np.uint32(smem + _PANEL_BYTES), lower, source, pitch, present)
                             if not is_whole:
                                 smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
                                 ids = ids_in_table(row_of, token + PANEL * half)
