@@ -13,7 +13,7 @@ from cce_numba.arguments import DEFAULTS
 from tests.harness import SimulatorHarness
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-(EXAMPLE,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLE, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the other is run by tests/transformers
 
 pytestmark = pytest.mark.skipif(SimulatorHarness.is_active(), reason="its sizes are not for the simulator")
 
