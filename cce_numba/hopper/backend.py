@@ -11,6 +11,7 @@ import numpy as np
 
 from cce_numba import gpu
 from cce_numba.arguments import Problem
+from cce_numba.hopper import tensor_map
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.interchange import BFLOAT16
 from cce_numba.plan import Gradients, Plan, Statistics
@@ -18,8 +19,6 @@ from cce_numba.simt import backend as simt
 
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10
-
-
 _TILES = HopperTiles()
 
 
@@ -56,7 +55,7 @@ _plans: dict[Any, HopperPlan] = {}  # made so far: training asks for the same on
 def plan(p: Problem) -> HopperPlan:
     """Tiles and bytes."""
     layout = _module("workspace").Layout.of(p, _TILES)
-    key = layout, p.dtype, p.device, p.options
+    key = layout, p.dtype, p.device, p.options, p.bias is not None
     if (known := _plans.get(key)) is not None:
         return known
     if len(_plans) >= 256:
@@ -69,7 +68,12 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
     if layout.e_copied:
         how += f"; e is copied, since {layout.e_copied}"
     if layout.c_copied:
-        how += f"; c is copied, {layout.c_rows} rows at a time (for the backward all), since {layout.c_copied}"
+        how += f"; c is copied, {layout.c_rows} rows at a time, since {layout.c_copied}"
+    by_rows = [f"{name}, since {why}" for name, x in (("e", p.e), ("c", p.c)) if (why := tensor_map.why_not_by_rows(x))]
+    if by_rows:
+        how += f"; for the backward whole copies: {' and '.join(by_rows)}"
+    how += f"; {2 * p.N * p.V * p.D / 1e12:.3g} TFLOP of products in the forward, in the backward three times as many, "
+    how += "less what the filter leaves out"
     return HopperPlan(
         backend="hopper",
         how=how,

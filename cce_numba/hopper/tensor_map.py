@@ -55,9 +55,16 @@ def encode_matrix(pointer: int, rows: int, columns: int, pitch: int, box: int, d
     return _encode(pointer, rows, columns, pitch, box, box, dtype == np.float16)
 
 
+def why_not_by_rows(matrix: Any) -> str | None:
+    """Why its rows cannot be copied one by one as they lie, 16 bytes at a time, beside `why_not`; or None if they can."""
+    if matrix.shape[1] != padded_columns(matrix.shape[1]):
+        return f"its rows of {matrix.shape[1]} elements are not a multiple of {_ALIGNMENT_BYTES} bytes long"
+    return why_not(matrix)
+
+
 def aligned(matrix: Any) -> Any:
     """The matrix, or a copy whose rows are whole 16 bytes, zeros at their end: so rows can be copied one by one, too."""
-    if why_not(matrix) is None and matrix.shape[1] == padded_columns(matrix.shape[1]):
+    if why_not_by_rows(matrix) is None:
         return matrix
     copy = importlib.import_module("cupy").zeros((matrix.shape[0], padded_columns(matrix.shape[1])), matrix.dtype)
     copy[:, : matrix.shape[1]] = matrix

@@ -15,7 +15,8 @@ if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
 from cce_numba.hopper.backward import survey as survey_module
-from cce_numba.hopper.backward.survey import SurveyLayout, Tables, survey
+from cce_numba.hopper.backward.survey import survey
+from cce_numba.hopper.backward.tables import SurveyLayout, Tables
 from cce_numba.hopper.launch import Kernel
 
 KERNELS = ("weigh", "list", "order", "sort", "rounds", "slots", "phases")

@@ -3,7 +3,7 @@
 Read in this order:
 
     tiles       sizes: every product runs through the same stages
-    survey      small kernels that turn survivor bits into lists, rounds and phases
+    survey      survivor bits become lists, rounds and phases; by the small kernels of `columns` and `rounds`, into `tables`
     jobs        what a CTA computes next
     load        how operands come to shared memory, in order or row by row
     multiply    a consumer's loop, and what it does for each kind of job

@@ -156,13 +156,13 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
     load_smem, store_smem, store_float = memory.load_shared_i32, memory.store_shared_i32, memory.store_shared_f32
     load_narrow, load_wide = make_load(dtype), make_load(np.dtype(np.float32))
     list_tile, column_tile, block_v = LIST_TILE, COLUMN_TILE, tiles.block_v
-    expect = mbarrier.arrive
+    arrive = mbarrier.arrive
 
     @cuda.jit(device=True, forceinline=True)
     def publish(jobs: Any, s: Any, lane: Any) -> None:
         cuda.syncwarp()
         if lane == 0:
-            expect(full(jobs, s))
+            arrive(full(jobs, s))
 
     @cuda.jit(device=True, forceinline=True)
     def expand(columns: Any, wanted: Any, rank: Any, bits: Any, row: Any, first_word: Any, end_word: Any, lane: Any) -> None:

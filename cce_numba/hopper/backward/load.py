@@ -179,31 +179,24 @@ def make_gather(tiles: BackwardTiles) -> Any:
         here = np.uint32(present) if id >= 0 else np.uint32(0)
         copy_row(smem, np.uint32(max(np.int32(id), np.int32(0))), source, pitch_bytes, here)
 
-    @cuda.jit(device=True, forceinline=True)
-    def copy_rows(smem: Any, ids: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
+    def make_copy_rows(copy_one: Any) -> Any:
         """Eight rows to a panel."""
-        step = np.uint32(8 * _ROW_BYTES)
-        copy_row(smem, ids[0], source, pitch_bytes, present)
-        copy_row(smem + step, ids[1], source, pitch_bytes, present)
-        copy_row(smem + np.uint32(2) * step, ids[2], source, pitch_bytes, present)
-        copy_row(smem + np.uint32(3) * step, ids[3], source, pitch_bytes, present)
-        copy_row(smem + np.uint32(4) * step, ids[4], source, pitch_bytes, present)
-        copy_row(smem + np.uint32(5) * step, ids[5], source, pitch_bytes, present)
-        copy_row(smem + np.uint32(6) * step, ids[6], source, pitch_bytes, present)
-        copy_row(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, present)
 
-    @cuda.jit(device=True, forceinline=True)
-    def copy_rows_or_zeros(smem: Any, ids: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
-        """Eight rows to a panel, of which some may be nobody's."""
-        step = np.uint32(8 * _ROW_BYTES)
-        copy_row_or_zeros(smem, ids[0], source, pitch_bytes, present)
-        copy_row_or_zeros(smem + step, ids[1], source, pitch_bytes, present)
-        copy_row_or_zeros(smem + np.uint32(2) * step, ids[2], source, pitch_bytes, present)
-        copy_row_or_zeros(smem + np.uint32(3) * step, ids[3], source, pitch_bytes, present)
-        copy_row_or_zeros(smem + np.uint32(4) * step, ids[4], source, pitch_bytes, present)
-        copy_row_or_zeros(smem + np.uint32(5) * step, ids[5], source, pitch_bytes, present)
-        copy_row_or_zeros(smem + np.uint32(6) * step, ids[6], source, pitch_bytes, present)
-        copy_row_or_zeros(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, present)
+        @cuda.jit(device=True, forceinline=True)
+        def copy_eight(smem: Any, ids: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
+            step = np.uint32(8 * _ROW_BYTES)
+            copy_one(smem, ids[0], source, pitch_bytes, present)
+            copy_one(smem + step, ids[1], source, pitch_bytes, present)
+            copy_one(smem + np.uint32(2) * step, ids[2], source, pitch_bytes, present)
+            copy_one(smem + np.uint32(3) * step, ids[3], source, pitch_bytes, present)
+            copy_one(smem + np.uint32(4) * step, ids[4], source, pitch_bytes, present)
+            copy_one(smem + np.uint32(5) * step, ids[5], source, pitch_bytes, present)
+            copy_one(smem + np.uint32(6) * step, ids[6], source, pitch_bytes, present)
+            copy_one(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, present)
+
+        return copy_eight
+
+    copy_rows, copy_rows_or_zeros = make_copy_rows(copy_row), make_copy_rows(copy_row_or_zeros)
 
     @cuda.jit(device=True, forceinline=True)
     def ids_in_smem(address: Any) -> Any:

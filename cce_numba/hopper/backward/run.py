@@ -18,7 +18,8 @@ from cce_numba.hopper.backward.workspace import BUFFERS, Workspace
 from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.plan import Gradients, Statistics, ceil_div
 
-# Where more than this share of all pairs of a block and a column survives, taking all of them in order is faster.
+# Where more than this share of all pairs of a block and a column survives, all of them are taken, in order. A guess: 39 % were
+# seen to take 0.63 of the time of all.
 DENSE_SHARE = 0.7
 TILES = BackwardTiles()
 _THREADS = 1024
@@ -89,8 +90,6 @@ def _pass(
     d_c = None if into.c is None else tensor_map.paired(into.c, with_values=accumulate)
     d_bias = None if into.bias is None else xp.zeros(p.V, np.float32)
     e_in_float32, c_in_float32 = (x is not None and x.dtype == np.float32 for x in (d_e, d_c))
-    pitch_e = 0 if d_e is None else tensor_map.pitch_bytes(d_e)
-    # The lower halves lie as dE does, so its rows' length counts.
     workspace = workspace_of(p, into)
     scratch = xp.empty(workspace.nbytes, np.uint8)
     base = scratch.data.ptr
@@ -163,7 +162,7 @@ def _pass(
         BUFFERS,
         workspace.buffer_slots,
         0 if d_e is None else d_e.data.ptr,
-        pitch_e,
+        0 if d_e is None else tensor_map.pitch_bytes(d_e),
         e_in_float32,
         0 if d_e is None else (at["rest"] - d_e.data.ptr) % 2**64,
         0 if d_c is None else d_c.data.ptr,
@@ -192,7 +191,8 @@ def workspace_of(p: Problem, into: Gradients) -> Workspace:
 
 def workspace_bytes(p: Problem) -> int:
     """For all gradients, in arrays of the backward's own: with copies of what the copy engine cannot read as it lies."""
-    copies = sum(2 * len(x) * tensor_map.padded_columns(p.D) for x in (p.e, p.c) if tensor_map.why_not(x) is not None)
+    copied = (x for x in (p.e, p.c) if tensor_map.why_not_by_rows(x) is not None)
+    copies = sum(2 * x.shape[0] * tensor_map.padded_columns(p.D) for x in copied)
     if tensor_map.padded_columns(p.D) != p.D:  # and of gradients that cannot be stored two numbers at a time
         itemsizes = 4 if p.options.accum_e_fp32 else 2, 4 if p.options.accum_c_fp32 else 2
         copies += sum(n * rows * tensor_map.padded_columns(p.D) for n, rows in zip(itemsizes, (p.N, p.V), strict=True))

@@ -1,0 +1,64 @@
+"""What `explain` tells of the tensor-core kernels: bytes, work and copies, by arithmetic alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cce_numba import gpu
+from cce_numba.arguments import options
+from cce_numba.interchange import BFLOAT16
+from tests.harness import SimulatorHarness
+
+if SimulatorHarness.is_active():
+    pytest.skip("the simulator has none of these kernels", allow_module_level=True)
+
+from cce_numba.hopper import backend
+from cce_numba.hopper.backward.run import workspace_bytes
+
+N, V = 1000, 50_000
+
+
+@pytest.fixture(autouse=True)
+def an_h100(monkeypatch):
+    monkeypatch.setattr(gpu, "current", lambda: gpu.Gpu((9, 0), 132))
+    monkeypatch.setattr(backend, "_plans", {})
+
+
+def matrix(rows, columns, apart=None):
+    """Of 16-bit numbers, as plans look at it; rows `apart` numbers apart."""
+    memory = SimpleNamespace(ptr=1024)
+    return SimpleNamespace(shape=(rows, columns), strides=(2 * (apart or columns), 2), itemsize=2, dtype=BFLOAT16, data=memory)
+
+
+def problem(D, bias=None, apart=None, **given):
+    return SimpleNamespace(
+        N=N, V=V, D=D, e=matrix(N, D, apart), c=matrix(V, D, apart), bias=bias, dtype=BFLOAT16, device="cuda:0",
+        options=options(BFLOAT16, given), logits_bytes=4 * N * V,
+    )  # fmt: skip
+
+
+def test_the_gradient_of_a_bias_takes_workspace_whichever_was_planned_first():
+    with_bias = np.zeros(V, np.float32)
+    first, second = backend.plan(problem(64)), backend.plan(problem(64, bias=with_bias))
+    assert first.backward_bytes == workspace_bytes(problem(64))
+    assert second.backward_bytes == workspace_bytes(problem(64, bias=with_bias)) != first.backward_bytes
+    assert backend.plan(problem(64)) is first
+    assert backend.plan(problem(64, bias=with_bias)) is second
+
+
+def test_work_is_told():
+    assert "; 0.0064 TFLOP of products in the forward" in backend.plan(problem(64)).how
+    assert "copies" not in backend.plan(problem(64)).how
+
+
+@pytest.mark.parametrize("apart", [None, 72], ids=["contiguous", "a view that the copy engine reads"])
+def test_rows_that_are_no_whole_16_bytes_are_copied_for_the_backward(apart):
+    """And so are the gradients, which are stored two numbers at a time."""
+    how = backend.plan(problem(65, apart=apart)).how
+    reason = "since its rows of 65 elements are not a multiple of 16 bytes long"
+    assert f"for the backward whole copies: e, {reason} and c, {reason}" in how
+    assert ("c is copied" in how) == (apart is None)
+    assert workspace_bytes(problem(65, apart=apart)) == workspace_bytes(problem(72)) + 2 * 2 * (N + V) * 72
