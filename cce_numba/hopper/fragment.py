@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba.cuda import types
 
-from cce_numba.ptx.instruction import F32, I32, U32, U64, as_intrinsic, check_operands
+from cce_numba.ptx.instruction import F32, I32, U32, as_intrinsic, check_operands
 from cce_numba.ptx.wgmma import fragment_type
 
 
@@ -98,77 +98,56 @@ def fill_columns(n: int, value: Callable[..., Any], *extras: Any) -> Any:
     return as_intrinsic(define, len(operands), f"fill_columns_{value.__name__}")
 
 
-def visit_groups(n: int, visit: Callable[..., Any], *extras: Any) -> Any:
-    """Shows a function 8 columns at a time: `visit(z_00, z_01, z_10, z_11, group, *extras) -> int32`, which nobody reads.
+def change_chunks(n: int, chunk: int, change: Callable[..., Any], *extras: Any) -> Any:
+    """Changes `chunk` columns at a time: `change(numbers, first, *extras) -> numbers`, tuples of chunk / 2 float32.
 
-    In a kernel: `visited(fragment, *extras)`. z_rc is row r and column 8 * group + c, both counted from the thread's first;
-    the groups come in order. `extras` here are the numba types of the operands that follow.
+    In a kernel: `fragment = changed(fragment, *extras)`; `first` is the chunk's first column, the numbers are in the order of a
+    fragment of so many columns, and the chunks come in order. `extras` here are the numba types of the operands that follow.
     """
-    operands = (fragment_type(n), *extras)
+    operands, numbers = (fragment_type(n), *extras), fragment_type(chunk)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(change.__name__, operands[:1], given[:1])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, change, numbers(numbers, I32, *extras))
+            fragment = values[0]
+            for first in range(0, n, chunk):
+                part = _part(context, builder, values[0], first, chunk)
+                changed = call(part, ir.Constant(ir.IntType(32), first), *values[1:])
+                for i in range(chunk // 2):
+                    fragment = builder.insert_value(fragment, builder.extract_value(changed, i), first // 2 + i)
+            return fragment
+
+        return operands[0](*operands), generate
+
+    return as_intrinsic(define, len(operands), f"change_chunks_{change.__name__}")
+
+
+def visit_chunks(n: int, chunk: int, visit: Callable[..., Any], *extras: Any) -> Any:
+    """As `change_chunks`, for a function that changes nothing, and returns an int32 that nobody reads."""
+    operands, numbers = (fragment_type(n), *extras), fragment_type(chunk)
 
     def define(_: Any, *given: Any) -> Any:
         check_operands(visit.__name__, operands[:1], given[:1])
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            call = _inlined(context, builder, visit, I32(F32, F32, F32, F32, I32, *extras))
-            for group in range(n // 8):
-                four = (builder.extract_value(values[0], 4 * group + i) for i in range(4))
-                call(*four, ir.Constant(ir.IntType(32), group), *values[1:])
+            call = _inlined(context, builder, visit, I32(numbers, I32, *extras))
+            for first in range(0, n, chunk):
+                call(_part(context, builder, values[0], first, chunk), ir.Constant(ir.IntType(32), first), *values[1:])
             return context.get_dummy_value()
 
         return types.void(*operands), generate
 
-    return as_intrinsic(define, len(operands), f"visit_groups_{visit.__name__}")
+    return as_intrinsic(define, len(operands), f"visit_chunks_{visit.__name__}")
 
 
-def fill_pairs(n: int, value: Callable[..., Any], *extras: Any) -> Any:
-    """A fragment of `value(row_address, column, *extras) -> (float32, float32)`, for two neighbouring columns of a row each.
-
-    In a kernel: `fragment = filled(first_column, row_address_0, row_address_1, *extras)`, with int32 columns as in
-    `map_elements`.
-    """
-    operands = (I32, U64, U64, *extras)
-
-    def define(_: Any, *given: Any) -> Any:
-        check_operands(value.__name__, operands[:3], given[:3])
-
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            call = _inlined(context, builder, value, types.UniTuple(F32, 2)(U64, I32, *extras))
-            fragment = ir.Constant(context.get_value_type(signature.return_type), ir.Undefined)
-            for i in range(0, n // 2, 2):
-                column = builder.add(values[0], ir.Constant(ir.IntType(32), column_of(i)))
-                pair = call(values[1 + row_of(i)], column, *values[3:])
-                for c in (0, 1):
-                    fragment = builder.insert_value(fragment, builder.extract_value(pair, c), i + c)
-            return fragment
-
-        return fragment_type(n)(*operands), generate
-
-    return as_intrinsic(define, len(operands), f"fill_pairs_{value.__name__}")
-
-
-def visit_pairs(n: int, visit: Callable[..., Any], *extras: Any) -> Any:
-    """Shows a function two neighbouring columns of a row at a time: `visit(x, y, row_address, column, *extras) -> int32`.
-
-    Nobody reads what it returns. In a kernel: `visited(fragment, first_column, row_address_0, row_address_1, *extras)`, as in
-    `fill_pairs`.
-    """
-    operands = (fragment_type(n), I32, U64, U64, *extras)
-
-    def define(_: Any, *given: Any) -> Any:
-        check_operands(visit.__name__, operands[:4], given[:4])
-
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            call = _inlined(context, builder, visit, I32(F32, F32, U64, I32, *extras))
-            for i in range(0, n // 2, 2):
-                column = builder.add(values[1], ir.Constant(ir.IntType(32), column_of(i)))
-                x, y = (builder.extract_value(values[0], i + c) for c in (0, 1))
-                call(x, y, values[2 + row_of(i)], column, *values[4:])
-            return context.get_dummy_value()
-
-        return types.void(*operands), generate
-
-    return as_intrinsic(define, len(operands), f"visit_pairs_{visit.__name__}")
+def _part(context: Any, builder: Any, fragment: Any, first: int, columns: int) -> Any:
+    """The fragment of so many columns from the first on."""
+    part = ir.Constant(context.get_value_type(fragment_type(columns)), ir.Undefined)
+    for i in range(columns // 2):
+        part = builder.insert_value(part, builder.extract_value(fragment, first // 2 + i), i)
+    return part
 
 
 def collect_bits(n: int, keep: Callable[..., Any]) -> Any:

@@ -32,15 +32,6 @@ barrier_sync = instruction(
 or_of_warp = instruction(
     "redux.sync.or.b32 $0, $1, 0xffffffff;", (U32,), U32, doc="(bits): their union over the warp, in all lanes. ISA 9.7.13.10."
 )
-transpose_8x8 = instruction(
-    "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;",
-    (U32,),
-    U32,
-    ordered=False,
-    together=True,
-    doc="(two 16-bit numbers of a lane): an 8 x 8 matrix, of which lane l holds row l // 4 from column 2 * (l % 4) on, "
-    "transposed. ISA 9.7.15.5.17, movmatrix.",
-)
 shuffle_i32 = instruction(
     "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;",
     (I32, U32),

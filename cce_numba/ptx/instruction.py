@@ -33,7 +33,7 @@ def instruction(
     Args:
         template: the PTX; `$0`, `$1`, ... stand for the result, if there is one, then the operands.
         operands: their types: F32, I32, U32, I64, U64.
-        result: the type of the result, or VOID.
+        result: the type of the result, a tuple of them (`types.UniTuple`), or VOID.
         ordered: it touches memory or synchronises, so that nothing may move across it, and it may not be removed.
         together: it wants all threads of a warp, so that it may not move into branches; what is ordered never does.
         name: for error messages; the template's first word if left out.
@@ -46,8 +46,8 @@ def instruction(
     'mul.hi.u32'
     """
     name = name or template.split()[0]
-    kinds = operands if result is VOID else (result, *operands)
-    constraints = [("=" if i == 0 and result is not VOID else "") + _CONSTRAINTS[kind] for i, kind in enumerate(kinds)]
+    results = () if result is VOID else tuple(result) if isinstance(result, types.UniTuple) else (result,)
+    constraints = ["=" + _CONSTRAINTS[kind] for kind in results] + [_CONSTRAINTS[kind] for kind in operands]
     if ordered:
         constraints.append("~{memory}")
 
@@ -55,9 +55,12 @@ def instruction(
         check_operands(name, operands, given)
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            llvm_result = ir.VoidType() if result is VOID else _LLVM[result]
+            several = ir.LiteralStructType([_LLVM[kind] for kind in results])
+            llvm_result = several if len(results) > 1 else _LLVM[results[0]] if results else ir.VoidType()
             value = emit(builder, llvm_result, template, constraints, values, ordered=ordered, together=together)
-            return context.get_dummy_value() if result is VOID else value
+            if len(results) > 1:
+                return context.make_tuple(builder, result, [builder.extract_value(value, i) for i in range(len(results))])
+            return value if results else context.get_dummy_value()
 
         return result(*operands), generate
 

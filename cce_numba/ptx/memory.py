@@ -11,6 +11,8 @@ from numba.cuda.core.errors import NumbaTypeError
 
 from cce_numba.ptx.instruction import F32, I32, U32, U64, as_intrinsic, emit, instruction
 
+_FOUR = types.UniTuple(U32, 4)
+
 
 def _define_shared_address(_: Any, array: Any) -> Any:
     if not isinstance(array, types.Array):
@@ -58,6 +60,13 @@ copy_async_16_or_zeros = instruction(
     name="cp.async.cg.shared.global (or zeros)",
     doc="(shared address, global address, condition): copies 16 bytes, later, or zeros if the condition is 0. ISA 9.7.9.25.3.",
 )
+copy_async_16_of_row = instruction(
+    "{ .reg .pred absent; .reg .u64 row; setp.lt.s32 absent, $2, 0; mad.wide.u32 row, $2, $3, $1; "
+    "cp.async.cg.shared.global [$0], [row], 16, absent; }",
+    (U32, U64, I32, U32),
+    name="cp.async.cg.shared.global (of a row)",
+    doc="(shared address, address in row 0, row, bytes of a row): copies 16 bytes, later, or zeros if the row is negative.",
+)
 copy_async_commit = instruction("cp.async.commit_group;", doc="This thread's copies so far make a group. ISA 9.7.9.25.3.")
 
 copy_async_arrive = instruction(
@@ -95,6 +104,39 @@ load_shared_f32_freely = instruction(
 load_shared_i32_freely = instruction(
     "ld.shared.s32 $0, [$1];", (U32,), I32, ordered=False, name="ld.shared.s32 (freely)", doc="(shared address)."
 )
+load_shared_2_f32_freely = instruction(
+    "ld.shared.v2.f32 {$0, $1}, [$2];",
+    (U32,),
+    types.UniTuple(F32, 2),
+    ordered=False,
+    name="ld.shared.v2.f32 (freely)",
+    doc="(shared address): two numbers.",
+)
+load_shared_2_i32_freely = instruction(
+    "ld.shared.v2.s32 {$0, $1}, [$2];",
+    (U32,),
+    types.UniTuple(I32, 2),
+    ordered=False,
+    name="ld.shared.v2.s32 (freely)",
+    doc="(shared address): two numbers.",
+)
+
+# Through shared memory, tiles in registers become rows. All threads of a warp; lane 8 * i + j says where row j of matrix i goes.
+load_shared_4_u32 = instruction(
+    "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", (U32,), _FOUR, doc="(shared address): 16 bytes. ISA 9.7.9, ld."
+)
+store_matrices = instruction(
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
+    (U32, U32, U32, U32, U32),
+    doc="(shared address of a row, four words): four 8 x 8 matrices of 16-bit numbers, of each of which lane l holds row l // 4 "
+    "from column 2 * (l % 4) on. ISA 9.7.15.5.16, stmatrix.",
+)
+store_matrices_transposed = instruction(
+    "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};",
+    (U32, U32, U32, U32, U32),
+    name="stmatrix.trans",
+    doc="As `store_matrices`; what are rows in shared memory are columns in registers.",
+)
 
 # What other CTAs write while this kernel runs: read from the L2 cache, which all share. With a condition in place of a branch,
 # so that many of them are under way at a time.
@@ -110,6 +152,26 @@ store_if_u32 = instruction(
     (U64, U32, U32),
     name="st.global.u32",
     doc="(address, value, condition): nothing if the condition is 0. ISA 9.7.9, st.",
+)
+load_if_4_u32 = instruction(
+    "{ .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; "
+    "@p ld.global.cg.v4.u32 {$0, $1, $2, $3}, [$4]; }",
+    (U64, U32),
+    _FOUR,
+    name="ld.global.cg.v4.u32",
+    doc="(address, condition): 16 bytes, as four words; zeros if the condition is 0. ISA 9.7.9, ld.",
+)
+store_if_4_u32 = instruction(
+    "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.u32 [$0], {$1, $2, $3, $4}; }",
+    (U64, U32, U32, U32, U32, U32),
+    name="st.global.v4.u32",
+    doc="(address, four words, condition): nothing if the condition is 0. ISA 9.7.9, st.",
+)
+store_if_2_f32 = instruction(
+    "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }",
+    (U64, F32, F32, U32),
+    name="st.global.v2.f32",
+    doc="(address, two numbers, condition): nothing if the condition is 0. ISA 9.7.9, st.",
 )
 store_global_u32 = instruction("st.global.u32 [$0], $1;", (U64, U32), doc="(address, value). ISA 9.7.9, st.")
 store_global_f32 = instruction("st.global.f32 [$0], $1;", (U64, F32), doc="(address, value). ISA 9.7.9, st.")

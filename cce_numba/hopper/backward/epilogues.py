@@ -1,4 +1,9 @@
-"""What a tile of sums in registers begins with, and what becomes of it: G, a part of dE, or dC."""
+"""What a tile of sums in registers begins with, and what becomes of it: G, a part of dE, or rows of a gradient.
+
+Lanes hold two neighbouring numbers of a row each, and memory wants whole rows. G and finished 16-bit gradients go through
+shared memory, 8 KiB of it for each consumer, with the 128-byte swizzle. Sums of dE that are not complete yet need no order that others
+know: each thread keeps its own 16 bytes at a time (`make_load_parts`).
+"""
 
 from __future__ import annotations
 
@@ -11,31 +16,42 @@ from numba import cuda
 from numba.cuda import types
 
 from cce_numba.hopper.backward.load import G_ROW_BYTES
+from cce_numba.hopper.backward.tiles import G_BOX, PANEL, STAGING_BYTES
 from cce_numba.hopper.fold import LOG2E
-from cce_numba.hopper.fragment import fill_pairs, visit_groups, visit_pairs
+from cce_numba.hopper.fragment import change_chunks, visit_chunks
 from cce_numba.ptx import arithmetic, control, memory
 
 _F32, _I32, _U32, _U64 = types.float32, types.int32, types.uint32, types.uint64
-SIXTEEN, UPPER, LOWER = np.uint32(16), np.uint32(0xFFFF0000), np.uint32(0xFFFF)
 PARTS = 8  # partial sums of a column of G: of 16 tokens each
+PART_COLUMNS = 32  # of a row that four threads keep 16 bytes of, each
+_ROW_BYTES = np.uint32(2 * PANEL)
+_WARP_BYTES = np.uint32(STAGING_BYTES // 4)
 
 exp2, fma = arithmetic.exp2, arithmetic.fma
 float_of_bits, bits_of_float = arithmetic.float_of_bits, arithmetic.bits_of_float
-transpose_8x8, shuffle_xor = control.transpose_8x8, control.shuffle_xor_f32
-load_i32, load_f32 = memory.load_shared_i32_freely, memory.load_shared_f32_freely
-load_if_u32, store_if_u32, store_f32 = memory.load_if_u32, memory.store_if_u32, memory.store_global_f32
+upper_halves, lower_halves = arithmetic.upper_halves, arithmetic.lower_halves
+shuffle_xor, barrier_sync = control.shuffle_xor_f32, control.barrier_sync
+load_two_i32, load_two_f32 = memory.load_shared_2_i32_freely, memory.load_shared_2_f32_freely
+load_if_u32, load_if_4, store_if_4 = memory.load_if_u32, memory.load_if_4_u32, memory.store_if_4_u32
+store_if_2_f32, store_f32 = memory.store_if_2_f32, memory.store_global_f32
+store_matrices, store_matrices_transposed = memory.store_matrices, memory.store_matrices_transposed
+load_shared_4 = memory.load_shared_4_u32
 
 
 @functools.cache
 def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool) -> Any:
     """Logits become G in the input dtype, stored column by column.
 
-    In a kernel: `store_g(z, columns_smem, bias_smem, stored, g, sums, a_0, shift_0, b_0, target_0, a_1, shift_1, b_1, target_1,
-    softcap)` for rows 0 and 1 of the thread: softmax weight, log-sum-exp in base 2, target's weight, target. The first two
-    addresses must come out of an ordered instruction (see `memory.load_shared_i32_freely`). The addresses g and sums are those
-    of the tile's first column and of this warp's first token; sums (columns, PARTS) takes each column's sum.
+    In a kernel, for 64 tokens: `store_g(z, columns_smem, bias_smem, stored, staging, g, sums, consumer, a_0, shift_0, b_0,
+    target_0, a_1, shift_1, b_1, target_1, softcap)` with, for rows 0 and 1 of the thread: softmax weight, log-sum-exp in base
+    2, target's weight, target. The first two addresses must come out of an ordered instruction (see
+    `memory.load_shared_2_i32_freely`). `stored` columns, a multiple of 64, go to g, the address of the tile's first column and
+    these tokens. sums is the address of (columns, PARTS) for this tile and this warp's first tokens.
+
+    G_BOX columns at a time are transposed into shared memory, and stored in rows of 128 bytes while the next are computed.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
+    box_bytes = np.uint32(G_BOX * 2 * PANEL)
 
     def gradient(z: Any, v: Any, a: Any, shift: Any, b: Any, target: Any, softcap: Any) -> Any:
         if capped:
@@ -52,99 +68,236 @@ def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool) -> Any:
 
     inlined = cuda.jit(device=True, forceinline=True)(gradient)
 
-    def store(
-        z_00: Any, z_01: Any, z_10: Any, z_11: Any, group: Any, columns: Any, biases: Any, stored: Any, g: Any, sums: Any,
+    @cuda.jit(device=True, forceinline=True)
+    def store_four(address: Any, words: Any) -> None:
+        store_if_4(address, words[0], words[1], words[2], words[3], np.uint32(1))
+
+    @cuda.jit(device=True, forceinline=True)
+    def group(
+        z_00: Any, z_01: Any, z_10: Any, z_11: Any, column: Any, columns: Any, biases: Any, stored: Any, sums: Any,
         a_0: Any, shift_0: Any, b_0: Any, target_0: Any, a_1: Any, shift_1: Any, b_1: Any, target_1: Any, softcap: Any,
     ) -> Any:  # fmt: skip
+        """Eight columns from `column` on: two words, of the thread's first and second row."""
         lane = np.int32(cuda.threadIdx.x & 31)
-        place = np.uint32(4 * (8 * group + 2 * (lane & 3)))
-        v_0, v_1 = np.int32(load_i32(columns + place)), np.int32(load_i32(columns + place + np.uint32(4)))
-        bias_0, bias_1 = load_f32(biases + place), load_f32(biases + place + np.uint32(4))
-        z_00, z_10, z_01, z_11 = z_00 + bias_0, z_10 + bias_0, z_01 + bias_1, z_11 + bias_1
-        g_00 = inlined(z_00, v_0, a_0, shift_0, b_0, target_0, softcap)
-        g_01 = inlined(z_01, v_1, a_0, shift_0, b_0, target_0, softcap)
-        g_10 = inlined(z_10, v_0, a_1, shift_1, b_1, target_1, softcap)
-        g_11 = inlined(z_11, v_1, a_1, shift_1, b_1, target_1, softcap)
-        # Now this lane has two tokens of column lane // 4 instead of two columns of token lane // 4.
-        upper, lower = transpose_8x8(pack(g_00, g_01)), transpose_8x8(pack(g_10, g_11))
-        column = np.int32(8 * group + (lane >> 2))
-        mine = np.uint32(1) if column < stored else np.uint32(0)
-        address = np.uint64(g + np.uint64(column * G_ROW_BYTES + 4 * (lane & 3)))
-        store_if_u32(address, upper, mine)
-        store_if_u32(address + np.uint64(16), lower, mine)
+        place = np.uint32(4 * (column + 2 * (lane & 3)))
+        v, bias = load_two_i32(columns + place), load_two_f32(biases + place)
+        g_00 = inlined(z_00 + bias[0], v[0], a_0, shift_0, b_0, target_0, softcap)
+        g_01 = inlined(z_01 + bias[1], v[1], a_0, shift_0, b_0, target_0, softcap)
+        g_10 = inlined(z_10 + bias[0], v[0], a_1, shift_1, b_1, target_1, softcap)
+        g_11 = inlined(z_11 + bias[1], v[1], a_1, shift_1, b_1, target_1, softcap)
         if with_sums:
             sum_0, sum_1 = g_00 + g_10, g_01 + g_11
             sum_0, sum_1 = sum_0 + shuffle_xor(sum_0, 4), sum_1 + shuffle_xor(sum_1, 4)
             sum_0, sum_1 = sum_0 + shuffle_xor(sum_0, 8), sum_1 + shuffle_xor(sum_1, 8)
             sum_0, sum_1 = sum_0 + shuffle_xor(sum_0, 16), sum_1 + shuffle_xor(sum_1, 16)
-            column = np.int32(8 * group + 2 * lane)
-            if lane < 4 and column < stored:  # `stored` is even
-                store_f32(sums + np.uint64(4 * PARTS * column), sum_0)
-                store_f32(sums + np.uint64(4 * PARTS * (column + 1)), sum_1)
+            own = np.int32(column + 2 * lane)
+            if lane < 4 and own < stored:  # `stored` is even
+                store_f32(sums + np.uint64(4 * PARTS * own), sum_0)
+                store_f32(sums + np.uint64(4 * PARTS * (own + 1)), sum_1)
+        return pack(g_00, g_01), pack(g_10, g_11)
+
+    def store(
+        z: Any, first: Any, columns: Any, biases: Any, stored: Any, staging: Any, g: Any, sums: Any, consumer: Any, a_0: Any, shift_0: Any, b_0: Any, target_0: Any, a_1: Any, shift_1: Any, b_1: Any, target_1: Any,
+        softcap: Any,
+    ) -> Any:  # fmt: skip
+        if first < stored:
+            thread = np.int32(cuda.threadIdx.x & 127)
+            lane, warp = np.uint32(thread & 31), np.uint32(thread >> 5)
+            # Two boxes: while some still read one, others fill the next.
+            box = np.uint32(staging + (np.uint32(first // G_BOX) & np.uint32(1)) * box_bytes)
+            # Matrices 0 and 1 are tokens 0-7 and 8-15 of this warp, of eight columns; 2 and 3 of the next eight.
+            column = np.uint32((lane & np.uint32(7)) + np.uint32(8) * (lane >> np.uint32(4)))
+            sixteen_bytes = np.uint32(np.uint32(2) * warp + ((lane >> np.uint32(3)) & np.uint32(1)))
+            swizzled = np.uint32((sixteen_bytes ^ (lane & np.uint32(7))) << np.uint32(4))
+            place = np.uint32(box + column * _ROW_BYTES + swizzled)
+            word_0, word_1 = group(
+                z[0], z[1], z[2], z[3], first, columns, biases, stored, sums,
+                a_0, shift_0, b_0, target_0, a_1, shift_1, b_1, target_1, softcap,
+            )  # fmt: skip
+            word_2, word_3 = group(
+                z[4], z[5], z[6], z[7], first + 8, columns, biases, stored, sums,
+                a_0, shift_0, b_0, target_0, a_1, shift_1, b_1, target_1, softcap,
+            )  # fmt: skip
+            store_matrices_transposed(place, word_0, word_1, word_2, word_3)
+            word_0, word_1 = group(
+                z[8], z[9], z[10], z[11], first + 16, columns, biases, stored, sums,
+                a_0, shift_0, b_0, target_0, a_1, shift_1, b_1, target_1, softcap,
+            )  # fmt: skip
+            word_2, word_3 = group(
+                z[12], z[13], z[14], z[15], first + 24, columns, biases, stored, sums,
+                a_0, shift_0, b_0, target_0, a_1, shift_1, b_1, target_1, softcap,
+            )  # fmt: skip
+            store_matrices_transposed(place + np.uint32(16) * _ROW_BYTES, word_0, word_1, word_2, word_3)
+            barrier_sync(np.uint32(1 + consumer), np.uint32(128))
+            column = np.uint32(thread >> 3)
+            place = np.uint32(box + column * _ROW_BYTES)
+            place = np.uint32(place + (((lane & np.uint32(7)) ^ (column & np.uint32(7))) << np.uint32(4)))
+            to = np.uint64(g + np.uint64(G_ROW_BYTES * (first + (thread >> 3)) + 16 * (thread & 7)))
+            store_four(to, load_shared_4(place))
+            store_four(to + np.uint64(16 * G_ROW_BYTES), load_shared_4(place + np.uint32(16) * _ROW_BYTES))
         return np.int32(0)
 
     rows = (_F32, _F32, _F32, _I32)
-    return visit_groups(n, store, _U32, _U32, _I32, _U64, _U64, *rows, *rows, _F32)
+    return visit_chunks(n, G_BOX, store, _U32, _U32, _I32, _U32, _U64, _U64, _I32, *rows, *rows, _F32)
 
 
 @functools.cache
-def make_load_rows(n: int, dtype: np.dtype) -> Any:
-    """Rows of a gradient as they stand, for products to add to.
+def make_renew_parts(n: int) -> Any:
+    """Sums of dE that are not complete: adds what earlier rounds left in memory, and leaves the new ones there.
 
-    In a kernel: `load(d, row_0, row_1, in_float32, rest, scale, D, is_split, wanted)`: addresses of the thread's rows, 0 for
-    nobody's; all is multiplied by scale, and zero if it is not wanted.
+    In a kernel: `sums = renew(sums, part_0, part_1, second, columns, old_0, old_1, new_0, new_1)`: addresses of the first 16
+    bytes of the thread's rows in the tile, columns of the tile that there are, whether a row's old sums are to be added, and
+    whether its new ones are to be stored.
 
-    A gradient of 16 bits that is not complete yet is split: it holds the upper half of each float32, and the lower half is at
-    the same place in a workspace, `rest` bytes further on. So sums lose nothing, and take half the memory of float32 beside it.
+    Each number is split into halves of 16 bits. The upper ones are where the gradient will be, the lower ones `second` bytes
+    further on: so sums of a 16-bit gradient lose nothing, and take half the memory of float32 beside it. Nobody else reads them,
+    so each thread keeps 16 bytes at a time, in the order of its registers.
     """
-    is_float16, widen_f16 = dtype == np.float16, arithmetic.widen_f16
 
-    def pair(
-        row: Any, d: Any, in_float32: Any, rest: Any, scale: Any, D: Any, is_split: Any, wanted: Any
+    @cuda.jit(device=True, forceinline=True)
+    def joined(x: Any, y: Any, upper: Any, lower: Any) -> Any:
+        return x + float_of_bits(lower_halves(lower, upper)), y + float_of_bits(upper_halves(lower, upper))
+
+    @cuda.jit(device=True, forceinline=True)
+    def store_row(
+        part: Any, second: Any, wanted: Any, x_0: Any, y_0: Any, x_1: Any, y_1: Any, x_2: Any, y_2: Any, x_3: Any, y_3: Any
+    ) -> None:
+        x_0, y_0, x_1, y_1 = bits_of_float(x_0), bits_of_float(y_0), bits_of_float(x_1), bits_of_float(y_1)
+        x_2, y_2, x_3, y_3 = bits_of_float(x_2), bits_of_float(y_2), bits_of_float(x_3), bits_of_float(y_3)
+        store_if_4(
+            part, upper_halves(x_0, y_0), upper_halves(x_1, y_1), upper_halves(x_2, y_2), upper_halves(x_3, y_3), wanted
+        )  # fmt: skip
+        store_if_4(
+            np.uint64(part + second),
+            lower_halves(x_0, y_0), lower_halves(x_1, y_1), lower_halves(x_2, y_2), lower_halves(x_3, y_3), wanted,
+        )  # fmt: skip
+
+    def renew(
+        z: Any, first: Any, part_0: Any, part_1: Any, second: Any, columns: Any, old_0: Any, old_1: Any, new_0: Any, new_1: Any
     ) -> Any:  # fmt: skip
-        # No branches, so that all loads go out together.
-        mine = np.uint32(1) if row != 0 and d < D and wanted != 0 else np.uint32(0)
-        address = np.uint64(row + (np.uint64(d) << np.uint64(1 + in_float32)))
-        first = load_if_u32(address, mine)
-        has_second = np.uint32(mine & np.uint32(in_float32 | is_split))
-        second = load_if_u32(np.uint64(address + (np.uint64(4) if in_float32 != 0 else rest)), has_second)
-        # A bfloat16 is a float32 whose lower half is zero.
-        x, y = joined(first << SIXTEEN, second), joined(first, second >> SIXTEEN)
-        if is_float16:
-            whole_x, whole_y = widen_f16(np.uint32(first & LOWER)), widen_f16(np.uint32(first >> SIXTEEN))
-            x, y = x if is_split != 0 else whole_x, y if is_split != 0 else whole_y
-        x = float_of_bits(first) if in_float32 != 0 else x
-        y = float_of_bits(second) if in_float32 != 0 else y
-        return x * scale, y * scale
+        here = np.uint32(1) if first < columns else np.uint32(0)
+        part_0, part_1 = np.uint64(part_0 + np.uint64(2 * first)), np.uint64(part_1 + np.uint64(2 * first))
+        upper_0, lower_0 = (
+            load_if_4(part_0, np.uint32(old_0 & here)),
+            load_if_4(np.uint64(part_0 + second), np.uint32(old_0 & here)),
+        )
+        upper_1, lower_1 = (
+            load_if_4(part_1, np.uint32(old_1 & here)),
+            load_if_4(np.uint64(part_1 + second), np.uint32(old_1 & here)),
+        )
+        z_0, z_1 = joined(z[0], z[1], upper_0[0], lower_0[0])
+        z_4, z_5 = joined(z[4], z[5], upper_0[1], lower_0[1])
+        z_8, z_9 = joined(z[8], z[9], upper_0[2], lower_0[2])
+        z_12, z_13 = joined(z[12], z[13], upper_0[3], lower_0[3])
+        z_2, z_3 = joined(z[2], z[3], upper_1[0], lower_1[0])
+        z_6, z_7 = joined(z[6], z[7], upper_1[1], lower_1[1])
+        z_10, z_11 = joined(z[10], z[11], upper_1[2], lower_1[2])
+        z_14, z_15 = joined(z[14], z[15], upper_1[3], lower_1[3])
+        store_row(part_0, second, np.uint32(new_0 & here), z_0, z_1, z_4, z_5, z_8, z_9, z_12, z_13)
+        store_row(part_1, second, np.uint32(new_1 & here), z_2, z_3, z_6, z_7, z_10, z_11, z_14, z_15)
+        return z_0, z_1, z_2, z_3, z_4, z_5, z_6, z_7, z_8, z_9, z_10, z_11, z_12, z_13, z_14, z_15
 
-    return fill_pairs(n, pair, _I32, _U64, _F32, _I32, _I32, _I32)
+    return change_chunks(n, PART_COLUMNS, renew, _U64, _U64, _U64, _I32, _U32, _U32, _U32, _U32)
+
+
+@functools.cache
+def make_add_rows(n: int, dtype: np.dtype) -> Any:
+    """Adds rows of a gradient as they stand, which products are to be added to.
+
+    In a kernel: `sums = add(sums, row_0, row_1, columns, in_float32, scale)`: addresses of the thread's first number in each
+    row, 0 for nobody; columns that are left from there on; all is multiplied by scale.
+    """
+    widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
+    eight, sixteen, lower = np.int32(8), np.uint32(16), np.uint32(0xFFFF)
+
+    @cuda.jit(device=True, forceinline=True)
+    def plus(x: Any, y: Any, row: Any, column: Any, columns: Any, in_float32: Any, scale: Any) -> Any:
+        mine = np.uint32(1) if row != 0 and column < columns else np.uint32(0)
+        address = np.uint64(row + (np.uint64(column) << np.uint64(1 + in_float32)))
+        first = load_if_u32(address, mine)
+        second = load_if_u32(np.uint64(address + np.uint64(4)), np.uint32(mine & np.uint32(in_float32)))
+        old_x = float_of_bits(first) if in_float32 != 0 else widen(np.uint32(first & lower))
+        old_y = float_of_bits(second) if in_float32 != 0 else widen(np.uint32(first >> sixteen))
+        return fma(old_x, scale, x), fma(old_y, scale, y)
+
+    def add(z: Any, first: Any, row_0: Any, row_1: Any, columns: Any, in_float32: Any, scale: Any) -> Any:
+        return (
+            plus(z[0], z[1], row_0, first, columns, in_float32, scale)
+            + plus(z[2], z[3], row_1, first, columns, in_float32, scale)
+            + plus(z[4], z[5], row_0, first + eight, columns, in_float32, scale)
+            + plus(z[6], z[7], row_1, first + eight, columns, in_float32, scale)
+        )
+
+    return change_chunks(n, 16, add, _U64, _U64, _I32, _I32, _F32)
 
 
 @functools.cache
 def make_store_rows(n: int, dtype: np.dtype) -> Any:
-    """Back to where `make_load_rows` finds them, rounded if they are not to be split, which is when they are complete.
+    """Rows of a finished gradient of 16 bits, multiplied by scale and rounded; a warp's 16 rows, a panel of columns at a time.
 
-    In a kernel: `store(sums, d, row_0, row_1, in_float32, rest, scale, D, is_split)`.
+    In a kernel: `store(sums, staging, address_0, address_1, address_2, address_3, columns, scale)`: where the warp's rows
+    lane // 8, and 4, 8, 12 further down, have this lane's 16 bytes of the tile's first panel, 0 for nobody; and the columns that
+    are left from there on.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
 
-    def store(x: Any, y: Any, row: Any, d: Any, in_float32: Any, rest: Any, scale: Any, D: Any, is_split: Any) -> Any:
-        mine = np.uint32(1) if row != 0 and d < D else np.uint32(0)
-        x, y = x * scale, y * scale
-        bits_x, bits_y = np.uint32(bits_of_float(x)), np.uint32(bits_of_float(y))
-        upper, rounded = np.uint32((bits_x >> SIXTEEN) | (bits_y & UPPER)), np.uint32(pack(x, y))
-        upper = upper if is_split != 0 else rounded
-        lower = np.uint32((bits_x & LOWER) | (bits_y << SIXTEEN))
-        address = np.uint64(row + (np.uint64(d) << np.uint64(1 + in_float32)))
-        store_if_u32(address, bits_x if in_float32 != 0 else upper, mine)
-        address = np.uint64(address + (np.uint64(4) if in_float32 != 0 else rest))
-        store_if_u32(address, bits_y if in_float32 != 0 else lower, np.uint32(mine & np.uint32(in_float32 | is_split)))
+    @cuda.jit(device=True, forceinline=True)
+    def copy(place: Any, address: Any, first: Any, columns: Any) -> None:
+        words, wanted = load_shared_4(place), np.uint32(1) if address != 0 and first < columns else np.uint32(0)
+        store_if_4(np.uint64(address + np.uint64(2 * first)), words[0], words[1], words[2], words[3], wanted)
+
+    def store(
+        z: Any, first: Any, staging: Any, address_0: Any, address_1: Any, address_2: Any, address_3: Any, columns: Any,
+        scale: Any,
+    ) -> Any:  # fmt: skip
+        lane, warp = np.uint32(cuda.threadIdx.x & 31), np.uint32((cuda.threadIdx.x >> 5) & 3)
+        staging = np.uint32(staging + warp * _WARP_BYTES)
+        # Matrices 0 and 1 are rows 0-7 and 8-15, of eight columns; 2 and 3 of the next eight. A row's 16 bytes number i are at
+        # i ^ (row % 8).
+        to = np.uint32(staging + (lane & np.uint32(15)) * _ROW_BYTES)
+        to = np.uint32(to + (((lane >> np.uint32(4)) ^ (lane & np.uint32(7))) << np.uint32(4)))
+        source = np.uint32(staging + (lane >> np.uint32(3)) * _ROW_BYTES)
+        source = np.uint32(source + (((lane & np.uint32(7)) ^ (lane >> np.uint32(3))) << np.uint32(4)))
+        cuda.syncwarp()  # all have read what was here before
+        store_matrices(
+            to, pack(z[0] * scale, z[1] * scale), pack(z[2] * scale, z[3] * scale),
+            pack(z[4] * scale, z[5] * scale), pack(z[6] * scale, z[7] * scale),
+        )  # fmt: skip
+        store_matrices(
+            to ^ np.uint32(32), pack(z[8] * scale, z[9] * scale), pack(z[10] * scale, z[11] * scale),
+            pack(z[12] * scale, z[13] * scale), pack(z[14] * scale, z[15] * scale),
+        )  # fmt: skip
+        store_matrices(
+            to ^ np.uint32(64), pack(z[16] * scale, z[17] * scale), pack(z[18] * scale, z[19] * scale),
+            pack(z[20] * scale, z[21] * scale), pack(z[22] * scale, z[23] * scale),
+        )  # fmt: skip
+        store_matrices(
+            to ^ np.uint32(96), pack(z[24] * scale, z[25] * scale), pack(z[26] * scale, z[27] * scale),
+            pack(z[28] * scale, z[29] * scale), pack(z[30] * scale, z[31] * scale),
+        )  # fmt: skip
+        cuda.syncwarp()
+        other = np.uint32(source ^ np.uint32(64))
+        copy(source, address_0, first, columns)
+        copy(other + np.uint32(4) * _ROW_BYTES, address_1, first, columns)
+        copy(source + np.uint32(8) * _ROW_BYTES, address_2, first, columns)
+        copy(other + np.uint32(12) * _ROW_BYTES, address_3, first, columns)
         return np.int32(0)
 
-    return visit_pairs(n, store, _I32, _U64, _F32, _I32, _I32)
+    return visit_chunks(n, PANEL, store, _U32, _U64, _U64, _U64, _U64, _I32, _F32)
 
 
-@cuda.jit(device=True, forceinline=True)
-def joined(upper: Any, lower: Any) -> Any:
-    """The float32 of these halves: the upper one's upper bits, the lower one's lower bits."""
-    return float_of_bits(np.uint32((np.uint32(upper) & UPPER) | (np.uint32(lower) & LOWER)))
+@functools.cache
+def make_store_rows_in_float32(n: int) -> Any:
+    """Rows of a finished gradient in float32: `store(sums, row_0, row_1, columns, scale)`, with addresses as `make_add_rows`."""
+
+    @cuda.jit(device=True, forceinline=True)
+    def store_two(row: Any, x: Any, y: Any, first: Any, columns: Any) -> None:
+        wanted = np.uint32(1) if row != 0 and first < columns else np.uint32(0)
+        store_if_2_f32(np.uint64(row + np.uint64(4 * first)), x, y, wanted)
+
+    def store(z: Any, first: Any, row_0: Any, row_1: Any, columns: Any, scale: Any) -> Any:
+        store_two(row_0, z[0] * scale, z[1] * scale, first, columns)
+        store_two(row_1, z[2] * scale, z[3] * scale, first, columns)
+        return np.int32(0)
+
+    return visit_chunks(n, 8, store, _U64, _U64, _I32, _F32)

@@ -120,6 +120,12 @@ def largest_at_most(prefix: Any, first: Any, count: Any, value: Any, lane: Any) 
 
 
 @cuda.jit(device=True, forceinline=True)
+def listed_place(slot: Any) -> Any:
+    """Where a slot's column is listed: of 64 slots, those that are 8 apart lie together, since one thread copies their rows."""
+    return np.int32((slot & -64) | ((slot & 7) << 3) | ((slot >> 3) & 7))
+
+
+@cuda.jit(device=True, forceinline=True)
 def phase_of_logits(r: Any) -> Any:
     """The place of G(r) in the order of phases."""
     return np.int32(max(0, 2 * r - 1))
@@ -271,7 +277,7 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
                     for at in range(lane, stored, 32):
                         # Past the end, G is zero; times a row that counts, which cannot make a NaN where there is none.
                         listed = load_smem(np.uint32(ids + np.uint32(4 * (at if at < last else last))))
-                        memory.store_global_u32(lists + np.uint64(4 * np.int64(slot + at)), np.uint32(listed))
+                        memory.store_global_u32(lists + np.uint64(4 * np.int64(listed_place(slot + at))), np.uint32(listed))
             else:
                 own, share = np.int32(t1 - t0), np.int32(0)
                 zero_first = np.int64(0)

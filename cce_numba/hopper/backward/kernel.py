@@ -18,7 +18,7 @@ from numba.cuda import types
 from cce_numba.hopper.backward.jobs import make_job_ring, make_schedule
 from cce_numba.hopper.backward.load import make_copy, make_gather
 from cce_numba.hopper.backward.multiply import make_work
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, BackwardTiles
+from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.schedule import quotient
@@ -30,6 +30,7 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
     """The kernel for 16-bit `dtype`; with_sums: G's columns are summed, for the gradient of the bias."""
     copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype)
     work = make_work(tiles, dtype, capped, with_sums)
+    staging_bytes = np.uint32(tiles.consumers * STAGING_BYTES)
     init_ring, init_jobs, ring_bytes = make_ring(tiles).init, make_job_ring(tiles).init, np.uint32(tiles.ring_bytes)
     lower_registers = control.lower_registers(tiles.producer_registers)
     raise_registers = control.raise_registers(tiles.consumer_registers)
@@ -61,6 +62,9 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
         slot0: Any,
         first_g: Any,
         phase_end: Any,
+        bits_at: Any,  # addresses of tables above
+        before_at: Any,
+        slot0_at: Any,
         # The workspace.
         next_job: Any,  # address of a counter, zeroed
         done: Any,  # address of counters for each phase, zeroed
@@ -73,7 +77,7 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
         d_e: Any,  # address
         d_e_pitch_bytes: Any,
         e_in_float32: Any,
-        rest: Any,  # bytes from d_e to the lower halves of its sums
+        rest: Any,  # bytes from d_e to the lower halves of its sums, if it is of 16 bits
         d_c: Any,  # address
         d_c_pitch_bytes: Any,
         c_in_float32: Any,
@@ -86,7 +90,8 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
         D: Any,
     ) -> None:
         """Any grid of CTAs that run at the same time. Writes or adds to d_c, adds to d_e."""
-        ring = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
+        staging = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
+        ring = np.uint32(staging + staging_bytes)
         jobs = np.uint32(ring + ring_bytes)
         thread = np.int32(cuda.threadIdx.x)
         warpgroup = thread >> 7
@@ -111,13 +116,13 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
             elif thread >= first_gatherer:
                 gather(
                     jobs, ring, np.int32(thread - first_gatherer), e, e_pitch_bytes, c, c_pitch_bytes, g, lists, row_of, whole,
-                    live, bits, before, n_ctiles, block_words, slot0, first_tile, blocks, dense, D,
+                    live, bits_at, before_at, n_ctiles, block_words, slot0_at, first_tile, blocks, dense, D,
                 )  # fmt: skip
         else:
             raise_registers()
             work(
-                jobs, ring, np.int32(warpgroup - 1), np.int32(thread & 127), rows, row_of, order, scale, softcap, g, sums,
-                d_e, d_e_pitch_bytes, e_in_float32, rest, d_c, d_c_pitch_bytes, c_in_float32, d_bias, accumulate, done,
+                jobs, ring, staging, np.int32(warpgroup - 1), np.int32(thread & 127), rows, row_of, order, scale, softcap,
+                g, sums, d_e, d_e_pitch_bytes, e_in_float32, rest, d_c, d_c_pitch_bytes, c_in_float32, d_bias, accumulate, done,
                 live, bits, before, slot0, first_tile, n_ctiles, block_words, blocks, D,
             )  # fmt: skip
 
@@ -126,6 +131,7 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
     signature = types.void(
         *(u64, u64, i64, u64, i64, u64, i32, f32, pointer_to(np.int64)),
         *(u64, p_i32, p_u32, p_f32, p_i32, p_i32, p_u32, p_u32, p_i32, p_i32, p_i32, p_i32, p_i32, p_i32, p_i32),
+        *(u64, u64, u64),
         *(u64, u64, u64, u64, u64, i32, i32),
         *(u64, i64, i32, u64, u64, i64, i32, p_f32, i32, i32, i32, i32, i32, i32),
     )

@@ -33,7 +33,7 @@ from cce_numba.hopper.backward.jobs import (
 )
 from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, LEAD, PANEL, BackwardTiles
 from cce_numba.hopper.ring import make_ring
-from cce_numba.ptx import arithmetic, mbarrier, memory, tma
+from cce_numba.ptx import arithmetic, control, mbarrier, memory, tma
 from cce_numba.ptx.wgmma import PANEL_BYTES
 
 _A_BYTES, _B_BYTES, _PANEL_BYTES = np.uint32(2 * PANEL_BYTES), np.uint32(3 * PANEL_BYTES), np.uint32(PANEL_BYTES)
@@ -165,19 +165,20 @@ def make_gather(tiles: BackwardTiles) -> Any:
     wait_empty, stage_of, full, a_smem, b_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem, ring_.c_smem
     field, wait_job, job_empty, columns_smem = jobs_.field, jobs_.wait_full, jobs_.empty, jobs_.columns_smem
     load_id, opaque, load_if = memory.load_shared_i32_freely, arithmetic.opaque_u32, memory.load_if_u32
+    load_if_4, shuffle = memory.load_if_4_u32, control.shuffle_i32
+    copy_16, copy_16_of_row = memory.copy_async_16_or_zeros, memory.copy_async_16_of_row
 
     @cuda.jit(device=True, forceinline=True)
     def copy_row(smem: Any, id: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
         """16 bytes of a row, or zeros if they are not `present`. smem and source are those of this thread's part of a row."""
         # One instruction, as factors of 32 bits.
         offset = np.uint64(np.uint32(id)) * np.uint64(np.uint32(pitch_bytes))
-        memory.copy_async_16_or_zeros(np.uint32(smem), np.uint64(source + offset), np.uint32(present))
+        copy_16(np.uint32(smem), np.uint64(source + offset), np.uint32(present))
 
     @cuda.jit(device=True, forceinline=True)
     def copy_row_or_zeros(smem: Any, id: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
         """The same; zeros for row -1, which is nobody's."""
-        here = np.uint32(present) if id >= 0 else np.uint32(0)
-        copy_row(smem, np.uint32(max(np.int32(id), np.int32(0))), source, pitch_bytes, here)
+        copy_16_of_row(np.uint32(smem), source, np.int32(id) if present != 0 else np.int32(-1), np.uint32(pitch_bytes))
 
     def make_copy_rows(copy_one: Any) -> Any:
         """Eight rows to a panel."""
@@ -215,18 +216,9 @@ def make_gather(tiles: BackwardTiles) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def ids_in_list(address: Any, wanted: Any) -> Any:
-        """Eight of a list that other CTAs have written, 8 apart, if they are wanted."""
-        step = np.uint64(32)
-        return (
-            np.int32(load_if(address, wanted)),
-            np.int32(load_if(address + step, wanted)),
-            np.int32(load_if(address + np.uint64(2) * step, wanted)),
-            np.int32(load_if(address + np.uint64(3) * step, wanted)),
-            np.int32(load_if(address + np.uint64(4) * step, wanted)),
-            np.int32(load_if(address + np.uint64(5) * step, wanted)),
-            np.int32(load_if(address + np.uint64(6) * step, wanted)),
-            np.int32(load_if(address + np.uint64(7) * step, wanted)),
-        )
+        """Eight of a list that other CTAs have written, which lie together (`jobs.listed_place`), if they are wanted."""
+        wanted = np.uint32(1) if wanted else np.uint32(0)
+        return load_if_4(address, wanted) + load_if_4(address + np.uint64(16), wanted)
 
     @cuda.jit(device=True, forceinline=True)
     def ids_in_table(table: Any, first: Any) -> Any:
@@ -237,24 +229,39 @@ def make_gather(tiles: BackwardTiles) -> Any:
         )  # fmt: skip
 
     @cuda.jit(device=True, forceinline=True)
-    def slot_in(word: Any, bit: Any, base: Any) -> Any:
-        """The slot of a column, if its bit is set in the word whose columns' slots begin at `base`."""
-        before = np.int32(base + cuda.popc(np.uint32(word & np.uint32((np.uint32(1) << bit) - np.uint32(1)))))
-        return before if (word >> bit) & np.uint32(1) != 0 else np.int32(-1)
+    def slots_of(found: Any, slot: Any, thread: Any) -> Any:
+        """Sixteen of a tile's columns' slots in a block, 8 apart, out of what `find` found; -1 for what does not survive.
+
+        The eight threads that share a row compute two of its slots each, and tell each other.
+        """
+        word_0, word_1 = np.uint32(shuffle(found, np.uint32(0))), np.uint32(shuffle(found, np.uint32(1)))
+        word_2, word_3 = np.uint32(shuffle(found, np.uint32(2))), np.uint32(shuffle(found, np.uint32(3)))
+        first = np.int32(slot + shuffle(found, np.uint32(4)) + shuffle(found, np.uint32(5)) - shuffle(found, np.uint32(6)))
+        part, bit = np.uint32(thread & 7), np.uint32((thread >> 3) + 8 * (thread & 3))
+        below = np.uint32((np.uint32(1) << bit) - np.uint32(1))
+        before_1, before_3 = cuda.popc(word_0), cuda.popc(word_2)
+        before_2 = np.int32(before_1 + cuda.popc(word_1))
+        is_second = part >= np.uint32(4)
+        upper, lower = word_1 if is_second else word_0, word_3 if is_second else word_2
+        own = np.int32(first + (before_1 if is_second else 0) + cuda.popc(np.uint32(upper & below)))
+        own = own if (upper >> bit) & np.uint32(1) != 0 else np.int32(-1)
+        next_own = np.int32(first + before_2 + (before_3 if is_second else 0) + cuda.popc(np.uint32(lower & below)))
+        next_own = next_own if (lower >> bit) & np.uint32(1) != 0 else np.int32(-1)
+        lane = np.uint32(thread & 24)
+        return slots_told(own, lane), slots_told(next_own, lane)
 
     @cuda.jit(device=True, forceinline=True)
-    def slots_in(word: Any, next_word: Any, base: Any, row: Any) -> Any:
-        """Eight columns' slots, 8 apart, out of two words of bits."""
-        eight, next_base = np.uint32(8), np.int32(base + cuda.popc(word))
+    def slots_told(own: Any, lane: Any) -> Any:
+        one = np.uint32(1)
         return (
-            slot_in(word, row, base),
-            slot_in(word, row + eight, base),
-            slot_in(word, row + np.uint32(16), base),
-            slot_in(word, row + np.uint32(24), base),
-            slot_in(next_word, row, next_base),
-            slot_in(next_word, row + eight, next_base),
-            slot_in(next_word, row + np.uint32(16), next_base),
-            slot_in(next_word, row + np.uint32(24), next_base),
+            shuffle(own, lane),
+            shuffle(own, lane + one),
+            shuffle(own, lane + np.uint32(2)),
+            shuffle(own, lane + np.uint32(3)),
+            shuffle(own, lane + np.uint32(4)),
+            shuffle(own, lane + np.uint32(5)),
+            shuffle(own, lane + np.uint32(6)),
+            shuffle(own, lane + np.uint32(7)),
         )
 
     def make_copy_across(copy_eight: Any) -> Any:
@@ -271,15 +278,25 @@ def make_gather(tiles: BackwardTiles) -> Any:
         return copy_across
 
     @cuda.jit(device=True, forceinline=True)
-    def survivors_of(
-        bits: Any, before: Any, slot0: Any, slots: Any, block: Any, tile: Any, first: Any, n_ctiles: Any
+    def where_to_find(
+        lane: Any, bits: Any, before: Any, slot0: Any, slots: Any, tile: Any, first: Any, n_ctiles: Any
     ) -> Any:  # fmt: skip
-        """A block's survivors of a tile of columns: three numbers that tell their first slot, and four words of bits."""
-        counts, at = np.int64(block) * (n_ctiles + 1), np.int64(block) * (4 * n_ctiles) + 4 * tile
-        return (
-            slot0[slots + block], before[counts + tile], before[counts + first],
-            bits[at], bits[at + 1], bits[at + 2], bits[at + 3],
-        )  # fmt: skip
+        """What tells a tile's slots in a block, a word for each lane: its address for block 0, and bytes from block to block.
+
+        Lanes 0 to 3: bits; the others: what the tile's first slot is the sum of.
+        """
+        address, step = bits + np.uint64(4 * (4 * np.int64(tile) + (lane & 3))), np.int64(16) * n_ctiles
+        if lane == 4:
+            address, step = slot0 + np.uint64(4 * slots), np.int64(4)
+        elif lane > 4:
+            address, step = before + np.uint64(4 * np.int64(tile if lane == 5 else first)), np.int64(4) * (n_ctiles + 1)
+        return address, step
+
+    @cuda.jit(device=True, forceinline=True)
+    def find(address: Any, step: Any, block: Any) -> Any:
+        """This lane's word; later, if nothing is computed of it at once."""
+        wanted = np.uint32(1) if block >= 0 else np.uint32(0)
+        return np.int32(load_if(np.uint64(address + np.uint64(np.int64(block) * step)), wanted))
 
     @cuda.jit(device=True, forceinline=True)
     def pass_by(ring: Any, use: Any, stages: Any, lane: Any) -> Any:
@@ -300,6 +317,14 @@ def make_gather(tiles: BackwardTiles) -> Any:
         return np.uint32(1) if left_bytes > 0 else np.uint32(0)
 
     copy_across, copy_across_or_zeros = make_copy_across(copy_rows), make_copy_across(copy_rows_or_zeros)
+
+    @cuda.jit(device=True, forceinline=True)
+    def gather_stage(ring: Any, use: Any, mine: Any, ids: Any, source: Any, pitch_bytes: Any, left_bytes: Any) -> Any:
+        """B for D_E; the next use."""
+        wait_empty(ring, use)
+        copy_across(np.uint32(b_smem(ring, stage_of(use)) + mine), ids, source, pitch_bytes, left_bytes)
+        memory.copy_async_arrive(full(ring, stage_of(use)))
+        return np.uint32(use + np.uint32(1))
 
     @cuda.jit(device=True, forceinline=True)
     def gather(
@@ -328,7 +353,10 @@ def make_gather(tiles: BackwardTiles) -> Any:
                 if is_dense and is_whole:
                     use = pass_by(ring, use, k_steps, lane)
                 else:
-                    ids = np.uint32(columns_smem(jobs, s) + np.uint32(4) * row)
+                    ids = opaque(np.uint32(columns_smem(jobs, s) + np.uint32(4) * row))
+                    ids_0 = ids_in_smem(ids)
+                    ids_1 = ids_in_smem(np.uint32(ids + np.uint32(4 * PANEL)))
+                    ids_2 = ids_in_smem(np.uint32(ids + np.uint32(8 * PANEL)))
                     token = np.int32(place * COLUMN_TILE + row)
                     for k in range(k_steps):
                         offset, present = np.uint64(_ROW_BYTES * k), is_some(row_bytes - _ROW_BYTES * k)
@@ -339,48 +367,42 @@ def make_gather(tiles: BackwardTiles) -> Any:
                             smem = np.uint32(smem + _PANEL_BYTES)
                             copy_rows_or_zeros(smem, ids_in_table(row_of, token + PANEL), e + offset, e_pitch_bytes, present)
                         if not is_dense:
-                            smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
-                            # Read again in each step: there are no registers to keep them in.
-                            list_smem = opaque(ids)
-                            for p in range(3):
-                                panel_ids = ids_in_smem(np.uint32(list_smem + np.uint32(4 * PANEL * p)))
-                                copy_rows(smem, panel_ids, c + offset, c_pitch_bytes, present)
-                                smem = np.uint32(smem + _PANEL_BYTES)
+                            smem, source = np.uint32(b_smem(ring, stage_of(use)) + mine), c + offset
+                            # Unknown in each step, or products with it would be kept in registers that are not there.
+                            pitch = opaque(np.uint32(c_pitch_bytes))
+                            copy_rows(smem, ids_0, source, pitch, present)
+                            copy_rows(np.uint32(smem + _PANEL_BYTES), ids_1, source, pitch, present)
+                            copy_rows(np.uint32(smem + np.uint32(2) * _PANEL_BYTES), ids_2, source, pitch, present)
                         memory.copy_async_arrive(full(ring, stage_of(use)))
                         use = np.uint32(use + np.uint32(1))
             elif kind == D_E:
                 if is_dense:
                     use = pass_by(ring, use, k_steps, lane)
                 else:
-                    listed = lists + np.uint64(4 * (np.int64(slot) + row))
-                    source = c + np.uint64(2 * d0)
-                    following = ids_in_list(listed, np.uint32(1) if k_steps > 0 else np.uint32(0))
-                    for k in range(k_steps):
-                        ids = following
-                        listed += np.uint64(4 * K_STEP)
-                        following = ids_in_list(listed, np.uint32(1) if k + 1 < k_steps else np.uint32(0))
-                        wait_empty(ring, use)
-                        smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
-                        copy_across(smem, ids, source, c_pitch_bytes, row_bytes - 2 * d0)
-                        memory.copy_async_arrive(full(ring, stage_of(use)))
-                        use = np.uint32(use + np.uint32(1))
+                    listed, one_step = lists + np.uint64(4 * (np.int64(slot) + 8 * row)), np.uint64(4 * K_STEP)
+                    source, left_bytes = c + np.uint64(2 * d0), np.int32(row_bytes - 2 * d0)
+                    # Two stages ahead, since it takes them that long to come; and each in its place, since to move it would be to
+                    # wait for it.
+                    even, odd = ids_in_list(listed, k_steps > 0), ids_in_list(listed + one_step, k_steps > 1)
+                    for k in range(0, k_steps, 2):
+                        use = gather_stage(ring, use, mine, even, source, c_pitch_bytes, left_bytes)
+                        listed += np.uint64(2) * one_step
+                        even = ids_in_list(listed, k + 2 < k_steps)
+                        if k + 1 < k_steps:
+                            use = gather_stage(ring, use, mine, odd, source, c_pitch_bytes, left_bytes)
+                            odd = ids_in_list(listed + one_step, k + 3 < k_steps)
             elif k_steps > 0:
                 r = field(jobs, s, ROUND)
-                live_row, slots, first = np.int64(place) * block_words, np.int64(r) * (blocks + 1), first_tile[r]
+                live_row, slots = np.int64(place) * block_words, np.int64(r) * (blocks + 1)
+                address, step = where_to_find(lane, bits, before, slot0, slots, place, first_tile[r], n_ctiles)
                 word, left, block = next_block(live, live_row, block_words, np.int32(-1), np.uint32(0))
-                wholes = whole[word]
-                found = survivors_of(bits, before, slot0, slots, block, place, first, n_ctiles)
+                wholes, found = whole[word], find(address, step, block)
                 while block >= 0:
                     token, is_whole = np.int32(block * COLUMN_TILE + row), (wholes >> np.uint32(block & 31)) & np.uint32(1) != 0
-                    base = np.int32(slot + found[0] + found[1] - found[2])
-                    upper = slots_in(found[3], found[4], base, row)
-                    base = np.int32(base + cuda.popc(found[3]) + cuda.popc(found[4]))
-                    lower = slots_in(found[5], found[6], base, row)
-                    # Of the next block, in time: nothing is computed of it here, which would wait for it.
+                    upper, lower = slots_of(found, slot, thread)
+                    # Of the next block, in time.
                     word, left, block = next_block(live, live_row, block_words, word, left)
-                    if block >= 0:
-                        wholes = whole[word]
-                        found = survivors_of(bits, before, slot0, slots, block, place, first, n_ctiles)
+                    wholes, found = whole[min(word, block_words - 1)], find(address, step, block)
                     if is_dense and is_whole:
                         use = pass_by(ring, use, 2, lane)
                     else:
@@ -388,7 +410,7 @@ def make_gather(tiles: BackwardTiles) -> Any:
                             wait_empty(ring, use)
                             if not is_dense:
                                 smem, source = np.uint32(a_smem(ring, stage_of(use)) + mine), g + np.uint64(_ROW_BYTES * half)
-                                pitch, present = np.uint32(G_ROW_BYTES), np.uint32(1)
+                                pitch, present = opaque(np.uint32(G_ROW_BYTES)), np.uint32(1)
                                 copy_rows_or_zeros(smem, upper, source, pitch, present)
                                 copy_rows_or_zeros(np.uint32(smem + _PANEL_BYTES), lower, source, pitch, present)
                             if not is_whole:

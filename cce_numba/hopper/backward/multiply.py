@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.backward.epilogues import PARTS, make_load_rows, make_store_g, make_store_rows
+from cce_numba.hopper.backward.epilogues import (
+    PART_COLUMNS,
+    PARTS,
+    make_add_rows,
+    make_renew_parts,
+    make_store_g,
+    make_store_rows,
+    make_store_rows_in_float32,
+)
 from cce_numba.hopper.backward.jobs import (
     D0,
     D_E,
@@ -27,7 +35,7 @@ from cce_numba.hopper.backward.jobs import (
     make_job_ring,
 )
 from cce_numba.hopper.backward.load import G_ROW_BYTES
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, BackwardTiles
+from cce_numba.hopper.backward.tiles import COLUMN_TILE, STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.ring import make_ring
 from cce_numba.ptx import arithmetic, control, mbarrier, memory, wgmma
 from cce_numba.ptx.wgmma import PANEL_BYTES, SWIZZLE_128B, SWIZZLE_128B_PANELS
@@ -106,10 +114,9 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
     store_g = make_store_g(block_v, dtype, capped, with_sums)
-    load_rows, store_rows = make_load_rows(block_v, dtype), make_store_rows(block_v, dtype)
+    renew_parts, add_rows = make_renew_parts(block_v), make_add_rows(block_v, dtype)
+    store_rows, store_rows_in_float32 = make_store_rows(block_v, dtype), make_store_rows_in_float32(block_v)
     zeros, opaque = wgmma.zeros(block_v), arithmetic.opaque_u32
-    # Addresses of what was loaded would otherwise be kept until it is stored, and there are no registers to hold them.
-    again = arithmetic.opaque_i32
     load_f32, load_i32, wait_all = memory.load_global_f32, memory.load_global_i32, wgmma.wait_group(0)
     float_of_bits = arithmetic.float_of_bits
     one_consumer = np.uint32(128)
@@ -134,11 +141,64 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
             release(ring, first_use + np.uint32(k_steps - 1), thread)
 
     @cuda.jit(device=True, forceinline=True)
-    def row_address(matrix: Any, pitch_bytes: Any, row: Any) -> Any:
+    def address_of(matrix: Any, pitch_bytes: Any, row: Any, offset: Any) -> Any:
         """0 for row -1: nobody's."""
         if row < 0:
             return np.uint64(0)
-        return np.uint64(matrix + np.uint64(np.int64(row) * pitch_bytes))
+        return np.uint64(matrix + np.uint64(np.int64(row) * pitch_bytes + offset))
+
+    @cuda.jit(device=True, forceinline=True)
+    def is_some(row: Any, wanted: Any) -> Any:
+        return np.uint32(1) if row >= 0 and wanted else np.uint32(0)
+
+    @cuda.jit(device=True, forceinline=True)
+    def part_of(matrix: Any, pitch_bytes: Any, row: Any, offset: Any) -> Any:
+        """A row's address; of any row for nobody."""
+        return np.uint64(matrix + np.uint64(np.int64(max(row, 0)) * pitch_bytes + offset))
+
+    @cuda.jit(device=True, forceinline=True)
+    def add_to_rows(
+        upper: Any, lower: Any, matrix: Any, pitch_bytes: Any, table: Any, position: Any, d: Any, D: Any, in_float32: Any,
+        scale: Any,
+    ) -> Any:  # fmt: skip
+        """The sums, and what the gradient holds in this thread's places, the first at `position` of the table and column d."""
+        offset, columns = np.int64(d) << (1 + in_float32), np.int32(D - d)
+        row_0 = address_of(matrix, pitch_bytes, table[position], offset)
+        row_1 = address_of(matrix, pitch_bytes, table[position + 8], offset)
+        upper = add_rows(upper, row_0, row_1, columns, in_float32, scale)
+        row_0 = address_of(matrix, pitch_bytes, table[position + 64], offset)
+        row_1 = address_of(matrix, pitch_bytes, table[position + 72], offset)
+        return upper, add_rows(lower, row_0, row_1, columns, in_float32, scale)
+
+    @cuda.jit(device=True, forceinline=True)
+    def finish_rows(
+        upper: Any, lower: Any, staging: Any, matrix: Any, pitch_bytes: Any, table: Any, first: Any, thread: Any, d0: Any,
+        D: Any, in_float32: Any, scale: Any,
+    ) -> None:  # fmt: skip
+        """Stores a tile of a gradient: rows table[first], ..., from column d0 on."""
+        lane, first = np.int32(thread & 31), np.int64(first + (thread >> 5) * 16)
+        if in_float32 != 0:
+            d, position = np.int32(d0 + 2 * (lane & 3)), first + (lane >> 2)
+            offset, columns = np.int64(4 * d), np.int32(D - d)
+            row_0 = address_of(matrix, pitch_bytes, table[position], offset)
+            row_1 = address_of(matrix, pitch_bytes, table[position + 8], offset)
+            store_rows_in_float32(upper, row_0, row_1, columns, scale)
+            row_0 = address_of(matrix, pitch_bytes, table[position + 64], offset)
+            row_1 = address_of(matrix, pitch_bytes, table[position + 72], offset)
+            store_rows_in_float32(lower, row_0, row_1, columns, scale)
+        else:
+            d, position = np.int32(d0 + 8 * (lane & 7)), first + (lane >> 3)
+            offset, columns = np.int64(2 * d), np.int32(D - d)
+            row_0 = address_of(matrix, pitch_bytes, table[position], offset)
+            row_1 = address_of(matrix, pitch_bytes, table[position + 4], offset)
+            row_2 = address_of(matrix, pitch_bytes, table[position + 8], offset)
+            row_3 = address_of(matrix, pitch_bytes, table[position + 12], offset)
+            store_rows(upper, staging, row_0, row_1, row_2, row_3, columns, scale)
+            row_0 = address_of(matrix, pitch_bytes, table[position + 64], offset)
+            row_1 = address_of(matrix, pitch_bytes, table[position + 68], offset)
+            row_2 = address_of(matrix, pitch_bytes, table[position + 72], offset)
+            row_3 = address_of(matrix, pitch_bytes, table[position + 76], offset)
+            store_rows(lower, staging, row_0, row_1, row_2, row_3, columns, scale)
 
     @cuda.jit(device=True, forceinline=True)
     def sum_of_column(
@@ -169,14 +229,15 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
 
     @cuda.jit(device=True, forceinline=True)
     def work(
-        jobs: Any, ring: Any, consumer: Any, thread: Any, rows: Any, row_of: Any, order: Any, scale: Any, softcap: Any, g: Any,
-        sums: Any, d_e: Any, d_e_pitch_bytes: Any, e_in_float32: Any, rest: Any, d_c: Any, d_c_pitch_bytes: Any,
+        jobs: Any, ring: Any, staging: Any, consumer: Any, thread: Any, rows: Any, row_of: Any, order: Any, scale: Any,
+        softcap: Any, g: Any, sums: Any, d_e: Any, d_e_pitch_bytes: Any, e_in_float32: Any, rest: Any, d_c: Any, d_c_pitch_bytes: Any,
         c_in_float32: Any, d_bias: Any, accumulate: Any, done: Any, live: Any, bits: Any, before: Any, slot0: Any,
         first_tile: Any, n_ctiles: Any, block_words: Any, blocks: Any, D: Any,
     ) -> None:  # fmt: skip
         lane = np.int32(thread & 31)
         row = np.int32((thread >> 5) * 16 + (lane >> 2))  # and 8, 64, 72 further down
         to_scale, unscale = scale[0], scale[1]
+        staging = np.uint32(staging + np.uint32(consumer) * np.uint32(STAGING_BYTES))
         s, turns = np.uint32(consumer), np.uint32(0)
         while True:
             wait_job(jobs, s)
@@ -190,13 +251,12 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
                 finish(ring, consumer, first_use, k_steps, thread)
                 columns, biases, stored = opaque(columns_smem(jobs, s)), opaque(bias_smem(jobs, s)), field(jobs, s, STORED)
                 slot = np.int64(field(jobs, s, SLOT))
-                warp = np.int32(thread >> 5)
-                tile = np.uint64(g + np.uint64(slot * G_ROW_BYTES + 32 * warp))
-                sum_parts = np.uint64(sums + np.uint64(4 * (slot * PARTS + warp)))
+                tile = np.uint64(g + np.uint64(slot * G_ROW_BYTES))
+                sum_parts = np.uint64(sums + np.uint64(4 * (slot * PARTS + (thread >> 5))))
                 record = np.uint64(rows + np.uint64(16 * (np.int64(field(jobs, s, PLACE)) * COLUMN_TILE + row)))
                 next_record = np.uint64(record + np.uint64(128))
                 store_g(
-                    upper, columns, biases, stored, tile, sum_parts,
+                    upper, columns, biases, stored, staging, tile, sum_parts, consumer,
                     load_f32(record), load_f32(record + np.uint64(8)), load_f32(record + np.uint64(4)),
                     load_i32(record + np.uint64(12)),
                     load_f32(next_record), load_f32(next_record + np.uint64(8)), load_f32(next_record + np.uint64(4)),
@@ -204,46 +264,59 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
                 )  # fmt: skip
                 record, next_record = np.uint64(record + np.uint64(1024)), np.uint64(record + np.uint64(1152))
                 store_g(
-                    lower, columns, biases, stored, tile + np.uint64(128), sum_parts + np.uint64(16),
+                    lower, columns, biases, stored, staging, tile + np.uint64(128), sum_parts + np.uint64(16), consumer,
                     load_f32(record), load_f32(record + np.uint64(8)), load_f32(record + np.uint64(4)),
                     load_i32(record + np.uint64(12)),
                     load_f32(next_record), load_f32(next_record + np.uint64(8)), load_f32(next_record + np.uint64(4)),
                     load_i32(next_record + np.uint64(12)), softcap,
                 )  # fmt: skip
+                memory.fence_proxy_async_all()  # the bulk copy engine will read G
             elif kind == D_E:
-                d = np.int32(field(jobs, s, D0) + 2 * (lane & 3))
-                position = np.int64(field(jobs, s, PLACE)) * COLUMN_TILE + row
-                row_0 = row_address(d_e, d_e_pitch_bytes, row_of[position])
-                row_1 = row_address(d_e, d_e_pitch_bytes, row_of[position + 8])
-                row_2 = row_address(d_e, d_e_pitch_bytes, row_of[position + 64])
-                row_3 = row_address(d_e, d_e_pitch_bytes, row_of[position + 72])
-                is_split, yes = np.int32(1 - field(jobs, s, IS_FIRST)), np.int32(1)
-                # Before its turn, while the other multiplies: nothing waits for this.
-                upper = load_rows(d, row_0, row_1, e_in_float32, rest, to_scale, D, is_split, yes)
-                lower = load_rows(d, row_2, row_3, e_in_float32, rest, to_scale, D, is_split, yes)
                 turns = await_turn(ring, consumer, s, turns)
-                upper, lower = multiply_d_e(upper, lower, ring, first_use, k_steps, thread)
+                upper, lower = multiply_d_e(zeros(), zeros(), ring, first_use, k_steps, thread)
                 finish(ring, consumer, first_use, k_steps, thread)
-                is_split, d = np.int32(1 - field(jobs, s, IS_LAST)), again(d)
-                store_rows(upper, d, row_0, row_1, e_in_float32, rest, unscale, D, is_split)
-                store_rows(lower, d, row_2, row_3, e_in_float32, rest, unscale, D, is_split)
+                d0, is_first, is_last = field(jobs, s, D0), field(jobs, s, IS_FIRST) != 0, field(jobs, s, IS_LAST) != 0
+                first = np.int64(field(jobs, s, PLACE)) * COLUMN_TILE
+                if is_first and accumulate:
+                    d = np.int32(d0 + 2 * (lane & 3))
+                    upper, lower = add_to_rows(
+                        upper, lower, d_e, d_e_pitch_bytes, row_of, first + row, d, D, e_in_float32, to_scale
+                    )  # fmt: skip
+                    cuda.syncwarp()  # all have read their rows before any changes
+                # A thread's 16 bytes of each 64; halves of numbers: in float32 they share its place.
+                offset, columns = (np.int64(d0) << (1 + e_in_float32)) + 16 * (lane & 3), np.int32(D - d0)
+                whole = min(np.int32((columns + PART_COLUMNS - 1) // PART_COLUMNS * PART_COLUMNS), np.int32(block_v))
+                second = np.uint64(2 * whole) if e_in_float32 != 0 else rest
+                row_0, row_1 = row_of[first + row], row_of[first + row + 8]
+                upper = renew_parts(
+                    upper, part_of(d_e, d_e_pitch_bytes, row_0, offset), part_of(d_e, d_e_pitch_bytes, row_1, offset), second,
+                    columns, is_some(row_0, not is_first), is_some(row_1, not is_first), is_some(row_0, not is_last),
+                    is_some(row_1, not is_last),
+                )  # fmt: skip
+                row_0, row_1 = row_of[first + row + 64], row_of[first + row + 72]
+                lower = renew_parts(
+                    lower, part_of(d_e, d_e_pitch_bytes, row_0, offset), part_of(d_e, d_e_pitch_bytes, row_1, offset), second,
+                    columns, is_some(row_0, not is_first), is_some(row_1, not is_first), is_some(row_0, not is_last),
+                    is_some(row_1, not is_last),
+                )  # fmt: skip
+                if is_last:
+                    cuda.syncwarp()  # all have read their parts
+                    finish_rows(
+                        upper, lower, staging, d_e, d_e_pitch_bytes, row_of, first, thread, d0, D, e_in_float32, unscale
+                    )  # fmt: skip
             else:
-                d = np.int32(field(jobs, s, D0) + 2 * (lane & 3))
-                place = np.int64(field(jobs, s, PLACE)) * COLUMN_TILE + row
-                row_0 = row_address(d_c, d_c_pitch_bytes, order[place])
-                row_1 = row_address(d_c, d_c_pitch_bytes, order[place + 8])
-                row_2 = row_address(d_c, d_c_pitch_bytes, order[place + 64])
-                row_3 = row_address(d_c, d_c_pitch_bytes, order[place + 72])
-                nothing, no = np.uint64(0), np.int32(0)
-                # Not zeros in one branch and loads in another: products could then not follow each other without waiting.
-                upper = load_rows(d, row_0, row_1, c_in_float32, nothing, to_scale, D, no, accumulate)
-                lower = load_rows(d, row_2, row_3, c_in_float32, nothing, to_scale, D, no, accumulate)
                 turns = await_turn(ring, consumer, s, turns)
-                upper, lower = multiply_d_c(upper, lower, ring, first_use, k_steps, thread)
+                upper, lower = multiply_d_c(zeros(), zeros(), ring, first_use, k_steps, thread)
                 finish(ring, consumer, first_use, k_steps, thread)
-                d = again(d)
-                store_rows(upper, d, row_0, row_1, c_in_float32, nothing, unscale, D, no)
-                store_rows(lower, d, row_2, row_3, c_in_float32, nothing, unscale, D, no)
+                d0, first = field(jobs, s, D0), np.int64(field(jobs, s, PLACE)) * COLUMN_TILE
+                if accumulate:
+                    d = np.int32(d0 + 2 * (lane & 3))
+                    upper, lower = add_to_rows(
+                        upper, lower, d_c, d_c_pitch_bytes, order, first + row, d, D, c_in_float32, to_scale
+                    )  # fmt: skip
+                finish_rows(
+                    upper, lower, staging, d_c, d_c_pitch_bytes, order, first, thread, d0, D, c_in_float32, unscale
+                )  # fmt: skip
                 if with_sums and field(jobs, s, D0) == 0:
                     place = np.int64(field(jobs, s, PLACE))
                     v = order[place * COLUMN_TILE + thread]
@@ -255,7 +328,6 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
                             block_words,
                         )  # fmt: skip
             phase = field(jobs, s, PHASE)
-            memory.fence_proxy_async_all()  # the bulk copy engine will read G
             control.barrier_sync(np.uint32(1 + consumer), one_consumer)
             if thread == 0:
                 mbarrier.arrive(job_empty(jobs, s))

@@ -11,6 +11,8 @@ LIST_TILE = 192  # columns of a list whose logits a job computes again
 COLUMN_TILE = 128  # vocabulary entries whose gradient a job computes
 K_STEP = 64  # terms of the sum in a stage
 HEADER_WORDS = 16
+G_BOX = 32  # columns of G that are stored at a time, for 64 tokens
+STAGING_BYTES = 2 * G_BOX * 2 * PANEL  # of a consumer, through which tiles leave
 LEAD = 16  # stages before the last of a job at which the next is asked for: just in time, so that none waits in a busy CTA
 
 
@@ -52,5 +54,5 @@ class BackwardTiles(HopperTiles):
 
     @property
     def smem_bytes(self) -> int:
-        """All shared memory of a CTA: alignment, the ring, the jobs."""
-        return 1024 + self.ring_bytes + self.jobs_bytes
+        """All shared memory of a CTA: alignment, what tiles leave through, the ring, the jobs."""
+        return 1024 + self.consumers * STAGING_BYTES + self.ring_bytes + self.jobs_bytes

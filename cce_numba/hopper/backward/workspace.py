@@ -11,7 +11,7 @@ from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.epilogues import PARTS
 from cce_numba.hopper.backward.load import G_ROW_BYTES
 from cce_numba.hopper.backward.tables import SurveyLayout
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP
+from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, PANEL
 from cce_numba.hopper.tiles import SURVIVOR_BLOCK
 from cce_numba.plan import ceil_div
 
@@ -106,7 +106,7 @@ class Workspace:
 
     def g_map(self, g: int, dtype: np.dtype) -> tuple[int, ...]:
         """The tensor map of G at an address: a row of 128 tokens for each slot."""
-        return tensor_map.encode_matrix(g, BUFFERS * self.buffer_slots, SURVIVOR_BLOCK, G_ROW_BYTES, K_STEP, dtype)
+        return tensor_map.encode_matrix(g, BUFFERS * self.buffer_slots, SURVIVOR_BLOCK, G_ROW_BYTES, PANEL, dtype)
 
 
 @functools.lru_cache(maxsize=256)
