@@ -36,9 +36,9 @@ def pitch_bytes(matrix: Any) -> int:
     return matrix.strides[0] if matrix.shape[0] > 1 else -(-matrix.shape[1] * 2 // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def padded_columns(columns: int, chunk: int = 8) -> int:
-    """The row length of a copy that the engine can read, or in whole chunks of so many numbers."""
-    return -(-columns // chunk) * chunk
+def padded_columns(columns: int) -> int:
+    """The row length of a copy that the engine can read."""
+    return -(-columns // 8) * 8
 
 
 def encode(matrix: Any, box_rows: int, box_columns: int) -> tuple[int, ...]:
@@ -71,13 +71,10 @@ def aligned(matrix: Any) -> Any:
     return copy[:, : matrix.shape[1]]
 
 
-def whole_chunks(gradient: Any, chunk: int, with_values: bool) -> Any:
-    """The (rows, columns) array, or a copy whose rows are whole chunks of so many numbers, 16 bytes at least.
-
-    So it can be stored 16 bytes at a time. The copy is contiguous, but for what is left over of a chunk; empty without values.
-    """
+def whole_chunks(gradient: Any, with_values: bool) -> Any:
+    """The (rows, columns) array, or a copy whose rows can be stored 16 bytes at a time; empty without values."""
     rows, columns = gradient.shape
-    padded = padded_columns(columns, chunk)
+    padded = padded_columns(columns)
     if gradient.flags.c_contiguous and columns == padded and gradient.data.ptr % _ALIGNMENT_BYTES == 0:
         return gradient
     copy = importlib.import_module("cupy").empty((rows, padded), gradient.dtype)[:, :columns]

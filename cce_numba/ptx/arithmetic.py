@@ -80,21 +80,3 @@ pack_f16 = instruction(
 )
 float_of_bits = instruction("mov.b32 $0, $1;", (U32,), F32, ordered=False, name="mov.b32 to f32", doc="(bits of a float32).")
 bits_of_float = instruction("mov.b32 $0, $1;", (F32,), U32, ordered=False, name="mov.b32 of f32", doc="The bits of a float32.")
-
-# Two float32 numbers as two words of 16-bit halves, and back: x in the lower half of each.
-upper_halves = instruction(
-    "prmt.b32 $0, $1, $2, 0x7632;",
-    (U32, U32),
-    U32,
-    ordered=False,
-    name="prmt.b32 (upper halves)",
-    doc="(x, y): their upper 16 bits, those of x in the lower half. ISA 9.7.9, prmt.",
-)
-lower_halves = instruction(
-    "prmt.b32 $0, $1, $2, 0x5410;",
-    (U32, U32),
-    U32,
-    ordered=False,
-    name="prmt.b32 (lower halves)",
-    doc="(x, y): their lower 16 bits, those of x in the lower half. ISA 9.7.9, prmt.",
-)

@@ -167,6 +167,14 @@ store_if_4_u32 = instruction(
     name="st.global.v4.u32",
     doc="(address, four words, condition): nothing if the condition is 0. ISA 9.7.9, st.",
 )
+add_4_f32 = instruction(
+    "red.relaxed.gpu.global.add.v4.f32 [$0], {$1, $2, $3, $4};",
+    (U64, F32, F32, F32, F32),
+    doc="(address, four numbers): adds, atomically, in the L2 cache; nothing comes back to be waited for. ISA 9.7.13, red.",
+)
+store_4_f32 = instruction(
+    "st.global.v4.f32 [$0], {$1, $2, $3, $4};", (U64, F32, F32, F32, F32), doc="(address, four numbers). ISA 9.7.9, st."
+)
 store_if_2_f32 = instruction(
     "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }",
     (U64, F32, F32, U32),

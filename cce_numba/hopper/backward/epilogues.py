@@ -23,17 +23,17 @@ from cce_numba.ptx import arithmetic, control, memory
 
 _F32, _I32, _U32, _U64 = types.float32, types.int32, types.uint32, types.uint64
 PARTS = 8  # partial sums of a column of G: of 16 tokens each
-PART_COLUMNS = 32  # of a row that four threads keep 16 bytes of, each
+SUMS_STEP = 16 * 128  # 16 bytes of each thread of a consumer
 _ROW_BYTES = np.uint32(2 * PANEL)
 _WARP_BYTES = np.uint32(STAGING_BYTES // 4)
 
 exp2, fma = arithmetic.exp2, arithmetic.fma
-float_of_bits, bits_of_float = arithmetic.float_of_bits, arithmetic.bits_of_float
-upper_halves, lower_halves = arithmetic.upper_halves, arithmetic.lower_halves
+float_of_bits = arithmetic.float_of_bits
 shuffle_xor, barrier_sync = control.shuffle_xor_f32, control.barrier_sync
 load_two_i32, load_two_f32 = memory.load_shared_2_i32_freely, memory.load_shared_2_f32_freely
 load_if_u32, load_if_4, store_if_4 = memory.load_if_u32, memory.load_if_4_u32, memory.store_if_4_u32
 store_if_2_f32, store_f32 = memory.store_if_2_f32, memory.store_global_f32
+store_4, add_4 = memory.store_4_f32, memory.add_4_f32
 store_matrices, store_matrices_transposed = memory.store_matrices, memory.store_matrices_transposed
 load_shared_4 = memory.load_shared_4_u32
 
@@ -142,70 +142,50 @@ def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool) -> Any:
 
 
 @functools.cache
-def make_renew_parts(n: int) -> Any:
-    """Sums of dE that are not complete: adds what earlier rounds left in memory, and leaves the new ones there.
+def make_store_sums(n: int) -> Any:
+    """Sums of dE that are not complete: `store_sums(sums, address)`; nobody else reads them, so they stay in threads' order.
 
-    In a kernel: `sums = renew(sums, part_0, part_1, second, columns, old_0, old_1, new_0, new_1)`: addresses of the first 16
-    bytes of the thread's rows in the tile, columns of the tile that there are, whether a row's old sums are to be added, and
-    whether its new ones are to be stored.
-
-    Each number is split into halves of 16 bits. The upper ones are where the gradient will be, the lower ones `second` bytes
-    further on: so sums of a 16-bit gradient lose nothing, and take half the memory of float32 beside it. Nobody else reads them,
-    so each thread keeps 16 bytes at a time, in the order of its registers.
+    The address is that of the thread's first 16 bytes; a warpgroup's next are `SUMS_STEP` bytes further on.
     """
 
-    @cuda.jit(device=True, forceinline=True)
-    def joined(x: Any, y: Any, upper: Any, lower: Any) -> Any:
-        return x + float_of_bits(lower_halves(lower, upper)), y + float_of_bits(upper_halves(lower, upper))
+    def store(z: Any, first: Any, address: Any) -> Any:
+        store_4(np.uint64(address + np.uint64(SUMS_STEP // 8 * first)), z[0], z[1], z[2], z[3])
+        return np.int32(0)
 
-    @cuda.jit(device=True, forceinline=True)
-    def store_row(
-        part: Any, second: Any, wanted: Any, x_0: Any, y_0: Any, x_1: Any, y_1: Any, x_2: Any, y_2: Any, x_3: Any, y_3: Any
-    ) -> None:
-        x_0, y_0, x_1, y_1 = bits_of_float(x_0), bits_of_float(y_0), bits_of_float(x_1), bits_of_float(y_1)
-        x_2, y_2, x_3, y_3 = bits_of_float(x_2), bits_of_float(y_2), bits_of_float(x_3), bits_of_float(y_3)
-        store_if_4(
-            part, upper_halves(x_0, y_0), upper_halves(x_1, y_1), upper_halves(x_2, y_2), upper_halves(x_3, y_3), wanted
+    return visit_chunks(n, 8, store, _U64)
+
+
+@functools.cache
+def make_add_to_sums(n: int) -> Any:
+    """As `make_store_sums`, added to what is there; by one thread at a time, and so in the same order each time."""
+
+    def add(z: Any, first: Any, address: Any) -> Any:
+        add_4(np.uint64(address + np.uint64(SUMS_STEP // 8 * first)), z[0], z[1], z[2], z[3])
+        return np.int32(0)
+
+    return visit_chunks(n, 8, add, _U64)
+
+
+@functools.cache
+def make_add_sums(n: int) -> Any:
+    """`sums = add_sums(sums, address)`: with what `make_store_sums` and `make_add_to_sums` left there."""
+
+    def add(z: Any, first: Any, address: Any) -> Any:
+        old = load_if_4(np.uint64(address + np.uint64(SUMS_STEP // 8 * first)), np.uint32(1))
+        return (
+            z[0] + float_of_bits(old[0]), z[1] + float_of_bits(old[1]),
+            z[2] + float_of_bits(old[2]), z[3] + float_of_bits(old[3]),
         )  # fmt: skip
-        store_if_4(
-            np.uint64(part + second),
-            lower_halves(x_0, y_0), lower_halves(x_1, y_1), lower_halves(x_2, y_2), lower_halves(x_3, y_3), wanted,
-        )  # fmt: skip
 
-    def renew(
-        z: Any, first: Any, part_0: Any, part_1: Any, second: Any, columns: Any, old_0: Any, old_1: Any, new_0: Any, new_1: Any
-    ) -> Any:  # fmt: skip
-        here = np.uint32(1) if first < columns else np.uint32(0)
-        part_0, part_1 = np.uint64(part_0 + np.uint64(2 * first)), np.uint64(part_1 + np.uint64(2 * first))
-        upper_0, lower_0 = (
-            load_if_4(part_0, np.uint32(old_0 & here)),
-            load_if_4(np.uint64(part_0 + second), np.uint32(old_0 & here)),
-        )
-        upper_1, lower_1 = (
-            load_if_4(part_1, np.uint32(old_1 & here)),
-            load_if_4(np.uint64(part_1 + second), np.uint32(old_1 & here)),
-        )
-        z_0, z_1 = joined(z[0], z[1], upper_0[0], lower_0[0])
-        z_4, z_5 = joined(z[4], z[5], upper_0[1], lower_0[1])
-        z_8, z_9 = joined(z[8], z[9], upper_0[2], lower_0[2])
-        z_12, z_13 = joined(z[12], z[13], upper_0[3], lower_0[3])
-        z_2, z_3 = joined(z[2], z[3], upper_1[0], lower_1[0])
-        z_6, z_7 = joined(z[6], z[7], upper_1[1], lower_1[1])
-        z_10, z_11 = joined(z[10], z[11], upper_1[2], lower_1[2])
-        z_14, z_15 = joined(z[14], z[15], upper_1[3], lower_1[3])
-        store_row(part_0, second, np.uint32(new_0 & here), z_0, z_1, z_4, z_5, z_8, z_9, z_12, z_13)
-        store_row(part_1, second, np.uint32(new_1 & here), z_2, z_3, z_6, z_7, z_10, z_11, z_14, z_15)
-        return z_0, z_1, z_2, z_3, z_4, z_5, z_6, z_7, z_8, z_9, z_10, z_11, z_12, z_13, z_14, z_15
-
-    return change_chunks(n, PART_COLUMNS, renew, _U64, _U64, _U64, _I32, _U32, _U32, _U32, _U32)
+    return change_chunks(n, 8, add, _U64)
 
 
 @functools.cache
 def make_add_rows(n: int, dtype: np.dtype) -> Any:
-    """Adds rows of a gradient as they stand, which products are to be added to.
+    """Multiplies by scale, and adds rows of a gradient as they stand.
 
     In a kernel: `sums = add(sums, row_0, row_1, columns, in_float32, scale)`: addresses of the thread's first number in each
-    row, 0 for nobody; columns that are left from there on; all is multiplied by scale.
+    row, 0 for nobody; columns that are left from there on.
     """
     widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
     eight, sixteen, lower = np.int32(8), np.uint32(16), np.uint32(0xFFFF)
@@ -218,7 +198,7 @@ def make_add_rows(n: int, dtype: np.dtype) -> Any:
         second = load_if_u32(np.uint64(address + np.uint64(4)), np.uint32(mine & np.uint32(in_float32)))
         old_x = float_of_bits(first) if in_float32 != 0 else widen(np.uint32(first & lower))
         old_y = float_of_bits(second) if in_float32 != 0 else widen(np.uint32(first >> sixteen))
-        return fma(old_x, scale, x), fma(old_y, scale, y)
+        return fma(x, scale, old_x), fma(y, scale, old_y)
 
     def add(z: Any, first: Any, row_0: Any, row_1: Any, columns: Any, in_float32: Any, scale: Any) -> Any:
         return (

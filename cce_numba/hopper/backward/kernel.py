@@ -65,6 +65,7 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
         bits_at: Any,  # addresses of tables above
         before_at: Any,
         slot0_at: Any,
+        whole_at: Any,
         # The workspace.
         next_job: Any,  # address of a counter, zeroed
         done: Any,  # address of counters for each phase, zeroed
@@ -77,7 +78,7 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
         d_e: Any,  # address
         d_e_pitch_bytes: Any,
         e_in_float32: Any,
-        rest: Any,  # bytes from d_e to the lower halves of its sums, if it is of 16 bits
+        sums_e: Any,  # address of its sums that are not complete, in float32, a tile after the other
         d_c: Any,  # address
         d_c_pitch_bytes: Any,
         c_in_float32: Any,
@@ -116,13 +117,13 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
             elif thread >= first_gatherer:
                 gather(
                     jobs, ring, np.int32(thread - first_gatherer), e, e_pitch_bytes, c, c_pitch_bytes, g, lists, row_of, whole,
-                    live, bits_at, before_at, n_ctiles, block_words, slot0_at, first_tile, blocks, dense, D,
+                    live, bits_at, before_at, slot0_at, whole_at, n_ctiles, block_words, first_tile, blocks, dense, D,
                 )  # fmt: skip
         else:
             raise_registers()
             work(
                 jobs, ring, staging, np.int32(warpgroup - 1), np.int32(thread & 127), rows, row_of, order, scale, softcap,
-                g, sums, d_e, d_e_pitch_bytes, e_in_float32, rest, d_c, d_c_pitch_bytes, c_in_float32, d_bias, accumulate, done,
+                g, sums, d_e, d_e_pitch_bytes, e_in_float32, sums_e, d_tiles_e, d_c, d_c_pitch_bytes, c_in_float32, d_bias, accumulate, done,
                 live, bits, before, slot0, first_tile, n_ctiles, block_words, blocks, D,
             )  # fmt: skip
 
@@ -131,7 +132,7 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
     signature = types.void(
         *(u64, u64, i64, u64, i64, u64, i32, f32, pointer_to(np.int64)),
         *(u64, p_i32, p_u32, p_f32, p_i32, p_i32, p_u32, p_u32, p_i32, p_i32, p_i32, p_i32, p_i32, p_i32, p_i32),
-        *(u64, u64, u64),
+        *(u64, u64, u64, u64),
         *(u64, u64, u64, u64, u64, i32, i32),
         *(u64, i64, i32, u64, u64, i64, i32, p_f32, i32, i32, i32, i32, i32, i32),
     )

@@ -204,14 +204,14 @@ def make_gather(tiles: BackwardTiles) -> Any:
         """Eight of a list, 8 apart; past its end any row will do, since what comes of it is not looked at."""
         step = np.uint32(32)
         return (
-            max(load_id(address), 0),
-            max(load_id(address + step), 0),
-            max(load_id(address + np.uint32(2) * step), 0),
-            max(load_id(address + np.uint32(3) * step), 0),
-            max(load_id(address + np.uint32(4) * step), 0),
-            max(load_id(address + np.uint32(5) * step), 0),
-            max(load_id(address + np.uint32(6) * step), 0),
-            max(load_id(address + np.uint32(7) * step), 0),
+            max(np.int32(load_id(address)), np.int32(0)),
+            max(np.int32(load_id(address + step)), np.int32(0)),
+            max(np.int32(load_id(address + np.uint32(2) * step)), np.int32(0)),
+            max(np.int32(load_id(address + np.uint32(3) * step)), np.int32(0)),
+            max(np.int32(load_id(address + np.uint32(4) * step)), np.int32(0)),
+            max(np.int32(load_id(address + np.uint32(5) * step)), np.int32(0)),
+            max(np.int32(load_id(address + np.uint32(6) * step)), np.int32(0)),
+            max(np.int32(load_id(address + np.uint32(7) * step)), np.int32(0)),
         )
 
     @cuda.jit(device=True, forceinline=True)
@@ -279,24 +279,30 @@ def make_gather(tiles: BackwardTiles) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def where_to_find(
-        lane: Any, bits: Any, before: Any, slot0: Any, slots: Any, tile: Any, first: Any, n_ctiles: Any
+        lane: Any, bits: Any, before: Any, slot0: Any, whole: Any, slots: Any, tile: Any, first: Any, n_ctiles: Any
     ) -> Any:  # fmt: skip
-        """What tells a tile's slots in a block, a word for each lane: its address for block 0, and bytes from block to block.
+        """Where a block's words are that tell a tile's slots, one for each lane: its address for block 0, bytes from a block to
+        the next, and from 32 blocks to the next.
 
-        Lanes 0 to 3: bits; the others: what the tile's first slot is the sum of.
+        Lanes 0 to 3: bits; 4 to 6: what the tile's first slot is the sum of; the others: whether blocks are whole.
         """
-        address, step = bits + np.uint64(4 * (4 * np.int64(tile) + (lane & 3))), np.int64(16) * n_ctiles
+        words = np.uint64(4 * (4 * np.int64(tile) + (lane & 3)))
+        address, step, step_of_32 = np.uint64(bits + words), np.int32(16 * n_ctiles), np.int32(0)
         if lane == 4:
-            address, step = slot0 + np.uint64(4 * slots), np.int64(4)
-        elif lane > 4:
-            address, step = before + np.uint64(4 * np.int64(tile if lane == 5 else first)), np.int64(4) * (n_ctiles + 1)
-        return address, step
+            address, step = np.uint64(slot0 + np.uint64(4 * slots)), np.int32(4)
+        elif lane == 5 or lane == 6:
+            column = np.uint64(4 * np.int64(tile if lane == 5 else first))
+            address, step = np.uint64(before + column), np.int32(4 * (n_ctiles + 1))
+        elif lane > 6:
+            address, step, step_of_32 = np.uint64(whole), np.int32(0), np.int32(4)
+        return address, step, step_of_32
 
     @cuda.jit(device=True, forceinline=True)
-    def find(address: Any, step: Any, block: Any) -> Any:
+    def find(where: Any, block: Any) -> Any:
         """This lane's word; later, if nothing is computed of it at once."""
         wanted = np.uint32(1) if block >= 0 else np.uint32(0)
-        return np.int32(load_if(np.uint64(address + np.uint64(np.int64(block) * step)), wanted))
+        offset = np.int64(np.int32(block)) * np.int64(where[1]) + np.int64(np.int32((block >> 5) * where[2]))
+        return np.int32(load_if(np.uint64(where[0] + np.uint64(offset)), wanted))
 
     @cuda.jit(device=True, forceinline=True)
     def pass_by(ring: Any, use: Any, stages: Any, lane: Any) -> Any:
@@ -327,25 +333,65 @@ def make_gather(tiles: BackwardTiles) -> Any:
         return np.uint32(use + np.uint32(1))
 
     @cuda.jit(device=True, forceinline=True)
+    def gather_e(
+        ring: Any, use: Any, mine: Any, row_of: Any, token: Any, source: Any, pitch_bytes: Any, left_bytes: Any
+    ) -> None:  # fmt: skip
+        """A for LOGITS, of tokens that are not neighbours."""
+        smem, present = np.uint32(a_smem(ring, stage_of(use)) + mine), is_some(left_bytes)
+        copy_rows_or_zeros(smem, ids_in_table(row_of, token), source, pitch_bytes, present)
+        smem = np.uint32(smem + _PANEL_BYTES)
+        copy_rows_or_zeros(smem, ids_in_table(row_of, token + PANEL), source, pitch_bytes, present)
+
+    @cuda.jit(device=True, forceinline=True)
+    def copy_row_to_two(
+        smem: Any, next_smem: Any, id: Any, source: Any, pitch_bytes: Any, present: Any, next_present: Any
+    ) -> None:  # fmt: skip
+        row = np.uint64(source + np.uint64(np.uint32(id)) * np.uint64(np.uint32(pitch_bytes)))
+        copy_16(np.uint32(smem), row, present)
+        copy_16(np.uint32(next_smem), np.uint64(row + np.uint64(_ROW_BYTES)), next_present)
+
+    @cuda.jit(device=True, forceinline=True)
+    def copy_rows_to_two(
+        smem: Any, next_smem: Any, ids: Any, source: Any, pitch_bytes: Any, left_bytes: Any
+    ) -> None:  # fmt: skip
+        """Eight rows' 16 bytes to a panel, and those that are 128 bytes further on to another."""
+        step, here, there = np.uint32(8 * _ROW_BYTES), is_some(left_bytes), is_some(left_bytes - _ROW_BYTES)
+        copy_row_to_two(smem, next_smem, ids[0], source, pitch_bytes, here, there)
+        smem, next_smem = smem + step, next_smem + step
+        copy_row_to_two(smem, next_smem, ids[1], source, pitch_bytes, here, there)
+        smem, next_smem = smem + step, next_smem + step
+        copy_row_to_two(smem, next_smem, ids[2], source, pitch_bytes, here, there)
+        smem, next_smem = smem + step, next_smem + step
+        copy_row_to_two(smem, next_smem, ids[3], source, pitch_bytes, here, there)
+        smem, next_smem = smem + step, next_smem + step
+        copy_row_to_two(smem, next_smem, ids[4], source, pitch_bytes, here, there)
+        smem, next_smem = smem + step, next_smem + step
+        copy_row_to_two(smem, next_smem, ids[5], source, pitch_bytes, here, there)
+        smem, next_smem = smem + step, next_smem + step
+        copy_row_to_two(smem, next_smem, ids[6], source, pitch_bytes, here, there)
+        smem, next_smem = smem + step, next_smem + step
+        copy_row_to_two(smem, next_smem, ids[7], source, pitch_bytes, here, there)
+
+    @cuda.jit(device=True, forceinline=True)
     def gather(
         jobs: Any, ring: Any, thread: Any, e: Any, e_pitch_bytes: Any, c: Any, c_pitch_bytes: Any, g: Any, lists: Any,
-        row_of: Any, whole: Any, live: Any, bits: Any, before: Any, n_ctiles: Any, block_words: Any, slot0: Any,
-        first_tile: Any, blocks: Any, dense: Any, D: Any,
+        row_of: Any, whole: Any, live: Any, bits_at: Any, before_at: Any, slot0_at: Any, whole_at: Any, n_ctiles: Any,
+        block_words: Any, first_tile: Any, blocks: Any, dense: Any, D: Any,
     ) -> None:  # fmt: skip
-        is_dense, lane = dense[0] != 0, np.int32(thread & 31)
-        part, row = np.uint32(thread & 7), np.uint32(thread >> 3)
-        e += np.uint64(16 * part)
-        c += np.uint64(16 * part)
-        g += np.uint64(16 * part)
-        row_bytes = np.int32(16 * ((D + 7) // 8 - part))
-        # Rows that are 8 apart have the same place in the swizzle.
-        mine = np.uint32(np.uint32(_ROW_BYTES) * row + ((part ^ row) << np.uint32(4)))
+        is_dense = dense[0] != 0
         s, use = np.uint32(0), np.uint32(0)
         while True:
             wait_job(jobs, s)
             kind = field(jobs, s, KIND)
             if kind == END:
                 break
+            # Unknown in each job, or all that follows from it would be kept in registers that are not there.
+            own = arithmetic.opaque_i32(thread)
+            lane, part, row = np.int32(own & 31), np.uint32(own & 7), np.uint32(own >> 3)
+            part_bytes = np.uint64(np.uint32(16) * part)
+            row_bytes = np.int32(16 * ((D + 7) // 8 - part))
+            # Rows that are 8 apart have the same place in the swizzle.
+            mine = np.uint32(np.uint32(_ROW_BYTES) * row + ((part ^ row) << np.uint32(4)))
             k_steps, place, d0 = field(jobs, s, K_STEPS), field(jobs, s, PLACE), field(jobs, s, D0)
             slot = field(jobs, s, SLOT)
             if kind == LOGITS:
@@ -357,22 +403,45 @@ def make_gather(tiles: BackwardTiles) -> Any:
                     ids_0 = ids_in_smem(ids)
                     ids_1 = ids_in_smem(np.uint32(ids + np.uint32(4 * PANEL)))
                     ids_2 = ids_in_smem(np.uint32(ids + np.uint32(8 * PANEL)))
-                    token = np.int32(place * COLUMN_TILE + row)
-                    for k in range(k_steps):
-                        offset, present = np.uint64(_ROW_BYTES * k), is_some(row_bytes - _ROW_BYTES * k)
+                    token, source = np.int32(place * COLUMN_TILE + row), np.uint64(c + part_bytes)
+                    k = np.int32(0)
+                    while k + 1 < k_steps:
+                        # Two stages at a time: a row is found once for both.
+                        left_bytes, next_use = np.int32(row_bytes - _ROW_BYTES * k), np.uint32(use + np.uint32(1))
                         wait_empty(ring, use)
+                        wait_empty(ring, next_use)
                         if not is_whole:
-                            smem = np.uint32(a_smem(ring, stage_of(use)) + mine)
-                            copy_rows_or_zeros(smem, ids_in_table(row_of, token), e + offset, e_pitch_bytes, present)
-                            smem = np.uint32(smem + _PANEL_BYTES)
-                            copy_rows_or_zeros(smem, ids_in_table(row_of, token + PANEL), e + offset, e_pitch_bytes, present)
+                            e_source = np.uint64(e + part_bytes + np.uint64(_ROW_BYTES * k))
+                            gather_e(ring, use, mine, row_of, token, e_source, e_pitch_bytes, left_bytes)
+                            e_source, next_bytes = (
+                                np.uint64(e_source + np.uint64(_ROW_BYTES)),
+                                np.int32(left_bytes - _ROW_BYTES),
+                            )
+                            gather_e(ring, next_use, mine, row_of, token, e_source, e_pitch_bytes, next_bytes)
                         if not is_dense:
-                            smem, source = np.uint32(b_smem(ring, stage_of(use)) + mine), c + offset
+                            smem, next_smem = b_smem(ring, stage_of(use)) + mine, b_smem(ring, stage_of(next_use)) + mine
                             # Unknown in each step, or products with it would be kept in registers that are not there.
                             pitch = opaque(np.uint32(c_pitch_bytes))
-                            copy_rows(smem, ids_0, source, pitch, present)
-                            copy_rows(np.uint32(smem + _PANEL_BYTES), ids_1, source, pitch, present)
-                            copy_rows(np.uint32(smem + np.uint32(2) * _PANEL_BYTES), ids_2, source, pitch, present)
+                            copy_rows_to_two(smem, next_smem, ids_0, source, pitch, left_bytes)
+                            smem, next_smem = np.uint32(smem + _PANEL_BYTES), np.uint32(next_smem + _PANEL_BYTES)
+                            copy_rows_to_two(smem, next_smem, ids_1, source, pitch, left_bytes)
+                            smem, next_smem = np.uint32(smem + _PANEL_BYTES), np.uint32(next_smem + _PANEL_BYTES)
+                            copy_rows_to_two(smem, next_smem, ids_2, source, pitch, left_bytes)
+                        source = np.uint64(source + np.uint64(2 * _ROW_BYTES))
+                        memory.copy_async_arrive(full(ring, stage_of(use)))
+                        memory.copy_async_arrive(full(ring, stage_of(next_use)))
+                        use, k = np.uint32(use + np.uint32(2)), np.int32(k + 2)
+                    if k < k_steps:
+                        left_bytes = np.int32(row_bytes - _ROW_BYTES * k)
+                        wait_empty(ring, use)
+                        if not is_whole:
+                            e_source = np.uint64(e + part_bytes + np.uint64(_ROW_BYTES * k))
+                            gather_e(ring, use, mine, row_of, token, e_source, e_pitch_bytes, left_bytes)
+                        if not is_dense:
+                            smem, present = np.uint32(b_smem(ring, stage_of(use)) + mine), is_some(left_bytes)
+                            copy_rows(smem, ids_0, source, c_pitch_bytes, present)
+                            copy_rows(np.uint32(smem + _PANEL_BYTES), ids_1, source, c_pitch_bytes, present)
+                            copy_rows(np.uint32(smem + np.uint32(2) * _PANEL_BYTES), ids_2, source, c_pitch_bytes, present)
                         memory.copy_async_arrive(full(ring, stage_of(use)))
                         use = np.uint32(use + np.uint32(1))
             elif kind == D_E:
@@ -380,45 +449,56 @@ def make_gather(tiles: BackwardTiles) -> Any:
                     use = pass_by(ring, use, k_steps, lane)
                 else:
                     listed, one_step = lists + np.uint64(4 * (np.int64(slot) + 8 * row)), np.uint64(4 * K_STEP)
-                    source, left_bytes = c + np.uint64(2 * d0), np.int32(row_bytes - 2 * d0)
+                    source, left_bytes = np.uint64(c + part_bytes + np.uint64(2 * d0)), np.int32(row_bytes - 2 * d0)
                     # Two stages ahead, since it takes them that long to come; and each in its place, since to move it would be to
                     # wait for it.
                     even, odd = ids_in_list(listed, k_steps > 0), ids_in_list(listed + one_step, k_steps > 1)
-                    for k in range(0, k_steps, 2):
+                    k = np.int32(0)
+                    while k < k_steps:
                         use = gather_stage(ring, use, mine, even, source, c_pitch_bytes, left_bytes)
                         listed += np.uint64(2) * one_step
                         even = ids_in_list(listed, k + 2 < k_steps)
                         if k + 1 < k_steps:
                             use = gather_stage(ring, use, mine, odd, source, c_pitch_bytes, left_bytes)
                             odd = ids_in_list(listed + one_step, k + 3 < k_steps)
+                        k = np.int32(k + 2)
             elif k_steps > 0:
                 r = field(jobs, s, ROUND)
                 live_row, slots = np.int64(place) * block_words, np.int64(r) * (blocks + 1)
-                address, step = where_to_find(lane, bits, before, slot0, slots, place, first_tile[r], n_ctiles)
+                where = where_to_find(lane, bits_at, before_at, slot0_at, whole_at, slots, place, first_tile[r], n_ctiles)
                 word, left, block = next_block(live, live_row, block_words, np.int32(-1), np.uint32(0))
-                wholes, found = whole[word], find(address, step, block)
+                found = find(where, block)
                 while block >= 0:
-                    token, is_whole = np.int32(block * COLUMN_TILE + row), (wholes >> np.uint32(block & 31)) & np.uint32(1) != 0
-                    upper, lower = slots_of(found, slot, thread)
+                    token, wholes = np.int32(block * COLUMN_TILE + row), np.uint32(shuffle(found, np.uint32(7)))
+                    is_whole = np.uint32((wholes >> np.uint32(block & 31)) & np.uint32(1)) != 0
+                    upper, lower = slots_of(found, slot, own)
                     # Of the next block, in time.
                     word, left, block = next_block(live, live_row, block_words, word, left)
-                    wholes, found = whole[min(word, block_words - 1)], find(address, step, block)
+                    found = find(where, block)
                     if is_dense and is_whole:
                         use = pass_by(ring, use, 2, lane)
                     else:
-                        for half in range(2):
+                        half = np.int32(0)
+                        while half < 2:
                             wait_empty(ring, use)
                             if not is_dense:
-                                smem, source = np.uint32(a_smem(ring, stage_of(use)) + mine), g + np.uint64(_ROW_BYTES * half)
+                                smem, source = (
+                                    np.uint32(a_smem(ring, stage_of(use)) + mine),
+                                    g + part_bytes + np.uint64(_ROW_BYTES * half),
+                                )
+                                # As above.
                                 pitch, present = opaque(np.uint32(G_ROW_BYTES)), np.uint32(1)
                                 copy_rows_or_zeros(smem, upper, source, pitch, present)
                                 copy_rows_or_zeros(np.uint32(smem + _PANEL_BYTES), lower, source, pitch, present)
                             if not is_whole:
                                 smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
-                                ids = ids_in_table(row_of, token + PANEL * half)
-                                copy_across_or_zeros(smem, ids, e + np.uint64(2 * d0), e_pitch_bytes, row_bytes - 2 * d0)
+                                ids, source = (
+                                    ids_in_table(row_of, token + PANEL * half),
+                                    np.uint64(e + part_bytes + np.uint64(2 * d0)),
+                                )
+                                copy_across_or_zeros(smem, ids, source, e_pitch_bytes, row_bytes - 2 * d0)
                             memory.copy_async_arrive(full(ring, stage_of(use)))
-                            use = np.uint32(use + np.uint32(1))
+                            use, half = np.uint32(use + np.uint32(1)), np.int32(half + 1)
             cuda.syncwarp()
             if lane == 0:
                 mbarrier.arrive(job_empty(jobs, s))

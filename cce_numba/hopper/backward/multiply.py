@@ -9,13 +9,15 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.hopper.backward.epilogues import (
-    PART_COLUMNS,
     PARTS,
+    SUMS_STEP,
     make_add_rows,
-    make_renew_parts,
+    make_add_sums,
+    make_add_to_sums,
     make_store_g,
     make_store_rows,
     make_store_rows_in_float32,
+    make_store_sums,
 )
 from cce_numba.hopper.backward.jobs import (
     D0,
@@ -37,6 +39,7 @@ from cce_numba.hopper.backward.jobs import (
 from cce_numba.hopper.backward.load import G_ROW_BYTES
 from cce_numba.hopper.backward.tiles import COLUMN_TILE, STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.ring import make_ring
+from cce_numba.hopper.schedule import quotient
 from cce_numba.ptx import arithmetic, control, mbarrier, memory, wgmma
 from cce_numba.ptx.wgmma import PANEL_BYTES, SWIZZLE_128B, SWIZZLE_128B_PANELS
 
@@ -114,7 +117,8 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
     store_g = make_store_g(block_v, dtype, capped, with_sums)
-    renew_parts, add_rows = make_renew_parts(block_v), make_add_rows(block_v, dtype)
+    store_sums, add_to_sums, add_sums = make_store_sums(block_v), make_add_to_sums(block_v), make_add_sums(block_v)
+    add_rows, half_bytes = make_add_rows(block_v, dtype), np.uint64(SUMS_STEP * (block_v // 8))
     store_rows, store_rows_in_float32 = make_store_rows(block_v, dtype), make_store_rows_in_float32(block_v)
     zeros, opaque = wgmma.zeros(block_v), arithmetic.opaque_u32
     load_f32, load_i32, wait_all = memory.load_global_f32, memory.load_global_i32, wgmma.wait_group(0)
@@ -148,20 +152,11 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
         return np.uint64(matrix + np.uint64(np.int64(row) * pitch_bytes + offset))
 
     @cuda.jit(device=True, forceinline=True)
-    def is_some(row: Any, wanted: Any) -> Any:
-        return np.uint32(1) if row >= 0 and wanted else np.uint32(0)
-
-    @cuda.jit(device=True, forceinline=True)
-    def part_of(matrix: Any, pitch_bytes: Any, row: Any, offset: Any) -> Any:
-        """A row's address; of any row for nobody."""
-        return np.uint64(matrix + np.uint64(np.int64(max(row, 0)) * pitch_bytes + offset))
-
-    @cuda.jit(device=True, forceinline=True)
     def add_to_rows(
         upper: Any, lower: Any, matrix: Any, pitch_bytes: Any, table: Any, position: Any, d: Any, D: Any, in_float32: Any,
         scale: Any,
     ) -> Any:  # fmt: skip
-        """The sums, and what the gradient holds in this thread's places, the first at `position` of the table and column d."""
+        """The sums times scale, and what the gradient holds in this thread's places, the first at table[position] and column d."""
         offset, columns = np.int64(d) << (1 + in_float32), np.int32(D - d)
         row_0 = address_of(matrix, pitch_bytes, table[position], offset)
         row_1 = address_of(matrix, pitch_bytes, table[position + 8], offset)
@@ -173,10 +168,16 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
     @cuda.jit(device=True, forceinline=True)
     def finish_rows(
         upper: Any, lower: Any, staging: Any, matrix: Any, pitch_bytes: Any, table: Any, first: Any, thread: Any, d0: Any,
-        D: Any, in_float32: Any, scale: Any,
+        D: Any, in_float32: Any, scale: Any, accumulate: Any,
     ) -> None:  # fmt: skip
-        """Stores a tile of a gradient: rows table[first], ..., from column d0 on."""
+        """Stores or adds a tile of a gradient: rows table[first], ..., from column d0 on; the sums are multiplied by scale."""
         lane, first = np.int32(thread & 31), np.int64(first + (thread >> 5) * 16)
+        if accumulate:
+            d = np.int32(d0 + 2 * (lane & 3))
+            upper, lower = add_to_rows(
+                upper, lower, matrix, pitch_bytes, table, first + (lane >> 2), d, D, in_float32, scale
+            )  # fmt: skip
+            scale = np.float32(1)
         if in_float32 != 0:
             d, position = np.int32(d0 + 2 * (lane & 3)), first + (lane >> 2)
             offset, columns = np.int64(4 * d), np.int32(D - d)
@@ -230,13 +231,13 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
     @cuda.jit(device=True, forceinline=True)
     def work(
         jobs: Any, ring: Any, staging: Any, consumer: Any, thread: Any, rows: Any, row_of: Any, order: Any, scale: Any,
-        softcap: Any, g: Any, sums: Any, d_e: Any, d_e_pitch_bytes: Any, e_in_float32: Any, rest: Any, d_c: Any, d_c_pitch_bytes: Any,
+        softcap: Any, g: Any, sums: Any, d_e: Any, d_e_pitch_bytes: Any, e_in_float32: Any, sums_e: Any, d_tiles_e: Any, d_c: Any, d_c_pitch_bytes: Any,
         c_in_float32: Any, d_bias: Any, accumulate: Any, done: Any, live: Any, bits: Any, before: Any, slot0: Any,
         first_tile: Any, n_ctiles: Any, block_words: Any, blocks: Any, D: Any,
     ) -> None:  # fmt: skip
         lane = np.int32(thread & 31)
         row = np.int32((thread >> 5) * 16 + (lane >> 2))  # and 8, 64, 72 further down
-        to_scale, unscale = scale[0], scale[1]
+        unscale = scale[1]
         staging = np.uint32(staging + np.uint32(consumer) * np.uint32(STAGING_BYTES))
         s, turns = np.uint32(consumer), np.uint32(0)
         while True:
@@ -275,47 +276,31 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_d_e(zeros(), zeros(), ring, first_use, k_steps, thread)
                 finish(ring, consumer, first_use, k_steps, thread)
-                d0, is_first, is_last = field(jobs, s, D0), field(jobs, s, IS_FIRST) != 0, field(jobs, s, IS_LAST) != 0
-                first = np.int64(field(jobs, s, PLACE)) * COLUMN_TILE
-                if is_first and accumulate:
-                    d = np.int32(d0 + 2 * (lane & 3))
-                    upper, lower = add_to_rows(
-                        upper, lower, d_e, d_e_pitch_bytes, row_of, first + row, d, D, e_in_float32, to_scale
-                    )  # fmt: skip
-                    cuda.syncwarp()  # all have read their rows before any changes
-                # A thread's 16 bytes of each 64; halves of numbers: in float32 they share its place.
-                offset, columns = (np.int64(d0) << (1 + e_in_float32)) + 16 * (lane & 3), np.int32(D - d0)
-                whole = min(np.int32((columns + PART_COLUMNS - 1) // PART_COLUMNS * PART_COLUMNS), np.int32(block_v))
-                second = np.uint64(2 * whole) if e_in_float32 != 0 else rest
-                row_0, row_1 = row_of[first + row], row_of[first + row + 8]
-                upper = renew_parts(
-                    upper, part_of(d_e, d_e_pitch_bytes, row_0, offset), part_of(d_e, d_e_pitch_bytes, row_1, offset), second,
-                    columns, is_some(row_0, not is_first), is_some(row_1, not is_first), is_some(row_0, not is_last),
-                    is_some(row_1, not is_last),
-                )  # fmt: skip
-                row_0, row_1 = row_of[first + row + 64], row_of[first + row + 72]
-                lower = renew_parts(
-                    lower, part_of(d_e, d_e_pitch_bytes, row_0, offset), part_of(d_e, d_e_pitch_bytes, row_1, offset), second,
-                    columns, is_some(row_0, not is_first), is_some(row_1, not is_first), is_some(row_0, not is_last),
-                    is_some(row_1, not is_last),
-                )  # fmt: skip
-                if is_last:
-                    cuda.syncwarp()  # all have read their parts
+                d0, place = field(jobs, s, D0), np.int64(field(jobs, s, PLACE))
+                is_first, is_last = field(jobs, s, IS_FIRST) != 0, field(jobs, s, IS_LAST) != 0
+                tile = place * d_tiles_e + quotient(d0, np.int32(block_v))
+                address = np.uint64(sums_e + np.uint64(tile) * np.uint64(2 * half_bytes) + np.uint64(16 * thread))
+                if not is_last:
+                    if is_first:
+                        store_sums(upper, address)
+                        store_sums(lower, address + half_bytes)
+                    else:
+                        add_to_sums(upper, address)
+                        add_to_sums(lower, address + half_bytes)
+                else:
+                    if not is_first:
+                        upper, lower = add_sums(upper, address), add_sums(lower, address + half_bytes)
                     finish_rows(
-                        upper, lower, staging, d_e, d_e_pitch_bytes, row_of, first, thread, d0, D, e_in_float32, unscale
+                        upper, lower, staging, d_e, d_e_pitch_bytes, row_of, place * COLUMN_TILE, thread, d0, D, e_in_float32,
+                        unscale, accumulate,
                     )  # fmt: skip
             else:
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_d_c(zeros(), zeros(), ring, first_use, k_steps, thread)
                 finish(ring, consumer, first_use, k_steps, thread)
                 d0, first = field(jobs, s, D0), np.int64(field(jobs, s, PLACE)) * COLUMN_TILE
-                if accumulate:
-                    d = np.int32(d0 + 2 * (lane & 3))
-                    upper, lower = add_to_rows(
-                        upper, lower, d_c, d_c_pitch_bytes, order, first + row, d, D, c_in_float32, to_scale
-                    )  # fmt: skip
                 finish_rows(
-                    upper, lower, staging, d_c, d_c_pitch_bytes, order, first, thread, d0, D, c_in_float32, unscale
+                    upper, lower, staging, d_c, d_c_pitch_bytes, order, first, thread, d0, D, c_in_float32, unscale, accumulate
                 )  # fmt: skip
                 if with_sums and field(jobs, s, D0) == 0:
                     place = np.int64(field(jobs, s, PLACE))

@@ -11,7 +11,6 @@ from numba.cuda import types
 from cce_numba import gpu
 from cce_numba.arguments import Problem
 from cce_numba.hopper import tensor_map
-from cce_numba.hopper.backward.epilogues import PART_COLUMNS
 from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.survey import survey
 from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
@@ -85,8 +84,8 @@ def _pass(
     keep_all: bool,
 ) -> None:
     xp: Any = p.xp
-    d_e = None if into.e is None else tensor_map.whole_chunks(into.e, PART_COLUMNS, with_values=True)
-    d_c = None if into.c is None else tensor_map.whole_chunks(into.c, 8, with_values=accumulate)
+    d_e = None if into.e is None else tensor_map.whole_chunks(into.e, with_values=True)
+    d_c = None if into.c is None else tensor_map.whole_chunks(into.c, with_values=accumulate)
     d_bias = None if into.bias is None else xp.zeros(p.V, np.float32)
     e_in_float32, c_in_float32 = (x is not None and x.dtype == np.float32 for x in (d_e, d_c))
     workspace = workspace_of(p, into)
@@ -156,6 +155,7 @@ def _pass(
         t.bits,
         t.before,
         t.slot0,
+        t.whole,
         at["counters"],
         at["counters"] + 4,
         at["lists"],
@@ -166,7 +166,7 @@ def _pass(
         0 if d_e is None else d_e.data.ptr,
         0 if d_e is None else tensor_map.pitch_bytes(d_e),
         e_in_float32,
-        0 if d_e is None else (at["rest"] - d_e.data.ptr) % 2**64,
+        at["sums_e"],
         0 if d_c is None else d_c.data.ptr,
         0 if d_c is None else tensor_map.pitch_bytes(d_c),
         c_in_float32,
@@ -187,20 +187,18 @@ def _pass(
 
 def workspace_of(p: Problem, into: Gradients) -> Workspace:
     """For these gradients."""
-    keeps_rest = into.e is not None and into.e.dtype != np.float32
-    return _workspace(p, keeps_rest=keeps_rest, with_sums=into.bias is not None)
+    return _workspace(p, with_e=into.e is not None, with_sums=into.bias is not None)
 
 
 def workspace_bytes(p: Problem) -> int:
     """For all gradients, in arrays of the backward's own: with copies of what the copy engine cannot read as it lies."""
     copied = (x for x in (p.e, p.c) if tensor_map.why_not_by_rows(x) is not None)
     copies = sum(2 * x.shape[0] * tensor_map.padded_columns(p.D) for x in copied)
-    gradients = (p.N, 4 if p.options.accum_e_fp32 else 2, PART_COLUMNS), (p.V, 4 if p.options.accum_c_fp32 else 2, 8)
-    for rows, itemsize, chunk in gradients:  # and of those that cannot be stored 16 bytes at a time
-        columns = tensor_map.padded_columns(p.D, chunk)
-        copies += rows * columns * itemsize if columns != p.D else 0
-    return copies + _workspace(p, keeps_rest=not p.options.accum_e_fp32, with_sums=p.bias is not None).nbytes if p.N else 0
+    if tensor_map.padded_columns(p.D) != p.D:  # and of gradients that cannot be stored 16 bytes at a time
+        itemsizes = 4 if p.options.accum_e_fp32 else 2, 4 if p.options.accum_c_fp32 else 2
+        copies += sum(n * rows * tensor_map.padded_columns(p.D) for n, rows in zip(itemsizes, (p.N, p.V), strict=True))
+    return copies + _workspace(p, with_e=True, with_sums=p.bias is not None).nbytes if p.N else 0
 
 
-def _workspace(p: Problem, *, keeps_rest: bool, with_sums: bool) -> Workspace:
-    return Workspace.of(p.N, p.V, tensor_map.padded_columns(p.D, PART_COLUMNS), keeps_rest=keeps_rest, with_sums=with_sums)
+def _workspace(p: Problem, *, with_e: bool, with_sums: bool) -> Workspace:
+    return Workspace.of(p.N, p.V, tensor_map.padded_columns(p.D), with_e=with_e, with_sums=with_sums)

@@ -11,7 +11,7 @@ from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.epilogues import PARTS
 from cce_numba.hopper.backward.load import G_ROW_BYTES
 from cce_numba.hopper.backward.tables import SurveyLayout
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, PANEL
+from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, LIST_TILE, PANEL
 from cce_numba.hopper.tiles import SURVIVOR_BLOCK
 from cce_numba.plan import ceil_div
 
@@ -27,7 +27,7 @@ class Workspace:
 
     Attributes:
         N, V, D: of the problem.
-        keeps_rest: dE is of 16 bits, and keeps the lower halves of its sums here.
+        with_e: sums of dE are kept from round to round.
         with_sums: sums of G's columns are kept, for the gradient of the bias.
         g_bytes: for G, about; it becomes less where there is little to do, and more where blocks are many.
     """
@@ -35,17 +35,17 @@ class Workspace:
     N: int
     V: int
     D: int
-    keeps_rest: bool
+    with_e: bool
     with_sums: bool
     g_bytes: int
 
     @classmethod
-    def of(cls, N: int, V: int, D: int, *, keeps_rest: bool, with_sums: bool) -> Workspace:
+    def of(cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool) -> Workspace:
         """With as much room for G as leaves all of it within the share of the gradients' bytes, if that is enough."""
         allowed = int(_SHARE * 2 * D * (N + V))
-        without_g = _known(cls(N, V, D, keeps_rest, with_sums, 0))
+        without_g = _known(cls(N, V, D, with_e, with_sums, 0))
         others = without_g.nbytes - BUFFERS * without_g.buffer_slots * without_g.slot_bytes
-        return _known(cls(N, V, D, keeps_rest, with_sums, min(max(allowed - others, _G_BYTES[0]), _G_BYTES[1]) >> 20 << 20))
+        return _known(cls(N, V, D, with_e, with_sums, min(max(allowed - others, _G_BYTES[0]), _G_BYTES[1]) >> 20 << 20))
 
     @property
     def blocks(self) -> int:
@@ -70,6 +70,12 @@ class Workspace:
         """Columns of a block by which a round may exceed what the survey cuts at: part of a tile, and of a step of the sum."""
         return COLUMN_TILE + K_STEP
 
+    @property
+    def sums_e_bytes(self) -> int:
+        """Tiles of dE, in float32, if there may be more than one round."""
+        tiles = self.blocks * ceil_div(self.D, LIST_TILE)
+        return 4 * SURVIVOR_BLOCK * LIST_TILE * tiles if self.with_e and self.survey.rounds_max > 1 else 0
+
     @functools.cached_property
     def survey(self) -> SurveyLayout:
         """Tables, for rounds that fit."""
@@ -86,7 +92,7 @@ class Workspace:
             "lists": 4 * slots,
             "g": G_ROW_BYTES * slots,
             "sums": 4 * PARTS * slots if self.with_sums else 0,
-            "rest": 2 * self.N * self.D if self.keeps_rest else 0,
+            "sums_e": self.sums_e_bytes,
         }
         offsets, end = {}, 0
         for name, size in sizes.items():
