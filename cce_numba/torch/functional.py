@@ -16,7 +16,7 @@ from cce_numba.destination import Destination
 from cce_numba.interchange import BFLOAT16
 from cce_numba.plan import Gradients
 from cce_numba.terms import Terms
-from cce_numba.torch import operators
+from cce_numba.torch import autograd, call
 
 # What each name of `impl` makes of the options that choose a filter; those that it does not name are the caller's.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -150,7 +150,7 @@ def linear_cross_entropy(
             raise ValueError(f"{given[0]}: is not in the baseline, impl {STORED_LOGITS!r}; take another impl, or leave it out")
         loss, lse = _from_stored_logits(e, c, targets, bias, ignore_index, softcap, reduction, int(shift))
         return (loss, lse) if return_lse else loss
-    loss, flat_lse = operators.apply(e, c, targets, bias, options | PRESETS[name])
+    loss, flat_lse = autograd.apply(e, c, targets, bias, options | PRESETS[name])
     if not return_lse:
         return loss
     lse = flat_lse.reshape(targets.shape)
@@ -287,7 +287,7 @@ def linear_cross_entropy_backward(
     inputs = {name: x for name, x in (("e", e), ("c", c), ("bias", bias)) if x is not None and x.requires_grad}
     with torch.no_grad():
         cast_e, cast_c, cast_bias = _cast(e, c, bias)
-        with operators.prepared(cast_e, cast_c, targets, {"bias": cast_bias, **options}) as (problem, plan):
+        with call.prepared(cast_e, cast_c, targets, {"bias": cast_bias, **options}) as (problem, plan):
             grads = {name: _accumulator(x) for name, x in inputs.items()}
             destination = Destination.of(Gradients(**grads), True, frozenset(grads), problem)
             statistics = losses._statistics(problem, plan, with_grad=bool(grads))

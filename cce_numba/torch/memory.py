@@ -54,6 +54,11 @@ def tensor_of(native: Any) -> torch.Tensor:
     return tensor.set_(block.untyped_storage(), first, native.shape)
 
 
+def array_of(tensor: torch.Tensor) -> Any:
+    """The array in the memory of a tensor like those of `tensor_of`, which needs none of the checks of `interchange.take`."""
+    return tensor.detach().numpy() if tensor.device.type == "cpu" else interchange.take("tensor", tensor)
+
+
 def tensors_of(arrays: Iterable[Any]) -> list[torch.Tensor]:
     """`tensor_of` each, copied where two lie in one block: an operator's results must not share memory."""
     tensors: list[torch.Tensor] = []

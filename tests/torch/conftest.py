@@ -1,8 +1,9 @@
-"""Where the tests of the PyTorch adapter run: on the CPU anywhere, on CUDA where there is one."""
+"""Where the tests of the PyTorch adapter run, on the CPU anywhere, on CUDA where there is one; and how autograd records."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,3 +31,12 @@ def cuda() -> Any:
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="module", params=["function", "operator"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How autograd records a call. Whole modules use it, so that both ways are held to the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "operator":
+            patch.setattr("cce_numba.torch.autograd.is_watched", lambda tensors: True)
+        yield request.param

@@ -47,7 +47,7 @@ def test_the_forms_of_the_backends(tensors, backend, scale, dtype):
             pytest.skip(str(why))
         options = [-100, 0, 1, 1, -1], [float("nan"), 0.01, scale, 0.0, 0.0]
         arguments = (e, c, targets, None, None, None, None, *options)
-        torch.library.opcheck(operators.forward_op, (*arguments, f"mean,{backend}", True), test_utils="test_faketensor")
+        torch.library.opcheck(operators.forward_op, (*arguments, f"mean,{backend},", True), test_utils="test_faketensor")
 
 
 def test_on_the_current_stream_without_waiting(tensors):

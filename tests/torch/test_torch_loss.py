@@ -5,8 +5,6 @@ from __future__ import annotations
 import enum
 import inspect
 
-import ml_dtypes
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +15,7 @@ from tests.torch.stored_logits import stored_logits_loss
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 cct = pytest.importorskip("cce_numba.torch")
-
+pytestmark = pytest.mark.usefixtures("way")
 
 # What is drawn: sizes around the blocks of 128 tokens and bytes of 8 entries, every option, and what it may meet.
 OPTIONS = st.fixed_dictionaries(
@@ -229,14 +227,6 @@ def test_a_shift_beyond_the_end():
     inputs, targets, _ = make(SOME | {"shape": (2, 3)}, {})
     loss, lse = cct.linear_cross_entropy(**inputs, targets=targets, shift=5, reduction="none", return_lse=True)
     assert loss.shape == lse.shape == (2, 0)
-
-
-def test_auto_is_the_functions_own():
-    from cce_numba.arguments import options
-
-    for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
-        name = np.dtype(dtype).name
-        assert options(np.dtype(dtype), {}).filter_eps == torch.finfo(getattr(torch, name)).eps * 2.0**-9
 
 
 def test_the_module(device):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import types
 import weakref
@@ -45,10 +44,8 @@ def test_a_block_lives_as_long_as_its_arrays(cupy, monkeypatch):
     assert block() is not None
     assert block().data_ptr() == array.data.ptr
     del array
-    gc.collect()
     assert block() is not None
     del view
-    gc.collect()
     assert block() is None
 
 
@@ -69,7 +66,6 @@ def test_a_tensor_shares_the_block(cupy, dtype, shape):
         assert tensor.data_ptr() == array.data.ptr
     address, values = tensor.data_ptr(), tensor.fill_(7).clone()
     del array
-    gc.collect()
     assert tensor.data_ptr() == address
     assert torch.equal(tensor, values)
     tensor.resize_(0)  # its storage is one that PyTorch owns
@@ -92,6 +88,15 @@ def test_arrays_of_numpy():
     assert transposed.is_contiguous()
     assert transposed.tolist() == array.T.tolist()
     assert memory.tensor_of(np.asarray(3.0)).shape == ()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "uint8", "int32", "int64"])
+def test_an_array_of_a_tensor_shares_its_memory(dtype):
+    tensor = torch.arange(6).to(getattr(torch, dtype)).reshape(2, 3)
+    array = memory.array_of(tensor.requires_grad_(tensor.is_floating_point()))
+    assert array.dtype == dtype
+    assert array.tolist() == tensor.tolist()
+    assert array.__array_interface__["data"][0] == tensor.data_ptr()
 
 
 def test_the_allocator_is_set_for_the_call_alone(monkeypatch):

@@ -1,0 +1,124 @@
+"""What a call computes, apart from who records it: the checked problem, the forward, and the backward of what that left.
+
+What a forward leaves (`plan.Statistics`) becomes tensors whose shapes follow from those of the arguments: operators must have
+it so, and tensors are what autograd frees, offloads and recomputes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from cce_numba import arguments, interchange
+from cce_numba import loss as losses
+from cce_numba import plan as planning
+from cce_numba.arguments import DEFAULTS, Problem
+from cce_numba.destination import Destination
+from cce_numba.interchange import Kind
+from cce_numba.plan import Gradients, Plan, Statistics
+from cce_numba.terms import Terms
+from cce_numba.torch import memory
+
+TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights")  # all but the first three may be None
+SAVED = ("lse", "target_logit", "n_valid", "tokens", "survivors", "mean_logit")
+
+
+def given(tensors: Iterable[torch.Tensor | None], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `TENSORS` and of the other options that are not their defaults: these alone need checks, which take time."""
+    others = {name: value for name, value in options.items() if value != DEFAULTS[name]}
+    return others | {name: x for name, x in zip(TENSORS, tensors, strict=True) if x is not None and name in DEFAULTS}
+
+
+@contextlib.contextmanager
+def prepared(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, given: dict[str, Any]) -> Iterator[tuple[Problem, Plan]]:
+    """The checked problem and its plan, as `loss` prepares them; inside, PyTorch's device, stream and memory are current."""
+    native_e = interchange.take("e", e)
+    kind = Kind("torch", native_e.device.id if interchange.is_on_device(native_e) else None, memory.tensor_of)
+    backend = given.get("backend") or ("cpu" if e.device.type == "cpu" else None)  # no need to ask those for GPUs
+    with memory.from_pytorch(e.device), kind.current():
+        problem = arguments.problem(native_e, c, targets, given, kind=kind)
+        yield problem, planning.choose(problem, backend)
+
+
+@contextlib.contextmanager
+def resumed(problem: Problem, e: torch.Tensor, c: torch.Tensor) -> Iterator[Problem]:
+    """A problem that was `prepared`, with these for its e and c; inside, the same things are current."""
+    with memory.from_pytorch(e.device), problem.kind.current():
+        flat = interchange.take("e", e).reshape(math.prod(problem.token_shape), e.shape[-1])
+        yield replace(problem, e=flat, c=interchange.take("c", c))
+
+
+def forward(problem: Problem, plan: Plan, record: bool) -> tuple[torch.Tensor, ...]:
+    """The loss and the tensors `SAVED`, inside `prepared`. `record`: whether the backward will want survivors."""
+    statistics = losses._statistics(problem, plan, with_grad=record)
+    loss = losses._loss(problem, plan, statistics, Terms.of(problem, statistics))
+    return loss, *_saved(problem, statistics, record)
+
+
+def backward(
+    problem: Problem,
+    plan: Plan,
+    saved: Sequence[torch.Tensor],
+    d_loss: torch.Tensor | None,
+    d_lse: torch.Tensor | None,
+    grads: dict[str, torch.Tensor],
+) -> None:
+    """Writes the gradients of `sum(d_loss * loss) + sum(d_lse * lse)`, lse being flat, to `grads`, made by `gradients_like`."""
+    flat = {name: interchange.take(name, grad).reshape(getattr(problem, name).shape) for name, grad in grads.items()}
+    destination = Destination(frozenset(grads), Gradients(**grads), Gradients(**flat), False)  # fresh: nothing to check
+    statistics = _statistics(problem, plan, saved)
+    if d_lse is not None:
+        d_lse = problem.per_token(interchange.take("d_lse", d_lse))
+    parts, d_loss_or_0 = Terms.of(problem, statistics), 0.0 if d_loss is None else d_loss
+    losses._backward(problem, plan, statistics, parts, d_loss_or_0, d_lse, destination)
+
+
+def gradients_like(inputs: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Empty tensors for the gradients of those inputs, contiguous."""
+    return {name: torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in names}
+
+
+def _saved(p: Problem, statistics: Statistics, record: bool) -> list[torch.Tensor]:
+    """The tensors `SAVED`, as the fake of the operator tells their shapes.
+
+    The CPU's tokens and blocks are only those that count: zeros follow. Zeros alone are what it did not record after all,
+    since nearly everything survives: a block that counts keeps its targets at least.
+    """
+    tokens, bits, mean_logit = statistics.tokens, statistics.survivors, statistics.mean_logit
+    n_blocks = planning.ceil_div(p.N, statistics.survivor_block)
+    if len(tokens) < p.N:
+        tokens = np.concatenate([tokens, np.zeros(p.N - len(tokens), tokens.dtype)])
+    if not record or p.N == 0:
+        bits = p.xp.empty((0, 0), np.uint8)
+    elif bits is None:
+        bits = np.zeros((n_blocks, planning.ceil_div(p.V, 8)), np.uint8)
+    elif len(bits) < n_blocks:
+        bits = np.concatenate([bits, np.zeros((n_blocks - len(bits), bits.shape[1]), np.uint8)])
+    elif not bits.flags.c_contiguous:  # a device's rows go on after the last entry, and it may read that
+        bits = interchange.array_module(bits).ndarray((n_blocks, bits.strides[0]), bits.dtype, bits.data)
+    if mean_logit is None:
+        mean_logit = p.xp.empty(0, p.compute_dtype)
+    return memory.tensors_of((statistics.lse, statistics.target_logit, statistics.n_valid, tokens, bits, mean_logit))
+
+
+def _statistics(p: Problem, plan: Plan, saved: Sequence[torch.Tensor]) -> Statistics:
+    """What `_saved` was made of."""
+    lse, target_logit, n_valid, tokens, bits, mean_logit = map(memory.array_of, saved)
+    if not p.on_device:
+        tokens = tokens[: int(n_valid)]
+    recorded = bits.size > 0 and (p.on_device or bool(bits[0].any()))
+    return Statistics(
+        tokens=tokens,
+        n_valid=n_valid,
+        lse=lse,
+        target_logit=target_logit,
+        survivors=bits[:, : planning.ceil_div(p.V, 8)] if recorded else None,
+        survivor_block=plan.tiles.survivor_block,
+        mean_logit=mean_logit if p.options.smooths_capped else None,
+    )

@@ -1,0 +1,172 @@
+"""The operators: what PyTorch is told of them is true; what looks at operators sees them, and nothing else pays for them."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+cct = pytest.importorskip("cce_numba.torch")
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+N, V, D = 200, 3000, 16
+
+
+def problem(device="cpu", dtype=torch.float32):
+    """e, c, targets, bias: two blocks of tokens, of which some do not count."""
+    torch.manual_seed(0)
+    e, c, bias = torch.randn(N, D), torch.randn(V, D) / 2, torch.randn(V)
+    targets = torch.randint(0, V, (N,))
+    targets[::5] = -100
+    e, c = (x.to(device, dtype).requires_grad_() for x in (e, c))
+    return e, c, targets.to(device), bias.to(device).requires_grad_()
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Which operators were called, and with what."""
+    from cce_numba.torch import operators
+
+    calls = {}
+    for name in ("forward_op", "backward_op"):
+        operator = getattr(operators, name)
+        monkeypatch.setattr(operators, name, lambda *args, n=name, o=operator: calls.setdefault(n, args) and o(*args))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"filter_eps": None, "reduction": "sum"},
+        {"filter_eps": 2.0**-4, "shift": 2, "reduction": "none"},
+        {"softcap": 5.0, "label_smoothing": 0.1},
+        {"logit_scale": 0.5, "z_loss": 0.1, "class_weights": "entries", "token_weights": "tokens"},
+        {"logit_scale": "tokens"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_opcheck(device, options, dtype, used, monkeypatch):
+    """Schemas tell the truth, fakes' shapes and strides are the operators', and autograd is registered as it must be."""
+    from cce_numba.torch import autograd, operators
+
+    sizes = {"tokens": N, "entries": V}
+    options = {k: torch.rand(sizes[v], device=device) + 0.1 if v in sizes else v for k, v in options.items()}
+    monkeypatch.setattr(autograd, "is_watched", lambda tensors: True)
+    loss, lse = cct.linear_cross_entropy(*problem(device, dtype), return_lse=True, **options)
+    (loss.sum() + lse.sum()).backward()
+    monkeypatch.undo()
+    torch.library.opcheck(operators.forward_op, used["forward_op"])
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in used["backward_op"]]
+    torch.library.opcheck(operators.backward_op, tuple(detached))
+
+
+class Names(TorchDispatchMode):
+    """The operators that are called inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+    def ours(self):
+        return [name for name in self.seen if name.startswith("cce_numba")]
+
+
+class Labelled(torch.Tensor):
+    """A tensor of another class."""
+
+
+def grads_of(tensors):
+    return [x.grad for x in tensors if x.requires_grad]
+
+
+def assert_same_grads(tensors):
+    expected = problem()
+    cct.linear_cross_entropy(*expected).backward()
+    for a, b in zip(grads_of(tensors), grads_of(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nobody_looks(used):
+    tensors = problem()
+    cct.linear_cross_entropy(*tensors).backward()
+    cct.linear_cross_entropy(*tensors[:3], torch.nn.Parameter(tensors[3])).backward()
+    with torch.no_grad():
+        cct.linear_cross_entropy(*tensors)
+    assert not used
+
+
+@pytest.mark.parametrize("forward_seen", [False, True])
+@pytest.mark.parametrize("backward_seen", [False, True])
+def test_a_mode_sees_what_is_called_inside(forward_seen, backward_seen):
+    tensors, names = problem(), Names()
+    with names if forward_seen else contextlib.nullcontext():
+        loss = cct.linear_cross_entropy(*tensors)
+    with names if backward_seen else contextlib.nullcontext():
+        loss.backward()
+    forward, backward = "cce_numba::linear_cross_entropy", "cce_numba::linear_cross_entropy_backward"
+    assert names.ours() == [forward] * forward_seen + [backward] * backward_seen
+    assert_same_grads(tensors)
+
+
+def test_a_tensor_of_another_class_stays_one(used):
+    tensors = problem()
+    loss = cct.linear_cross_entropy(tensors[0].as_subclass(Labelled), *tensors[1:])
+    assert type(loss) is Labelled
+    loss.backward()
+    assert used.keys() == {"forward_op", "backward_op"}
+    assert_same_grads(tensors)
+
+
+def test_fake_tensors():
+    from torch._subclasses import FakeTensorMode
+
+    real = problem()
+    with FakeTensorMode() as mode:
+        tensors = [mode.from_tensor(x) for x in real]
+        loss = cct.linear_cross_entropy(*tensors, reduction="none")
+        assert loss.shape == (N,)
+        loss.sum().backward()
+    for a, b in zip(grads_of(tensors), [x for x in real if x.requires_grad], strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_second_derivatives_are_refused_by_the_operator(used):
+    tensors = problem()
+    torch.autograd.grad(cct.linear_cross_entropy(*tensors), tensors[0], create_graph=True)
+    assert used.keys() == {"backward_op"}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_graph_has_the_operators(grad):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def function(e, c, targets, bias):
+        e = e.detach().requires_grad_(grad)
+        loss = cct.linear_cross_entropy(e, c.detach(), targets, bias.detach())
+        return torch.autograd.grad(loss, e) if grad else loss
+
+    graph = make_fx(function)(*problem())
+    called = [node.target for node in graph.graph.nodes if "cce_numba" in str(node.target)]
+    assert len(called) == 1 + grad
+    assert torch.equal(*(x if grad is False else x[0] for x in (graph(*problem()), function(*problem()))))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_has_the_operator():
+    e, c, targets, _ = (x.detach() for x in problem())
+    traced = torch.jit.trace(cct.linear_cross_entropy, (e, c, targets))
+    assert "cce_numba::linear_cross_entropy" in str(traced.graph)
+    assert torch.equal(traced(2 * e, c, targets), cct.linear_cross_entropy(2 * e, c, targets))
+
+
+def test_vmap():
+    e, c, targets, bias = (x.detach() for x in problem())
+    batched = torch.func.vmap(lambda e: cct.linear_cross_entropy(e, c, targets, bias))(torch.stack([e, 2 * e]))
+    assert torch.equal(batched, torch.stack([cct.linear_cross_entropy(x, c, targets, bias) for x in (e, 2 * e)]))
