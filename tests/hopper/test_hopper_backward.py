@@ -47,7 +47,7 @@ def small_rounds(monkeypatch):
         monkeypatch.setattr(workspace, "_G_BYTES", (0, 0))
         monkeypatch.setattr(workspace, "_SHARE", 0.0)
         monkeypatch.setattr(workspace, "BUFFERS", buffers)
-        monkeypatch.setattr(run, "BUFFERS", buffers)
+        monkeypatch.setattr(workspace, "BUFFERS_FOR_ALL", buffers)
         workspace._known.cache_clear()
 
     yield cut

@@ -14,7 +14,7 @@ from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.survey import survey
 from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
-from cce_numba.hopper.backward.workspace import BUFFERS, Workspace
+from cce_numba.hopper.backward.workspace import Workspace
 from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.plan import Gradients, Statistics, ceil_div
 
@@ -88,7 +88,7 @@ def _pass(
     d_c = None if into.c is None else tensor_map.whole_chunks(into.c, with_values=accumulate)
     d_bias = None if into.bias is None else xp.zeros(p.V, np.float32)
     e_in_float32, c_in_float32 = (x is not None and x.dtype == np.float32 for x in (d_e, d_c))
-    workspace = workspace_of(p, into)
+    workspace = workspace_of(p, into, keep_all)
     scratch = xp.empty(workspace.nbytes, np.uint8)
     base = scratch.data.ptr
     at = {name: base + offset for name, offset in workspace.offsets.items()}
@@ -161,7 +161,7 @@ def _pass(
         at["lists"],
         at["g"],
         at["sums"],
-        BUFFERS,
+        workspace.buffers,
         workspace.buffer_slots,
         0 if d_e is None else d_e.data.ptr,
         0 if d_e is None else tensor_map.pitch_bytes(d_e),
@@ -185,9 +185,9 @@ def _pass(
         into.bias[...] = d_bias + into.bias.astype(np.float32) if accumulate else d_bias
 
 
-def workspace_of(p: Problem, into: Gradients) -> Workspace:
-    """For these gradients."""
-    return _workspace(p, with_e=into.e is not None, with_sums=into.bias is not None)
+def workspace_of(p: Problem, into: Gradients, keep_all: bool) -> Workspace:
+    """For these gradients, of a pass."""
+    return _workspace(p, with_e=into.e is not None, with_sums=into.bias is not None, keep_all=keep_all)
 
 
 def workspace_bytes(p: Problem) -> int:
@@ -197,8 +197,11 @@ def workspace_bytes(p: Problem) -> int:
     if tensor_map.padded_columns(p.D) != p.D:  # and of gradients that cannot be stored 16 bytes at a time
         itemsizes = 4 if p.options.accum_e_fp32 else 2, 4 if p.options.accum_c_fp32 else 2
         copies += sum(n * rows * tensor_map.padded_columns(p.D) for n, rows in zip(itemsizes, (p.N, p.V), strict=True))
-    return copies + _workspace(p, with_e=True, with_sums=p.bias is not None).nbytes if p.N else 0
+    modes = {eps is None for eps in (p.options.filter_eps_e, p.options.filter_eps_c)}
+    passes = (_workspace(p, with_e=True, with_sums=p.bias is not None, keep_all=keep_all).nbytes for keep_all in modes)
+    return copies + max(passes) if p.N else 0
 
 
-def _workspace(p: Problem, *, with_e: bool, with_sums: bool) -> Workspace:
-    return Workspace.of(p.N, p.V, tensor_map.padded_columns(p.D), with_e=with_e, with_sums=with_sums)
+def _workspace(p: Problem, *, with_e: bool, with_sums: bool, keep_all: bool) -> Workspace:
+    columns = tensor_map.padded_columns(p.D)
+    return Workspace.of(p.N, p.V, columns, with_e=with_e, with_sums=with_sums, keep_all=keep_all)

@@ -16,6 +16,7 @@ from cce_numba.hopper.tiles import SURVIVOR_BLOCK
 from cce_numba.plan import ceil_div
 
 BUFFERS = 3  # at least 2: rounds whose G is there at a time: one is written, one is read, one gives time to finish
+BUFFERS_FOR_ALL = 2  # where all columns are kept: jobs are many and alike, and bigger rounds are worth more than time to finish
 _SHARE = 0.115  # of the gradients' bytes, that the workspace is to stay below
 _G_BYTES = 40 * 2**20, 96 * 2**20  # at least (rounds that are too small wait for each other), and at most
 _ALIGNMENT_BYTES = 256
@@ -29,6 +30,7 @@ class Workspace:
         N, V, D: of the problem.
         with_e: sums of dE are kept from round to round.
         with_sums: sums of G's columns are kept, for the gradient of the bias.
+        keep_all: nothing is filtered.
         g_bytes: for G, about; it becomes less where there is little to do, and more where blocks are many.
     """
 
@@ -37,20 +39,27 @@ class Workspace:
     D: int
     with_e: bool
     with_sums: bool
+    keep_all: bool
     g_bytes: int
 
     @classmethod
-    def of(cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool) -> Workspace:
+    def of(cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool, keep_all: bool) -> Workspace:
         """With as much room for G as leaves all of it within the share of the gradients' bytes, if that is enough."""
         allowed = int(_SHARE * 2 * D * (N + V))
-        without_g = _known(cls(N, V, D, with_e, with_sums, 0))
-        others = without_g.nbytes - BUFFERS * without_g.buffer_slots * without_g.slot_bytes
-        return _known(cls(N, V, D, with_e, with_sums, min(max(allowed - others, _G_BYTES[0]), _G_BYTES[1]) >> 20 << 20))
+        without_g = _known(cls(N, V, D, with_e, with_sums, keep_all, 0))
+        others = without_g.nbytes - without_g.buffers * without_g.buffer_slots * without_g.slot_bytes
+        g_bytes = min(max(allowed - others, _G_BYTES[0]), _G_BYTES[1]) >> 20 << 20
+        return _known(cls(N, V, D, with_e, with_sums, keep_all, g_bytes))
 
     @property
     def blocks(self) -> int:
         """Blocks of tokens, at most."""
         return ceil_div(self.N, SURVIVOR_BLOCK)
+
+    @property
+    def buffers(self) -> int:
+        """Rounds whose G is there at a time."""
+        return BUFFERS_FOR_ALL if self.keep_all else BUFFERS
 
     @property
     def slot_bytes(self) -> int:
@@ -62,7 +71,7 @@ class Workspace:
         """Columns of G that a round has room for."""
         least = 2 * COLUMN_TILE + self._overhead
         most = ceil_div(self.V, COLUMN_TILE) * COLUMN_TILE + self._overhead
-        wanted = self.g_bytes // (BUFFERS * self.slot_bytes) // max(1, self.blocks)
+        wanted = self.g_bytes // (self.buffers * self.slot_bytes) // max(1, self.blocks)
         return self.blocks * (min(max(wanted, least), most) // K_STEP * K_STEP)
 
     @property
@@ -84,7 +93,7 @@ class Workspace:
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
         """Where each part begins, in bytes, and the `end` of all."""
-        slots = BUFFERS * self.buffer_slots
+        slots = self.buffers * self.buffer_slots
         sizes = {
             "maps": 3 * 8 * tensor_map.WORDS,
             "counters": 4 * self.counters,
@@ -112,7 +121,7 @@ class Workspace:
 
     def g_map(self, g: int, dtype: np.dtype) -> tuple[int, ...]:
         """The tensor map of G at an address: a row of 128 tokens for each slot."""
-        return tensor_map.encode_matrix(g, BUFFERS * self.buffer_slots, SURVIVOR_BLOCK, G_ROW_BYTES, PANEL, dtype)
+        return tensor_map.encode_matrix(g, self.buffers * self.buffer_slots, SURVIVOR_BLOCK, G_ROW_BYTES, PANEL, dtype)
 
 
 @functools.lru_cache(maxsize=256)
