@@ -175,6 +175,12 @@ add_4_f32 = instruction(
 store_4_f32 = instruction(
     "st.global.v4.f32 [$0], {$1, $2, $3, $4};", (U64, F32, F32, F32, F32), doc="(address, four numbers). ISA 9.7.9, st."
 )
+store_once_if_4_u32 = instruction(
+    "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.cs.v4.u32 [$0], {$1, $2, $3, $4}; }",
+    (U64, U32, U32, U32, U32, U32),
+    name="st.global.cs.v4.u32",
+    doc="As `store_if_4_u32`, of what is not read again: the first to leave the cache. ISA 9.7.9, st.",
+)
 store_if_2_f32 = instruction(
     "{ .reg .pred p; setp.ne.u32 p, $3, 0; @p st.global.v2.f32 [$0], {$1, $2}; }",
     (U64, F32, F32, U32),

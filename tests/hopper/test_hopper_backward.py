@@ -41,7 +41,7 @@ def never_dense(monkeypatch):
 @pytest.fixture
 def small_rounds(monkeypatch):
     """A function that cuts problems into rounds of two tiles of columns or so, in so many buffers."""
-    from cce_numba.hopper.backward import run, workspace
+    from cce_numba.hopper.backward import workspace
 
     def cut(buffers):
         monkeypatch.setattr(workspace, "_G_BYTES", (0, 0))
@@ -114,19 +114,19 @@ def test_sizes_around_tiles(hopper, never_dense, dtype, N, V, D, filtered):
 @pytest.mark.parametrize(("N", "V", "D"), [(1, 6000, 64), (300, 3000, 200), (700, 5000, 250), (33 * 128 + 5, 1500, 64)])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_many_rounds(hopper, never_dense, small_rounds, dtype, N, V, D, buffers, filtered):
-    """Each adds to what dE is so far, kept in two halves; each takes the buffer of one that is done."""
+    """Each adds to what dE is so far; each takes the buffer of one that is done."""
     from cce_numba.hopper.backward.workspace import Workspace
 
     small_rounds(buffers)
     case = blockwise(N + V + D, N, V, D, dtype, filtered=filtered, bias=True)
-    layout, pairs = Workspace.of(N, V, D, keeps_rest=True, with_sums=True).survey, surviving_pairs(hopper, case)
+    layout, pairs = Workspace.of(N, V, D, with_e=True, with_sums=True, keep_all=not filtered).survey, surviving_pairs(hopper, case)
     assert pairs // layout.cap >= (2 if filtered else 5), f"{pairs} pairs, {layout.cap} for a round"
     check(hopper, case)
 
 
 @pytest.mark.parametrize("filtered", [False, True], ids=["exact", "filtered"])
 def test_rounds_do_not_change_what_is_kept_in_float32(hopper, never_dense, small_rounds, filtered):
-    """A float32 and two halves of 16 bits are the same sums, rounded at their end."""
+    """Sums are in float32 in either case, rounded at their end."""
     case = blockwise(1, 400, 3000, 192, BFLOAT16, filtered=filtered)
     small_rounds(3)
     narrow = check(hopper, case)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from numba import cuda
@@ -9,15 +11,14 @@ from numba.core.errors import TypingError
 from numba.cuda import types
 
 from cce_numba.hopper.fragment import (
+    change_chunks,
     collect_bits,
     column_of,
     fill_columns,
-    fill_pairs,
     fold_rows,
     map_elements,
     row_of,
-    visit_groups,
-    visit_pairs,
+    visit_chunks,
 )
 from cce_numba.hopper.launch import Kernel, pointer_to
 from cce_numba.ptx import arithmetic, control, memory, wgmma
@@ -25,6 +26,7 @@ from tests import offline
 from tests.harness import SimulatorHarness
 
 WIDTHS = [32, 64, 192, 256]
+CHUNKS = [8, 16, 32]  # columns that are handled at a time
 F32, I32, U64 = types.float32, types.int32, types.uint64
 F32_ARRAY, U32_ARRAY = pointer_to(np.float32), pointer_to(np.uint32)
 
@@ -49,26 +51,35 @@ def at_least(z, by_row):
     return z >= by_row
 
 
-def load_two(row, column, factor):
-    """Of a row of float32 at an address."""
-    address = row + np.uint64(4 * column)
-    return memory.load_global_f32(address) * factor, memory.load_global_f32(address + np.uint64(4)) * factor
+def times_four_numbers(numbers, _, factor):
+    return numbers[0] * factor, numbers[1] * factor, numbers[2] * factor, numbers[3] * factor
 
 
-def store_two(x, y, row, column, factor):
-    address = row + np.uint64(4 * column)
-    memory.store_global_f32(address, x * factor)
-    memory.store_global_f32(address + np.uint64(4), y * factor)
+def store_four_numbers(numbers, first, out, place, factor):
+    """Where the fragment has them, from out[place] on."""
+    place += first >> 1
+    out[place] = numbers[0] * factor
+    out[place + 1] = numbers[1] * factor
+    out[place + 2] = numbers[2] * factor
+    out[place + 3] = numbers[3] * factor
     return np.int32(0)
 
 
-def store_four(z_00, z_01, z_10, z_11, group, out, factor):
-    """At the group's place in (groups, 2, 2)."""
-    address = out + np.uint64(16 * group)
-    memory.store_global_f32(address, z_00 * factor)
-    memory.store_global_f32(address + np.uint64(4), z_01 * factor)
-    memory.store_global_f32(address + np.uint64(8), z_10 * factor)
-    memory.store_global_f32(address + np.uint64(12), z_11 * factor)
+def change_ends(numbers, first, factor):
+    """The first and the last number of a chunk of any width, and nothing else."""
+    return (numbers[0] * factor + np.float32(first), *numbers[1:-1], numbers[-1] * factor)
+
+
+def store_ends(numbers, first, out, place, factor):
+    """At the chunk's place in (chunks, 2), from out[place] on."""
+    place += first // len(numbers)
+    out[place] = numbers[0] * factor
+    out[place + 1] = numbers[-1] * factor
+    return np.int32(0)
+
+
+def store_first_column(numbers, first, address):
+    memory.store_global_u32(address, np.uint32(first))
     return np.int32(0)
 
 
@@ -146,40 +157,76 @@ def test_each_element_is_compared_once(n):
     assert compiled.stack_bytes == 0
 
 
+def places_of_stores(compiled):
+    """Which numbers after an address are stored to, one for each instruction."""
+    offsets = re.findall(r"st\.global\.f32 \s*\[%rd\d+(?:\+(\d+))?\]", compiled.ptx)
+    return sorted(int(offset or 0) // 4 for offset in offsets)
+
+
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("n", WIDTHS)
-def test_each_pair_and_each_group_is_visited_once(n):
-    filled, paired, grouped = (
-        fill_pairs(n, load_two, F32),
-        visit_pairs(n, store_two, F32),
-        visit_groups(n, store_four, U64, F32),
-    )
+def test_each_number_of_each_chunk_is_visited_or_changed_once(n):
+    changed, visited = change_chunks(n, 8, times_four_numbers, F32), visit_chunks(n, 8, store_four_numbers, F32_ARRAY, I32, F32)
 
-    def fills(out, row_0, row_1, first_column, factor):
-        out[0] = filled(first_column, row_0, row_1, factor)
+    def changes(fragments, out, factor):
+        fragments[0] = changed(fragments[0], factor)
 
-    def visits_pairs(fragments, row_0, row_1, first_column, factor):
-        paired(fragments[0], first_column, row_0, row_1, factor)
+    def visits(fragments, out, factor):
+        visited(fragments[0], out, 0, factor)
 
-    def visits_groups(fragments, row_0, row_1, first_column, factor):
-        grouped(fragments[0], row_0, factor)
-
-    signature = types.void(fragments_of(n), U64, U64, I32, F32)
-    loads, *stores = (offline.compile_function(kernel, signature) for kernel in (fills, visits_pairs, visits_groups))
-    assert loads.count(r"ld\.global\.nc\.f32") == n // 2
-    for compiled in stores:
-        assert compiled.count(r"st\.global\.f32") == n // 2
-    for compiled in (loads, *stores):
+    for kernel in (changes, visits):
+        compiled = offline.compile_function(kernel, types.void(fragments_of(n), F32_ARRAY, F32))
+        assert places_of_stores(compiled) == [*range(n // 2)]
         assert compiled.count(r"mul\.f32") == n // 2
         assert compiled.stack_bytes == 0
         assert compiled.count(r"call(\.uni)?") == 0
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("n", WIDTHS)
+def test_chunks_of_any_width(n, chunk):
+    """Two of their numbers are changed, or looked at; the others cost nothing."""
+    changed, visited = change_chunks(n, chunk, change_ends, F32), visit_chunks(n, chunk, store_ends, F32_ARRAY, I32, F32)
+    chunks = n // chunk
+
+    def changes(fragments, out, factor):
+        fragments[0] = changed(fragments[0], factor)
+
+    def visits(fragments, out, factor):
+        visited(fragments[0], out, 0, factor)
+
+    signature = types.void(fragments_of(n), F32_ARRAY, F32)
+    changes, visits = offline.compile_function(changes, signature), offline.compile_function(visits, signature)
+    assert places_of_stores(visits) == [*range(2 * chunks)]
+    assert visits.count(r"ld\.global\.f32") == 2 * chunks
+    for compiled in (changes, visits):
+        # The sum with a chunk's column is one instruction with the product.
+        assert compiled.count(r"(mul|fma\.rn)\.f32") == 2 * chunks
+        assert compiled.stack_bytes == 0
+        assert compiled.count(r"call(\.uni)?") == 0
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_chunks_come_in_order(chunk):
+    """By the constants that are stored, each by an instruction that stays where it is written."""
+    visited = visit_chunks(192, chunk, store_first_column, U64)
+
+    def visits(fragments, address):
+        visited(fragments[0], address)
+
+    ptx = offline.compile_function(visits, types.void(fragments_of(192), U64)).ptx
+    constants = dict(re.findall(r"mov\.u32 \s*(%r\d+), (\d+);", ptx))
+    stored = [int(constants[register]) for register in re.findall(r"st\.global\.u32 \[%rd\d+\], (%r\d+);", ptx)]
+    assert stored == [*range(0, 192, chunk)]
+
+
+@pytest.mark.usefixtures("compiler")
 def test_fragments_of_another_width_are_refused():
     fold, changed = fold_rows(64, larger), map_elements(64, times_column, F32)
     bits, zeros, one = collect_bits(64, at_least), wgmma.zeros(72), np.float32(1)
-    paired, grouped, row = visit_pairs(64, store_two, F32), visit_groups(64, store_four, U64, F32), np.uint64(0)
+    chunks_changed, chunks_visited = change_chunks(64, 8, times_four_numbers, F32), visit_chunks(64, 8, store_first_column, U64)
 
     def folds():
         fold(zeros(), one, one, one, one)
@@ -190,27 +237,16 @@ def test_fragments_of_another_width_are_refused():
     def collects():
         bits(zeros(), one, one)
 
-    def visits_pairs():
-        paired(zeros(), 0, row, row, one)
+    def changes_chunks():
+        chunks_changed(zeros(), one)
 
-    def visits_groups():
-        grouped(zeros(), row, one)
+    def visits_chunks():
+        chunks_visited(zeros(), np.uint64(0))
 
     message = r"operand 0 must be UniTuple\(float32 x 32\), got UniTuple\(float32 x 36\)"
-    for kernel in (folds, changes, collects, visits_pairs, visits_groups):
+    for kernel in (folds, changes, collects, changes_chunks, visits_chunks):
         with pytest.raises(TypingError, match=message):
             offline.compile_function(kernel, types.void())
-
-
-@pytest.mark.usefixtures("compiler")
-def test_rows_without_an_address_are_refused():
-    filled, one = fill_pairs(64, load_two, F32), np.float32(1)
-
-    def fills(row):
-        filled(0, np.uint64(0), row, one)
-
-    with pytest.raises(TypingError, match="load_two: operand 2 must be an integer of at least 64 bits, got int32"):
-        offline.compile_function(fills, types.void(I32))
 
 
 # ---- on a GPU: against NumPy
@@ -238,23 +274,19 @@ def make_fragment_kernel(n):
     return Kernel(fragment_kernel, types.void(fragments, fragments, fragments, F32_ARRAY, F32_ARRAY, U32_ARRAY), threads=32)
 
 
-def make_rows_kernel(n):
-    """A warp's (16, n) tile, from rows at addresses into fragments, and back: to rows, and to groups of 8 columns."""
-    filled, paired, grouped = (
-        fill_pairs(n, load_two, F32),
-        visit_pairs(n, store_two, F32),
-        visit_groups(n, store_four, U64, F32),
-    )
+def make_chunks_kernel(n, chunk):
+    """Of each thread's fragment: one with other ends of chunks, these ends, and all numbers."""
+    changed, ends = change_chunks(n, chunk, change_ends, F32), visit_chunks(n, chunk, store_ends, F32_ARRAY, I32, F32)
+    numbers, chunks = visit_chunks(n, 8, store_four_numbers, F32_ARRAY, I32, F32), n // chunk
 
-    def rows_kernel(tile, pitch_bytes, fragments, rows_out, groups_out):
+    def chunks_kernel(fragments, changed_out, ends_out, numbers_out):
         lane = cuda.threadIdx.x
-        first_column, row, next_row = np.int32(2 * (lane & 3)), np.uint64(lane >> 2), np.uint64((lane >> 2) + 8)
-        fragment = filled(first_column, tile + row * pitch_bytes, tile + next_row * pitch_bytes, np.float32(2))
-        fragments[lane] = fragment
-        paired(fragment, first_column, rows_out + row * pitch_bytes, rows_out + next_row * pitch_bytes, np.float32(4))
-        grouped(fragment, groups_out + np.uint64(2 * n * lane), np.float32(8))
+        fragment = fragments[lane]
+        changed_out[lane] = changed(fragment, np.float32(2))
+        ends(fragment, ends_out, 2 * chunks * lane, np.float32(4))
+        numbers(fragment, numbers_out, n // 2 * lane, np.float32(8))
 
-    return Kernel(rows_kernel, types.void(U64, U64, fragments_of(n), U64, U64), threads=32)
+    return Kernel(chunks_kernel, types.void(fragments_of(n), fragments_of(n), F32_ARRAY, F32_ARRAY), threads=32)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -262,7 +294,7 @@ def test_the_kernels_of_the_gpu_tests_compile():
     compiled = offline.compile_hopper(make_fragment_kernel(64))
     assert compiled.stack_bytes == 0
     assert compiled.count(r"redux\.sync\.or\.b32") == 2
-    assert offline.compile_hopper(make_rows_kernel(64)).stack_bytes == 0
+    assert offline.compile_hopper(make_chunks_kernel(64, 16)).stack_bytes == 0
 
 
 @pytest.mark.gpu
@@ -292,18 +324,18 @@ def test_rows_columns_and_bits(n):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.skipif(SimulatorHarness.is_active(), reason="about a real GPU")
+@pytest.mark.parametrize("chunk", CHUNKS)
 @pytest.mark.parametrize("n", WIDTHS)
-def test_pairs_and_groups(n):
-    """Rows are longer than what is taken of them; the rest stays as it is."""
+def test_chunks(n, chunk):
+    """Each is told its first column; factors are powers of two, so that nothing is rounded twice."""
     cupy = pytest.importorskip("cupy")
-    tile = np.random.default_rng(n).standard_normal((16, n + 2)).astype(np.float32)
-    lane, i = np.ogrid[:32, : n // 2]
-    rows, columns = lane // 4 + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (lane % 4) + i % 2
-    on_device, rows_out = cupy.asarray(tile), cupy.full((16, n + 2), 7, np.float32)
-    fragments, groups_out = cupy.zeros((32, n // 2), np.float32), cupy.zeros((32, n // 2), np.float32)
-    addresses = (array.data.ptr for array in (fragments, rows_out, groups_out))
-    make_rows_kernel(n).launch(1, on_device.data.ptr, 4 * (n + 2), *addresses)
-    np.testing.assert_array_equal(fragments.get(), 2 * tile[rows, columns])
-    np.testing.assert_array_equal(rows_out.get()[:, :n], 8 * tile[:, :n])
-    assert (rows_out.get()[:, n:] == 7).all()
-    np.testing.assert_array_equal(groups_out.get(), 16 * tile[rows, columns])
+    fragments = np.random.default_rng(n).standard_normal((32, n // chunk, chunk // 2)).astype(np.float32)
+    given, changed = cupy.asarray(fragments), cupy.zeros(fragments.shape, np.float32)
+    ends, numbers = cupy.zeros((32, n // chunk, 2), np.float32), cupy.zeros(fragments.shape, np.float32)
+    make_chunks_kernel(n, chunk).launch(1, *(array.data.ptr for array in (given, changed, ends, numbers)))
+    expected = fragments.copy()
+    expected[..., 0] = 2 * fragments[..., 0] + np.arange(0, n, chunk, dtype=np.float32)
+    expected[..., -1] = 2 * fragments[..., -1]
+    np.testing.assert_array_equal(changed.get(), expected)
+    np.testing.assert_array_equal(ends.get(), 4 * fragments[..., [0, -1]])
+    np.testing.assert_array_equal(numbers.get(), 8 * fragments)

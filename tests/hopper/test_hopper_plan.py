@@ -56,7 +56,7 @@ def test_work_is_told():
 
 @pytest.mark.parametrize("apart", [None, 72], ids=["contiguous", "a view that the copy engine reads"])
 def test_rows_that_are_no_whole_16_bytes_are_copied_for_the_backward(apart):
-    """And so are the gradients, which are stored two numbers at a time."""
+    """And so are the gradients, which are stored 16 bytes at a time."""
     how = backend.plan(problem(65, apart=apart)).how
     reason = "since its rows of 65 elements are not a multiple of 16 bytes long"
     assert f"for the backward whole copies: e, {reason} and c, {reason}" in how

@@ -151,6 +151,26 @@ def make_copy_async(copy):
     return Kernel(copy_async_kernel, signature, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
 
 
+def make_copy_async_of_row():
+    """out[i] = 16 bytes of row rows[i] of a matrix whose rows are so many bytes apart, or zeros if it is negative."""
+    wait_all = memory.copy_async_wait(0)
+
+    def copy_async_of_row_kernel(source, pitch_bytes, rows, out):
+        thread = cuda.threadIdx.x
+        smem = aligned_smem() + np.uint32(16 * thread)
+        for i in range(4):
+            memory.store_shared_i32(smem + np.uint32(4 * i), np.int32(-1))  # what must not be left
+        cuda.syncthreads()
+        memory.copy_async_16_of_row(smem, source, rows[thread], pitch_bytes)
+        memory.copy_async_commit()
+        wait_all()
+        for i in range(4):
+            out[4 * thread + i] = memory.load_shared_i32(smem + np.uint32(4 * i))
+
+    signature = types.void(types.uint64, types.int32, I32_ARRAY, I32_ARRAY)
+    return Kernel(copy_async_of_row_kernel, signature, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
+
+
 def make_copy_async_arrive():
     """out[i] = 16 bytes at source + 16 * (31 - i), which another thread has copied: the barrier tells when they are there."""
 
@@ -185,6 +205,49 @@ def make_shared():
     return Kernel(shared_kernel, signature, threads=64, smem_bytes=_ALIGNMENT_BYTES + 2 * 64 * 4)
 
 
+def make_shared_vectors():
+    """x backwards, a thread's numbers at a time, through shared memory: words by fours, the others by twos."""
+
+    def shared_vectors_kernel(x_u32, x_i32, x_f32, out_u32, out_i32, out_f32):
+        i, smem = cuda.threadIdx.x, aligned_smem()
+        others = smem + np.uint32(16 * 32)
+        for j in range(4):
+            memory.store_shared_i32(smem + np.uint32(4 * (4 * i + j)), np.int32(x_u32[4 * i + j]))
+        for j in range(2):
+            memory.store_shared_i32(others + np.uint32(4 * (2 * i + j)), x_i32[2 * i + j])
+            memory.store_shared_f32(others + np.uint32(8 * 32 + 4 * (2 * i + j)), x_f32[2 * i + j])
+        cuda.syncthreads()
+        words = memory.load_shared_4_u32(smem + np.uint32(16 * (31 - i)))
+        address = np.uint32(arithmetic.opaque_u32(others) + np.uint32(8 * (31 - i)))
+        integers, floats = (
+            memory.load_shared_2_i32_freely(address),
+            memory.load_shared_2_f32_freely(address + np.uint32(8 * 32)),
+        )
+        for j in range(4):
+            out_u32[4 * i + j] = words[j]
+        for j in range(2):
+            out_i32[2 * i + j] = integers[j]
+            out_f32[2 * i + j] = floats[j]
+
+    arrays = U32_ARRAY, I32_ARRAY, F32_ARRAY
+    return Kernel(shared_vectors_kernel, types.void(*arrays, *arrays), threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 32)
+
+
+def make_store_matrices(store):
+    """out = 32 rows of 16 bytes of shared memory, of which places[lane] is the one whose address the lane gives."""
+
+    def store_matrices_kernel(words, places, out):
+        lane, smem = cuda.threadIdx.x, aligned_smem()
+        row = smem + np.uint32(16 * places[lane])
+        store(row, words[4 * lane], words[4 * lane + 1], words[4 * lane + 2], words[4 * lane + 3])
+        cuda.syncwarp()
+        for i in range(4):
+            out[4 * lane + i] = memory.load_shared_i32(smem + np.uint32(4 * (4 * lane + i)))
+
+    signature = types.void(U32_ARRAY, I32_ARRAY, I32_ARRAY)
+    return Kernel(store_matrices_kernel, signature, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
+
+
 def make_or_of_warp():
     """out[i] = the union of the bits of the warp of thread i."""
 
@@ -201,15 +264,6 @@ def make_max_of_warp():
         out[cuda.threadIdx.x] = control.max_of_warp(x[cuda.threadIdx.x])
 
     return Kernel(max_of_warp_kernel, types.void(U32_ARRAY, U32_ARRAY), threads=64)
-
-
-def make_transpose():
-    """out[warp] = the 8 x 8 matrix x[warp] of 16-bit numbers, transposed."""
-
-    def transpose_kernel(x, out):
-        out[cuda.threadIdx.x] = control.transpose_8x8(x[cuda.threadIdx.x])
-
-    return Kernel(transpose_kernel, types.void(U32_ARRAY, U32_ARRAY), threads=64)
 
 
 def make_shuffle_of_lane():
@@ -253,15 +307,47 @@ def make_conditional():
     return Kernel(conditional_kernel, types.void(types.uint64, U32_ARRAY, U32_ARRAY, types.uint64), threads=32)
 
 
-def make_stores_to_global():
-    """out_u32 = x_u32, out_f32 = x_f32, by their addresses."""
+def make_conditional_vectors(store):
+    """As `make_conditional`, four words at a time, as which they are loaded, and as two float32 of which each is one."""
 
-    def stores_to_global_kernel(x_u32, x_f32, out_u32, out_f32):
+    def conditional_vectors_kernel(x, wanted, loaded, out, out_f32):
+        i = cuda.threadIdx.x
+        mine = np.uint64(wanted[i])
+        found = memory.load_if_4_u32(np.uint64(mine * (x + np.uint64(16 * i))), wanted[i])
+        for j in range(4):
+            loaded[4 * i + j] = found[j]
+        store(np.uint64(mine * (out + np.uint64(16 * i))), found[0], found[1], found[2], found[3], wanted[i])
+        first, second = arithmetic.float_of_bits(found[0]), arithmetic.float_of_bits(found[1])
+        memory.store_if_2_f32(np.uint64(mine * (out_f32 + np.uint64(8 * i))), first, second, wanted[i])
+
+    signature = types.void(types.uint64, U32_ARRAY, U32_ARRAY, types.uint64, types.uint64)
+    return Kernel(conditional_vectors_kernel, signature, threads=32)
+
+
+def make_stores_to_global():
+    """out_u32 = x_u32, out_f32 = x_f32, by their addresses; and out_4_f32 = x_f32, by a quarter of the threads."""
+
+    def stores_to_global_kernel(x_u32, x_f32, out_u32, out_f32, out_4_f32):
         i = cuda.threadIdx.x
         memory.store_global_u32(out_u32 + np.uint64(4 * i), x_u32[i])
         memory.store_global_f32(out_f32 + np.uint64(4 * i), x_f32[i])
+        if i < 8:
+            memory.store_4_f32(
+                out_4_f32 + np.uint64(16 * i), x_f32[4 * i], x_f32[4 * i + 1], x_f32[4 * i + 2], x_f32[4 * i + 3]
+            )
 
-    return Kernel(stores_to_global_kernel, types.void(U32_ARRAY, F32_ARRAY, types.uint64, types.uint64), threads=32)
+    signature = types.void(U32_ARRAY, F32_ARRAY, types.uint64, types.uint64, types.uint64)
+    return Kernel(stores_to_global_kernel, signature, threads=32)
+
+
+def make_add_vectors():
+    """sums[i % 2] += x[i], four numbers each, by many threads at once."""
+
+    def add_vectors_kernel(sums, x):
+        i = cuda.blockIdx.x * 128 + cuda.threadIdx.x
+        memory.add_4_f32(sums + np.uint64(16 * (i % 2)), x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3])
+
+    return Kernel(add_vectors_kernel, types.void(types.uint64, F32_ARRAY), threads=128)
 
 
 def make_counters():

@@ -250,6 +250,21 @@ def test_asynchronous_copies_zero_what_they_do_not_copy(cupy, rng, whole):
     np.testing.assert_array_equal(out.get().view(np.uint8).reshape(32, 16), expected)
 
 
+@pytest.mark.parametrize("first", [0, 2**27 - 5, 2**31 - 16])
+def test_asynchronous_copies_of_rows(cupy, rng, first):
+    """Rows far from the start have offsets of more than 32 bits; negative ones are nobody's."""
+    pitch_bytes = 80
+    source = rng.integers(0, 256, (16, pitch_bytes)).astype(np.uint8)
+    rows = (first + rng.integers(0, 16, 32)).astype(np.int32)
+    rows[::5] = -1
+    rows[1] = -(2**31)
+    on_device, rows_on_device, out = cupy.asarray(source), cupy.asarray(rows), cupy.zeros((32, 4), np.int32)
+    row_0 = (on_device.data.ptr + 16 - first * pitch_bytes) % 2**64
+    kernels.make_copy_async_of_row().launch(1, row_0, pitch_bytes, rows_on_device.data.ptr, out.data.ptr)
+    expected = np.where(rows[:, None] < 0, 0, source[np.maximum(rows.astype(np.int64) - first, 0), 16:32])
+    np.testing.assert_array_equal(out.get().view(np.uint8), expected)
+
+
 def test_a_barrier_tells_when_copies_are_there(cupy, rng):
     source = rng.integers(-(2**31), 2**31, (32, 4)).astype(np.int32)
     on_device, out = cupy.asarray(source), cupy.zeros((32, 4), np.int32)
@@ -266,6 +281,27 @@ def test_loads_from_shared_memory_that_stay_and_that_may_move(cupy, rng):
         np.testing.assert_array_equal(got.get(), expected[::-1])
 
 
+def test_vectors_from_shared_memory(cupy, rng):
+    x = rng.integers(0, 2**32, (32, 4), np.uint32), rng.integers(-(2**31), 2**31, (32, 2)).astype(np.int32)
+    x = *x, rng.standard_normal((32, 2)).astype(np.float32)
+    given, out = [cupy.asarray(array) for array in x], [cupy.zeros(array.shape, array.dtype) for array in x]
+    kernels.make_shared_vectors().launch(1, *(array.data.ptr for array in (*given, *out)))
+    for expected, got in zip(x, out, strict=True):
+        np.testing.assert_array_equal(got.get(), expected[::-1])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_of_a_warp_are_stored(cupy, rng, transposed):
+    """Lane l holds row l // 4 of each from column 2 * (l % 4) on, and says where row l % 8 of matrix l // 8 goes."""
+    matrices, places = np.arange(4 * 64, dtype=np.uint16).reshape(4, 8, 8), rng.permutation(32).astype(np.int32)
+    words = np.ascontiguousarray(matrices.view(np.uint32).reshape(4, 32).T)
+    given, out = (cupy.asarray(words), cupy.asarray(places)), cupy.zeros((32, 4), np.int32)
+    store = memory.store_matrices_transposed if transposed else memory.store_matrices
+    kernels.make_store_matrices(store).launch(1, *(array.data.ptr for array in (*given, out)))
+    stored = matrices.transpose(0, 2, 1) if transposed else matrices
+    np.testing.assert_array_equal(out.get().view(np.uint16)[places], stored.reshape(32, 8))
+
+
 def test_the_union_of_a_warps_bits(cupy, rng):
     bits = np.uint32(1) << rng.integers(0, 32, (2, 32)).astype(np.uint32)
     on_device, out = cupy.asarray(bits), cupy.empty((2, 32), np.uint32)
@@ -279,14 +315,6 @@ def test_the_largest_of_a_warp(cupy, rng):
     on_device, out = cupy.asarray(x), cupy.empty((2, 32), np.uint32)
     kernels.make_max_of_warp().launch(1, on_device.data.ptr, out.data.ptr)
     np.testing.assert_array_equal(out.get(), np.broadcast_to(x.max(axis=1)[:, None], (2, 32)))
-
-
-def test_a_matrix_of_a_warp_is_transposed(cupy):
-    """Lane l holds row l // 4 from column 2 * (l % 4) on, before and after."""
-    x = np.arange(2 * 64, dtype=np.uint16).reshape(2, 8, 8)
-    on_device, out = cupy.asarray(x), cupy.empty((2, 8, 8), np.uint16)
-    kernels.make_transpose().launch(1, on_device.data.ptr, out.data.ptr)
-    np.testing.assert_array_equal(out.get(), x.transpose(0, 2, 1))
 
 
 @pytest.mark.parametrize("lane", [0, 7, 31])
@@ -335,12 +363,34 @@ def test_loads_and_stores_on_a_condition(cupy, rng):
     np.testing.assert_array_equal(out.get(), np.where(wanted, x, 7))
 
 
+@pytest.mark.parametrize("store", [memory.store_if_4_u32, memory.store_once_if_4_u32], ids=["to stay", "to leave first"])
+def test_vectors_on_a_condition(cupy, rng, store):
+    """The same, 16 and 8 bytes at a time."""
+    x, wanted = rng.integers(1, 2**32, (32, 4), np.uint32), (np.arange(32) % 3 == 0).astype(np.uint32)
+    x[:, :2] = rng.standard_normal((32, 2)).astype(np.float32).view(np.uint32)  # no NaN, whose bits may change
+    given = cupy.asarray(x), cupy.asarray(wanted)
+    loaded, out, out_f32 = cupy.full((32, 4), 9, np.uint32), cupy.full((32, 4), 7, np.uint32), cupy.full((32, 2), 7, np.float32)
+    kernels.make_conditional_vectors(store).launch(1, *(array.data.ptr for array in (*given, loaded, out, out_f32)))
+    np.testing.assert_array_equal(loaded.get(), np.where(wanted[:, None], x, 0))
+    np.testing.assert_array_equal(out.get(), np.where(wanted[:, None], x, 7))
+    expected = np.where(wanted[:, None], np.ascontiguousarray(x[:, :2]).view(np.float32), 7)
+    np.testing.assert_array_equal(out_f32.get(), expected)
+
+
 def test_stores_to_global_memory(cupy, rng):
     x = rng.integers(0, 2**32, 32, np.uint32), rng.standard_normal(32).astype(np.float32)
-    given, out = [cupy.asarray(array) for array in x], [cupy.zeros(32, array.dtype) for array in x]
+    given, out = [cupy.asarray(array) for array in x], [cupy.zeros(32, array.dtype) for array in (*x, x[1])]
     kernels.make_stores_to_global().launch(1, *(array.data.ptr for array in (*given, *out)))
-    for expected, got in zip(x, out, strict=True):
+    for expected, got in zip((*x, x[1]), out, strict=True):
         np.testing.assert_array_equal(got.get(), expected)
+
+
+def test_vectors_are_added_by_many_threads_at_once(cupy, rng):
+    """To what was there before. Sums of small integers are the same in any order."""
+    x, sums = rng.integers(-999, 1000, (1024, 4)).astype(np.float32), rng.integers(-999, 1000, (2, 4)).astype(np.float32)
+    on_device, sums_on_device = cupy.asarray(x), cupy.asarray(sums)
+    kernels.make_add_vectors().launch(8, sums_on_device.data.ptr, on_device.data.ptr)
+    np.testing.assert_array_equal(sums_on_device.get(), sums + x.reshape(-1, 2, 4).sum(axis=0))
 
 
 def test_ctas_count_and_see_what_others_stored_before(cupy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("compiler")
 
 ARRAY = types.Array(F32, 1, "C")
 FRAGMENT = wgmma.fragment_type(64)
+TWO_F32, TWO_I32, FOUR_U32 = types.UniTuple(F32, 2), types.UniTuple(I32, 2), types.UniTuple(U32, 4)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,13 @@ class Row:
 
 _TENSOR_COPY = r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.tile\.mbarrier::complete_tx::bytes"
 _PRODUCT = r"wgmma\.mma_async\.sync\.aligned\.m64n64k16\.f32"
+_STORE_MATRICES = r"stmatrix\.sync\.aligned\.m8n8\.x4"
+
+
+def several(register: str, count: int) -> str:
+    """A regular expression of a vector of registers."""
+    return r"\{" + ", ".join([register + r"\d+"] * count) + r"\}"
+
 
 TABLE = [
     Row("arithmetic.exp2", r"ex2\.approx\.ftz\.f32", (F32,), F32),
@@ -76,7 +85,6 @@ TABLE = [
     Row("control.barrier_sync", r"bar\.sync", (U32, U32)),
     Row("control.or_of_warp", r"redux\.sync\.or\.b32", (U32,), U32),
     Row("control.max_of_warp", r"redux\.sync\.max\.u32", (U32,), U32),
-    Row("control.transpose_8x8", r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16", (U32,), U32),
     Row("control.shuffle_i32", r"shfl\.sync\.idx\.b32", (I32, U32), I32),
     Row("control.shuffle_xor_f32", r"shfl\.sync\.bfly\.b32", (F32, U32), F32),
     Row("mbarrier.init", r"mbarrier\.init\.shared::cta\.b64", (U32, U32)),
@@ -97,12 +105,26 @@ TABLE = [
     Row("memory.store_shared_i32", r"st\.shared\.s32", (U32, I32)),
     Row("memory.load_shared_f32_freely", r"ld\.shared\.f32", (U32,), F32),
     Row("memory.load_shared_i32_freely", r"ld\.shared\.s32", (U32,), I32),
+    Row("memory.load_shared_2_f32_freely", rf"ld\.shared\.v2\.f32 {several('%f', 2)}, \[%r\d+\]", (U32,), TWO_F32),
+    Row("memory.load_shared_2_i32_freely", rf"ld\.shared\.v2\.s32 {several('%r', 2)}, \[%r\d+\]", (U32,), TWO_I32),
+    Row("memory.load_shared_4_u32", rf"ld\.shared\.v4\.u32 {several('%r', 4)}, \[%r\d+\]", (U32,), FOUR_U32),
+    Row("memory.store_matrices", rf"{_STORE_MATRICES}\.shared\.b16 \[%r\d+\], {several('%r', 4)}", (U32,) * 5),
+    Row(
+        "memory.store_matrices_transposed",
+        rf"{_STORE_MATRICES}\.trans\.shared\.b16 \[%r\d+\], {several('%r', 4)}",
+        (U32,) * 5,
+    ),
     Row(
         "memory.copy_async_16_or_zeros",
         r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, absent",
         (U32, U64, U32),
     ),
     Row("memory.copy_async_16", r"cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+\], 16, %r\d+", (U32, U64, U32)),
+    Row(
+        "memory.copy_async_16_of_row",
+        r"mad\.wide\.u32 row, %r\d+, %r\d+, %rd\d+; cp\.async\.cg\.shared\.global \[%r\d+\], \[row\], 16, absent",
+        (U32, U64, I32, U32),
+    ),
     Row("memory.copy_async_commit", r"cp\.async\.commit_group"),
     Row("memory.copy_async_wait", r"cp\.async\.wait_group 0", made_with=(0,)),
     Row("memory.copy_async_wait", r"cp\.async\.wait_group 3", made_with=(3,)),
@@ -112,6 +134,12 @@ TABLE = [
     Row("memory.or_global_u32", r"red\.global\.or\.b32", (U64, U32)),
     Row("memory.load_if_u32", r"@p ld\.global\.cg\.u32 %r\d+, \[%rd\d+\]", (U64, U32), U32),
     Row("memory.store_if_u32", r"@p st\.global\.u32 \[%rd\d+\], %r\d+", (U64, U32, U32)),
+    Row("memory.load_if_4_u32", rf"@p ld\.global\.cg\.v4\.u32 {several('%r', 4)}, \[%rd\d+\]", (U64, U32), FOUR_U32),
+    Row("memory.store_if_4_u32", rf"@p st\.global\.v4\.u32 \[%rd\d+\], {several('%r', 4)}", (U64, *(U32,) * 5)),
+    Row("memory.store_once_if_4_u32", rf"@p st\.global\.cs\.v4\.u32 \[%rd\d+\], {several('%r', 4)}", (U64, *(U32,) * 5)),
+    Row("memory.store_if_2_f32", rf"@p st\.global\.v2\.f32 \[%rd\d+\], {several('%f', 2)}", (U64, F32, F32, U32)),
+    Row("memory.store_4_f32", rf"st\.global\.v4\.f32 \[%rd\d+\], {several('%f', 4)}", (U64, *(F32,) * 4)),
+    Row("memory.add_4_f32", rf"red\.relaxed\.gpu\.global\.add\.v4\.f32 \[%rd\d+\], {several('%f', 4)}", (U64, *(F32,) * 4)),
     Row("memory.store_global_u32", r"st\.global\.u32 \[%rd\d+\], %r\d+", (U64, U32)),
     Row("memory.store_global_f32", r"st\.global\.f32 \[%rd\d+\], %f\d+", (U64, F32)),
     Row("memory.load_acquire_u32", r"ld\.acquire\.gpu\.global\.u32", (U64,), U32),
@@ -236,6 +264,47 @@ def test_only_ordered_instructions_stay_if_nobody_uses_their_result(ordered):
         function(x)
 
     assert offline.compile_function(kernel, types.void(U32)).count(r"not\.b32") == ordered
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_several_results_are_a_tuple_in_the_templates_order(ordered):
+    """And the operands' numbers begin after theirs."""
+    halves = instruction("mov.b64 {$0, $1}, $2;", (U64,), types.UniTuple(U32, 2), ordered=ordered)
+
+    def kernel(out, x):
+        low, high = halves(x)
+        out[0] = high
+        out[1] = low
+
+    ptx = offline.compile_function(kernel, types.void(types.CPointer(U32), U64)).ptx
+    low, high = re.search(r"mov\.b64 \{(%r\d+), (%r\d+)\}, %rd\d+;", ptx).groups()
+    stored = re.findall(r"st\.global\.u32 \s*\[%rd\d+(\+4)?\], (%r\d+);", ptx)
+    assert sorted(stored) == [("", high), ("+4", low)]
+
+
+@pytest.mark.parametrize("kind", [F32, I32, U32, I64, U64], ids=str)
+def test_several_results_of_each_type(kind):
+    bits, register = ("64", "rd") if kind in (I64, U64) else ("32", "f" if kind == F32 else "r")
+    thrice = instruction(f"mov.b{bits} $0, $3; mov.b{bits} $1, $3; mov.b{bits} $2, $3;", (kind,), types.UniTuple(kind, 3))
+    compiled = compile_call(thrice, (kind,), types.UniTuple(kind, 3))
+    assert compiled.count(rf"mov\.b{bits} %{register}\d+, %{register}\d+") == 3
+    assert compiled.count(r"st\.global\.\w+") == 3
+    assert compiled.stack_bytes == 0
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_only_ordered_instructions_stay_if_nobody_uses_their_results(ordered):
+    function = instruction("mov.b64 {$0, $1}, $2;", (U64,), types.UniTuple(U32, 2), ordered=ordered)
+
+    def neither(out, x):
+        function(x)
+
+    def one(out, x):
+        out[0] = function(x)[1]
+
+    signature = types.void(types.CPointer(U32), U64)
+    assert offline.compile_function(neither, signature).count(r"mov\.b64 \{") == ordered
+    assert offline.compile_function(one, signature).count(r"mov\.b64 \{") == 1
 
 
 @pytest.mark.parametrize(

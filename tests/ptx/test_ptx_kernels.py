@@ -13,8 +13,10 @@ pytestmark = pytest.mark.usefixtures("compiler")
 ARGUMENTS = {
     "make_elementwise": (lambda x, y, z: arithmetic.fma(x, y, z),),
     "make_product": (256, "f16", True, True),
+    "make_conditional_vectors": (memory.store_if_4_u32,),
     "make_copy_async": (memory.copy_async_16_or_zeros,),
     "make_handover": (5,),
+    "make_store_matrices": (memory.store_matrices_transposed,),
 }
 
 

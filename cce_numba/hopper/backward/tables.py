@@ -86,7 +86,7 @@ class SurveyLayout:
     @property
     def rounds_max(self) -> int:
         """Rounds, at most."""
-        return self.blocks * self.n_ctiles * COLUMN_TILE // self.cap + 1
+        return max(1, ceil_div(self.blocks * self.n_ctiles * COLUMN_TILE, self.cap))
 
     @functools.cached_property
     def tables(self) -> dict[str, tuple[Any, tuple[int, ...]]]:

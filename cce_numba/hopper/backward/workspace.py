@@ -16,7 +16,7 @@ from cce_numba.hopper.tiles import SURVIVOR_BLOCK
 from cce_numba.plan import ceil_div
 
 BUFFERS = 3  # at least 2: rounds whose G is there at a time: one is written, one is read, one gives time to finish
-BUFFERS_FOR_ALL = 2  # where all columns are kept: jobs are many and alike, and bigger rounds are worth more than time to finish
+BUFFERS_FOR_ALL = 2  # where all columns are kept for both gradients: jobs are many, so bigger rounds are worth more than time
 _SHARE = 0.115  # of the gradients' bytes, that the workspace is to stay below
 _G_BYTES = 40 * 2**20, 96 * 2**20  # at least (rounds that are too small wait for each other), and at most
 _ALIGNMENT_BYTES = 256
@@ -59,7 +59,7 @@ class Workspace:
     @property
     def buffers(self) -> int:
         """Rounds whose G is there at a time."""
-        return BUFFERS_FOR_ALL if self.keep_all else BUFFERS
+        return BUFFERS_FOR_ALL if self.keep_all and self.with_e else BUFFERS
 
     @property
     def slot_bytes(self) -> int:
