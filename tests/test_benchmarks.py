@@ -1,7 +1,8 @@
-"""The parts of the benchmarks that need no GPU, and `forward` and `backward` as a whole, with NumPy and the CPU backend."""
+"""The parts of the benchmarks that need no GPU, and `forward`, `backward` and `training` as a whole, with the CPU backend."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -522,3 +523,161 @@ def test_the_table_of_the_backward_is_what_was_measured():
         pytest.skip(f"{path.name} has not been measured yet")
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert readme_table.backward(json.loads(path.read_text())) in readme, "benchmarks/readme_table.py backward prints it"
+
+
+@pytest.fixture(scope="module")
+def training():
+    """`training`, which imports PyTorch."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(forward.__file__).parent))
+        return importlib.import_module("training")
+
+
+@pytest.fixture
+def training_without_gpu(training, without_gpu, monkeypatch):
+    """`training` on the CPU, where all memory is 1 MiB, a graph is the step itself, and code is traced but not generated."""
+    import torch
+
+    @contextlib.contextmanager
+    def peak_memory():
+        yield SimpleNamespace(bytes=2**20)
+
+    def compiled(function):
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are so small that threads only wait for each other
+    torch._dynamo.reset()
+    monkeypatch.setattr(training, "DEVICE", "cpu")
+    monkeypatch.setattr(training, "cupy", NumpyAsCupy())
+    monkeypatch.setattr(training, "peak_memory", peak_memory)
+    monkeypatch.setattr(training, "compiled", compiled)
+    monkeypatch.setattr(training, "captured", lambda step: (step, 2**20))
+    monkeypatch.setattr(cublas, "torch_with_cuda", lambda: torch)
+    monkeypatch.setattr(training, "LEARNING_STEPS", 5)
+    monkeypatch.setattr(training, "STEPS", 4)
+    monkeypatch.setattr(training, "QUICK_SHAPES", ((128, 1000, 200),))
+    monkeypatch.setattr(training, "QUICK_SIZE", training.Size(2, 32, 1000, hidden=64, layers=1, heads=2))
+    yield training
+    torch._dynamo.reset()
+    torch.set_num_threads(threads)
+
+
+def test_parts_of_training_are_chosen(training, capsys):
+    chosen = training.parse([])
+    assert (chosen.parts, chosen.shapes, chosen.size) == (("autograd", "step"), training.SHAPES, training.SIZE)
+    chosen = training.parse(["--only", "step", "--quick"])
+    assert (chosen.parts, chosen.shapes, chosen.size) == (("step",), training.QUICK_SHAPES, training.QUICK_SIZE)
+    for arguments, message in ((["--only", "loss"], "invalid choice"), (["--burst", "0"], "at least 1")):
+        with pytest.raises(SystemExit):
+            training.parse(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_training_refuses_without_a_gpu(training, monkeypatch):
+    monkeypatch.setattr(training.machine, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(cublas, "torch_with_cuda", lambda: None)
+    with pytest.raises(SystemExit, match="training: this PyTorch finds no GPU"):
+        training.main([])
+    monkeypatch.setattr(training.machine, "why_no_gpu", lambda: "there is none")
+    with pytest.raises(SystemExit, match="training: there is none"):
+        training.main([])
+
+
+def test_what_autograd_may_add(training):
+    def allowed(direct):
+        found = training.compared({training.DIRECT: [direct] * 3, training.OURS: [direct + 0.05] * 3})
+        assert found["more_ms"]["median"] == 0.05
+        return found["more_ms_at_most"]
+
+    assert (allowed(1.0), allowed(20.0)) == (0.1, 0.6)
+
+
+def test_training_validates_times_shows_and_records(training_without_gpu, tmp_path, capsys):
+    training = training_without_gpu
+    training.main(["--quick", "--rounds", "2", "--record", "name"])
+    out = capsys.readouterr().out
+    for part in ("128 x 1000 x 200, cpu", "head untied", "extra MiB", "CUDA graph"):
+        assert part in out
+    assert "wrong" not in out
+    written = json.loads((tmp_path / "name.json").read_text())
+    (call,) = written["calls"]
+    assert list(call["losses"]) == [training.OURS, training.STORED, training.COMPILED_LOSS]
+    assert call["losses"][training.OURS]["errors"] == {"loss": 0, "e": 0, "c": 0}
+    assert call["losses"][training.OURS]["extra_bytes"] == 2**20 - 2 * 200 * (128 + 1000)
+    assert call["device"][training.DIRECT]["runs"] == 2
+    step = written["step"]
+    assert step["last_loss"] < step["first_loss"]
+    assert [row["loss"] for row in step["rows"]] == [*call["losses"], *[training.OURS, training.STORED] * 2]
+    for row in step["rows"]:
+        assert 0 <= row["apart"] <= step["apart_at_most"]
+        assert row["tokens_per_s"] == pytest.approx(64e3 / row["median_ms"], rel=0.01)
+        assert row["runs"] == 2
+
+
+def test_steps_are_timed_where_nothing_changes(training_without_gpu, monkeypatch, capsys):
+    training, seen = training_without_gpu, []
+
+    class Trainer(training.Trainer):
+        def step(self, loss):
+            value = super().step(loss)
+            seen.append(self.model.head.detach().float().numpy())
+            return value
+
+    monkeypatch.setattr(training, "Trainer", Trainer)
+    training.main(["--quick", "--only", "step", "--tied", "--rounds", "2"])
+    assert "head tied" in capsys.readouterr().out
+    learning, timed = seen[: training.LEARNING_STEPS], seen[-2 * 7 :]
+    assert not np.array_equal(learning[-1], learning[-2])
+    assert all(np.array_equal(one, learning[-1]) for one in timed)
+
+
+@pytest.mark.parametrize("factor", [0.5, float("nan")])
+def test_a_wrong_loss_in_training_is_told_and_not_timed(training_without_gpu, factor, monkeypatch, tmp_path, capsys):
+    training, right = training_without_gpu, training_without_gpu.cct.linear_cross_entropy
+
+    def wrong(e, c, targets):  # the loss is right, or NaN, its gradients are not
+        loss = right(e * factor, c, targets)
+        return loss + (right(e, c, targets) - loss).detach()
+
+    monkeypatch.setattr(training.cct, "linear_cross_entropy", wrong)
+    with pytest.raises(
+        SystemExit, match=r"not timed: 128 x 1000 x 200; eager, cce_numba; compiled, cce_numba; CUDA graph, cce_"
+    ):
+        training.main(["--quick", "--rounds", "1", "--record", "name"])
+    out = capsys.readouterr().out
+    assert "wrong: cce_numba: " in out
+    assert "from those of stored logits" in out
+    written = json.loads((tmp_path / "name.json").read_text())
+    assert "device" not in written["calls"][0]
+    for row in written["step"]["rows"]:
+        assert ("median_ms" in row) == (row["loss"] != training.OURS)
+
+
+def test_a_way_that_fails_leaves_the_others(training_without_gpu, monkeypatch, capsys):
+    def captured(step):
+        raise RuntimeError("no graphs [here]")
+
+    monkeypatch.setattr(training_without_gpu, "captured", captured)
+    with pytest.raises(SystemExit, match=r"not timed: CUDA graph, cce_numba; CUDA graph, stored logits$"):
+        training_without_gpu.main(["--quick", "--only", "step", "--rounds", "1"])
+    assert "wrong: RuntimeError: no graphs [here]" in capsys.readouterr().out
+
+
+def test_tables_of_training(training):
+    tables = importlib.import_module("training_tables")
+    times = {name: {"median_ms": 1.0, "min_ms": 0.9, "max_ms": 1.2} for name in (training.DIRECT, training.OURS)}
+    slow = times | {"more_ms": {"median": 0.2, "p10": 0.1, "p90": 0.3}, "more_ms_at_most": 0.1}
+    good = times | {"more_ms": {"median": 0.05, "p10": 0.1, "p90": 0.3}, "more_ms_at_most": 0.1}
+    losses = {training.OURS: {"errors": {"loss": 0, "e": 1e-3, "c": 2e-3}, "extra_bytes": 2**21}}
+    losses[training.STORED] = {"does_not_fit": True}
+    call = {"N": 1, "V": 2, "D": 3, "backend": "hopper", "losses": losses, "device": good, "host": slow}
+    bad = {"N": 4, "V": 5, "D": 6, "backend": "hopper", "losses": {}, "wrong": "off"}
+    results = {"calls": [call, bad], "step": None}
+    text = "".join(map(shown, tables.tables(results)))
+    assert text.count("over: 0.200") == 1
+    assert "does not fit" in text
+    assert "4 x 5 x 6, hopper wrong" in text
+    assert "wrong: off" in shown(tables.call_line(bad))
+    assert [name for name, found in tables.named(results) if "wrong" in found] == ["4 x 5 x 6"]

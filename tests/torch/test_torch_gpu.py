@@ -123,6 +123,73 @@ def test_compiled_with_cuda_graphs(tensors):
         assert_equal(actual, expected)
 
 
+class Transformer(torch.nn.Module):
+    """A block of causal attention and a head, which is the embedding; gives the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.qkv = torch.nn.Embedding(2000, 64), torch.nn.Linear(64, 192)
+        torch.nn.init.normal_(self.embedding.weight, std=0.1)
+
+    def forward(self, tokens, targets, criterion):
+        x = self.embedding(tokens)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4).unbind()
+        attended = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return criterion(x + attended.transpose(1, 2).flatten(-2), self.embedding.weight, targets)
+
+
+def stored_logits(e, c, targets):
+    return torch.nn.functional.cross_entropy((e @ c.T).float().flatten(0, -2), targets.flatten())
+
+
+def optimizer_step(optimizer, loss):
+    """One step by this loss, of which no gradient and no graph is left."""
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 1e-2)], ids=str)
+def test_a_training_step_compiled_and_captured(cuda, dtype, rtol):
+    """Replays on new batches learn what the same steps with stored logits do, which nothing compiles or captures."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    batches = torch.randint(0, 100, (8, 4, 65), device=cuda)  # what there is to learn: the other entries do not occur
+    model = Transformer().to(cuda, dtype)
+    first = [x.clone() for x in model.state_dict().values()]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, capturable=True)
+    compiled = torch.compile(model, fullgraph=True)
+    tokens, targets = batches[0, :, :-1].clone(), batches[0, :, 1:].clone()
+
+    def start_again():
+        for parameter, value in zip(model.state_dict().values(), first, strict=True):
+            parameter.copy_(value)
+        for state in optimizer.state.values():
+            for x in state.values():
+                x.zero_()
+
+    expected = [float(optimizer_step(optimizer, model(b[:, :-1], b[:, 1:], stored_logits))) for b in batches]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            optimizer_step(optimizer, compiled(tokens, targets, cct.linear_cross_entropy))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = optimizer_step(optimizer, compiled(tokens, targets, cct.linear_cross_entropy))
+    start_again()
+    actual = []
+    for batch in batches:
+        tokens.copy_(batch[:, :-1])
+        targets.copy_(batch[:, 1:])
+        graph.replay()
+        actual.append(float(loss))
+    assert actual == pytest.approx(expected, rel=rtol)
+    assert actual[-1] < (1 - 10 * rtol) * actual[0], "too little was learned to tell"
+
+
 def test_a_target_out_of_range_is_nan_without_looking(tensors):
     e, c, targets = tensors
     targets[3] = V
