@@ -102,8 +102,8 @@ class Backend(Protocol):
     def why_not(self, p: Problem) -> str | None:
         """Why it cannot take this problem on this machine, or None if it can.
 
-        A backend need not know a `logit_scale`, nor what `Options.smooths_capped` asks for. All other terms of the loss are
-        made of what it gives (`terms.py`).
+        A backend knows a `logit_scale`, and what `Options.smooths_capped` asks for. All other terms of the loss are made of
+        what it gives (`terms.py`).
         """
 
     def plan(self, p: Problem) -> Plan:

@@ -29,7 +29,6 @@ class Edges:
     max_d: int
     long_v: int = 0  # a vocabulary that takes many tiles
     dtypes: tuple[np.dtype, ...] = DTYPES  # that it takes
-    every_term: bool = True  # takes a logit_scale, and label smoothing under a softcap
 
     @property
     def dtype(self) -> np.dtype:
@@ -113,12 +112,12 @@ def cases(draw: st.DrawFn, edges: Edges, dtypes: tuple[np.dtype, ...] | None = N
 
 
 @st.composite
-def with_terms(draw: st.DrawFn, case: Case, edges: Edges) -> Case:
+def with_terms(draw: st.DrawFn, case: Case) -> Case:
     """The case with any terms of the loss, and weights of any shape that they may have, zeros among them."""
     rng = np.random.default_rng(draw(st.integers(0, 2**16), label="seed of the weights"))
     shape, V = case.targets.shape, len(case.c)
     kinds = {
-        "logit_scale": st.sampled_from([None, None, "number", "array"] if edges.every_term else [None]),
+        "logit_scale": st.sampled_from([None, None, "number", "array"]),
         "label_smoothing": st.sampled_from([0.0, 0.0, 0.1, 0.75]),
         "z_loss": st.sampled_from([0.0, 0.0, 1e-4, 0.25]),
         "class_weights": st.sampled_from([None, None, "array"]),
@@ -135,8 +134,6 @@ def with_terms(draw: st.DrawFn, case: Case, edges: Edges) -> Case:
         },
     }
     terms = {name: made.get(name, {}).get(kind, kind) for name, kind in drawn.items()}
-    if terms["label_smoothing"] and not edges.every_term:
-        terms["softcap"] = None
     return case.with_options(**terms)
 
 

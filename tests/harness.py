@@ -127,7 +127,6 @@ class HopperHarness(GpuHarness):
         max_d=450,
         long_v=40_003,
         dtypes=DTYPES[:2],
-        every_term=False,
     )
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ def test_any_blocks(data):
     multiple = st.integers(1, 3).map(lambda k: k * survivor_block)
     tiles = CpuTiles(survivor_block, data.draw(multiple), data.draw(st.sampled_from([8, 16])), data.draw(multiple))
     case = data.draw(cases(EDGES))
-    case = data.draw(with_terms(case.with_options(**data.draw(filters())), EDGES))
+    case = data.draw(with_terms(case.with_options(**data.draw(filters()))))
     harness = CpuHarness()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "choose_tiles", lambda p: tiles)

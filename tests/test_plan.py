@@ -54,23 +54,21 @@ def test_backends_offer_what_the_protocol_asks(name):
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    "options",
     [
-        ({"logit_scale": 0.5}, "logit_scale must be None or 1"),
-        ({"logit_scale": np.ones(3)}, "logit_scale must be None or 1"),
-        ({"softcap": 30.0, "label_smoothing": 0.1}, "label_smoothing must be 0, or softcap None"),
-        ({"label_smoothing": 0.1, "z_loss": 0.1, "class_weights": np.ones(5), "token_weights": np.ones(3)}, None),
-        ({"logit_scale": 1.0, "softcap": 30.0}, None),
+        {"logit_scale": 0.5, "softcap": 30.0},
+        {"logit_scale": np.ones(3)},
+        {"label_smoothing": 0.1, "z_loss": 0.1, "class_weights": np.ones(5), "token_weights": np.ones(3)},
+        {"label_smoothing": 0.1, "class_weights": np.ones(5), "logit_scale": np.ones(3), "softcap": 30.0},
     ],
 )
-def test_what_tensor_cores_leave_to_the_portable_kernels(monkeypatch, options, reason):
+def test_tensor_cores_take_every_term(monkeypatch, options):
     from cce_numba.hopper import backend
 
     monkeypatch.setattr(backend.simt, "SIMULATED", False)
     monkeypatch.setattr(backend.simt, "why_not", lambda p: None)
     monkeypatch.setattr(backend.gpu, "current", lambda: SimpleNamespace(compute_capability=(9, 0)))
-    said = backend.why_not(arguments.problem(e.astype(np.float16), c.astype(np.float16), targets, options))
-    assert said is None if reason is None else reason in said
+    assert backend.why_not(arguments.problem(e.astype(np.float16), c.astype(np.float16), targets, options)) is None
 
 
 @not_simulated

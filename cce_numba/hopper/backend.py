@@ -35,10 +35,6 @@ def why_not(p: Problem) -> str | None:
         return f"it needs compute capability 9.x (Hopper: H100, H200), and {p.device} has {major}.{minor}"
     if max(p.N, p.V, p.D) > _LARGEST:
         return f"it numbers tokens, entries and terms with 32 bits: N, V and D must be at most {_LARGEST:,}"
-    if p.logit_scale is not None:
-        return "its kernels do not scale logits yet: logit_scale must be None or 1"
-    if p.options.smooths_capped:
-        return "its kernels do not smooth labels under a softcap yet: label_smoothing must be 0, or softcap None"
     return None
 
 
@@ -64,6 +60,7 @@ def plan(p: Problem) -> HopperPlan:
 
 
 def _make_plan(p: Problem, layout: Any) -> HopperPlan:
+    smoothed = p.options.smooths_capped
     how = f"forward and backward on the tensor cores of {p.device}"
     if layout.e_copied:
         how += f"; e is copied, since {layout.e_copied}"
@@ -80,9 +77,10 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         tiles=_TILES,
         layout=layout,
         stored_logits_bytes=p.logits_bytes,
-        forward_bytes=layout.scratch_bytes + layout.copy_bytes + 12 * p.N,
+        # Smoothing adds up logits as well.
+        forward_bytes=layout.scratch_bytes + layout.copy_bytes + 12 * p.N + (layout.part_bytes + 4 * p.N if smoothed else 0),
         survivor_bytes=0 if p.options.filter_eps is None else layout.survivor_bytes,
-        backward_bytes=_module("backward.run").workspace_bytes(p),
+        backward_bytes=_module("backward.run").workspace_bytes(p) + (4 * p.N if smoothed else 0),
     )
 
 
@@ -112,7 +110,7 @@ def backward(
     accumulate: bool,
 ) -> None:
     """See `plan.Backend`."""
-    _module("backward.run").backward(p, statistics, softmax_weight, target_weight, into, accumulate)
+    _module("backward.run").backward(p, statistics, softmax_weight, target_weight, uniform_weight, into, accumulate)
 
 
 @functools.cache

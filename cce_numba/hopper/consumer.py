@@ -14,6 +14,7 @@ from cce_numba.hopper.fold import (
     log_sum_exp,
     make_bias_fragment,
     make_fold,
+    quad_sum,
     threshold_of,
 )
 from cce_numba.hopper.ring import make_ring
@@ -28,8 +29,15 @@ from cce_numba.ptx.wgmma import SWIZZLE_128B
 OUT_OF_REACH = np.float32(math.inf)
 
 
-def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, capped: bool, record: bool) -> Any:
-    """The device function of a consumer warpgroup."""
+def further_bytes(tiles: HopperTiles) -> int:
+    """Of shared memory, after the tiles' own: scales of the tokens, and class weights of each consumer's columns."""
+    return 4 * (tiles.block_n + tiles.consumers * tiles.block_v)
+
+
+def make_consume(
+    tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, capped: bool, record: bool, scaled: bool, smoothed: bool
+) -> Any:
+    """The device function of a consumer warpgroup; see `forward.make_lse_kernel`."""
     ring_, fold = make_ring(tiles), make_fold(tiles.block_v)
     stage_of, parity_of, full, turn = ring_.stage_of, ring_.parity_of, ring_.full, ring_.turn
     release, e_smem = ring_.release, ring_.e_smem
@@ -38,12 +46,14 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
     mma, zeros = wgmma.mma(block_v, dtype), wgmma.zeros(block_v)
     fence, commit_group, wait_all, wait_all_but_one = wgmma.fence, wgmma.commit_group, wgmma.wait_group(0), wgmma.wait_group(1)
     update_rows, mask_padding, cap, survivor_words = fold.update_rows, fold.mask_padding, fold.cap, fold.survivor_words
+    scale_rows, add_to_totals, load_shared_f32 = fold.scale_rows, fold.add_to_totals, memory.load_shared_f32
     e_descriptors = np.uint64(tiles.e_bytes >> 4)  # from A to B
     second_half = np.uint64(64 * 128 >> 4)  # rows 64 to 127 of e
     who_am_i = make_who_am_i(tiles)
     has_bias = bias_dtype is not None
     bias_fragment: Any = make_bias_fragment(block_v, bias_dtype) if bias_dtype is not None else None
     both_consumers, stages, consumers = np.uint32(128 * tiles.consumers), np.uint32(tiles.stages), np.int32(tiles.consumers)
+    one_consumer, opaque = np.uint32(128), arithmetic.opaque_u32
 
     @cuda.jit(device=True, forceinline=True)
     def descriptor(address: Any) -> Any:
@@ -64,8 +74,13 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
         return upper, lower
 
     @cuda.jit(device=True, forceinline=True)
-    def finish_logits(z: Any, column: Any, softcap: Any, V: Any, is_last: Any) -> Any:
-        """Products become logits; padding is masked last, so that no bias or cap can lift it."""
+    def finish_logits(z: Any, scales: Any, column: Any, softcap: Any, V: Any, is_last: Any) -> Any:
+        """Products become logits; padding is masked last, so that no bias or cap can lift it.
+
+        scales: shared address of the first row's.
+        """
+        if scaled:
+            z = scale_rows(z, load_shared_f32(scales), load_shared_f32(scales + np.uint32(32)))
         if capped:
             z = cap(z, column, softcap)
         if is_last:
@@ -84,14 +99,26 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
         return bound
 
     @cuda.jit(device=True, forceinline=True)
+    def keep_weight(weights: Any, i: Any, v0: Any, class_weights: Any, V: Any) -> None:
+        """That of the tile's column i, in shared memory; past the last 0."""
+        if i < block_v:
+            weight = np.float32(1 if v0 + i < V else 0)
+            if class_weights != 0 and v0 + i < V:
+                weight = memory.load_global_f32(class_weights + np.uint64(4 * (v0 + i)))
+            memory.store_shared_f32(weights + np.uint32(4 * i), weight)
+
+    @cuda.jit(device=True, forceinline=True)
     def consume(
         ring: Any, merge_smem: Any, consumer: Any, thread: Any, tokens: Any, n_valid: Any, per_round: Any, target_logit: Any,
         bias: Any, softcap: Any, lse: Any, has_lse: Any, part: Any, survivors: Any, pitch_words: Any, log_eps: Any,
-        first_v_tile: Any, n_tiles: Any, k_steps: Any, V: Any,
+        first_v_tile: Any, n_tiles: Any, k_steps: Any, V: Any, logit_scale: Any, smoothing: Any,
     ) -> None:  # fmt: skip
         worker, workers, groups, rank = who_am_i(n_valid)
         lane = np.int32(thread & 31)
         row = np.int32((thread >> 5) * 16 + (lane >> 2))  # and 8, 64, 72 further down
+        scales = np.uint32(merge_smem + np.uint32(4 * block_n))  # of the tokens
+        weights = np.uint32(scales + np.uint32(4 * block_n) + np.uint32(4 * block_v) * np.uint32(consumer))  # of the columns
+        of_rows, own_column = np.uint32(scales + np.uint32(4 * row)), np.int32(2 * (lane & 3))
         upper, lower = zeros(), zeros()
         use, index, turns = np.uint32(0), np.int32(0), np.uint32(0)
         while True:
@@ -114,6 +141,13 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
                 bound_1 = bound_of(n0 + row + 8, tokens, n_valid, target_logit, lse, has_lse)
                 bound_2 = bound_of(n0 + row + 64, tokens, n_valid, target_logit, lse, has_lse)
                 bound_3 = bound_of(n0 + row + 72, tokens, n_valid, target_logit, lse, has_lse)
+            if scaled:  # in shared memory: there are no registers for them
+                if consumer == 0:
+                    token = token_at(tokens, min(n0 + thread, n_valid - 1))
+                    own_scale = memory.load_global_f32(logit_scale[0] + np.uint64(4 * token))
+                    memory.store_shared_f32(scales + np.uint32(4 * thread), own_scale)
+                control.barrier_sync(1, both_consumers)
+            total_0 = total_1 = total_2 = total_3 = np.float32(0)  # of class weight times logit, in this thread's columns
 
             n_turns = quotient(last - first + step - 1, step)
             for i in range(consumer, n_turns, consumers):
@@ -125,6 +159,13 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
                     upper = bias_fragment(column, bias, V)
                     # Not a copy, and not from the same addresses: there are no registers to hold either.
                     lower = bias_fragment(arithmetic.opaque_i32(column), bias, V)
+                elif scaled or smoothed:  # what was folded would be kept until it is overwritten, in registers that these need
+                    upper, lower = zeros(), zeros()
+                if smoothed:
+                    control.barrier_sync(np.uint32(2 + consumer), one_consumer)  # all have read those of the tile before
+                    keep_weight(weights, np.int32(thread), v0, smoothing[0], V)
+                    keep_weight(weights, np.int32(thread + 128), v0, smoothing[0], V)
+                    control.barrier_sync(np.uint32(2 + consumer), one_consumer)
                 if i > 0:
                     mbarrier.wait(turn(ring, consumer), turns & np.uint32(1))
                     turns = np.uint32(turns + np.uint32(1))
@@ -148,13 +189,17 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
                 release(ring, first_use + np.uint32(k_steps - 1), thread)
 
                 is_last = v0 + block_v > V
-                upper = finish_logits(upper, column, softcap, V, is_last)
+                upper = finish_logits(upper, of_rows, column, softcap, V, is_last)
+                if smoothed:
+                    total_0, total_1 = add_to_totals(upper, own_column, total_0, total_1, opaque(weights))
                 max_0, max_1, sum_0, sum_1 = update_rows(upper, max_0, max_1, sum_0, sum_1)
                 if record:
                     threshold_0 = threshold_of(maximum(bound_0, log_sum_exp(max_0, sum_0)), log_eps)
                     threshold_1 = threshold_of(maximum(bound_1, log_sum_exp(max_1, sum_1)), log_eps)
                     above = survivor_words(upper, threshold_0, threshold_1)
-                lower = finish_logits(lower, column, softcap, V, is_last)
+                lower = finish_logits(lower, of_rows + np.uint32(256), column, softcap, V, is_last)
+                if smoothed:
+                    total_2, total_3 = add_to_totals(lower, own_column, total_2, total_3, opaque(weights))
                 max_2, max_3, sum_2, sum_3 = update_rows(lower, max_2, max_3, sum_2, sum_3)
                 if record:
                     threshold_2 = threshold_of(maximum(bound_2, log_sum_exp(max_2, sum_2)), log_eps)
@@ -189,6 +234,23 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
                     write(log_sum_exp(max_2, sum_2), row + 64, merge_smem, part, slot, rank)
                     write(log_sum_exp(max_3, sum_3), row + 72, merge_smem, part, slot, rank)
             control.barrier_sync(1, both_consumers)  # nobody writes to merge_smem before it was read
+            if smoothed:
+                total_0, total_1, total_2, total_3 = quad_sum(total_0), quad_sum(total_1), quad_sum(total_2), quad_sum(total_3)
+                if consumer == 1:
+                    if lane & 3 == 0:
+                        memory.store_shared_f32(merge_smem + np.uint32(4 * row), total_0)
+                        memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 8)), total_1)
+                        memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 64)), total_2)
+                        memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 72)), total_3)
+                    control.barrier_sync(1, both_consumers)
+                else:
+                    control.barrier_sync(1, both_consumers)
+                    if lane & 3 == 0:
+                        write_total(total_0, row, merge_smem, smoothing[1], slot, rank)
+                        write_total(total_1, row + 8, merge_smem, smoothing[1], slot, rank)
+                        write_total(total_2, row + 64, merge_smem, smoothing[1], slot, rank)
+                        write_total(total_3, row + 72, merge_smem, smoothing[1], slot, rank)
+                control.barrier_sync(1, both_consumers)
             index = np.int32(index + 1)
 
     @cuda.jit(device=True, forceinline=True)
@@ -196,5 +258,12 @@ def make_consume(tiles: HopperTiles, dtype: str, bias_dtype: np.dtype | None, ca
         """The log-sum-exp of a row, out of both consumers', goes to this worker's slot."""
         other = memory.load_shared_f32(merge_smem + np.uint32(4 * row))
         part[(slot * ctas + rank) * block_n + row] = log_add_exp(mine, other)
+
+    @cuda.jit(device=True, forceinline=True)
+    def write_total(mine: Any, row: Any, merge_smem: Any, part: Any, slot: Any, rank: Any) -> None:
+        """The same of a row's total."""
+        other = memory.load_shared_f32(merge_smem + np.uint32(4 * row))
+        place = np.int64((slot * ctas + rank) * block_n + row)
+        memory.store_global_f32(part + np.uint64(4 * place), mine + other)
 
     return consume

@@ -11,7 +11,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from cce_numba.hopper.fragment import collect_bits, fill_columns, fold_rows, map_elements
+from cce_numba.hopper.fragment import collect_bits, fill_columns, fold_columns, fold_rows, map_elements, map_rows
 from cce_numba.ptx import arithmetic, control, memory
 from cce_numba.survivors import RELATIVE_SLACK
 
@@ -38,6 +38,11 @@ def add_exp(so_far: Any, z: Any, shift: Any) -> Any:
     return so_far + exp2(fma(z, LOG2E, -shift))
 
 
+def times(z: Any, scale: Any) -> Any:
+    """A product, with its bias, becomes a scaled logit."""
+    return z * scale
+
+
 def mask_padding(z: Any, column: Any, columns: Any) -> Any:
     """-inf past the last vocabulary entry."""
     return z if column < columns else NEGATIVE_INFINITY
@@ -51,6 +56,16 @@ def cap(z: Any, _: Any, softcap: Any) -> Any:
 def may_survive(z: Any, threshold: Any) -> Any:
     """Whether the probability may reach eps."""
     return z >= threshold
+
+
+def kept_weight(column: Any, weights_smem: Any) -> Any:
+    """Of a tile's column."""
+    return memory.load_shared_f32_freely(np.uint32(weights_smem + np.uint32(4 * column)))
+
+
+def add_weighted(so_far: Any, z: Any, weight: Any) -> Any:
+    """So far, whatever a logit is that has no weight: padding is -inf."""
+    return fma(z, weight, so_far) if weight != np.float32(0) else so_far
 
 
 # ---- a row's state, for rows of four lanes each
@@ -123,7 +138,8 @@ def make_load(dtype: np.dtype) -> Any:
 
 @functools.cache
 def make_fold(n: int) -> SimpleNamespace:
-    """Device functions for fragments of n columns: `update_rows`, `mask_padding`, `cap`, `survivor_words`."""
+    """Device functions for fragments of n columns: `update_rows`, `scale_rows`, `mask_padding`, `cap`, `survivor_words`,
+    `add_to_totals`."""
     row_max, row_exp_sum = fold_rows(n, larger), fold_rows(n, add_exp)
 
     @cuda.jit(device=True, forceinline=True)
@@ -141,7 +157,9 @@ def make_fold(n: int) -> SimpleNamespace:
 
     return SimpleNamespace(
         update_rows=update_rows,
+        scale_rows=map_rows(n, times),
         mask_padding=map_elements(n, mask_padding, types.int32),
         cap=map_elements(n, cap, types.float32),
         survivor_words=collect_bits(n, may_survive),
+        add_to_totals=fold_columns(n, kept_weight, add_weighted, types.uint32),
     )

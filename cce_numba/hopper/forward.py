@@ -19,7 +19,7 @@ from numba.cuda import types
 
 from cce_numba.arguments import Problem
 from cce_numba.hopper import merge, tensor_map
-from cce_numba.hopper.consumer import make_consume
+from cce_numba.hopper.consumer import further_bytes, make_consume
 from cce_numba.hopper.indexed_dot import launch_indexed_dot
 from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.hopper.merge import make_merge_kernel
@@ -35,10 +35,21 @@ from cce_numba.survivors import log_threshold
 
 
 @kernel_factory
-def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | None, capped: bool, record: bool) -> Kernel:
-    """The kernel for 16-bit `dtype`; with or without bias, softcap and survivors, so that nobody pays for what others need."""
+def make_lse_kernel(
+    tiles: HopperTiles,
+    dtype: np.dtype,
+    bias_dtype: np.dtype | None,
+    capped: bool,
+    record: bool,
+    scaled: bool = False,
+    smoothed: bool = False,
+) -> Kernel:
+    """The kernel for 16-bit `dtype`; with or without bias, softcap and survivors, so that nobody pays for what others need.
+
+    scaled: with a logit scale for each token. smoothed: logits are added up as well.
+    """
     produce, gather = make_produce(tiles), make_gather(tiles)
-    consume = make_consume(tiles, "f16" if dtype == np.float16 else "bf16", bias_dtype, capped, record)
+    consume = make_consume(tiles, "f16" if dtype == np.float16 else "bf16", bias_dtype, capped, record, scaled, smoothed)
     init, ring_bytes = make_ring(tiles).init, np.uint32(tiles.ring_bytes)
     lower_registers = control.lower_registers(tiles.producer_registers)
     raise_registers = control.raise_registers(tiles.consumer_registers)
@@ -67,6 +78,8 @@ def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | 
         first_row: Any,  # of c, that its tensor map begins with
         V: Any,
         D: Any,
+        logit_scale: Any,  # (address of (N,) by row of e,), or () if not scaled
+        smoothing: Any,  # (address of (V,) class weights or 0, address of totals in the order of part), or () if not smoothed
     ) -> None:
         """Grid of workers * cluster CTAs. Writes part (see `schedule`), and sets bits of survivors.
 
@@ -92,24 +105,27 @@ def make_lse_kernel(tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | 
             consume(
                 ring, ring + ring_bytes, np.int32(warpgroup - 1), np.int32(thread & 127), tokens, n_listed, per_round,
                 target_logit, bias, softcap, lse, has_lse, part, survivors, pitch_words, log_eps, first_v_tile,
-                n_tiles, k_steps, V,
+                n_tiles, k_steps, V, logit_scale, smoothing,
             )  # fmt: skip
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while others still write to its shared memory
 
+    smem_bytes = tiles.smem_bytes + (further_bytes(tiles) if scaled or smoothed else 0)
     f32, i32, i64, u64 = types.float32, types.int32, types.int64, types.uint64
     p_f32 = pointer_to(np.float32)
     signature = types.void(
         *(u64, u64, i64, u64, pointer_to(np.int64), i64, i32, i32, u64, f32, p_f32, p_f32, i32, p_f32, u64, i64, f32),
-        *(i32, i32, i32, i32, i32),
+        *(i32, i32, i32, i32, i32, types.UniTuple(u64, int(scaled)), types.UniTuple(u64, 2 * smoothed)),
     )
-    return Kernel(lse_kernel, signature, threads=tiles.threads, cluster=tiles.cluster, smem_bytes=tiles.smem_bytes)
+    return Kernel(lse_kernel, signature, threads=tiles.threads, cluster=tiles.cluster, smem_bytes=smem_bytes)
 
 
 def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
-    """Log-sum-exp, target logit and survivors of each token."""
+    """Log-sum-exp, target logit and survivors of each token, and its mean logit where it is asked for."""
     xp: Any = p.xp
     N, V, D, tiles = p.N, p.V, p.D, layout.tiles
+    smoothed = p.options.smooths_capped
+    record = record and not smoothed  # nothing is filtered
     lse, target_logit = xp.empty((2, N), np.float32)
     listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
     n_valid, tokens = listing[0], listing[1:].view(np.int32)[:N]
@@ -117,12 +133,21 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
     survivors = xp.zeros((layout.blocks, pitch_words), np.uint32) if record else None
     survivors_pointer = survivors.data.ptr if survivors is not None and N else 0
     bits = None if survivors is None else survivors.view(np.uint8)[:, : -(-V // 8)]
-    statistics = Statistics(tokens, n_valid, lse, None if p.targets is None else target_logit, bits, tiles.survivor_block)
+    mean_logit = xp.zeros(N, np.float32) if smoothed else None
+    of_targets = None if p.targets is None else target_logit
+    statistics = Statistics(tokens, n_valid, lse, of_targets, bits, tiles.survivor_block, mean_logit)
     if N == 0:
         return statistics
     e, c = layout.e_in_reach(p), layout.c_in_reach(p)
     scratch = xp.empty(layout.scratch_bytes, np.uint8)  # tensor maps, then partial results
     maps, part = scratch.data.ptr, scratch.data.ptr + layout.map_bytes
+    scale: tuple[int, ...] = () if p.logit_scale is None else (p.logit_scale.data.ptr,)
+    smoothing: tuple[int, ...] = ()
+    totals: tuple[int, ...] = ()
+    if mean_logit is not None:
+        part_total = xp.empty(layout.part_bytes, np.uint8)
+        smoothing = 0 if p.class_weights is None else p.class_weights.data.ptr, part_total.data.ptr
+        totals = part_total.data.ptr, mean_logit.data.ptr
     pointers = tokens.data.ptr, n_valid.data.ptr, target_logit.data.ptr, lse.data.ptr
     e_map = tensor_map.encode(e, tiles.block_n, tiles.block_d)
     launch_prepare(p, e_map, tensor_map.encode(c, tiles.block_v // tiles.cluster, tiles.block_d), maps, *pointers)
@@ -130,8 +155,9 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
         launch_indexed_dot(p, e, *pointers[:3], survivors_pointer, pitch_words)
 
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
-    lse_kernel = make_lse_kernel(tiles, p.dtype, bias_dtype, p.options.softcap is not None, record)
-    merge_kernel = make_merge_kernel(tiles)
+    capped = p.options.softcap is not None
+    lse_kernel = make_lse_kernel(tiles, p.dtype, bias_dtype, capped, record, bool(scale), smoothed)
+    merge_kernel = make_merge_kernel(tiles, smoothed)
     for first_row, first_tile, last_tile in layout.phases(record):
         if c is not p.c and first_tile * tiles.block_v == first_row:
             copy_rows(p.c[first_row : first_row + layout.c_rows], c)
@@ -158,6 +184,8 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
                 first_row,
                 V,
                 D,
+                *scale,
+                *smoothing,
             )
             merge_kernel.launch(
                 merge.ctas_for(n_tokens),
@@ -170,7 +198,10 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
                 kept,
                 pitch_words if last_tile == layout.n_tiles else 0,
                 V,
+                *totals,
             )
+    if mean_logit is not None:
+        mean_logit /= V
     return statistics
 
 

@@ -50,6 +50,29 @@ def fold_rows(n: int, step: Callable[..., Any]) -> Any:
     return as_intrinsic(define, len(operands), f"fold_rows_{step.__name__}")
 
 
+def map_rows(n: int, change: Callable[..., Any]) -> Any:
+    """Changes each logit by a number of its row: `change(z, by_row) -> z`, all float32.
+
+    In a kernel: `fragment = changed(fragment, by_row_0, by_row_1)`.
+    """
+    operands = (fragment_type(n), F32, F32)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(change.__name__, operands, given)
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, change, F32(F32, F32))
+            fragment, by_row = values[0], values[1:3]
+            for i in range(n // 2):
+                changed = call(builder.extract_value(fragment, i), by_row[row_of(i)])
+                fragment = builder.insert_value(fragment, changed, i)
+            return fragment
+
+        return operands[0](*operands), generate
+
+    return as_intrinsic(define, len(operands), f"map_rows_{change.__name__}")
+
+
 def map_elements(n: int, change: Callable[..., Any], *extras: Any) -> Any:
     """Changes each logit: `change(z, column, *extras) -> z`.
 
@@ -96,6 +119,34 @@ def fill_columns(n: int, value: Callable[..., Any], *extras: Any) -> Any:
         return fragment_type(n)(*operands), generate
 
     return as_intrinsic(define, len(operands), f"fill_columns_{value.__name__}")
+
+
+def fold_columns(n: int, weight: Callable[..., Any], step: Callable[..., Any], *extras: Any) -> Any:
+    """Folds each row's logits, each with its column's weight: `weight(column, *extras)`, `step(so_far, z, weight) -> so_far`.
+
+    In a kernel: `(row_0, row_1) = fold(fragment, first_column, start_0, start_1, *extras)`, over this thread's columns, with
+    columns and `extras` as in `map_elements`.
+    """
+    operands = (fragment_type(n), I32, F32, F32, *extras)
+    result = types.UniTuple(F32, 2)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(step.__name__, operands[:4], given[:4])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            weigh = _inlined(context, builder, weight, F32(I32, *extras))
+            call = _inlined(context, builder, step, F32(F32, F32, F32))
+            fragment, first_column, so_far = values[0], values[1], list(values[2:4])
+            for upper in (i for i in range(n // 2) if row_of(i) == 0):
+                column = builder.add(first_column, ir.Constant(ir.IntType(32), column_of(upper)))
+                of_column = weigh(column, *values[4:])
+                for i in (upper, upper + 2):
+                    so_far[row_of(i)] = call(so_far[row_of(i)], builder.extract_value(fragment, i), of_column)
+            return context.make_tuple(builder, result, so_far)
+
+        return result(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"fold_columns_{step.__name__}")
 
 
 def change_chunks(n: int, chunk: int, change: Callable[..., Any], *extras: Any) -> Any:

@@ -20,8 +20,11 @@ _WARPS = 4  # of a CTA, each with a token
 
 
 @kernel_factory
-def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligned: bool) -> Kernel:
-    """The kernel for 16-bit `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads 4 numbers at a time."""
+def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligned: bool, scaled: bool = False) -> Kernel:
+    """The kernel for 16-bit `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads 4 numbers at a time.
+
+    scaled: with a logit scale for each token.
+    """
     widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
     load_bias, bias_bytes = make_load(bias_dtype or dtype), (bias_dtype or dtype).itemsize
     has_bias, warps, shuffle_xor = bias_dtype is not None, _WARPS, control.shuffle_xor_f32
@@ -49,6 +52,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
         target_logit: Any,  # (N,)
         survivors: Any,  # address of (blocks, pitch_words) words
         pitch_words: Any,  # 0 if survivors are not recorded
+        logit_scale: Any,  # (address of (N,),), or () if not scaled
     ) -> None:
         """target_logit[n] of each listed token n, NaN for a target out of range; sets the bit of its target in its block."""
         lane, position = cuda.threadIdx.x & 31, cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5)
@@ -74,6 +78,8 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
         if lane == 0:
             if has_bias:
                 total += load_bias(bias + np.uint64(bias_bytes * target))
+            if scaled:
+                total *= memory.load_global_f32(logit_scale[0] + np.uint64(4 * n))
             if softcap > 0:
                 total = softcap * math.tanh(total / softcap)
             target_logit[n] = total
@@ -84,8 +90,9 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
     p_i64, p_i32, p_f32 = pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
     u64, i64, i32, f32 = types.uint64, types.int64, types.int32, types.float32
     signature = types.void(
-        u64, i64, u64, i64, i64, u64, f32, p_i64, p_i32, p_i64, i32, i32, p_f32, u64, i64
-    )  # fmt: skip
+        *(u64, i64, u64, i64, i64, u64, f32, p_i64, p_i32, p_i64, i32, i32, p_f32, u64, i64),
+        types.UniTuple(u64, int(scaled)),
+    )
     return Kernel(indexed_dot_kernel, signature, threads=32 * _WARPS)
 
 
@@ -95,7 +102,8 @@ def launch_indexed_dot(
     """Fills target_logit (an address, as the others) for listed tokens; `e` is p.e or a copy of it in rows that are aligned."""
     bias_dtype, bias = (None, 0) if p.bias is None else (np.dtype(p.bias.dtype), p.bias.data.ptr)
     aligned = tensor_map.why_not(p.c) is None
-    make_indexed_dot_kernel(p.dtype, bias_dtype, aligned).launch(
+    scale = () if p.logit_scale is None else (p.logit_scale.data.ptr,)
+    make_indexed_dot_kernel(p.dtype, bias_dtype, aligned, bool(scale)).launch(
         -(-p.N // _WARPS),
         e.data.ptr,
         tensor_map.pitch_bytes(e),
@@ -111,4 +119,5 @@ def launch_indexed_dot(
         target_logit,
         survivors,
         pitch_words,
+        *scale,
     )

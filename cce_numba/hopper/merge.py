@@ -19,8 +19,8 @@ _WARPS = 4  # of a CTA, each with a token
 
 
 @kernel_factory
-def make_merge_kernel(tiles: HopperTiles) -> Kernel:
-    """A warp for each token."""
+def make_merge_kernel(tiles: HopperTiles, smoothed: bool = False) -> Kernel:
+    """A warp for each token. smoothed: logits were added up as well."""
     warps, group_n, block_n = _WARPS, tiles.group_n, tiles.block_n
     slots_of, quotient, shuffle_xor = schedule.slots_of, schedule.quotient, control.shuffle_xor_f32
     minus_infinity = np.float32(-math.inf)
@@ -39,6 +39,7 @@ def make_merge_kernel(tiles: HopperTiles) -> Kernel:
         survivors: Any,  # (blocks, pitch_words)
         pitch_words: Any,  # 0 if this is not to be looked after
         V: Any,
+        totals: Any,  # (in the order of part, (N,) to add them to) if smoothed, or ()
     ) -> None:
         """lse[n] = log of the sum of exp(part) over the slots of the token's group. tokens, survivors begin at first_token."""
         lane, position = cuda.threadIdx.x & 31, np.int32(cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5))
@@ -56,6 +57,15 @@ def make_merge_kernel(tiles: HopperTiles) -> Kernel:
         result = mine
         if lane == 0:
             lse[token] = result
+        if smoothed:
+            total = np.float32(0)
+            for i in range(lane, others, 32):
+                slot = first + i * step if i < count else extra
+                total += totals[0][slot * group_n + row]
+            for mask in (16, 8, 4, 2, 1):
+                total += shuffle_xor(total, mask)
+            if lane == 0:
+                totals[1][token] += total
         # A lost token's gradient is NaN in every column, so all must survive.
         if pitch_words > 0 and (result != result or target_logit[token] != target_logit[token]):
             first_word = position // block_n * pitch_words
@@ -64,7 +74,10 @@ def make_merge_kernel(tiles: HopperTiles) -> Kernel:
 
     p_u32, p_i64, p_i32, p_f32 = pointer_to(np.uint32), pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
     i32 = types.int32
-    signature = types.void(p_f32, i32, i32, i32, p_i32, p_i64, types.int64, i32, p_f32, p_f32, p_u32, types.int64, i32)
+    signature = types.void(
+        *(p_f32, i32, i32, i32, p_i32, p_i64, types.int64, i32, p_f32, p_f32, p_u32, types.int64, i32),
+        types.UniTuple(p_f32, 2 * smoothed),
+    )
     return Kernel(merge_kernel, signature, threads=32 * _WARPS)
 
 

@@ -91,8 +91,13 @@ class Layout:
     @functools.cached_property
     def scratch_bytes(self) -> int:
         """Tensor maps and the partial results of a launch."""
+        return self.map_bytes + self.part_bytes
+
+    @functools.cached_property
+    def part_bytes(self) -> int:
+        """The partial results of a launch: a number for each token of each slot."""
         groups = ceil_div(min(self.N, self.batch), self.tiles.group_n)
-        return self.map_bytes + 4 * self.tiles.group_n * count_slots(self.workers, groups, self.per_round)
+        return 4 * self.tiles.group_n * count_slots(self.workers, groups, self.per_round)
 
     @property
     def copy_bytes(self) -> int:

@@ -121,15 +121,15 @@ load_shared_2_i32_freely = instruction(
     doc="(shared address): two numbers.",
 )
 
-# Through shared memory, tiles in registers become rows. All threads of a warp; lane 8 * i + j says where row j of matrix i goes.
+# Through shared memory, tiles in registers become rows. By all of a warp; lane 8 * i + j says where row j of matrix i goes.
 load_shared_4_u32 = instruction(
     "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];", (U32,), _FOUR, doc="(shared address): 16 bytes. ISA 9.7.9, ld."
 )
 store_matrices = instruction(
     "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
     (U32, U32, U32, U32, U32),
-    doc="(shared address of a row, four words): four 8 x 8 matrices of 16-bit numbers, of each of which lane l holds row l // 4 "
-    "from column 2 * (l % 4) on. ISA 9.7.15.5.16, stmatrix.",
+    doc="(shared address of a row, four words): four 8 x 8 matrices of 16-bit numbers, of each of which lane l holds row "
+    "l // 4 from column 2 * (l % 4) on. ISA 9.7.15.5.16.",
 )
 store_matrices_transposed = instruction(
     "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};",

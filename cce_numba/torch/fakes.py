@@ -59,7 +59,7 @@ class _Form:
     def of(dtype: torch.dtype, device: torch.device, backend: str | None, scaled: bool, capped: bool) -> _Form:
         """Found by asking it for those of one token and eight entries, of which one survives: it alone knows.
 
-        scaled: whether there is a `logit_scale`; capped: whether label smoothing meets a softcap. Not all take these.
+        scaled: whether there is a `logit_scale`; capped: whether label smoothing meets a softcap.
         """
         xp: Any = np if device.type == "cpu" else importlib.import_module("cupy")
         name = str(dtype).removeprefix("torch.")

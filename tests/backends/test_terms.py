@@ -17,7 +17,6 @@ from tests.checks import assert_within, check_forward, check_gradients, check_su
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-EVERY = ("label_smoothing", "z_loss", "logit_scale", "class_weights", "token_weights")
 ALONE = {
     "label_smoothing": {"label_smoothing": 0.2},
     "z_loss": {"z_loss": 0.1},
@@ -40,18 +39,6 @@ def with_arrays(case, seed=0, **options):
             if name != "logit_scale":
                 options[name] *= rng.random(shapes[name]) < 0.9
     return case.with_options(**options)
-
-
-def without_what_it_leaves_to_others(edges, options):
-    """What a backend takes of these options; skips where nothing is left."""
-    taken = dict(options)
-    if not edges.every_term:
-        taken.pop("logit_scale", None)
-        if taken.get("label_smoothing"):
-            taken["softcap"] = None
-    if not any(taken.get(name) for name in EVERY):
-        pytest.skip("this backend leaves it to others")
-    return taken
 
 
 def peaked(edges):
@@ -77,7 +64,7 @@ def check(harness, case, d_loss=None, d_lse=None):
 @pytest.mark.parametrize("alone", ALONE)
 def test_each_alone(harness, edges, alone, reduction, softcap):
     case = make_case(1, (2, edges.n[-1] // 2 + 1), edges.v[-1] + 3, edges.d[-1] + 1, edges.dtype, ignored=0.2, bias=True)
-    options = without_what_it_leaves_to_others(edges, ALONE[alone] | {"softcap": softcap})
+    options = ALONE[alone] | {"softcap": softcap}
     case = with_arrays(case.with_options(reduction=reduction, shift=1, filter_eps=2.0**-8), **options)
     shape = expect(case).forward.nll.shape
     d_loss = np.linspace(-1, 1, np.prod(shape)).reshape(shape) if reduction == "none" else 0.75
@@ -88,7 +75,7 @@ def test_each_alone(harness, edges, alone, reduction, softcap):
 def test_all_together(harness, edges, data):
     """Any sizes, dtype, options, weights, upstream gradients, and pieces of any size for what is done with arrays."""
     case = data.draw(cases(edges))
-    case = data.draw(with_terms(case.with_options(**data.draw(filters())), edges))
+    case = data.draw(with_terms(case.with_options(**data.draw(filters()))))
     rows = data.draw(st.sampled_from([1, 5, 10_000]), label="rows at a time")
     shape = expect(case).forward.nll.shape
     rng = np.random.default_rng(data.draw(st.integers(0, 99), label="upstream seed"))
@@ -107,14 +94,14 @@ def test_all_together(harness, edges, data):
 def test_every_dtype_with_everything_on(harness, edges, dtype, filter_eps, softcap):
     harness.skip_unless_it_takes(dtype)
     case = make_case(2, (edges.n[-1] + 1,), edges.v[-1] + 3, edges.d[-1] + 1, dtype, ignored=0.2, bias=True)
-    options = without_what_it_leaves_to_others(edges, ALONE["everything"] | {"softcap": softcap})
+    options = ALONE["everything"] | {"softcap": softcap}
     check(harness, with_arrays(case.with_options(filter_eps=filter_eps), **options))
 
 
 def test_a_long_vocabulary(harness, edges):
     """Sums over it are of many tiles, and of many pieces."""
     case = make_case(3, (edges.n[0] + 1,), edges.long_v, edges.d[-1], edges.dtype, spread=0.5, bias=True)
-    options = without_what_it_leaves_to_others(edges, {"label_smoothing": 0.9, "softcap": 3.0})
+    options = {"label_smoothing": 0.9, "softcap": 3.0}
     check(harness, with_arrays(case, class_weights=True, **options), d_lse=-0.5)
 
 
@@ -128,8 +115,6 @@ def test_label_smoothing_does_not_defeat_the_filter(harness, edges):
 
 
 def test_label_smoothing_under_a_softcap_is_exact(harness, edges):
-    if not edges.every_term:
-        pytest.skip("this backend leaves it to others")
     case = peaked(edges).with_options(softcap=9.0)
     assert harness.kept(harness.forward(case), len(case.c)).mean() < 0.9
     result = check(harness, case.with_options(label_smoothing=0.1))
@@ -143,7 +128,7 @@ def test_what_is_taken_from_all_entries_may_be_all_there_is(harness, edges, soft
     """A target of class weight 0, and an upstream gradient of the log-sum-exp that cancels what else flows there."""
     case = make_case(13, (edges.n[-1] + 1,), 8, edges.d[-1], edges.dtype, bias=True, reduction="sum")
     case.targets[::2] = 0
-    options = without_what_it_leaves_to_others(edges, {"label_smoothing": 0.5, "softcap": softcap})
+    options = {"label_smoothing": 0.5, "softcap": softcap}
     case = case.with_options(class_weights=np.r_[0.0, np.ones(7)], **options)
     check(harness, case, d_lse=-0.5 * 7 / 8)
 
@@ -153,8 +138,8 @@ def test_a_token_of_weight_0_is_as_good_as_ignored(harness, edges, reduction):
     """Whatever stands in its row, whatever its scale and target; only the log-sum-exp and n_valid tell."""
     case = make_case(7, (edges.n[-1] + 2,), edges.v[-1] + 2, edges.d[-1], edges.dtype, bias=True, reduction=reduction)
     silent = np.arange(len(case.targets)) % 3 == 1
-    options = {"label_smoothing": 0.2, "z_loss": 0.1, "class_weights": True, "check_targets": False}
-    case = with_arrays(case, **options, **({"logit_scale": True} if edges.every_term else {}))
+    options = {"label_smoothing": 0.2, "z_loss": 0.1, "class_weights": True, "logit_scale": True, "check_targets": False}
+    case = with_arrays(case, **options)
     ignored = Case(case.e, case.c, np.where(silent, -100, case.targets), case.options)
     poisoned, targets = case.e.copy(), case.targets.copy()
     poisoned[silent] = np.nan
@@ -191,7 +176,7 @@ def test_weights_that_sum_to_nothing(harness, edges):
 @pytest.mark.parametrize("lost", ["row", "target", "scale", "zero scale"])
 def test_a_lost_token_leaves_the_others_alone(harness, edges, lost, softcap, filter_eps):
     case = make_case(9, (edges.n[-1] + 2,), edges.v[-1] + 2, edges.d[-1], edges.dtype, bias=True, reduction="mean")
-    options = without_what_it_leaves_to_others(edges, ALONE["everything"] | {"softcap": softcap})
+    options = ALONE["everything"] | {"softcap": softcap}
     case = with_arrays(case.with_options(check_targets=False, filter_eps=filter_eps), **options)
     n = edges.n[-1] - 1
     case.options["token_weights"][n] = 1.5
@@ -200,8 +185,6 @@ def test_a_lost_token_leaves_the_others_alone(harness, edges, lost, softcap, fil
         case.e[n, 0] = np.nan
     elif lost == "target":
         case.targets[n] = len(case.c)
-    elif not edges.every_term:
-        pytest.skip("this backend leaves it to others")
     else:
         case.options["logit_scale"][n] = np.nan if lost == "scale" else 0
     expected, result = expect(case), harness.forward(case)
@@ -242,7 +225,6 @@ def test_a_target_out_of_range_is_lost_whatever_the_class_weights(harness, edges
 def test_written_and_accumulated(harness, edges, data):
     """Label smoothing writes to the gradients before the backend adds the rest: into garbage, or onto what is to be kept."""
     case = data.draw(cases(edges, smallest_n=1)).with_options(label_smoothing=0.3, reduction="sum", **data.draw(filters()))
-    case = case.with_options(softcap=case.options["softcap"] if edges.every_term else None)
     case = with_arrays(case, **({"class_weights": True} if data.draw(st.booleans(), label="class_weights") else {}))
     result = harness.forward(case)
     plain = harness.backward(result)
@@ -268,8 +250,6 @@ def test_written_and_accumulated(harness, edges, data):
 
 
 def test_the_building_blocks_scale_their_logits(harness, edges):
-    if not edges.every_term:
-        pytest.skip("this backend leaves it to others")
     case = make_case(10, (2, edges.n[-1]), edges.v[-1] + 1, edges.d[-1], edges.dtype, softcap=4.0, bias=True, shift=1)
     case = with_arrays(case, logit_scale=True)
     numbers = harness.numbers(harness.forward(case))
@@ -279,8 +259,6 @@ def test_the_building_blocks_scale_their_logits(harness, edges):
 
 
 def test_dropped_mass_of_scaled_logits(harness, edges):
-    if not edges.every_term:
-        pytest.skip("this backend leaves it to others")
     case = make_case(11, (edges.n[-1] + 1,), edges.v[-1] + 1, edges.d[-1], edges.dtype, spread=4.0, filter_eps=2.0**-4)
     case = with_arrays(case, logit_scale=True)
     expected, result = expect(case), harness.forward(case)

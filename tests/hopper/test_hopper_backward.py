@@ -119,7 +119,10 @@ def test_many_rounds(hopper, never_dense, small_rounds, dtype, N, V, D, buffers,
 
     small_rounds(buffers)
     case = blockwise(N + V + D, N, V, D, dtype, filtered=filtered, bias=True)
-    layout, pairs = Workspace.of(N, V, D, with_e=True, with_sums=True, keep_all=not filtered).survey, surviving_pairs(hopper, case)
+    layout, pairs = (
+        Workspace.of(N, V, D, with_e=True, with_sums=True, keep_all=not filtered).survey,
+        surviving_pairs(hopper, case),
+    )
     assert pairs // layout.cap >= (2 if filtered else 5), f"{pairs} pairs, {layout.cap} for a round"
     check(hopper, case)
 

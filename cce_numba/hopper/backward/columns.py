@@ -81,9 +81,12 @@ def make_weigh_kernel() -> Kernel:
 
 
 @kernel_factory
-def make_list_kernel() -> Kernel:
-    """Two tasks that need nothing of each other: CTAs of the first take 8 blocks of tokens each, the others 4096 columns."""
-    list_tokens, list_columns = _make_list_tokens(), _make_list_columns()
+def make_list_kernel(marked: bool = False) -> Kernel:
+    """Two tasks that need nothing of each other: CTAs of the first take 8 blocks of tokens each, the others 4096 columns.
+
+    marked: a token may take part though both of its weights are 0.
+    """
+    list_tokens, list_columns = _make_list_tokens(marked), _make_list_columns()
 
     def list_kernel(
         token_ctas: Any,
@@ -107,13 +110,14 @@ def make_list_kernel() -> Kernel:
         keys: Any,  # (chunks, 1024) words of 4 keys
         key_counts: Any,  # (chunks, 256)
         pairs: Any,  # (chunks,)
+        marks: Any,  # ((N,), not 0 for those that take part) if marked, or ()
     ) -> None:
         """Fills rows, row_of and whole; then keys of columns, how many columns of a chunk have which, surviving pairs."""
         cta = cuda.blockIdx.x
         if cta < token_ctas:
             list_tokens(
                 cta, blocks, tokens, n_valid, softmax_weight, target_weight, lse, target_logit, targets, scale, rows,
-                row_targets, row_of, whole,
+                row_targets, row_of, whole, marks,
             )  # fmt: skip
         else:
             list_columns(cta - token_ctas, n_valid, alive, survivors, pitch_words, V, keys, key_counts, pairs)
@@ -122,18 +126,19 @@ def make_list_kernel() -> Kernel:
     p_u32, p_u8, i32 = pointer_to(np.uint32), pointer_to(np.uint8), types.int32
     signature = types.void(
         *(i32, i32, p_i32, p_i64, p_f32, p_f32, p_f32, p_f32, p_i64, p_f32, p_f32, p_i32, p_i32, p_u8),
-        *(p_u32, p_u32, types.int64, i32, p_u32, p_i32, p_i64),
+        *(p_u32, p_u32, types.int64, i32, p_u32, p_i32, p_i64, types.UniTuple(p_f32, int(marked))),
     )
     return Kernel(list_kernel, signature, threads=THREADS)
 
 
-def _make_list_tokens() -> Any:
+def _make_list_tokens(marked: bool) -> Any:
     threads, block_n, log2e, infinity, nan = THREADS, SURVIVOR_BLOCK, LOG2E, np.float32(math.inf), np.float32(math.nan)
 
     @cuda.jit(device=True, forceinline=True)
     def list_tokens(
         part: Any, blocks: Any, tokens: Any, n_valid: Any, softmax_weight: Any, target_weight: Any, lse: Any,
         target_logit: Any, targets: Any, scale: Any, rows: Any, row_targets: Any, row_of: Any, whole: Any,
+        marks: Any,
     ) -> None:  # fmt: skip
         """A thread for each of 1024 listed tokens."""
         all_of_warp = cuda.shared.array(32, np.int32)
@@ -144,7 +149,7 @@ def _make_list_tokens() -> Any:
         if position < n_valid[0]:
             n = tokens[position]
             x, y = softmax_weight[n], target_weight[n]
-            if x != 0 or y != 0:
+            if x != 0 or y != 0 or (marked and marks[0][n] != 0):
                 row, given = np.int32(n), targets[n]
                 if given == np.int32(given):
                     target = np.int32(given)

@@ -26,10 +26,15 @@ from cce_numba.ptx import control, memory
 
 
 @kernel_factory
-def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool) -> Kernel:
-    """The kernel for 16-bit `dtype`; with_sums: G's columns are summed, for the gradient of the bias."""
+def make_backward_kernel(
+    tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool = False, smoothed: bool = False
+) -> Kernel:
+    """The kernel for 16-bit `dtype`; with_sums: G's columns are summed, for the gradient of the bias.
+
+    scaled: with a logit scale for each token. smoothed: G is less by a uniform weight of each token times class weights.
+    """
     copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype)
-    work = make_work(tiles, dtype, capped, with_sums)
+    work = make_work(tiles, dtype, capped, with_sums, scaled, smoothed)
     staging_bytes = np.uint32(tiles.consumers * STAGING_BYTES)
     init_ring, init_jobs, ring_bytes = make_ring(tiles).init, make_job_ring(tiles).init, np.uint32(tiles.ring_bytes)
     lower_registers = control.lower_registers(tiles.producer_registers)
@@ -89,6 +94,8 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
         blocks: Any,
         V: Any,
         D: Any,
+        logit_scale: Any,  # (address of (N,) by row of e,), or () if not scaled
+        smoothing: Any,  # (address of (N,) uniform weights, of (V,) class weights or 0), or () if not smoothed
     ) -> None:
         """Any grid of CTAs that run at the same time. Writes or adds to d_c, adds to d_e."""
         staging = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
@@ -123,8 +130,9 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
             raise_registers()
             work(
                 jobs, ring, staging, np.int32(warpgroup - 1), np.int32(thread & 127), rows, row_of, order, scale, softcap,
-                g, sums, d_e, d_e_pitch_bytes, e_in_float32, sums_e, d_tiles_e, d_c, d_c_pitch_bytes, c_in_float32, d_bias, accumulate, done,
-                live, bits, before, slot0, first_tile, n_ctiles, block_words, blocks, D,
+                g, sums, d_e, d_e_pitch_bytes, e_in_float32, sums_e, d_tiles_e, d_c, d_c_pitch_bytes, c_in_float32, d_bias,
+                accumulate, done, live, bits, before, slot0, first_tile, n_ctiles, block_words, blocks, D, logit_scale,
+                smoothing,
             )  # fmt: skip
 
     f32, i32, i64, u64 = types.float32, types.int32, types.int64, types.uint64
@@ -135,5 +143,6 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, capped: bool, wi
         *(u64, u64, u64, u64),
         *(u64, u64, u64, u64, u64, i32, i32),
         *(u64, i64, i32, u64, u64, i64, i32, p_f32, i32, i32, i32, i32, i32, i32),
+        *(types.UniTuple(u64, int(scaled)), types.UniTuple(u64, 2 * smoothed)),
     )
     return Kernel(backward_kernel, signature, threads=tiles.threads, smem_bytes=tiles.smem_bytes)

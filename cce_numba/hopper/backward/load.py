@@ -450,8 +450,8 @@ def make_gather(tiles: BackwardTiles) -> Any:
                 else:
                     listed, one_step = lists + np.uint64(4 * (np.int64(slot) + 8 * row)), np.uint64(4 * K_STEP)
                     source, left_bytes = np.uint64(c + part_bytes + np.uint64(2 * d0)), np.int32(row_bytes - 2 * d0)
-                    # Two stages ahead, since it takes them that long to come; and each in its place, since to move it would be to
-                    # wait for it.
+                    # Two stages ahead, since it takes them that long to come; and each in its place, since to move it would be
+                    # to wait for it.
                     even, odd = ids_in_list(listed, k_steps > 0), ids_in_list(listed + one_step, k_steps > 1)
                     k = np.int32(0)
                     while k < k_steps:

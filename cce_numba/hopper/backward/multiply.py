@@ -106,8 +106,8 @@ def make_multiply(tiles: BackwardTiles, dtype: str, *, a_m_major: bool, b_n_majo
 
 
 @functools.cache
-def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool) -> Any:
-    """The device function of a consumer warpgroup."""
+def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool) -> Any:
+    """The device function of a consumer warpgroup; see `kernel.make_backward_kernel`."""
     ring_, jobs_ = make_ring(tiles), make_job_ring(tiles)
     turn, release = ring_.turn, ring_.release
     field, wait_job, job_empty = jobs_.field, jobs_.wait_full, jobs_.empty
@@ -116,7 +116,8 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
     multiply_logits = make_multiply(tiles, name, a_m_major=False, b_n_major=False)
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
-    store_g = make_store_g(block_v, dtype, capped, with_sums)
+    store_g = make_store_g(block_v, dtype, capped, with_sums, scaled, smoothed)
+    has_further = scaled or smoothed
     store_sums, add_to_sums, add_sums = make_store_sums(block_v), make_add_to_sums(block_v), make_add_sums(block_v)
     add_rows, half_bytes = make_add_rows(block_v, dtype), np.uint64(SUMS_STEP * (block_v // 8))
     store_rows, store_rows_in_float32 = make_store_rows(block_v, dtype), make_store_rows_in_float32(block_v)
@@ -156,7 +157,7 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
         upper: Any, lower: Any, matrix: Any, pitch_bytes: Any, table: Any, position: Any, d: Any, D: Any, in_float32: Any,
         scale: Any,
     ) -> Any:  # fmt: skip
-        """The sums times scale, and what the gradient holds in this thread's places, the first at table[position] and column d."""
+        """The sums times scale, plus what the gradient holds in this thread's places, the first table[position], column d."""
         offset, columns = np.int64(d) << (1 + in_float32), np.int32(D - d)
         row_0 = address_of(matrix, pitch_bytes, table[position], offset)
         row_1 = address_of(matrix, pitch_bytes, table[position + 8], offset)
@@ -229,15 +230,32 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
         return total
 
     @cuda.jit(device=True, forceinline=True)
+    def further_of(position: Any, row_of: Any, logit_scale: Any, smoothing: Any, scale: Any) -> Any:
+        """A listed token's logit scale and uniform weight, the latter times the scale of the weights."""
+        of_logits, uniform = np.float32(1), np.float32(0)
+        if has_further:
+            n = row_of[position]
+            if n >= 0:
+                if scaled:
+                    of_logits = load_f32(logit_scale[0] + np.uint64(4 * np.int64(n)))
+                if smoothed:
+                    uniform = load_f32(smoothing[0] + np.uint64(4 * np.int64(n))) * scale[0]
+        return of_logits, uniform
+
+    @cuda.jit(device=True, forceinline=True)
     def work(
         jobs: Any, ring: Any, staging: Any, consumer: Any, thread: Any, rows: Any, row_of: Any, order: Any, scale: Any,
-        softcap: Any, g: Any, sums: Any, d_e: Any, d_e_pitch_bytes: Any, e_in_float32: Any, sums_e: Any, d_tiles_e: Any, d_c: Any, d_c_pitch_bytes: Any,
-        c_in_float32: Any, d_bias: Any, accumulate: Any, done: Any, live: Any, bits: Any, before: Any, slot0: Any,
-        first_tile: Any, n_ctiles: Any, block_words: Any, blocks: Any, D: Any,
+        softcap: Any, g: Any, sums: Any, d_e: Any, d_e_pitch_bytes: Any, e_in_float32: Any, sums_e: Any, d_tiles_e: Any,
+        d_c: Any, d_c_pitch_bytes: Any, c_in_float32: Any, d_bias: Any, accumulate: Any, done: Any, live: Any, bits: Any,
+        before: Any, slot0: Any, first_tile: Any, n_ctiles: Any, block_words: Any, blocks: Any, D: Any, logit_scale: Any,
+        smoothing: Any,
     ) -> None:  # fmt: skip
         lane = np.int32(thread & 31)
         row = np.int32((thread >> 5) * 16 + (lane >> 2))  # and 8, 64, 72 further down
         unscale = scale[1]
+        class_weights = np.uint64(0)
+        if smoothed:
+            class_weights = smoothing[1]
         staging = np.uint32(staging + np.uint32(consumer) * np.uint32(STAGING_BYTES))
         s, turns = np.uint32(consumer), np.uint32(0)
         while True:
@@ -254,22 +272,27 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
                 slot = np.int64(field(jobs, s, SLOT))
                 tile = np.uint64(g + np.uint64(slot * G_ROW_BYTES))
                 sum_parts = np.uint64(sums + np.uint64(4 * (slot * PARTS + (thread >> 5))))
-                record = np.uint64(rows + np.uint64(16 * (np.int64(field(jobs, s, PLACE)) * COLUMN_TILE + row)))
+                position = np.int64(field(jobs, s, PLACE)) * COLUMN_TILE + row
+                record = np.uint64(rows + np.uint64(16 * position))
                 next_record = np.uint64(record + np.uint64(128))
+                scale_0, uniform_0 = further_of(position, row_of, logit_scale, smoothing, scale)
+                scale_1, uniform_1 = further_of(position + 8, row_of, logit_scale, smoothing, scale)
                 store_g(
                     upper, columns, biases, stored, staging, tile, sum_parts, consumer,
                     load_f32(record), load_f32(record + np.uint64(8)), load_f32(record + np.uint64(4)),
-                    load_i32(record + np.uint64(12)),
+                    load_i32(record + np.uint64(12)), scale_0, uniform_0,
                     load_f32(next_record), load_f32(next_record + np.uint64(8)), load_f32(next_record + np.uint64(4)),
-                    load_i32(next_record + np.uint64(12)), softcap,
+                    load_i32(next_record + np.uint64(12)), scale_1, uniform_1, softcap, class_weights,
                 )  # fmt: skip
                 record, next_record = np.uint64(record + np.uint64(1024)), np.uint64(record + np.uint64(1152))
+                scale_0, uniform_0 = further_of(position + 64, row_of, logit_scale, smoothing, scale)
+                scale_1, uniform_1 = further_of(position + 72, row_of, logit_scale, smoothing, scale)
                 store_g(
                     lower, columns, biases, stored, staging, tile + np.uint64(128), sum_parts + np.uint64(16), consumer,
                     load_f32(record), load_f32(record + np.uint64(8)), load_f32(record + np.uint64(4)),
-                    load_i32(record + np.uint64(12)),
+                    load_i32(record + np.uint64(12)), scale_0, uniform_0,
                     load_f32(next_record), load_f32(next_record + np.uint64(8)), load_f32(next_record + np.uint64(4)),
-                    load_i32(next_record + np.uint64(12)), softcap,
+                    load_i32(next_record + np.uint64(12)), scale_1, uniform_1, softcap, class_weights,
                 )  # fmt: skip
                 memory.fence_proxy_async_all()  # the bulk copy engine will read G
             elif kind == D_E:

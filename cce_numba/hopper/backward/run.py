@@ -8,7 +8,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from cce_numba import gpu
+from cce_numba import gpu, terms
 from cce_numba.arguments import Problem
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.kernel import make_backward_kernel
@@ -50,6 +50,7 @@ def backward(
     statistics: Statistics,
     softmax_weight: Any,
     target_weight: Any,
+    uniform_weight: Any,
     into: Gradients,
     accumulate: bool,
 ) -> None:
@@ -64,7 +65,7 @@ def backward(
     e, c = tensor_map.aligned(p.e), tensor_map.aligned(p.c)
     filtered = statistics.survivors is not None
     e_filtered, c_filtered = filtered and p.options.filter_eps_e is not None, filtered and p.options.filter_eps_c is not None
-    weights = softmax_weight, target_weight
+    weights = softmax_weight, target_weight, uniform_weight
     if e_filtered == c_filtered or into.e is None or (into.c is None and into.bias is None):
         keep_all = not (c_filtered if into.e is None else e_filtered)
         _pass(p, statistics, weights, e, c, into, accumulate, keep_all)
@@ -76,7 +77,7 @@ def backward(
 def _pass(
     p: Problem,
     statistics: Statistics,
-    weights: tuple[Any, Any],
+    weights: tuple[Any, Any, Any],
     e: Any,
     c: Any,
     into: Gradients,
@@ -106,6 +107,12 @@ def _pass(
     d_tiles_c = d_tiles if d_c is not None else int(d_bias is not None)
     d_tiles_e = d_tiles if d_e is not None else 0
     bits = statistics.survivors
+    scale: tuple[int, ...] = () if p.logit_scale is None else (p.logit_scale.data.ptr,)
+    smoothing: tuple[int, ...] = ()
+    marks = None
+    if weights[2] is not None:
+        smoothing = weights[2].data.ptr, 0 if p.class_weights is None else p.class_weights.data.ptr
+        marks = _marks(p, weights[0], weights[2])
     survey(
         workspace.survey,
         at["survey"],
@@ -123,9 +130,11 @@ def _pass(
         d_tiles_c=d_tiles_c,
         d_tiles_e=d_tiles_e,
         zero_fill=d_tiles_c > 0 and not accumulate,
+        marks=0 if marks is None else marks.data.ptr,
     )
     t = workspace.survey.at(at["survey"])
-    kernel = make_backward_kernel(TILES, p.dtype, p.options.softcap is not None, d_bias is not None)
+    capped, with_sums = p.options.softcap is not None, d_bias is not None
+    kernel = make_backward_kernel(TILES, p.dtype, capped, with_sums, bool(scale), bool(smoothing))
     kernel.launch(
         gpu.current().multiprocessors,
         at["maps"],
@@ -177,12 +186,20 @@ def _pass(
         workspace.blocks,
         p.V,
         p.D,
+        *scale,
+        *smoothing,
     )
     for mine, theirs in ((d_e, into.e), (d_c, into.c)):
         if theirs is not None and mine is not theirs:
             theirs[...] = mine
     if into.bias is not None:
         into.bias[...] = d_bias + into.bias.astype(np.float32) if accumulate else d_bias
+
+
+def _marks(p: Problem, softmax_weight: Any, uniform_weight: Any) -> Any:
+    """(N,) see `survey`: the larger of the softmax weight and of what is uniform, times the largest class weight above 1."""
+    largest = 1 if p.class_weights is None else p.xp.maximum(p.class_weights.max(), 1)
+    return p.xp.maximum(abs(softmax_weight), terms.times(abs(uniform_weight), largest))
 
 
 def workspace_of(p: Problem, into: Gradients, keep_all: bool) -> Workspace:

@@ -43,6 +43,7 @@ def survey(
     d_tiles_c: int,
     d_tiles_e: int,
     zero_fill: bool,
+    marks: int = 0,
 ) -> None:
     """Fills the tables of `layout.at(base)`.
 
@@ -58,13 +59,14 @@ def survey(
         targets: address of (N,) int64.
         d_tiles_c, d_tiles_e: jobs for each tile of dC's rows and each block of dE's rows, 0 if it is not wanted.
         zero_fill: whether tiles without survivors are jobs, too.
+        marks: address of (N,) float32 if there are further weights: the largest of each token's but the target's; or 0.
     """
     table, blocks, block_words, n_ctiles, V = layout.at(base), layout.blocks, layout.block_words, layout.n_ctiles, layout.V
     token_ctas, rounds_max = 4 * block_words, layout.rounds_max
     make_weigh_kernel().launch(
-        1, tokens, n_valid, softmax_weight, target_weight, block_words, table.alive, table.n_alive, table.scale
+        1, tokens, n_valid, marks or softmax_weight, target_weight, block_words, table.alive, table.n_alive, table.scale
     )
-    make_list_kernel().launch(
+    make_list_kernel(bool(marks)).launch(
         token_ctas + (0 if keep_all else layout.chunks),
         token_ctas,
         blocks,
@@ -87,6 +89,7 @@ def survey(
         table.keys,
         table.key_counts,
         table.pairs,
+        *((marks,) if marks else ()),
     )
     make_order_kernel().launch(
         layout.chunks,
