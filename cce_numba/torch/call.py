@@ -100,7 +100,7 @@ def _saved(p: Problem, statistics: Statistics, record: bool) -> list[torch.Tenso
         bits = np.zeros((n_blocks, planning.ceil_div(p.V, 8)), np.uint8)
     elif len(bits) < n_blocks:
         bits = np.concatenate([bits, np.zeros((n_blocks - len(bits), bits.shape[1]), np.uint8)])
-    elif not bits.flags.c_contiguous:  # a device's rows go on after the last entry, and it may read that
+    elif bits.strides[0] != bits.shape[1]:  # a device's rows go on after the last entry, a single one too, and it may read that
         bits = interchange.array_module(bits).ndarray((n_blocks, bits.strides[0]), bits.dtype, bits.data)
     if mean_logit is None:
         mean_logit = p.xp.empty(0, p.compute_dtype)

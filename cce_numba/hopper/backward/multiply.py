@@ -322,9 +322,11 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
                 upper, lower = multiply_d_c(zeros(), zeros(), ring, first_use, k_steps, thread)
                 finish(ring, consumer, first_use, k_steps, thread)
                 d0, first = field(jobs, s, D0), np.int64(field(jobs, s, PLACE)) * COLUMN_TILE
-                finish_rows(
-                    upper, lower, staging, d_c, d_c_pitch_bytes, order, first, thread, d0, D, c_in_float32, unscale, accumulate
-                )  # fmt: skip
+                if d_c != 0:  # or the gradient of the bias alone is wanted
+                    finish_rows(
+                        upper, lower, staging, d_c, d_c_pitch_bytes, order, first, thread, d0, D, c_in_float32, unscale,
+                        accumulate,
+                    )  # fmt: skip
                 if with_sums and field(jobs, s, D0) == 0:
                     place = np.int64(field(jobs, s, PLACE))
                     v = order[place * COLUMN_TILE + thread]
