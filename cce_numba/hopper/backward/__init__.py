@@ -7,7 +7,7 @@ Read in this order:
     jobs        what a CTA computes next
     load        how operands come to shared memory, in order or row by row
     multiply    a consumer's loop, and what it does for each kind of job
-    epilogues   what a tile of sums begins with, and what becomes of it
+    epilogues   what becomes of a tile of sums
     kernel      the kernel that these make
     workspace, run    the host's side
 """

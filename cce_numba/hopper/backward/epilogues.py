@@ -1,8 +1,8 @@
-"""What a tile of sums in registers begins with, and what becomes of it: G, a part of dE, or rows of a gradient.
+"""What becomes of a tile of sums in registers: G, a part of dE, or rows of a gradient.
 
 Lanes hold two neighbouring numbers of a row each, and memory wants whole rows. G and finished 16-bit gradients go through
 shared memory, 8 KiB of it for each consumer, with the 128-byte swizzle. Sums of dE that are not complete yet need no order that
-others know: each thread keeps its own 16 bytes at a time (`make_store_sums`).
+others know: each thread has its own 16 bytes at a time (`make_store_sums`).
 """
 
 from __future__ import annotations
