@@ -147,12 +147,6 @@ load_if_u32 = instruction(
     name="ld.global.cg.u32",
     doc="(address, condition): 0 if the condition is 0. ISA 9.7.9, ld.",
 )
-store_if_u32 = instruction(
-    "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p st.global.u32 [$0], $1; }",
-    (U64, U32, U32),
-    name="st.global.u32",
-    doc="(address, value, condition): nothing if the condition is 0. ISA 9.7.9, st.",
-)
 load_if_4_u32 = instruction(
     "{ .reg .pred p; setp.ne.u32 p, $5, 0; mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0; "
     "@p ld.global.cg.v4.u32 {$0, $1, $2, $3}, [$4]; }",

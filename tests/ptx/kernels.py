@@ -295,20 +295,17 @@ def make_or_global():
 
 
 def make_conditional():
-    """Where wanted, out[i] = x[i]; where not, loaded[i] = 0, and both addresses are nobody's."""
+    """Where wanted, loaded[i] = x[i]; where not, 0, and the address is nobody's."""
 
-    def conditional_kernel(x, wanted, loaded, out):
+    def conditional_kernel(x, wanted, loaded):
         i = cuda.threadIdx.x
-        mine = np.uint64(wanted[i])
-        found = memory.load_if_u32(np.uint64(mine * (x + np.uint64(4 * i))), wanted[i])
-        loaded[i] = found
-        memory.store_if_u32(np.uint64(mine * (out + np.uint64(4 * i))), found, wanted[i])
+        loaded[i] = memory.load_if_u32(np.uint64(np.uint64(wanted[i]) * (x + np.uint64(4 * i))), wanted[i])
 
-    return Kernel(conditional_kernel, types.void(types.uint64, U32_ARRAY, U32_ARRAY, types.uint64), threads=32)
+    return Kernel(conditional_kernel, types.void(types.uint64, U32_ARRAY, U32_ARRAY), threads=32)
 
 
 def make_conditional_vectors(store):
-    """As `make_conditional`, four words at a time, as which they are loaded, and as two float32 of which each is one."""
+    """As `make_conditional`, four words at a time; and stored where wanted, as words and the first two as float32."""
 
     def conditional_vectors_kernel(x, wanted, loaded, out, out_f32):
         i = cuda.threadIdx.x

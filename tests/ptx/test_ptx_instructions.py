@@ -133,7 +133,6 @@ TABLE = [
     Row("memory.fence_proxy_async_all", r"fence\.proxy\.async"),
     Row("memory.or_global_u32", r"red\.global\.or\.b32", (U64, U32)),
     Row("memory.load_if_u32", r"@p ld\.global\.cg\.u32 %r\d+, \[%rd\d+\]", (U64, U32), U32),
-    Row("memory.store_if_u32", r"@p st\.global\.u32 \[%rd\d+\], %r\d+", (U64, U32, U32)),
     Row("memory.load_if_4_u32", rf"@p ld\.global\.cg\.v4\.u32 {several('%r', 4)}, \[%rd\d+\]", (U64, U32), FOUR_U32),
     Row("memory.store_if_4_u32", rf"@p st\.global\.v4\.u32 \[%rd\d+\], {several('%r', 4)}", (U64, *(U32,) * 5)),
     Row("memory.store_once_if_4_u32", rf"@p st\.global\.cs\.v4\.u32 \[%rd\d+\], {several('%r', 4)}", (U64, *(U32,) * 5)),

@@ -44,7 +44,7 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
     """Addresses and barriers of the job slots. Job number s of a CTA is in slot s % slots."""
     slots, job_bytes = np.uint32(tiles.job_slots), np.uint32(tiles.job_bytes)
     barriers = np.uint32(tiles.job_slots * tiles.job_bytes)
-    readers = np.uint32(2 + 32 * tiles.gatherers)  # the copying thread, the gathering threads, one consumer
+    readers = np.uint32(2 + tiles.gatherers)  # the copying thread, the gathering warps, one consumer
     load, store = memory.load_shared_i32, memory.store_shared_i32
 
     @cuda.jit(device=True, forceinline=True)

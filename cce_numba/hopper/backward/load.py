@@ -500,7 +500,8 @@ def make_gather(tiles: BackwardTiles) -> Any:
                             memory.copy_async_arrive(full(ring, stage_of(use)))
                             use, half = np.uint32(use + np.uint32(1)), np.int32(half + 1)
             cuda.syncwarp()
-            mbarrier.arrive(job_empty(jobs, s))
+            if lane == 0:
+                mbarrier.arrive(job_empty(jobs, s))
             s = np.uint32(s + np.uint32(1))
 
     return gather
