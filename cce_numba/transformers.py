@@ -1,7 +1,7 @@
 """Hugging Face transformers: causal language models whose training loss is computed without the logits.
 
 A patched model runs its own `forward`. For that time its output head returns `_Logits`, which stand for the logits but are not
-made: they take the steps that models put between head and loss (a scale, a softcap, casts, views), and when these end in
+made: they take the steps that models put between head and loss (scale, softcap, casts, views, slices), and when these end in
 `torch.nn.functional.cross_entropy`, that is `cce_numba.torch.linear_cross_entropy` of the hidden states and the head. Any other
 use of them is refused. So it is the model's own code that says what its loss is, and there is no list of models.
 
@@ -296,12 +296,24 @@ class _Logits:
         return dataclasses.replace(self, divisor=self.divisor * other)
 
     def __getitem__(self, index: Any) -> _Logits:
-        """Of tokens, not of the vocabulary: `[..., tokens, :]` and `[mask]`."""
-        is_mask = isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim < self.ndim
-        is_slice = isinstance(index, tuple) and len(index) == 3 and index[0] is ... and index[2] == slice(None)
-        if not is_mask and not (is_slice and self.ndim > 1 and isinstance(index[1], slice)):
-            self._refuse("indexing that is not of the form [..., tokens, :] or [mask]")
-        return dataclasses.replace(self, hidden=self.hidden[index])
+        """Of tokens, `[mask]` and slices as in `[:, :-1]`, and of the vocabulary (which may be padded), `[..., :size]`."""
+        if isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.ndim < self.ndim:
+            return dataclasses.replace(self, hidden=self.hidden[index])
+        parts = list(index) if isinstance(index, tuple) else [index]
+        if not all(part is ... or isinstance(part, slice) for part in parts):
+            self._refuse("indexing with other than slices, or one mask of tokens")
+        if ... not in parts:
+            parts.append(...)
+        place = parts.index(...)
+        parts[place : place + 1] = [slice(None)] * (self.ndim + 1 - len(parts))
+        if len(parts) != self.ndim:
+            self._refuse(f"indexing {self.ndim} dimensions with {len(parts)}")
+        *tokens, entries = parts
+        logits = dataclasses.replace(self, hidden=self.hidden[tuple(tokens)])
+        if entries == slice(None):
+            return logits
+        bias = None if self.bias is None else self.bias[entries]
+        return dataclasses.replace(logits, weight=self.weight[entries], bias=bias)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

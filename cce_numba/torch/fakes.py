@@ -21,7 +21,7 @@ def forward(
     e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, options: Mapping[str, Any], record: bool
 ) -> tuple[torch.Tensor, ...]:
     """Empty tensors like the loss and `call.SAVED`. `options`: all of them by name, tensors among them or not."""
-    _check_shapes(e, c, targets, bias)
+    check_shapes(e, c, targets, bias)
     N, V, shift = targets.numel(), c.shape[0], options["shift"]
     wide = torch.float64 if e.dtype == torch.float64 else torch.float32
     loss_shape: Any = ()
@@ -80,8 +80,8 @@ def _as_it_is(native: Any) -> Any:
     return native
 
 
-def _check_shapes(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """What `torch.compile` must know to trace; `arguments.problem` says all of it, and more, when it runs."""
+def check_shapes(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """What `torch.compile` must know to trace, and the baseline to run; elsewhere `arguments.problem` says it, and more."""
     if e.ndim < 1 or c.ndim != 2 or e.shape[-1] != c.shape[1]:
         raise ValueError(f"c: must have shape (V, D) for e (..., D), got {tuple(c.shape)} for e {tuple(e.shape)}")
     if targets.shape != e.shape[:-1]:

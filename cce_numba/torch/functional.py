@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 import functools
+import numbers
+import re
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from cce_numba.destination import Destination
 from cce_numba.interchange import BFLOAT16
 from cce_numba.plan import Gradients
 from cce_numba.terms import Terms
-from cce_numba.torch import autograd, call
+from cce_numba.torch import autograd, call, fakes
 
 # What each name of `impl` makes of the options that choose a filter; those that it does not name are the caller's.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -30,6 +32,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 STORED_LOGITS = "torch_compile"
 _TENSOR_OPTIONS = ("logit_scale", "class_weights", "token_weights")
+_INSTEAD = {  # of a tensor that requires grad, what gives it one
+    "logit_scale": ", or e * logit_scale[..., None] in place of e, which has one (and leaves a bias as it is)",
+    "token_weights": ", or multiply the loss of reduction='none' by them, which has one",
+}
 
 _DTYPES = {
     torch.float16: np.dtype(np.float16),
@@ -161,7 +167,8 @@ class LinearCrossEntropy(torch.nn.Module):
     """`linear_cross_entropy` as a module without parameters: options when it is made, `(e, c, targets, bias=None)` when called.
 
     The options' order is that of `cut_cross_entropy.LinearCrossEntropy`, and `options` are the others of the function; all but
-    tensors are checked when the module is made.
+    tensors are checked when the module is made. Each is an attribute too, which may be set to another value. Tensors are
+    buffers: they go where the module goes, but not into its state dict.
 
     >>> criterion = LinearCrossEntropy(shift=True, reduction="sum")
     >>> round(criterion(torch.zeros(3, 4), torch.ones(8, 4), torch.tensor([1, 2, 3])).item(), 4)
@@ -197,18 +204,24 @@ class LinearCrossEntropy(torch.nn.Module):
         } | options
         if "bias" in options:
             raise TypeError("bias: is given when the module is called, not when it is made")
-        numbers = {name: value for name, value in checked.items() if not isinstance(value, torch.Tensor)}
-        _check_options(torch.float32, numbers, return_lse)
-        self.options = checked | {"impl": _impl(impl), "return_lse": return_lse}
+        tensors = {name: x for name, x in options.items() if name in _TENSOR_OPTIONS and isinstance(x, torch.Tensor)}
+        _check_options(torch.float32, {name: x for name, x in checked.items() if name not in tensors}, return_lse)
+        self._names = (*checked, "impl", "return_lse")
+        for name, value in (checked | {"impl": _impl(impl), "return_lse": return_lse}).items():
+            if name in tensors:
+                self.register_buffer(name, value, persistent=False)
+            else:
+                setattr(self, name, value)
 
     def forward(self, e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
         """The loss, or `(loss, lse)`."""
-        return linear_cross_entropy(e, c, targets, bias, **self.options)
+        return linear_cross_entropy(e, c, targets, bias, **{name: getattr(self, name) for name in self._names})
 
     def extra_repr(self) -> str:
         """The options that are not at their defaults."""
         defaults = arguments.DEFAULTS | {"impl": "cce", "return_lse": False}
-        given = {name: x for name, x in self.options.items() if isinstance(x, torch.Tensor) or x != defaults[name]}
+        options = {name: getattr(self, name) for name in self._names}
+        given = {name: x for name, x in options.items() if isinstance(x, torch.Tensor) or x != defaults[name]}
         return ", ".join(f"{name}={value!r}" for name, value in given.items())
 
 
@@ -236,12 +249,16 @@ def compute_z_loss(
     tensor(5.)
     """
     _check_tensor("lse", lse)
+    if not lse.is_floating_point():
+        raise TypeError(f"lse: must be of a floating-point dtype, got {lse.dtype}")
     if reduction not in arguments.REDUCTIONS:
         raise ValueError(f"reduction: must be one of {', '.join(map(repr, arguments.REDUCTIONS))}, got {reduction!r}")
+    _check_options(torch.float32, {"shift": shift, "ignore_index": ignore_index}, False)
     squared = lse * lse
     if targets is None:
         return squared.mean() if reduction == "mean" else squared.sum() if reduction == "sum" else squared
     _check_tensor("targets", targets)
+    _check_integers("targets", targets)
     counts = (targets[..., shift:] if shift else targets) != ignore_index
     if counts.shape != lse.shape:
         raise ValueError(
@@ -288,8 +305,11 @@ def linear_cross_entropy_backward(
     with torch.no_grad():
         cast_e, cast_c, cast_bias = _cast(e, c, bias)
         with call.prepared(cast_e, cast_c, targets, {"bias": cast_bias, **options}) as (problem, plan):
-            grads = {name: _accumulator(x) for name, x in inputs.items()}
-            destination = Destination.of(Gradients(**grads), True, frozenset(grads), problem)
+            grads = {name: _accumulator(name, x) for name, x in inputs.items()}
+            try:
+                destination = Destination.of(Gradients(**grads), True, frozenset(grads), problem)
+            except (TypeError, ValueError) as error:
+                raise type(error)(re.sub(r"\bout\.(\w+)", r"\1.grad", str(error))) from None
             statistics = losses._statistics(problem, plan, with_grad=bool(grads))
             parts = Terms.of(problem, statistics)
             loss = losses._loss(problem, plan, statistics, parts)
@@ -301,18 +321,19 @@ def linear_cross_entropy_backward(
     return loss
 
 
-def _accumulator(tensor: torch.Tensor) -> torch.Tensor:
+def _accumulator(name: str, tensor: torch.Tensor) -> torch.Tensor:
     """What the gradient of a tensor is added to."""
     if not tensor.is_leaf:
         return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
     if tensor.grad is None:
         tensor.grad = torch.zeros_like(tensor)
+    _check_tensor(f"{name}.grad", tensor.grad)
     return tensor.grad
 
 
 def _impl(impl: str | enum.Enum) -> str:
     name = impl.name.lower() if isinstance(impl, enum.Enum) else impl
-    if name != STORED_LOGITS and name not in PRESETS:
+    if name not in (*PRESETS, STORED_LOGITS):
         raise ValueError(f"impl: must be one of {', '.join(map(repr, (*PRESETS, STORED_LOGITS)))}, got {impl!r}")
     return name
 
@@ -325,6 +346,16 @@ def _check_tensor(name: str, tensor: Any) -> None:
         )
     if hasattr(tensor, "full_tensor"):
         raise TypeError(f"{name}: must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: must be a strided tensor, got {layout}")
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        raise TypeError(f"{name}: is a view that negates another's elements when they are read; pass {name}.resolve_neg()")
+
+
+def _check_integers(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{name}: must be integers, got dtype {str(tensor.dtype).removeprefix('torch.')}")
 
 
 def _check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> None:
@@ -333,7 +364,7 @@ def _check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> No
         if tensor is None and name in optional:
             continue
         if name == "logit_scale" and not isinstance(tensor, torch.Tensor):
-            if not isinstance(tensor, int | float):
+            if not isinstance(tensor, numbers.Real):
                 raise TypeError(f"logit_scale: must be a number or a torch.Tensor, got {tensor!r}")
             continue
         _check_tensor(name, tensor)
@@ -341,7 +372,8 @@ def _check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> No
             if not tensor.is_floating_point():
                 raise TypeError(f"{name}: must be of a floating-point dtype, got {tensor.dtype}")
         elif tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: requires grad, but gets no gradient here; pass {name}.detach()")
+            instead = _INSTEAD.get(name, "")
+            raise ValueError(f"{name}: requires grad, but gets no gradient here; pass {name}.detach(){instead}")
         if tensor.device != e.device:
             raise ValueError(f"{name}: must be on the device of e, {e.device}, got a tensor on {tensor.device}")
     if e.device.type not in ("cpu", "cuda"):
@@ -378,6 +410,9 @@ def _check_options(dtype: torch.dtype, options: dict[str, Any], return_lse: Any)
 @functools.lru_cache(maxsize=256, typed=True)
 def _checked(dtype: torch.dtype, **options: Any) -> None:
     arguments.options(_DTYPES[dtype], options)
+    for name, value in options.items():
+        if isinstance(value, torch.Tensor):  # which passes for an integer there
+            raise TypeError(f"{name}: must be an integer, not a tensor, got {value!r}")
 
 
 def _from_stored_logits(
@@ -391,6 +426,8 @@ def _from_stored_logits(
     shift: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(loss, lse)` as one writes it without these kernels: logits of e's dtype, stored, and again in float32 (float64)."""
+    fakes.check_shapes(e, c, targets, bias)
+    _check_integers("targets", targets)
     if shift:
         e, targets = e[..., : max(0, e.shape[-2] - shift), :], targets[..., shift:]
     logits = e @ c.T

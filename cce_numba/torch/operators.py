@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from cce_numba.arguments import GRADIENTS
 from cce_numba.torch import call, fakes
@@ -29,6 +30,7 @@ def forward(
     tensors: Sequence[torch.Tensor | None], options: Mapping[str, Any], record: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(loss, lse)` by the operator, which autograd records. `tensors`: `call.TENSORS`; `options`: all others by name."""
+    _check_transforms(tensors)
     loss, lse, *_ = forward_op(*tensors, *_encoded(options), record)
     return loss, lse
 
@@ -48,6 +50,19 @@ def backward(
 def needed(ctx: Any) -> list[str]:
     """Which gradients autograd asks for, of a context whose inputs begin with `call.TENSORS`."""
     return [name for name in GRADIENTS if ctx.needs_input_grad[TENSORS.index(name)]]
+
+
+def _check_transforms(tensors: Iterable[torch.Tensor | None]) -> None:
+    """That neither `torch.func` nor forward mode differentiates: they take an operator for a constant, or fail obscurely."""
+    if torch.compiler.is_compiling():
+        return
+    given = [x for x in tensors if x is not None]
+    recorded = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    if recorded or any(forward_ad.unpack_dual(x).tangent is not None for x in given):
+        raise NotImplementedError(
+            "cce_numba.torch.linear_cross_entropy: torch.func cannot differentiate it, nor forward mode (vmap works); take "
+            "torch.autograd, or impl='torch_compile', which stores the logits"
+        )
 
 
 def _encoded(options: Mapping[str, Any]) -> tuple[list[int], list[float], str]:

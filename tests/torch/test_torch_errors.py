@@ -27,6 +27,9 @@ def arguments(**changed):
         ({"e": torch.ones(2, 3, 4, dtype=torch.int32)}, TypeError, r"e: must be of a floating-point dtype, got torch\.int32"),
         ({"e": torch.ones(2, 3, 4).to(torch.float8_e4m3fn)}, TypeError, r"e: dtype must be one of torch\.float16, .*float8_e4"),
         ({"c": torch.ones(8, 4, dtype=torch.bool)}, TypeError, r"c: must be of a floating-point dtype, got torch\.bool"),
+        ({"e": torch.ones(2, 3, 4).to_sparse()}, TypeError, r"e: must be a strided tensor, got layout torch\.sparse_coo"),
+        ({"c": torch.nested.nested_tensor([torch.ones(8, 4)])}, TypeError, "c: must be a strided tensor, got a nested one"),
+        ({"e": torch._neg_view(torch.ones(2, 3, 4))}, TypeError, r"e: is a view that negates .*; pass e\.resolve_neg\(\)"),
         ({"targets": torch.zeros(2, 3)}, TypeError, r"targets: must be integers, got dtype float32"),
         ({"targets": torch.zeros(3, dtype=torch.long)}, ValueError, r"targets: must have the shape of e without .* \(2, 3\)"),
         ({"targets": torch.full((2, 3), 8)}, ValueError, r"targets: must lie in \[0, V\) = \[0, 8\) .*, got 8 for token 0"),
@@ -41,6 +44,7 @@ def arguments(**changed):
         ({"reduction": ["mean"]}, ValueError, "reduction: must be one of 'mean'"),
         ({"shift": -1}, ValueError, "shift: must be False, True or an integer >= 0, got -1"),
         ({"shift": 1.0}, TypeError, r"shift: must be an integer, got 1\.0"),
+        ({"shift": torch.tensor(1)}, TypeError, r"shift: must be an integer, not a tensor, got tensor\(1\)"),
         ({"ignore_index": None}, TypeError, "ignore_index: must be an integer, got None"),
         ({"filter_eps": 2.0}, ValueError, r"filter_eps: must be 'auto', a number in \(0, 1\) or None"),
         ({"filter_c_grad": 1}, TypeError, "filter_c_grad: must be True or False, got 1"),
@@ -53,8 +57,15 @@ def arguments(**changed):
         ({"class_weights": torch.ones(7)}, ValueError, r"class_weights: must have shape \(V,\) = \(8,\)"),
         ({"token_weights": torch.ones(7)}, ValueError, "token_weights: must have the shape of targets"),
         ({"class_weights": torch.ones(8, requires_grad=True)}, ValueError, r"class_weights: requires grad.*class_weights\.det"),
+        ({"token_weights": torch.ones(2, 3, requires_grad=True)}, ValueError, r"token_weights: requires .*reduction='none'"),
+        ({"logit_scale": torch.ones((), requires_grad=True)}, ValueError, r"logit_scale: requires .* e \* logit_scale"),
         ({"impl": "triton"}, ValueError, "impl: must be one of 'cce', 'cce_exact', .*'torch_compile', got 'triton'"),
+        ({"impl": ["cce"]}, ValueError, r"impl: must be one of .*, got \['cce'\]"),
         ({"impl": "torch_compile", "z_loss": 0.1}, ValueError, "z_loss: is not in the baseline"),
+        ({"impl": "torch_compile", "targets": torch.zeros(2, 3)}, TypeError, "targets: must be integers, got dtype float32"),
+        ({"impl": "torch_compile", "targets": torch.zeros(3).long()}, ValueError, "targets: must have the shape of e without"),
+        ({"impl": "torch_compile", "bias": torch.ones(1)}, ValueError, r"bias: must have shape \(V,\) = \(8,\), got \(1,\)"),
+        ({"impl": "torch_compile", "c": torch.ones(4, 8)}, ValueError, r"c: must have shape \(V, D\) for e \(\.\.\., D\)"),
         ({"backend": "cuda"}, ValueError, "backend: must be one of 'hopper', 'simt', 'cpu' or None, got 'cuda'"),
         ({"backend": "hopper"}, cce.BackendUnavailable, "backend: 'hopper' cannot run this"),
         ({"vocab_parallel_options": None}, TypeError, "vocab_parallel_options"),
@@ -77,7 +88,8 @@ def test_a_sharded_tensor():
 
 def test_numbers_of_numpy_are_numbers():
     options = {"softcap": np.float32(5), "shift": np.int64(1), "ignore_index": np.int32(3), "label_smoothing": np.float32(0.25)}
-    plain = {"softcap": 5.0, "shift": 1, "ignore_index": 3, "label_smoothing": 0.25}
+    plain = {"softcap": 5.0, "shift": 1, "ignore_index": 3, "label_smoothing": 0.25, "logit_scale": 0.5}
+    options["logit_scale"] = np.float32(0.5)
     e = torch.rand(2, 3, 4)
     actual = cct.linear_cross_entropy(**arguments(e=e), **options, filter_e_grad=np.True_)
     assert torch.equal(actual, cct.linear_cross_entropy(**arguments(e=e), **plain))
@@ -92,6 +104,8 @@ def test_another_kind_of_device():
 def test_the_module_s_options():
     with pytest.raises(ValueError, match="softcap: must be positive"):
         cct.LinearCrossEntropy(softcap=0)
+    with pytest.raises(TypeError, match="softcap: must be a positive number or None, got tensor"):
+        cct.LinearCrossEntropy(softcap=torch.tensor(3.0))
     with pytest.raises(TypeError, match="zloss: is not an option; did you mean 'z_loss'"):
         cct.LinearCrossEntropy(zloss=0.1)
     with pytest.raises(TypeError, match="bias: is given when the module is called"):
@@ -108,3 +122,10 @@ def test_backward_into_grad():
     assert not torch.equal(c.grad, before)
     with pytest.raises(ValueError, match="d_loss: must be a scalar"):
         cct.linear_cross_entropy_backward(**arguments(c=c), d_loss=torch.ones(5))
+    with pytest.raises(TypeError, match=r"c\.grad: dtype must be float32, got float16"):
+        cct.linear_cross_entropy_backward(**arguments(c=c.detach().half().requires_grad_()))
+    with pytest.raises(ValueError, match=r"e\.grad: must not overlap c\.grad"):
+        cct.linear_cross_entropy_backward(c, c, torch.zeros(8, dtype=torch.long))
+    c.grad = c.grad.to_sparse()
+    with pytest.raises(TypeError, match=r"c\.grad: must be a strided tensor, got layout torch\.sparse_coo"):
+        cct.linear_cross_entropy_backward(**arguments(c=c))

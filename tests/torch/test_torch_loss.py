@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import inspect
 
@@ -244,6 +245,21 @@ def test_the_module(device):
     assert repr(cct.LinearCrossEntropy()) == "LinearCrossEntropy()"
 
 
+def test_the_module_s_options_are_attributes_and_its_tensors_move_with_it():
+    inputs, targets, _ = make(SOME, {}, torch.float32)
+    weights = torch.rand(3000)
+    module = copy.deepcopy(cct.LinearCrossEntropy(class_weights=weights, reduction="sum"))
+    assert (module.reduction, module.ignore_index, module.impl) == ("sum", -100, "cce")
+    assert torch.equal(module.class_weights, weights)
+    assert module.to(torch.float64).class_weights.dtype == torch.float64
+    assert module.to("meta").class_weights.is_meta
+    assert not module.state_dict()
+    module.reduction, module.class_weights = "none", None
+    e, c, bias = inputs.values()
+    expected = cct.linear_cross_entropy(e, c, targets, bias, reduction="none")
+    assert torch.equal(module(e, c, targets, bias), expected)
+
+
 class TestZLoss:
     def test_counts_the_tokens_that_count(self):
         lse = torch.tensor([[1.0, 2.0], [3.0, 0.0]], requires_grad=True)
@@ -271,3 +287,11 @@ class TestZLoss:
             cct.compute_z_loss(torch.ones(3), reduction="avg")
         with pytest.raises(TypeError, match=r"lse: must be a torch\.Tensor, got builtins\.list"):
             cct.compute_z_loss([1.0])
+        with pytest.raises(TypeError, match=r"lse: must be of a floating-point dtype, got torch\.int64"):
+            cct.compute_z_loss(torch.ones(3, dtype=torch.long))
+        with pytest.raises(TypeError, match="targets: must be integers, got dtype float32"):
+            cct.compute_z_loss(torch.ones(3), torch.ones(3))
+        with pytest.raises(TypeError, match="ignore_index: must be an integer, got None"):
+            cct.compute_z_loss(torch.ones(3), torch.ones(3, dtype=torch.long), ignore_index=None)
+        with pytest.raises(ValueError, match="shift: must be False, True or an integer >= 0, got -1"):
+            cct.compute_z_loss(torch.ones(3), torch.ones(4, dtype=torch.long), shift=-1)

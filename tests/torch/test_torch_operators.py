@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 cct = pytest.importorskip("cce_numba.torch")
+from torch.autograd import forward_ad  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 N, V, D = 200, 3000, 16
@@ -170,3 +171,33 @@ def test_vmap():
     e, c, targets, bias = (x.detach() for x in problem())
     batched = torch.func.vmap(lambda e: cct.linear_cross_entropy(e, c, targets, bias))(torch.stack([e, 2 * e]))
     assert torch.equal(batched, torch.stack([cct.linear_cross_entropy(x, c, targets, bias) for x in (e, 2 * e)]))
+
+
+def forward_mode(loss_of, e):
+    """With an onlooker, so that the operator is called."""
+    with forward_ad.dual_level(), Names():
+        return forward_ad.unpack_dual(loss_of(forward_ad.make_dual(e, e)))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda loss_of, e: torch.func.grad(loss_of)(e),
+        lambda loss_of, e: torch.func.vjp(loss_of, e),
+        lambda loss_of, e: torch.func.jvp(loss_of, (e,), (e,)),  # an operator would be a constant
+        lambda loss_of, e: torch.func.vmap(torch.func.grad(loss_of))(torch.stack([e, e])),
+        lambda loss_of, e: torch.func.hessian(loss_of)(e),
+        lambda loss_of, e: forward_mode(loss_of, e),
+    ],
+    ids=["grad", "vjp", "jvp", "vmap of grad", "hessian", "forward mode"],
+)
+def test_transforms_that_differentiate_are_refused(transform):
+    e, c, targets, _ = (x[:9].detach() for x in problem())
+    targets = targets % 9
+
+    def loss_of(e, **options):
+        return cct.linear_cross_entropy(e, c, targets, **options)
+
+    with pytest.raises(NotImplementedError, match=r"torch\.func cannot differentiate it.*impl='torch_compile'"):
+        transform(loss_of, e)
+    transform(lambda e: loss_of(e, impl="torch_compile"), e)

@@ -455,8 +455,9 @@ class TestErrors:
             (lambda logits: logits * torch.ones(V), r"\* Tensor"),
             (lambda logits: logits * -1, r"\* int"),
             (lambda logits: logits / 0, "/ int"),
-            (lambda logits: logits[..., :7], "indexing"),
+            (lambda logits: logits[..., 7], "indexing"),
             (lambda logits: logits[0], "indexing"),
+            (lambda logits: logits[:, :, :, :7], "indexing 3 dimensions with 4"),
             (lambda logits: logits.logsumexp(-1), "logsumexp"),
             (lambda logits: torch.softmax(logits, -1), "softmax"),
             (lambda logits: torch.cat([logits, logits]), "cat"),
@@ -466,7 +467,7 @@ class TestErrors:
             (lambda logits: float(logits), "__float__"),
             (lambda logits: torch.nn.functional.cross_entropy(logits, None), "cross_entropy of 3 dimensions"),
         ],
-        ids=range(16),
+        ids=range(17),
     )
     def test_what_cannot_be_done_without_logits(self, use, named, batch):
         model = patch(make())
@@ -523,11 +524,15 @@ class TestStepsBetweenHeadAndLoss:
             lambda logits, labels, **_: torch.nn.functional.cross_entropy(
                 (5.0 * torch.tanh(logits * 0.5 / 0.7) * 1.5 / 2).view(-1, V), labels.view(-1), reduction="none"
             ).mean(),
+            lambda logits, labels, **_: torch.nn.functional.cross_entropy(
+                logits[:, :-1, : V - 7].reshape(-1, V - 7), labels[:, 1:].where(labels[:, 1:] < V - 7, -100).reshape(-1)
+            ),
         ],
-        ids=["shift", "mask", "weights", "softcap"],
+        ids=["shift", "mask", "weights", "softcap", "padded vocabulary"],
     )
-    def test_a_loss_function_of_one_s_own(self, loss_function, batch):
-        model = make()
+    @pytest.mark.parametrize("name", ["Llama", "Phi"])  # the latter's head has a bias
+    def test_a_loss_function_of_one_s_own(self, name, loss_function, batch):
+        model = make(name)
         model.loss_function = loss_function
         assert_same(*unpatched_and_patched(model, batch))
 
