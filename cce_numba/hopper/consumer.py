@@ -219,37 +219,31 @@ def make_consume(
             use = np.uint32(use + np.uint32(n_turns * k_steps))
 
             # The consumers' rows become one, in the order that always is.
-            if consumer == 1:
-                if lane & 3 == 0:
-                    memory.store_shared_f32(merge_smem + np.uint32(4 * row), log_sum_exp(max_0, sum_0))
-                    memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 8)), log_sum_exp(max_1, sum_1))
-                    memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 64)), log_sum_exp(max_2, sum_2))
-                    memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 72)), log_sum_exp(max_3, sum_3))
-                control.barrier_sync(1, both_consumers)
-            else:
-                control.barrier_sync(1, both_consumers)
-                if lane & 3 == 0:
-                    write(log_sum_exp(max_0, sum_0), row, merge_smem, part, slot, rank)
-                    write(log_sum_exp(max_1, sum_1), row + 8, merge_smem, part, slot, rank)
-                    write(log_sum_exp(max_2, sum_2), row + 64, merge_smem, part, slot, rank)
-                    write(log_sum_exp(max_3, sum_3), row + 72, merge_smem, part, slot, rank)
+            if consumer == 1 and lane & 3 == 0:
+                memory.store_shared_f32(merge_smem + np.uint32(4 * row), log_sum_exp(max_0, sum_0))
+                memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 8)), log_sum_exp(max_1, sum_1))
+                memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 64)), log_sum_exp(max_2, sum_2))
+                memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 72)), log_sum_exp(max_3, sum_3))
+            control.barrier_sync(1, both_consumers)
+            if consumer == 0 and lane & 3 == 0:
+                write(log_sum_exp(max_0, sum_0), row, merge_smem, part, slot, rank)
+                write(log_sum_exp(max_1, sum_1), row + 8, merge_smem, part, slot, rank)
+                write(log_sum_exp(max_2, sum_2), row + 64, merge_smem, part, slot, rank)
+                write(log_sum_exp(max_3, sum_3), row + 72, merge_smem, part, slot, rank)
             control.barrier_sync(1, both_consumers)  # nobody writes to merge_smem before it was read
             if smoothed:
                 total_0, total_1, total_2, total_3 = quad_sum(total_0), quad_sum(total_1), quad_sum(total_2), quad_sum(total_3)
-                if consumer == 1:
-                    if lane & 3 == 0:
-                        memory.store_shared_f32(merge_smem + np.uint32(4 * row), total_0)
-                        memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 8)), total_1)
-                        memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 64)), total_2)
-                        memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 72)), total_3)
-                    control.barrier_sync(1, both_consumers)
-                else:
-                    control.barrier_sync(1, both_consumers)
-                    if lane & 3 == 0:
-                        write_total(total_0, row, merge_smem, smoothing[1], slot, rank)
-                        write_total(total_1, row + 8, merge_smem, smoothing[1], slot, rank)
-                        write_total(total_2, row + 64, merge_smem, smoothing[1], slot, rank)
-                        write_total(total_3, row + 72, merge_smem, smoothing[1], slot, rank)
+                if consumer == 1 and lane & 3 == 0:
+                    memory.store_shared_f32(merge_smem + np.uint32(4 * row), total_0)
+                    memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 8)), total_1)
+                    memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 64)), total_2)
+                    memory.store_shared_f32(merge_smem + np.uint32(4 * (row + 72)), total_3)
+                control.barrier_sync(1, both_consumers)
+                if consumer == 0 and lane & 3 == 0:
+                    write_total(total_0, row, merge_smem, smoothing[1], slot, rank)
+                    write_total(total_1, row + 8, merge_smem, smoothing[1], slot, rank)
+                    write_total(total_2, row + 64, merge_smem, smoothing[1], slot, rank)
+                    write_total(total_3, row + 72, merge_smem, smoothing[1], slot, rank)
                 control.barrier_sync(1, both_consumers)
             index = np.int32(index + 1)
 
