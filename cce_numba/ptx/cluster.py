@@ -12,6 +12,12 @@ map_shared = instruction(
     ordered=False,
     doc="(shared address, rank): the same place in that CTA, as an address in the cluster's window. ISA 9.7.9, mapa.",
 )
+store_async = instruction(
+    "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [$0], $1, [$2];",
+    (U32, U32, U32),
+    name="st.async",
+    doc="(address, value, barrier), both of one CTA in the cluster's window: stores, and counts 4 bytes. ISA 9.7.9.12.",
+)
 sync = instruction(
     # Not ".aligned": lanes of a warp may come one by one, from loops that only some of them were in.
     "barrier.cluster.arrive.release; barrier.cluster.wait.acquire;",

@@ -33,12 +33,12 @@ SPILLED_BYTES = 1024
 
 
 @pytest.mark.parametrize(
-    ("dtype", "capped", "with_sums"),
-    [("bf16", False, False), ("bf16", True, True), ("f16", True, False), ("f16", False, True)],
+    ("cluster", "dtype", "capped", "with_sums"),
+    [(2, "bf16", False, False), (1, "bf16", True, True), (1, "f16", True, False), (2, "f16", False, True)],
 )
-def test_the_backward(dtype, capped, with_sums):
+def test_the_backward(cluster, dtype, capped, with_sums):
     """Each pair of options; one test for each, with all that is to be said of it: compiling is what takes time."""
-    tiles = BackwardTiles()
+    tiles = BackwardTiles(cluster=cluster)
     kernel = make_backward_kernel(tiles, DTYPES[dtype], capped, with_sums)
     compiled = offline.compile_hopper(kernel)
 
@@ -49,7 +49,7 @@ def test_the_backward(dtype, capped, with_sums):
     assert compiled.count(r"call(\.uni)?") == 0
     assert compiled.smem_bytes == 0, "all shared memory is dynamic: static memory would move the ring"
     assert kernel.smem_bytes == tiles.smem_bytes <= MAX_SMEM_BYTES
-    assert (kernel.threads, kernel.cluster) == (tiles.threads, 1)
+    assert (kernel.threads, kernel.cluster) == (tiles.threads, cluster)
     assert compiled.count(rf"setmaxnreg\.dec\.sync\.aligned\.u32 {tiles.producer_registers}") == 1
     assert compiled.count(rf"setmaxnreg\.inc\.sync\.aligned\.u32 {tiles.consumer_registers}") == 1
 
@@ -60,6 +60,9 @@ def test_the_backward(dtype, capped, with_sums):
         assert len(re.findall(rf"p, 1, 1, {transposed};", compiled.ptx)) == 8
 
     assert compiled.count(TENSOR_COPY) >= 3, "panels of neighbours, for each product"
+    # What a pair shares, for each product, and the number of the job that the first takes for the second.
+    assert (compiled.count(rf"{TENSOR_COPY}\.multicast::cluster") >= 3) == (cluster == 2)
+    assert compiled.count(r"st\.async\S+") == cluster - 1
     # Rows that are no neighbours, 16 a thread for A and 24 for B: for logits two stages of both, and one that may be left; for
     # dE two stages of B; for dC one of both. More would be loops written out.
     assert compiled.count(r"cp\.async\.cg\.shared\.global") == 3 * (16 + 24) + 2 * 24 + (16 + 24)

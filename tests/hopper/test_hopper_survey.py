@@ -124,6 +124,8 @@ def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
         for r in range(rounds):
             found[name][r, 1:] = np.cumsum(size(before[:, first_tile[r + 1]] - before[:, first_tile[r]]))
 
+    found["first_g"][:, blocks] += found["first_g"][:, blocks] % 2  # pairs of CTAs take jobs
+
     # Phases.
     def products(r):
         dead = n_ctiles - n_live if x.zero_fill else 0
@@ -242,7 +244,7 @@ def test_columns_that_survive_in_the_same_blocks_lie_together():
 
 
 def test_rounds_and_phases():
-    """Four tiles, all of them live, and room for one at a time."""
+    """Four tiles, all of them live, and room for one at a time. Its one job for G is two, for a pair of CTAs."""
     found = model(SurveyLayout(128, 512, 128), replace(plain(128), jobs=(2, 1)))
     assert found["dense"] == [1]
     assert found["order"].tolist() == list(range(512))
@@ -250,7 +252,7 @@ def test_rounds_and_phases():
     assert found["first_tile"].tolist() == [0, 1, 2, 3, 4]
     assert found["slot0"].tolist() == [[0, 128]] * 4
     #                      G(0), G(1), P(0), G(2), P(1), G(3), P(2), P(3)
-    jobs = np.cumsum([1, 1, 3, 1, 3, 1, 3, 3])
+    jobs = np.cumsum([2, 2, 3, 2, 3, 2, 3, 3])
     assert found["phase_end"].tolist() == jobs.tolist()
 
 
@@ -263,7 +265,7 @@ def test_tiles_without_survivors_are_shared_out():
     assert (found["n_live_tiles"], found["n_rounds"]) == ([2], [2])
     assert found["before"].tolist() == [[0, 128, 200, 200, 200, 200]]
     assert found["slot0"].tolist() == [[0, 128], [0, 128]]
-    assert found["phase_end"].tolist() == np.cumsum([1, 1, 1 + 1, 1 + 2]).tolist()
+    assert found["phase_end"].tolist() == np.cumsum([2, 2, 1 + 1, 1 + 2]).tolist()
 
 
 def test_rows_of_tokens():

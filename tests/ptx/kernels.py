@@ -432,6 +432,28 @@ def make_cluster():
     return Kernel(cluster_kernel, types.void(U32_ARRAY), threads=32, cluster=2, smem_bytes=_ALIGNMENT_BYTES + _BARRIER_BYTES)
 
 
+def make_mail():
+    """out[cta] = 7 + the rank of the cluster's other CTA, which that one has stored here."""
+
+    def mail_kernel(out):
+        thread, rank, smem = cuda.threadIdx.x, cluster.cta_rank(), aligned_smem()
+        init_barrier(smem, 1)
+        cluster.sync()
+        if thread == 0:
+            mbarrier.arrive_expect_tx(smem, np.uint32(4))
+            other = rank ^ np.uint32(1)
+            there, barrier = cluster.map_shared(smem + np.uint32(16), other), cluster.map_shared(smem, other)
+            cluster.store_async(there, np.uint32(7) + rank, barrier)
+        mbarrier.wait(smem, 0)
+        if thread == 0:
+            out[cuda.blockIdx.x] = memory.load_shared_i32(smem + np.uint32(16))
+        cluster.sync()
+
+    return Kernel(
+        mail_kernel, types.void(U32_ARRAY), threads=32, cluster=2, smem_bytes=_ALIGNMENT_BYTES + 2 * _BARRIER_BYTES + 4
+    )
+
+
 def make_register_exchange():
     """out[i] = i: one warpgroup gives registers away, and the other takes them."""
     lower, raise_ = control.lower_registers(40), control.raise_registers(232)

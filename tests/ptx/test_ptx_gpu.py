@@ -171,6 +171,12 @@ def test_ctas_of_a_cluster_arrive_at_each_others_barriers(cupy):
     np.testing.assert_array_equal(out.get(), [0, 1] * 3)
 
 
+def test_ctas_of_a_cluster_store_in_each_others_memory(cupy):
+    out = cupy.full(6, 99, np.uint32)
+    kernels.make_mail().launch(6, out.data.ptr)
+    np.testing.assert_array_equal(out.get(), [8, 7] * 3)
+
+
 def test_a_barrier_orders_what_warps_write_and_read(cupy):
     """In each of many rounds: 5 are enough for both parities of both barriers, twice."""
     out = cupy.full((5, 32), np.nan, np.float32)

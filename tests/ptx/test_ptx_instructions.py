@@ -79,6 +79,7 @@ TABLE = [
     Row("arithmetic.bits_of_float", r"mov\.b32 %r\d+, %f\d+", (F32,), U32),
     Row("cluster.cta_rank", r"mov\.u32 %r\d+, %cluster_ctarank", (), U32),
     Row("cluster.map_shared", r"mapa\.shared::cluster\.u32", (U32, U32), U32),
+    Row("cluster.store_async", r"st\.async\.shared::cluster\.mbarrier::complete_tx::bytes\.u32", (U32, U32, U32)),
     Row("cluster.sync", r"barrier\.cluster\.arrive\.release; barrier\.cluster\.wait\.acquire"),
     Row("control.raise_registers", r"setmaxnreg\.inc\.sync\.aligned\.u32 232", made_with=(232,)),
     Row("control.lower_registers", r"setmaxnreg\.dec\.sync\.aligned\.u32 24", made_with=(24,)),

@@ -4,6 +4,8 @@ All CTAs take jobs off one queue, in the order of `survey`'s phases:
 
     G(0)  G(1) P(0)  G(2) P(1)  ...  P(R-1)
 
+With clusters of two, a pair takes neighbouring jobs: they have as many stages, and often the same A.
+
 G(r) recomputes the logits of round r and writes G to the workspace; P(r) multiplies it: dC of the round's vocabulary entries,
 and what they add to dE. A phase begins when those that it depends on are done, which the phase in between gives them time for.
 Each output tile of a phase has one owner, and the phases of a tile follow each other, so the sums are the same in every run,
@@ -22,7 +24,7 @@ from numba import cuda
 from cce_numba.hopper.backward.tiles import COLUMN_TILE, HEADER_WORDS, K_STEP, LIST_TILE, BackwardTiles
 from cce_numba.hopper.fold import make_load
 from cce_numba.hopper.schedule import quotient
-from cce_numba.ptx import control, mbarrier, memory
+from cce_numba.ptx import cluster, control, mbarrier, memory
 
 # Kinds of jobs.
 LOGITS, D_E, D_C, END = np.int32(0), np.int32(1), np.int32(2), np.int32(3)
@@ -37,6 +39,7 @@ FIRST = 7  # the first column's place in sorted order, of this tile (LOGITS) or 
 PHASE = 8
 ROUND = 9
 IS_FIRST, IS_LAST = 10, 11  # round
+SHARED = 12  # whether the pair's other CTA multiplies the same A
 
 
 @functools.cache
@@ -45,7 +48,7 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
     slots, job_bytes = np.uint32(tiles.job_slots), np.uint32(tiles.job_bytes)
     barriers = np.uint32(tiles.job_slots * tiles.job_bytes)
     readers = np.uint32(2 + tiles.gatherers)  # the copying thread, the gathering warps, one consumer
-    load, store = memory.load_shared_i32, memory.store_shared_i32
+    load, store, ctas = memory.load_shared_i32, memory.store_shared_i32, np.uint32(tiles.cluster)
 
     @cuda.jit(device=True, forceinline=True)
     def slot_of(jobs: Any, s: Any) -> Any:
@@ -65,6 +68,21 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
         return np.uint32(jobs + barriers + slots * np.uint32(16))
 
     @cuda.jit(device=True, forceinline=True)
+    def mail_full(jobs: Any) -> Any:
+        """The barrier at which the pair's second CTA learns of its next job."""
+        return np.uint32(jobs + barriers + slots * np.uint32(16) + np.uint32(8))
+
+    @cuda.jit(device=True, forceinline=True)
+    def mail_read(jobs: Any) -> Any:
+        """The barrier at which the first learns that it has."""
+        return np.uint32(jobs + barriers + slots * np.uint32(16) + np.uint32(16))
+
+    @cuda.jit(device=True, forceinline=True)
+    def mail(jobs: Any, s: Any) -> Any:
+        """Two places, so that what is in one has been used by the time that it is written to again."""
+        return np.uint32(jobs + barriers + slots * np.uint32(16) + np.uint32(24) + np.uint32(4) * (np.uint32(s) & np.uint32(1)))
+
+    @cuda.jit(device=True, forceinline=True)
     def parity_of(s: Any) -> Any:
         return (np.uint32(s) // slots) & np.uint32(1)
 
@@ -72,9 +90,11 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
     def init(jobs: Any) -> None:
         """By one thread."""
         for s in range(slots):
-            mbarrier.init(full(jobs, s), np.uint32(1))
+            mbarrier.init(full(jobs, s), np.uint32(32))
             mbarrier.init(empty(jobs, s), readers)
         mbarrier.init(hungry(jobs), np.uint32(1))
+        mbarrier.init(mail_full(jobs), np.uint32(1))
+        mbarrier.init(mail_read(jobs), np.uint32(1))
         mbarrier.fence_init()
 
     @cuda.jit(device=True, forceinline=True)
@@ -84,6 +104,29 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
     @cuda.jit(device=True, forceinline=True)
     def wait_empty(jobs: Any, s: Any) -> None:
         mbarrier.wait(empty(jobs, s), parity_of(s) ^ np.uint32(1))
+
+    @cuda.jit(device=True, forceinline=True)
+    def take(jobs: Any, s: Any, next_job: Any, rank: Any, lane: Any) -> Any:
+        """By a warp: the number of this CTA's next job, s, once it is hungry; of a pair, the first takes two, and tells."""
+        job = np.int32(0)
+        if rank == 0:
+            if s > 0:
+                mbarrier.wait(hungry(jobs), (s - np.uint32(1)) & np.uint32(1))
+            if lane == 0:
+                job = np.int32(memory.fetch_add_u32(next_job, ctas))
+                if ctas > 1:
+                    if s > 0:
+                        mbarrier.wait(mail_read(jobs), (s - np.uint32(1)) & np.uint32(1))
+                    other = np.uint32(1)
+                    there = cluster.map_shared(mail(jobs, s), other)
+                    cluster.store_async(there, np.uint32(job), cluster.map_shared(mail_full(jobs), other))
+        else:
+            if lane == 0:
+                mbarrier.arrive_expect_tx(mail_full(jobs), np.uint32(4))
+                mbarrier.wait(mail_full(jobs), s & np.uint32(1))
+                job = np.int32(load(mail(jobs, s)) + 1)
+                mbarrier.arrive_cluster(cluster.map_shared(mail_read(jobs), np.uint32(0)))
+        return np.int32(control.shuffle_i32(job, np.uint32(0)))
 
     @cuda.jit(device=True, forceinline=True)
     def field(jobs: Any, s: Any, word: Any) -> Any:
@@ -151,8 +194,8 @@ def wait_for_phase(phase: Any, phase_end: Any, done: Any) -> None:
 def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
     """The device function of the warp that takes jobs and describes them."""
     jobs_ = make_job_ring(tiles)
-    hungry, wait_empty, full, set_field, columns_smem, bias_smem = (
-        jobs_.hungry,
+    take, wait_empty, full, set_field, columns_smem, bias_smem = (
+        jobs_.take,
         jobs_.wait_empty,
         jobs_.full,
         jobs_.set_field,
@@ -165,15 +208,14 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
     arrive = mbarrier.arrive
 
     @cuda.jit(device=True, forceinline=True)
-    def publish(jobs: Any, s: Any, lane: Any) -> None:
-        cuda.syncwarp()
-        if lane == 0:
-            arrive(full(jobs, s))
+    def publish(jobs: Any, s: Any) -> None:
+        """By all lanes, each of which wrote parts of the list."""
+        arrive(full(jobs, s))
 
     @cuda.jit(device=True, forceinline=True)
-    def expand(columns: Any, wanted: Any, rank: Any, bits: Any, row: Any, first_word: Any, end_word: Any, lane: Any) -> None:
-        """Sorted places of `wanted` survivors, of a row of bits from a word on; `rank` more come before them."""
-        word, found = np.int32(first_word), np.int32(-rank)
+    def expand(columns: Any, wanted: Any, ordinal: Any, bits: Any, row: Any, first_word: Any, end_word: Any, lane: Any) -> None:
+        """Sorted places of `wanted` survivors, of a row of bits from a word on; `ordinal` more come before them."""
+        word, found = np.int32(first_word), np.int32(-ordinal)
         while found < wanted:
             mine = np.uint32(0)
             if word + lane < end_word:
@@ -196,9 +238,9 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def schedule(
-        jobs: Any, lane: Any, next_job: Any, done: Any, t: Any, n_blocks: Any, blocks: Any, n_ctiles: Any, block_words: Any,
-        zero_fill: Any, d_tiles_c: Any, d_tiles_e: Any, k_steps_d: Any, buffers: Any, buffer_slots: Any, lists: Any,
-        bias: Any, bias_bytes: Any,
+        jobs: Any, lane: Any, rank: Any, next_job: Any, done: Any, t: Any, n_blocks: Any, blocks: Any, n_ctiles: Any,
+        block_words: Any, zero_fill: Any, d_tiles_c: Any, d_tiles_e: Any, k_steps_d: Any, buffers: Any, buffer_slots: Any,
+        lists: Any, bias: Any, bias_bytes: Any,
     ) -> None:  # fmt: skip
         """t: the survey's tables, see `kernel`; d_tiles_c, d_tiles_e: tiles of a row of dC and dE, 0 if it is not wanted;
         bias_bytes: of a bias, 0 for none."""
@@ -210,12 +252,7 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
         phase, phase_first, entered, added = np.int32(0), np.int32(0), np.int32(-1), np.int32(0)
         s, use = np.uint32(0), np.uint32(0)
         while True:
-            if s > 0:
-                mbarrier.wait(hungry(jobs), (s - np.uint32(1)) & np.uint32(1))
-            job = np.int32(0)
-            if lane == 0:
-                job = np.int32(memory.fetch_add_u32(next_job, np.uint32(1)))
-            job = np.int32(control.shuffle_i32(job, np.uint32(0)))
+            job = take(jobs, s, next_job, rank, lane)
             while phase < 2 * rounds and job >= phase_end[phase]:
                 phase_first = phase_end[phase]
                 phase = np.int32(phase + 1)
@@ -238,24 +275,30 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
             t0, t1 = first_tile[r], first_tile[r + 1]
             buffer = np.int32((r % buffers) * buffer_slots)
             kind, place, d0, columns, stored = LOGITS, np.int32(0), np.int32(0), np.int32(0), np.int32(0)
-            slot, first, k_steps = buffer, np.int32(column_tile * t0), np.int32(k_steps_d)
+            slot, first, k_steps, shared = buffer, np.int32(column_tile * t0), np.int32(k_steps_d), True
             if not is_products:
                 row = np.int64(r) * (blocks + 1)
                 place = largest_at_most(first_g, row, n_blocks, index, lane)
                 skipped = np.int32(list_tile * (index - first_g[row + place]))
                 counts = np.int64(place) * (n_ctiles + 1)
                 n_list = np.int32(before[counts + t1] - before[counts + t0])
-                columns = min(np.int32(list_tile), np.int32(n_list - skipped))
-                stored = min(np.int32(list_tile), np.int32((n_list + K_STEP - 1) // K_STEP * K_STEP - skipped))
+                # A phase's last job may be there for the sake of a pair, and have no columns.
+                columns = max(np.int32(0), min(np.int32(list_tile), np.int32(n_list - skipped)))
+                rounded = np.int32((n_list + K_STEP - 1) // K_STEP * K_STEP)
+                stored = max(np.int32(0), min(np.int32(list_tile), np.int32(rounded - skipped)))
+                if rank == 0:
+                    shared = place + 1 == n_blocks or index + 1 < first_g[row + place + 1]
+                else:
+                    shared = index > first_g[row + place]
                 slot = np.int32(buffer + slot0[row + place] + skipped)
                 first = np.int32(first + skipped)
                 ids = columns_smem(jobs, s)
-                if not is_dense:
-                    rank = np.int32(before[counts + t0] + skipped)
-                    tile = np.int32(t0 + largest_at_most(before, counts + t0, t1 - t0, rank, lane))
+                if not is_dense and columns > 0:
+                    ordinal = np.int32(before[counts + t0] + skipped)
+                    tile = np.int32(t0 + largest_at_most(before, counts + t0, t1 - t0, ordinal, lane))
                     words = np.int64(place) * (4 * n_ctiles)
-                    rank = np.int32(rank - before[counts + tile])
-                    expand(ids, columns, rank, bits, words, np.int32(4 * tile), np.int32(4 * t1), lane)
+                    ordinal = np.int32(ordinal - before[counts + tile])
+                    expand(ids, columns, ordinal, bits, words, np.int32(4 * tile), np.int32(4 * t1), lane)
                     cuda.syncwarp()
                 for q in range(list_tile // 32):
                     position = np.int32(32 * q + lane)
@@ -328,7 +371,8 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
                 set_field(jobs, s, ROUND, r)
                 set_field(jobs, s, IS_FIRST, np.int32(r == 0))
                 set_field(jobs, s, IS_LAST, np.int32(r == rounds - 1))
-            publish(jobs, s, lane)
+                set_field(jobs, s, SHARED, np.int32(shared))
+            publish(jobs, s)
             use = np.uint32(use + np.uint32(k_steps))
             s = np.uint32(s + np.uint32(1))
         # Both consumers are told, and whoever else reads the first of the two.
@@ -336,7 +380,7 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
             wait_empty(jobs, s)
             if lane == 0:
                 set_field(jobs, s, KIND, END)
-            publish(jobs, s, lane)
+            publish(jobs, s)
             s = np.uint32(s + np.uint32(1))
 
     return schedule

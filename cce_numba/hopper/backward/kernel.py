@@ -1,5 +1,7 @@
 """The kernel of the backward: persistent CTAs that take jobs until none is left (see `jobs`).
 
+Two CTAs of a cluster take neighbouring jobs, and fetch together what both multiply.
+
 producer warpgroup      warp 0: one thread fetches tiles with the bulk copy engine
                         warp 1: takes jobs off the queue and describes them
                         warps 2, 3: copy rows that are not neighbours
@@ -22,7 +24,7 @@ from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, STAGING_BYTES, 
 from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.schedule import quotient
-from cce_numba.ptx import control, memory
+from cce_numba.ptx import cluster, control, memory
 
 
 @kernel_factory
@@ -97,27 +99,27 @@ def make_backward_kernel(
         logit_scale: Any,  # (address of (N,) by row of e,), or () if not scaled
         smoothing: Any,  # (address of (N,) uniform weights, of (V,) class weights or 0), or () if not smoothed
     ) -> None:
-        """Any grid of CTAs that run at the same time. Writes or adds to d_c, adds to d_e."""
+        """Any grid of clusters. Writes or adds to d_c, adds to d_e."""
         staging = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
         ring = np.uint32(staging + staging_bytes)
         jobs = np.uint32(ring + ring_bytes)
         thread = np.int32(cuda.threadIdx.x)
-        warpgroup = thread >> 7
+        warpgroup, rank = thread >> 7, np.int32(cluster.cta_rank())
         n_ctiles, block_words = quotient(V + COLUMN_TILE - 1, np.int32(COLUMN_TILE)), quotient(blocks + 31, np.int32(32))
         if thread == 0:
             init_ring(ring)
             init_jobs(jobs)
-        cuda.syncthreads()
+        cluster.sync()
         if warpgroup == 0:
             lower_registers()
             if thread == 0:
                 c_map, g_map = maps + np.uint64(128), maps + np.uint64(256)
-                copy(jobs, ring, maps, c_map, g_map, row_of, whole, live, block_words, slot0, first_tile, blocks, dense)
+                copy(jobs, ring, rank, maps, c_map, g_map, row_of, whole, live, block_words, slot0, first_tile, blocks, dense)
             elif thread >= 32 and thread < 64:
                 tables = n_rounds, first_tile, first_g, slot0, phase_end, before, bits, live, order, dense, n_live_tiles
                 n_blocks = np.int32((n_valid[0] + block_n - 1) // block_n)
                 schedule(
-                    jobs, np.int32(thread & 31), next_job, done, tables, n_blocks, blocks, n_ctiles, block_words,
+                    jobs, np.int32(thread & 31), rank, next_job, done, tables, n_blocks, blocks, n_ctiles, block_words,
                     d_tiles_c > 0 and not accumulate, d_tiles_c, d_tiles_e, quotient(D + K_STEP - 1, np.int32(K_STEP)),
                     buffers, buffer_slots, lists, bias, bias_bytes,
                 )  # fmt: skip
@@ -134,6 +136,8 @@ def make_backward_kernel(
                 accumulate, done, live, bits, before, slot0, first_tile, n_ctiles, block_words, blocks, D, logit_scale,
                 smoothing,
             )  # fmt: skip
+        cuda.syncwarp()
+        cluster.sync()  # nobody leaves while the other still writes to its shared memory
 
     f32, i32, i64, u64 = types.float32, types.int32, types.int64, types.uint64
     p_i32, p_u32, p_f32 = pointer_to(np.int32), pointer_to(np.uint32), pointer_to(np.float32)
@@ -145,4 +149,4 @@ def make_backward_kernel(
         *(u64, i64, i32, u64, u64, i64, i32, p_f32, i32, i32, i32, i32, i32, i32),
         *(types.UniTuple(u64, int(scaled)), types.UniTuple(u64, 2 * smoothed)),
     )
-    return Kernel(backward_kernel, signature, threads=tiles.threads, smem_bytes=tiles.smem_bytes)
+    return Kernel(backward_kernel, signature, threads=tiles.threads, cluster=tiles.cluster, smem_bytes=tiles.smem_bytes)

@@ -28,6 +28,7 @@ from cce_numba.hopper.backward.jobs import (
     LOGITS,
     PLACE,
     ROUND,
+    SHARED,
     SLOT,
     make_job_ring,
 )
@@ -53,6 +54,7 @@ def make_copy(tiles: BackwardTiles) -> Any:
     ring_, jobs_ = make_ring(tiles), make_job_ring(tiles)
     wait_empty, stage_of, full, a_smem, b_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem, ring_.c_smem
     field, wait_job, job_empty, hungry = jobs_.field, jobs_.wait_full, jobs_.empty, jobs_.hungry
+    ctas, everyone = tiles.cluster, np.uint32((1 << tiles.cluster) - 1)
 
     @cuda.jit(device=True, forceinline=True)
     def begin(jobs: Any, ring: Any, use: Any, left: Any, expected: Any) -> Any:
@@ -63,6 +65,18 @@ def make_copy(tiles: BackwardTiles) -> Any:
         stage = stage_of(use)
         mbarrier.arrive_expect_tx(full(ring, stage), expected)
         return stage
+
+    @cuda.jit(device=True, forceinline=True)
+    def panels_of_a(
+        smem: Any, tensor_map: Any, barrier: Any, x: Any, y: Any, x_step: Any, y_step: Any, shared: Any, rank: Any
+    ) -> None:  # fmt: skip
+        """Both, x_step and y_step apart; of what a pair shares, each fetches one for both."""
+        if ctas > 1 and shared:
+            own, x, y = np.uint32(smem + np.uint32(rank) * _PANEL_BYTES), x + rank * x_step, y + rank * y_step
+            tma.load_2d_multicast(own, tensor_map, barrier, np.int32(x), np.int32(y), everyone)
+        else:
+            tma.load_2d(np.uint32(smem), tensor_map, barrier, np.int32(x), np.int32(y))
+            tma.load_2d(np.uint32(smem + _PANEL_BYTES), tensor_map, barrier, np.int32(x + x_step), np.int32(y + y_step))
 
     @cuda.jit(device=True, forceinline=True)
     def rows_down(smem: Any, panels: Any, tensor_map: Any, barrier: Any, x: Any, y: Any) -> None:
@@ -82,8 +96,8 @@ def make_copy(tiles: BackwardTiles) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def copy(
-        jobs: Any, ring: Any, e_map: Any, c_map: Any, g_map: Any, row_of: Any, whole: Any, live: Any, block_words: Any,
-        slot0: Any, first_tile: Any, blocks: Any, dense: Any,
+        jobs: Any, ring: Any, rank: Any, e_map: Any, c_map: Any, g_map: Any, row_of: Any, whole: Any, live: Any,
+        block_words: Any, slot0: Any, first_tile: Any, blocks: Any, dense: Any,
     ) -> None:  # fmt: skip
         tma.fence_tensor_map(e_map)
         tma.fence_tensor_map(c_map)
@@ -97,6 +111,7 @@ def make_copy(tiles: BackwardTiles) -> Any:
                 break
             k_steps, place, d0 = field(jobs, s, K_STEPS), field(jobs, s, PLACE), field(jobs, s, D0)
             slot, first, r = field(jobs, s, SLOT), field(jobs, s, FIRST), field(jobs, s, ROUND)
+            shared = field(jobs, s, SHARED) != 0
             mbarrier.arrive(job_empty(jobs, s))
             if k_steps < LEAD:
                 mbarrier.arrive(hungry(jobs))
@@ -112,7 +127,9 @@ def make_copy(tiles: BackwardTiles) -> Any:
                 for k in range(k_steps):
                     stage = begin(jobs, ring, use, k_steps - k, expected)
                     if is_whole:
-                        rows_down(a_smem(ring, stage), 2, e_map, full(ring, stage), k * K_STEP, row)
+                        panels_of_a(
+                            a_smem(ring, stage), e_map, full(ring, stage), k * K_STEP, row, 0, PANEL, shared, rank
+                        )  # fmt: skip
                     if is_dense:
                         rows_down(b_smem(ring, stage), 3, c_map, full(ring, stage), k * K_STEP, first)
                     use = np.uint32(use + np.uint32(1))
@@ -122,7 +139,9 @@ def make_copy(tiles: BackwardTiles) -> Any:
                     expected += _B_BYTES
                 for k in range(k_steps):
                     stage = begin(jobs, ring, use, k_steps - k, expected)
-                    rows_across(a_smem(ring, stage), 2, g_map, full(ring, stage), 0, slot + k * K_STEP)
+                    panels_of_a(
+                        a_smem(ring, stage), g_map, full(ring, stage), 0, slot + k * K_STEP, PANEL, 0, shared, rank
+                    )  # fmt: skip
                     if is_dense:
                         rows_across(b_smem(ring, stage), 3, c_map, full(ring, stage), d0, first + k * K_STEP)
                     use = np.uint32(use + np.uint32(1))
@@ -145,7 +164,9 @@ def make_copy(tiles: BackwardTiles) -> Any:
                         stage = begin(jobs, ring, use, left, expected)
                         left = np.int32(left - 1)
                         if is_dense:
-                            rows_down(a_smem(ring, stage), 2, g_map, full(ring, stage), half * PANEL, g_row)
+                            panels_of_a(
+                                a_smem(ring, stage), g_map, full(ring, stage), half * PANEL, g_row, 0, PANEL, shared, rank
+                            )  # fmt: skip
                         if is_whole:
                             rows_across(b_smem(ring, stage), 3, e_map, full(ring, stage), d0, row + half * PANEL)
                         use = np.uint32(use + np.uint32(1))

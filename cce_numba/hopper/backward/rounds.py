@@ -109,7 +109,7 @@ def make_slots_kernel() -> Kernel:
             slots += slots_here
             jobs += jobs_here
         if t == 0:
-            slot0[row + blocks], first_g[row + blocks] = slots, jobs
+            slot0[row + blocks], first_g[row + blocks] = slots, jobs + jobs % 2  # pairs of CTAs take them
 
     p_i32, i32 = pointer_to(np.int32), types.int32
     return Kernel(slots_kernel, types.void(i32, i32, p_i32, p_i32, p_i32, p_i32, p_i32), threads=THREADS)

@@ -21,6 +21,7 @@ class BackwardTiles(HopperTiles):
     """A job computes a 128 x 192 tile of G, dE or dC; each stage holds 64 terms of the sum: 2 panels of A, 3 panels of B.
 
     Attributes:
+        cluster: CTAs that take neighbouring jobs, and share A where it is the same: each fetches a panel and multicasts it.
         job_slots: jobs that are known to a CTA at a time.
     """
 
@@ -32,8 +33,8 @@ class BackwardTiles(HopperTiles):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_n != 2 * PANEL or self.block_v != LIST_TILE or self.cluster != 1:
-            raise ValueError(f"{self}: the backward's stages are 2 and 3 panels, and its CTAs work alone")
+        if self.block_n != 2 * PANEL or self.block_v != LIST_TILE or self.cluster > 2:
+            raise ValueError(f"{self}: the backward's stages are 2 and 3 panels, and its CTAs work alone or in pairs")
         if self.job_slots < 2 or self.job_slots % 2:
             raise ValueError(f"{self}: job_slots must be even, so that each belongs to one consumer")
 
@@ -49,8 +50,8 @@ class BackwardTiles(HopperTiles):
 
     @property
     def jobs_bytes(self) -> int:
-        """The job slots, two barriers for each, and one by which jobs are asked for."""
-        return self.job_slots * (self.job_bytes + 16) + 8
+        """The job slots, two barriers for each, and one by which jobs are asked for; a pair's mail, two words and barriers."""
+        return self.job_slots * (self.job_bytes + 16) + 8 + 24
 
     @property
     def smem_bytes(self) -> int:
