@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cce_numba.torch import call, operators
+from cce_numba.torch import call, memory, operators
 from cce_numba.torch.call import TENSORS
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -54,7 +54,8 @@ class CutCrossEntropy(torch.autograd.Function):
         *tensors, options, record = inputs
         e, c, targets = tensors[:3]
         with call.prepared(e, c, targets, call.given(tensors, options)) as (problem, plan):
-            loss, *saved = call.forward(problem, plan, record)
+            loss, arrays = call.forward(problem, plan, record)
+            saved = [memory.tensor_of(array) for array in arrays]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *saved)
         # The large ones are for autograd to keep, which frees them, and notices changes. The rest is small.
