@@ -296,7 +296,7 @@ def upstream(name: str, gradient: Any, p: Problem, shape: tuple[int, ...]) -> An
     an array of `shape` on the problem's device.
     """
     xp = p.xp
-    flat = xp.zeros(p.N, dtype=p.compute_dtype)
+    flat = (xp.zeros if p.options.shift else xp.empty)(p.N, dtype=p.compute_dtype)
     if isinstance(gradient, numbers.Real):
         try:
             p.per_token(flat)[...] = float(gradient)  # no array of it: that would travel from the host

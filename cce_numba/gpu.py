@@ -6,6 +6,7 @@ import functools
 import importlib
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # cudaDeviceAttr
 
@@ -18,15 +19,21 @@ class Gpu:
     multiprocessors: int
 
 
+@functools.cache
+def cupy() -> Any:
+    """CuPy, which not everybody has: imported when it is first needed, and looked up once."""
+    return importlib.import_module("cupy")
+
+
 def current() -> Gpu:
     """CuPy's current device."""
-    return _facts(importlib.import_module("cupy").cuda.runtime.getDevice())
+    return _facts(cupy().cuda.runtime.getDevice())
 
 
 @functools.cache
 def count() -> int:
     """Devices that this process can use."""
-    return importlib.import_module("cupy").cuda.runtime.getDeviceCount()
+    return cupy().cuda.runtime.getDeviceCount()
 
 
 _thread = threading.local()
@@ -35,11 +42,11 @@ _thread = threading.local()
 def bind_context() -> None:
     """Makes the device's context current in this thread, which not every call of CuPy's does; once for each thread."""
     if not getattr(_thread, "bound", False):
-        importlib.import_module("cupy").cuda.runtime.free(0)
+        cupy().cuda.runtime.free(0)
         _thread.bound = True
 
 
 @functools.cache
 def _facts(device: int) -> Gpu:
-    attribute = importlib.import_module("cupy").cuda.runtime.deviceGetAttribute
+    attribute = cupy().cuda.runtime.deviceGetAttribute
     return Gpu((attribute(_MAJOR, device), attribute(_MINOR, device)), attribute(_MULTIPROCESSORS, device))

@@ -21,7 +21,10 @@ from cce_numba import gpu
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _LIBRARIES = ("numpy", "cupy", "torch", "numba", "numba_cuda")
-_TORCH_DTYPES = {f"torch.{x}": np.dtype(x) for x in ("float16", "float32", "float64", "uint8", "int32", "int64")}
+_TORCH_DTYPES = {
+    f"torch.{x}": np.dtype(x)
+    for x in ("float16", "float32", "float64", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+}
 _TORCH_DTYPES["torch.bfloat16"] = BFLOAT16
 _DLPACK_HOST = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
@@ -44,10 +47,10 @@ class Kind:
         with contextlib.ExitStack() as stack:
             gpu.bind_context()
             if gpu.count() > 1:  # else there is nothing to switch, and asking takes time
-                stack.enter_context(importlib.import_module("cupy").cuda.Device(self.device))
+                stack.enter_context(gpu.cupy().cuda.Device(self.device))
                 stack.enter_context(importlib.import_module("numba.cuda").gpus[self.device])
             if self.library == "torch":
-                stack.enter_context(_TorchStream(self.device).as_cupy())
+                stack.enter_context(_torch_stream(self.device))
             yield  # otherwise on CuPy's current stream; `take` has ordered the producer's work before it
 
 
@@ -122,6 +125,18 @@ def take_writable(name: str, array: Any) -> Any:
     return native
 
 
+def of_cuda_tensor(tensor: Any) -> Any:
+    """The CuPy array in the memory of a PyTorch tensor on CUDA, which it keeps; unlike `take`, whoever may record it."""
+    cupy, device = gpu.cupy(), tensor.get_device()
+    if (dtype := _TORCH_DTYPES.get(str(tensor.dtype))) is None:
+        with cupy.cuda.Device(device), _torch_stream(device):
+            return cupy.from_dlpack(tensor)
+    # What DLPack does, without what it takes: 60 us a tensor. Work goes to PyTorch's stream if e is a tensor, too.
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.nbytes, tensor, device)
+    strides = [step * dtype.itemsize for step in tensor.stride()]
+    return cupy.ndarray(tensor.shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
+
+
 def byte_range(array: Any) -> tuple[int, int]:
     """The addresses [first, last) between which all elements of a NumPy or CuPy array lie; (0, 0) if it has none.
 
@@ -172,7 +187,7 @@ def _library_of_type(kind: type) -> str:
 
 def _cupy_for(name: str, array: Any) -> Any:
     try:
-        return importlib.import_module("cupy")
+        return gpu.cupy()
     except ImportError as error:
         raise ModuleNotFoundError(
             f"{name}: is a GPU array ({type(array).__module__}.{type(array).__qualname__}), and GPU arrays need CuPy: "
@@ -190,14 +205,19 @@ class _Stream:
         return 0, self._pointer
 
     def as_cupy(self) -> Any:
-        return importlib.import_module("cupy").cuda.Stream.from_external(self)
+        return gpu.cupy().cuda.Stream.from_external(self)
 
 
-class _TorchStream(_Stream):
-    """PyTorch's current stream of a device."""
+def _torch_stream(device: int) -> Any:
+    """PyTorch's current stream of a device, which must be the current one, for CuPy."""
+    # torch.cuda.current_stream takes 10 us, to make an object of this address.
+    return _stream_of_device(sys.modules["torch"]._C._cuda_getCurrentRawStream(device), device)
 
-    def __init__(self, device: int) -> None:
-        super().__init__(importlib.import_module("torch").cuda.current_stream(device).cuda_stream)
+
+@functools.lru_cache(maxsize=256)
+def _stream_of_device(pointer: int, device: int) -> Any:
+    """The CuPy stream of an address; CuPy's streams know their device."""
+    return _Stream(pointer).as_cupy()
 
 
 class _WithoutStream:
@@ -218,35 +238,28 @@ def _take_cuda_array_interface(cupy: Any, array: Any) -> Any:
 
 
 def _take_torch(name: str, tensor: Any) -> Any:
-    torch = importlib.import_module("torch")
+    torch = sys.modules["torch"]
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name}: requires grad, and these functions are not recorded by autograd; pass {name}.detach() and use the "
             "returned gradients, or call them under torch.no_grad()"
         )
     tensor = tensor.detach()
-    bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor  # bfloat16 by its bits: all versions do
-    if tensor.device.type == "cuda":
-        cupy = _cupy_for(name, tensor)
-        if (dtype := _TORCH_DTYPES.get(str(tensor.dtype))) is not None and tensor.numel():
-            # What DLPack does, without what it takes: 60 us a tensor. Work goes to PyTorch's stream if e is a tensor, too.
-            memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.numel() * dtype.itemsize, tensor, tensor.device.index)
-            strides = tuple(step * dtype.itemsize for step in tensor.stride())
-            return cupy.ndarray(tuple(tensor.shape), dtype, cupy.cuda.MemoryPointer(memory, 0), strides)
-        with cupy.cuda.Device(tensor.device.index), _TorchStream(tensor.device.index).as_cupy():
-            native = cupy.from_dlpack(bits)
-    elif tensor.device.type == "cpu":
-        native = bits.numpy()
-    else:
+    if tensor.is_cuda:
+        _cupy_for(name, tensor)
+        return of_cuda_tensor(tensor)
+    if not tensor.is_cpu:
         raise TypeError(f"{name}: must be on the CPU or an NVIDIA GPU, got a tensor on {tensor.device}")
-    return native.view(BFLOAT16) if tensor.dtype == torch.bfloat16 else native
+    # bfloat16 by its bits: all versions do
+    return tensor.view(torch.int16).numpy().view(BFLOAT16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def _export_torch(native: Any) -> Any:
-    torch = importlib.import_module("torch")
-    if native.dtype == BFLOAT16:
-        return torch.from_dlpack(native.view(np.int16)).view(torch.bfloat16)
-    return torch.from_dlpack(native)
+    torch = sys.modules["torch"]
+    bits = native.view(np.int16) if native.dtype == BFLOAT16 else native
+    # CuPy's current stream is PyTorch's (see `Kind.current`): nothing is to be ordered, for which DLPack would record an event.
+    tensor = torch.from_dlpack(bits.__dlpack__(stream=-1) if is_on_device(bits) else bits)
+    return tensor.view(torch.bfloat16) if native.dtype == BFLOAT16 else tensor
 
 
 def _export_numba(native: Any) -> Any:

@@ -336,7 +336,7 @@ def _backward(
     else:
         if problem.options.reduction == "mean":
             with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: then no backend reads this
-                d_token /= statistics.n_valid.astype(problem.compute_dtype)
+                d_token /= statistics.n_valid
         softmax_weight, target_weight, smooth_weight = d_token, d_token, None  # nll = lse - target_logit
     if d_lse is not None:  # it reaches the log-sum-exp alone, whose gradient is the softmax
         softmax_weight = softmax_weight + arguments.upstream("d_lse", d_lse, problem, per_token_shape)

@@ -135,3 +135,38 @@ class TestTorchOnTheHost:
         e, c, targets = (torch.from_numpy(x) for x in (CASE.e, CASE.c, CASE.targets))
         with pytest.raises(ValueError, match=r"out\.e: elements must not share memory"):
             cce.linear_cross_entropy_with_grad(e, c, targets, out=cce.Gradients(e=torch.zeros(1, 8).expand(6, 8)))
+
+
+class TestTorchOnCuda:
+    """With tensors of the CPU, which say that they are on a device; nothing reads them."""
+
+    @pytest.fixture(autouse=True)
+    def torch(self):
+        pytest.importorskip("cupy", reason="CuPy is not installed")
+        return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "bool", "uint8", "int32", "int64"])
+    @pytest.mark.parametrize("shape", [(), (3,), (4, 6), (0,), (0, 5)])
+    def test_an_array_has_the_tensor_s_memory_and_form(self, torch, monkeypatch, dtype, shape):
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 3)
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        views = [tensor.transpose(0, -1), tensor[..., 1::2]] if shape else []
+        for x in (tensor, *views, tensor.expand(2, *shape)):
+            array = interchange.of_cuda_tensor(x)
+            assert array.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype))
+            assert (array.shape, array.data.ptr, array.device.id) == (x.shape, x.data_ptr(), 3)
+            assert x.numel() == 0 or array.strides == tuple(step * x.element_size() for step in x.stride())
+
+    def test_a_result_needs_no_event(self, torch):
+        """CuPy works on PyTorch's stream: it is told to order nothing."""
+        asked = []
+
+        class Result:
+            dtype = np.dtype(np.float32)
+
+            def __dlpack__(self, stream):
+                asked.append(stream)
+                return torch.utils.dlpack.to_dlpack(torch.ones(3))
+
+        assert interchange._export_torch(Result()).tolist() == [1, 1, 1]
+        assert asked == [-1]

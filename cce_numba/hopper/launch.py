@@ -19,6 +19,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from cce_numba import gpu
 from cce_numba.hopper import cubin_cache
 from cce_numba.interchange import BFLOAT16
 
@@ -71,15 +72,13 @@ class Kernel:
         """Launches a grid of so many CTAs; `values` are addresses and scalars in the signature's order, tuples flattened."""
         if ctas == 0:
             return
-        cupy = _cupy()
-        device = cupy.cuda.runtime.getDevice()
+        cuda = gpu.cupy().cuda
+        device = cuda.runtime.getDevice()
         handle = (self._by_device.get(device) or self._compile(device))[0]
-        stream = cupy.cuda.get_current_stream().ptr
+        stream = cuda.get_current_stream(device).ptr
         with self._lock:
             self._arguments.pack_into(self._buffer, 0, *values)
-            cupy.cuda.driver.launchKernel(
-                handle, ctas, 1, 1, self.threads, 1, 1, self.smem_bytes, stream, 0, self._extra_pointer
-            )
+            cuda.driver.launchKernel(handle, ctas, 1, 1, self.threads, 1, 1, self.smem_bytes, stream, 0, self._extra_pointer)
 
     def build(self) -> Any:
         """Numba's kernel, compiled for the current device. Linked as one whole (lto): else setmaxnreg would be ignored."""
@@ -135,8 +134,3 @@ def _format(kind: Any) -> str:
     if kind not in _FORMATS:
         raise TypeError(f"kernels here take {', '.join(map(str, _FORMATS))}, pointers and tuples of these, not {kind}")
     return _FORMATS[kind]
-
-
-@functools.cache
-def _cupy() -> Any:
-    return importlib.import_module("cupy")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cce_numba.torch import call, operators
+from cce_numba.torch import call, memory, operators
 from cce_numba.torch.call import TENSORS
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -25,13 +25,14 @@ def apply(
     optional = {name: x for name, x in options.items() if isinstance(x, torch.Tensor)}
     tensors = e, c, targets, bias, *(optional.get(name) for name in TENSORS[4:])
     numbers = {**options, **dict.fromkeys(optional)}
-    filters_e = options["filter_e_grad"] and e.requires_grad
-    filters_c = options["filter_c_grad"] and (c.requires_grad or (bias is not None and bias.requires_grad))
+    needs_c = c.requires_grad or (bias is not None and bias.requires_grad)
+    with_grad = torch.is_grad_enabled() and (e.requires_grad or needs_c)
+    filters = (options["filter_e_grad"] and e.requires_grad) or (options["filter_c_grad"] and needs_c)
     all_survive = options["filter_eps"] is None or (options["softcap"] is not None and options["label_smoothing"])
-    record = bool(torch.is_grad_enabled() and not all_survive and (filters_e or filters_c))
+    record = bool(with_grad and filters and not all_survive)
     if is_watched(tensors):
         return operators.forward(tensors, numbers, record)
-    return CutCrossEntropy.apply(*tensors, numbers, record)
+    return CutCrossEntropy.apply(*tensors, numbers, record, with_grad)
 
 
 def is_watched(tensors: Iterable[torch.Tensor | None]) -> bool:
@@ -50,16 +51,18 @@ class CutCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes `call.TENSORS`, the options that are no tensors, and whether the backward will want survivors."""
-        *tensors, options, record = inputs
+        """Takes `call.TENSORS`, the options that are no tensors, and whether a backward will want survivors, or is to come."""
+        *tensors, options, record, with_grad = inputs
         e, c, targets = tensors[:3]
         with call.prepared(e, c, targets, call.given(tensors, options)) as (problem, plan):
-            loss, *saved = call.forward(problem, plan, record)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *saved)
-        # The large ones are for autograd to keep, which frees them, and notices changes. The rest is small.
-        ctx.problem, ctx.plan, ctx.options = dataclasses.replace(problem, e=None, c=None), plan, options
-        return loss, saved[0]
+            loss, arrays = call.forward(problem, plan, record)
+            lse, *others = (memory.tensor_of(array) for array in (arrays if with_grad else arrays[:1]))
+        if with_grad:
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*tensors, lse, *others)
+            # The large ones are for autograd to keep, which frees them, and notices changes. The rest is small.
+            ctx.problem, ctx.plan, ctx.options = dataclasses.replace(problem, e=None, c=None), plan, options
+        return loss, lse
 
     @staticmethod
     def backward(ctx: Any, d_loss: Any, d_lse: Any) -> tuple[Any, ...]:
@@ -75,4 +78,4 @@ class CutCrossEntropy(torch.autograd.Function):
                 grads = call.gradients_like(dict(zip(TENSORS, tensors, strict=True)), names)
                 with call.resumed(ctx.problem, *tensors[:2]) as problem:
                     call.backward(problem, ctx.plan, saved, d_loss, d_lse, grads)
-        return *(grads.get(name) for name in TENSORS), None, None
+        return *(grads.get(name) for name in TENSORS), None, None, None

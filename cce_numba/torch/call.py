@@ -54,11 +54,11 @@ def resumed(problem: Problem, e: torch.Tensor, c: torch.Tensor) -> Iterator[Prob
         yield replace(problem, e=flat, c=interchange.take("c", c))
 
 
-def forward(problem: Problem, plan: Plan, record: bool) -> tuple[torch.Tensor, ...]:
-    """The loss and the tensors `SAVED`, inside `prepared`. `record`: whether the backward will want survivors."""
+def forward(problem: Problem, plan: Plan, record: bool) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """The loss and the arrays `SAVED`, inside `prepared`. `record`: whether the backward will want survivors."""
     statistics = losses._statistics(problem, plan, with_grad=record)
     loss = losses._loss(problem, plan, statistics, Terms.of(problem, statistics))
-    return loss, *_saved(problem, statistics, record)
+    return loss, _saved(problem, statistics, record)
 
 
 def backward(
@@ -84,8 +84,8 @@ def gradients_like(inputs: Mapping[str, torch.Tensor], names: Iterable[str]) -> 
     return {name: torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in names}
 
 
-def _saved(p: Problem, statistics: Statistics, record: bool) -> list[torch.Tensor]:
-    """The tensors `SAVED`, as the fake of the operator tells their shapes.
+def _saved(p: Problem, statistics: Statistics, record: bool) -> tuple[Any, ...]:
+    """The arrays `SAVED`, in the shapes that the fake of the operator tells; two may lie in one block of memory.
 
     The CPU's tokens and blocks are only those that count: zeros follow. Zeros alone are what it did not record after all,
     since nearly everything survives: a block that counts keeps its targets at least.
@@ -103,13 +103,14 @@ def _saved(p: Problem, statistics: Statistics, record: bool) -> list[torch.Tenso
     elif bits.strides[0] != bits.shape[1]:  # a device's rows go on after the last entry, a single one too, and it may read that
         bits = interchange.array_module(bits).ndarray((n_blocks, bits.strides[0]), bits.dtype, bits.data)
     if mean_logit is None:
-        mean_logit = p.xp.empty(0, p.compute_dtype)
-    return memory.tensors_of((statistics.lse, statistics.target_logit, statistics.n_valid, tokens, bits, mean_logit))
+        mean_logit = statistics.lse[:0]
+    return statistics.lse, statistics.target_logit, statistics.n_valid, tokens, bits, mean_logit
 
 
 def _statistics(p: Problem, plan: Plan, saved: Sequence[torch.Tensor]) -> Statistics:
-    """What `_saved` was made of."""
-    lse, target_logit, n_valid, tokens, bits, mean_logit = map(memory.array_of, saved)
+    """What `_saved` was made of, out of tensors of it."""
+    *others, mean_logit = saved
+    lse, target_logit, n_valid, tokens, bits = map(memory.array_of, others)
     if not p.on_device:
         tokens = tokens[: int(n_valid)]
     recorded = bits.size > 0 and (p.on_device or bool(bits[0].any()))
@@ -120,5 +121,5 @@ def _statistics(p: Problem, plan: Plan, saved: Sequence[torch.Tensor]) -> Statis
         target_logit=target_logit,
         survivors=bits[:, : planning.ceil_div(p.V, 8)] if recorded else None,
         survivor_block=plan.tiles.survivor_block,
-        mean_logit=mean_logit if p.options.smooths_capped else None,
+        mean_logit=memory.array_of(mean_logit) if p.options.smooths_capped else None,
     )

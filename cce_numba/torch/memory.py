@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from cce_numba import interchange
+from cce_numba import gpu, interchange
 
 DTYPES = {np.dtype(name): getattr(torch, name) for name in ("float32", "float64", "uint8", "int32", "int64")}
 
@@ -25,7 +24,7 @@ def from_pytorch(device: torch.device) -> Iterator[None]:
     if device.type == "cpu":
         yield
         return
-    with importlib.import_module("cupy").cuda.using_allocator(functools.partial(allocate, device)):
+    with gpu.cupy().cuda.using_allocator(functools.partial(allocate, device)):
         yield
 
 
@@ -34,7 +33,7 @@ def allocate(device: torch.device, n_bytes: int) -> Any:
 
     That is soon enough: both work on PyTorch's current stream, in whose order the allocator gives memory away again.
     """
-    cuda = importlib.import_module("cupy").cuda
+    cuda = gpu.cupy().cuda
     block = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     return cuda.MemoryPointer(cuda.UnownedMemory(block.data_ptr(), n_bytes, block, device.index or 0), 0)
 
@@ -50,13 +49,13 @@ def tensor_of(native: Any) -> torch.Tensor:
     if not isinstance(block, torch.Tensor) or not native.flags.c_contiguous:
         return torch.from_dlpack(native).clone(memory_format=torch.contiguous_format)
     first = (native.data.ptr - block.data_ptr()) // native.itemsize
-    tensor = torch.empty(0, dtype=DTYPES[np.dtype(native.dtype)], device=block.device)
+    tensor = torch.empty(0, dtype=DTYPES[native.dtype], device=block.device)
     return tensor.set_(block.untyped_storage(), first, native.shape)
 
 
 def array_of(tensor: torch.Tensor) -> Any:
     """The array in the memory of a tensor like those of `tensor_of`, which needs none of the checks of `interchange.take`."""
-    return tensor.detach().numpy() if tensor.device.type == "cpu" else interchange.take("tensor", tensor)
+    return tensor.detach().numpy() if tensor.is_cpu else interchange.of_cuda_tensor(tensor)
 
 
 def tensors_of(arrays: Iterable[Any]) -> list[torch.Tensor]:

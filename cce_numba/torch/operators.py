@@ -14,7 +14,7 @@ import torch
 from torch.autograd import forward_ad
 
 from cce_numba.arguments import GRADIENTS
-from cce_numba.torch import call, fakes
+from cce_numba.torch import call, fakes, memory
 from cce_numba.torch.call import SAVED, TENSORS
 
 # Options travel in a few lists, since PyTorch takes time for each argument: None as nan, -1 or "", by place. A threshold is
@@ -95,7 +95,8 @@ def forward_op(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, *other: 
     *tensors, integers, reals, words, record = other
     given = call.given((e, c, targets, *tensors), _decoded(integers, reals, words))
     with call.prepared(e, c, targets, given) as (problem, plan):
-        return call.forward(problem, plan, record)
+        loss, arrays = call.forward(problem, plan, record)
+        return loss, *memory.tensors_of(arrays)
 
 
 @torch.library.custom_op(

@@ -51,9 +51,9 @@ def launched(monkeypatch):
     cuda = SimpleNamespace(
         runtime=SimpleNamespace(getDevice=lambda: 0),
         driver=SimpleNamespace(launchKernel=launch_kernel),
-        get_current_stream=lambda: stream,
+        get_current_stream=lambda device: stream,
     )
-    monkeypatch.setattr(launch, "_cupy", lambda: SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(launch.gpu, "cupy", lambda: SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(Kernel, "_compile", lambda self, device: (1234, None))
     return seen
 

@@ -114,6 +114,18 @@ def test_the_large_ones_go_with_the_backward():
     assert not any(reference() is not None for reference in watched)
 
 
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_what_a_backward_would_want_is_made_for_one_alone(inputs, with_grad, way, monkeypatch):
+    from cce_numba.torch import memory
+
+    made = []
+    original = memory.tensor_of
+    monkeypatch.setattr(memory, "tensor_of", lambda array: made.append(array) or original(array))
+    with torch.set_grad_enabled(with_grad):
+        cct.linear_cross_entropy(*leaves(inputs))
+    assert (len(made) > 2) == (with_grad or way == "operator")
+
+
 def test_saved_tensors_may_be_packed(inputs):
     """Strides and addresses may change between forward and backward, as when activations are offloaded."""
     tensors, other = leaves(inputs), leaves(inputs)

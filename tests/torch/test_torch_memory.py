@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import types
 import weakref
 
@@ -118,7 +117,7 @@ def test_the_allocator_is_set_for_the_call_alone(monkeypatch):
         UnownedMemory=lambda pointer, size, owner, device: (pointer, size, owner, device),
         MemoryPointer=lambda mem, offset: (mem, offset),
     )
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(memory.gpu, "cupy", lambda: types.SimpleNamespace(cuda=cuda))
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, device, **named: empty(*size, **named))
     with pytest.raises(KeyError), memory.from_pytorch(torch.device("cuda", 3)):
