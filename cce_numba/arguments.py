@@ -72,7 +72,10 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the loss that are not arrays, checked. `filter_eps` is a probability, or None for exact gradients."""
+    """The options of the loss that are not arrays, checked. `filter_eps` is a probability, or None for exact gradients.
+
+    filter_is_auto: it was not the caller's choice, so a backend may leave out more where that costs no accuracy to speak of.
+    """
 
     ignore_index: int
     softcap: float | None
@@ -81,6 +84,7 @@ class Options:
     label_smoothing: float
     z_loss: float
     filter_eps: float | None
+    filter_is_auto: bool
     filter_e_grad: bool
     filter_c_grad: bool
     accum_e_fp32: bool
@@ -231,6 +235,7 @@ def _checked_options(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
         z_loss=_number("z_loss", value["z_loss"], "a finite number >= 0", lambda x: 0 <= x <= float(_computed(dtype).max)),
         # Under a softcap the uniform term of label smoothing reaches all entries, and no sum over them is known beforehand.
         filter_eps=None if label_smoothing and softcap is not None else filter_eps,
+        filter_is_auto=isinstance(value["filter_eps"], str),
         filter_e_grad=flag("filter_e_grad", value["filter_e_grad"]),
         filter_c_grad=flag("filter_c_grad", value["filter_c_grad"]),
         accum_e_fp32=flag("accum_e_fp32", value["accum_e_fp32"]),

@@ -61,10 +61,10 @@ class Result:
         >>> forward(e, c, np.arange(4)).survivor_counts()  # each of four certain tokens keeps its own target
         array([4])
         """
-        n_blocks = -(-int(self._statistics.n_valid) // self._statistics.survivor_block)
         if self._statistics.survivors is None:
+            n_blocks = -(-int(self._statistics.n_valid) // self._statistics.survivor_block)
             return np.full(n_blocks, self._problem.V)
-        return planning.unpack_survivors(self._statistics, self._problem.V)[:n_blocks].sum(axis=1)
+        return planning.unpack_survivors(self._statistics, self._problem.V).sum(axis=1)
 
     def dropped_mass(self) -> Any:
         """Per token, the probability that the filter drops: the sum of the softmax over the entries that its block leaves out.
@@ -73,6 +73,7 @@ class Result:
         weights and `logit_scale` if there are any, less where a softcap is flat. In the shape of `nll`; 0 where ignored, and
         everywhere if nothing is filtered, or nearly everything survives. A lost token (NaN) keeps all, and so drops 0. On
         `hopper` it is at most this: where more than 70 % of all pairs survive gradients take all, which only the device knows.
+        What the gradients of `c` and `bias` leave out beyond (see `filter_eps`) is not counted.
 
         Computes all logits again, at each call, in pieces whose memory does not grow with N or V; waits for the device.
 
@@ -113,7 +114,9 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
             sum of token weight times class weight of the target (nan, with gradients of 0, if that is 0).
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
         filter_eps: gradients leave out what has a probability below this in all of a block's tokens; "auto" is
-            `finfo(dtype).eps / 512` (2^-16 for bfloat16), None is exact. The loss itself is always exact.
+            `finfo(dtype).eps / 512` (2^-16 for bfloat16), None is exact. The loss itself is always exact. With "auto",
+            "hopper" leaves out more of the gradients of `c` and `bias`: 128 entries, in an order of its own, for a block of 128
+            tokens, if none of them is a target there and none reaches 4 times that.
         filter_e_grad: False keeps the gradient of `e` exact.
         filter_c_grad: False keeps the gradients of `c` and `bias` exact (the paper's FullC).
         accum_e_fp32: return the gradient of 16-bit `e` in float32, as it was accumulated.

@@ -32,6 +32,8 @@ class Plan:
         backward_bytes: workspace of the backward.
         stored_logits_bytes: what the logits would take if they were stored once, for comparison.
         rejected: why each backend that was preferred to this one was not taken.
+        coarse_eps: a higher threshold than the filter's own, for the gradients of `c` and `bias`, or None. What they may leave
+            out beyond the filter has lower probabilities, in all of a block's tokens, and is none's target.
     """
 
     backend: str
@@ -42,6 +44,7 @@ class Plan:
     backward_bytes: int
     stored_logits_bytes: int
     rejected: dict[str, str] = field(default_factory=dict)
+    coarse_eps: float | None = None
 
     def __str__(self) -> str:
         lines = [f"backend {self.backend}: {self.how}", f"  tiles: {self.tiles}"]
@@ -70,6 +73,8 @@ class Statistics:
         target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets.
         survivors: (at least ceil(n_valid / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
             consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive: then all do.
+            Further rows are the backend's own: "hopper", if `Plan.coarse_eps` is a number, has 2 * ceil(N / block), of which
+            the second half are the same bits at that threshold.
         survivor_block: tokens in a block of `survivors`.
         mean_logit: (N,) mean over the vocabulary of class weight times logit, 0 where ignored, of the compute dtype; None
             unless `Options.smooths_capped`: else it follows from e and c (`terms.py`).
@@ -190,8 +195,8 @@ def survivor_bytes(p: Problem, block: int) -> int:
 
 
 def unpack_survivors(statistics: Statistics, V: int) -> np.ndarray:
-    """(n_blocks, V) bool on the host, from the packed bits."""
-    bits = statistics.survivors
+    """(ceil(n_valid / block), V) bool on the host, from the packed bits. Waits for the device, if there is one."""
+    bits = statistics.survivors[: ceil_div(int(statistics.n_valid), statistics.survivor_block)]
     host = bits if isinstance(bits, np.ndarray) else bits.get()
     return np.unpackbits(host, axis=1, bitorder="little")[:, :V].astype(bool)
 

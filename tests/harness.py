@@ -132,6 +132,16 @@ class HopperHarness(GpuHarness):
     def __init__(self) -> None:
         super().__init__("hopper")
 
+    def kept_coarsely(self, result: cce.Result, V: int) -> np.ndarray | None:
+        """(n_valid, V) bool: what dC is made for, in tiles; None if that is what the filter keeps."""
+        statistics = result._statistics
+        if statistics.survivors is None or result.plan.coarse_eps is None:
+            return None
+        blocks = -(-len(result._problem.e) // statistics.survivor_block)
+        assert len(statistics.survivors) == 2 * blocks
+        coarse = dataclasses.replace(statistics, survivors=statistics.survivors[blocks:])
+        return self.kept(dataclasses.replace(result, _statistics=coarse), V)
+
     @staticmethod
     def why_not() -> str | None:
         """Why the GPU here cannot run it, or None."""

@@ -223,7 +223,10 @@ def test_auto_eps_is_the_reference_s():
     import reference
 
     for dtype in arguments.DTYPES:
-        assert arguments.options(dtype, {}).filter_eps == reference.auto_eps(dtype)
+        options = arguments.options(dtype, {})
+        assert options.filter_eps == reference.auto_eps(dtype)
+        assert options.filter_is_auto
+        assert not arguments.options(dtype, {"filter_eps": options.filter_eps}).filter_is_auto
 
 
 def test_defaults_name_every_option():

@@ -125,6 +125,40 @@ def test_a_missing_term_is_refused(name, softcap, dtype):
         check_gradients(expected, cce.Gradients(right.e.astype(dtype), wrong.c.astype(dtype)))
 
 
+@pytest.mark.parametrize("name", ["e", "c", "bias"])
+def test_what_a_coarser_threshold_leaves_out_is_allowed_for(name):
+    """In dC and dbias, of columns that no token of a block gives so much or has as its target; and of no others."""
+    case = make_case(3, (200,), 50, 12, np.dtype(np.float32), bias=True, reduction="sum")
+    case.targets[:] %= 25
+    expected, kept = expect(case), np.ones((200, 50), bool)
+    p = np.exp(expected.forward.logits - expected.forward.lse[:, None])
+    largest = np.array([p[:128].max(axis=0), p[128:].max(axis=0)])
+    coarse_eps = float(np.median(largest[:, 25:])) * 1.001
+
+    def gradients(keep):
+        exact = reference.backward(case.e, case.c, case.targets, keep_e=keep, keep_c=keep, **expected.options)
+        return cce.Gradients(**{name: getattr(exact, name).astype(np.float32)})
+
+    needed = reference.column_filter(p, case.targets, coarse_eps)
+    assert 0.4 < needed[:, 25:].mean() < 0.6
+    assert needed[:, :25].mean() > 0.9
+    check_gradients(expected, gradients(kept), kept, coarse_eps=coarse_eps)
+    if name == "e":
+        with pytest.raises(AssertionError, match=r"grads\.e"):
+            check_gradients(expected, gradients(needed), kept, coarse_eps=coarse_eps)
+        return
+    check_gradients(expected, gradients(needed), kept, coarse_eps=coarse_eps)
+    with pytest.raises(AssertionError, match=f"grads.{name}"):
+        check_gradients(expected, gradients(needed), kept)
+    of_target, likely = np.argmax(needed[130, :25] & (largest[1, :25] < coarse_eps)), 25 + np.argmax(largest[1, 25:])
+    assert largest[1, of_target] < coarse_eps < largest[1, likely]
+    for v in (of_target, likely):
+        too_few = needed.copy()
+        too_few[128:, v] = False
+        with pytest.raises(AssertionError, match=rf"grads.{name}\[{v}"):
+            check_gradients(expected, gradients(too_few), kept, coarse_eps=coarse_eps)
+
+
 def test_a_missed_survivor_is_refused():
     case = dataclasses.replace(CASE, options={})
     expected = expect(case)

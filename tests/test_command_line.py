@@ -388,6 +388,33 @@ def test_demo_fails_for_a_filter_that_drops_too_much(run: Run, monkeypatch: pyte
     assert out.count("FAIL") == 1
 
 
+@pytest.mark.parametrize("times", [1, 2, 20])
+def test_demo_allows_for_what_a_coarser_threshold_leaves_out(run: Run, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
+    """Of dC, where the plan says so: a backward that leaves out more is found out."""
+    forward, coarse_eps = cce.forward, 0.008
+
+    def coarse(*arrays: Any, **options: Any) -> cce.Result:
+        result = forward(*arrays, **options)
+        return dataclasses.replace(result, plan=dataclasses.replace(result.plan, coarse_eps=coarse_eps))
+
+    def less(result: cce.Result) -> cce.Gradients:
+        p, block = result._problem, result._statistics.survivor_block
+        softmax = np.exp(p.e.astype(np.float64) @ p.c.astype(np.float64).T - result.lse[:, None])
+        keep = reference.column_filter(softmax, p.targets, times * coarse_eps, block)
+        exact = reference.backward(p.e, p.c, p.targets, keep_c=keep)
+        return dataclasses.replace(cce.Gradients(e=backward(result).e), c=exact.c.astype(np.float32))
+
+    backward = cce.backward
+    monkeypatch.setattr(cce, "backward", less)
+    code, _, err = run(*FILTERED)
+    assert code == 1
+    assert_one_error(err, "mathematics: dC\n")
+    monkeypatch.setattr(cce, "forward", coarse)
+    code, out, err = run(*FILTERED)
+    assert code == (times > 1)
+    assert out.count("FAIL") == (times > 1)
+
+
 def test_demo_fails_for_what_is_not_finite(tmp_path: Path, run: Run) -> None:
     """No comparison is passed with a NaN, which is null in JSON."""
     path = write(tmp_path / "demo.npz", e=np.full((50, 12), 1e30, np.float32))

@@ -1,8 +1,8 @@
 """Does a result agree with float64 mathematics? Found out on a sample, with whole rows of stored logits.
 
 The gradients are compared with the exact ones *of the entries that the filter kept*, so that the filter's own effect is
-no excuse for an error; and every entry that it dropped must be one that it may drop. A gradient of zeros, one without
-the target's term, or a filter that drops too much does not get through.
+no excuse for an error, but for what dC may leave out beyond it; and every entry that it dropped must be one that it may
+drop. A gradient of zeros, one without the target's term, or a filter that drops too much does not get through.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Computed:
         kept: (n_blocks, V) bool, the entries that each block of counting tokens keeps in the gradients; None keeps all.
         block: how many counting tokens are a block.
         filter_eps: the filter's threshold, or None.
+        coarse_eps: see `plan.Plan`.
     """
 
     loss: float
@@ -44,6 +45,7 @@ class Computed:
     kept: np.ndarray | None
     block: int
     filter_eps: float | None
+    coarse_eps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,15 @@ class Agreement:
 
 @dataclass
 class _Rows:
-    """Sampled rows of a gradient in float64: of all entries, of the kept ones, and a bound (rows,) of what was summed."""
+    """Sampled rows of a gradient in float64: of all entries and of the kept ones.
+
+    And bounds (rows,) of what was summed, and of what of the kept ones may be left out after all.
+    """
 
     exact: np.ndarray
     exact_kept: np.ndarray
     magnitude: np.ndarray
+    left_out: np.ndarray | float = 0.0
 
 
 def compare(problem: DemoProblem, computed: Computed, seed: int) -> Agreement:
@@ -171,9 +177,10 @@ def _compare_entries(
     """
     c = problem.c[entries].astype(np.float64)
     shape = (len(entries), problem.c.shape[1])
-    rows = _Rows(np.zeros(shape), np.zeros(shape), np.zeros(len(entries)))
+    rows = _Rows(np.zeros(shape), np.zeros(shape), np.zeros(len(entries)), np.zeros(len(entries)))
+    least = 0.0 if computed.kept is None or computed.coarse_eps is None else computed.coarse_eps * float(np.exp(delta))
     weight, largest = 1 / len(counting), 0.0
-    for block in _blocks("dC of the sample", len(counting), problem.c.shape[1]):
+    for block in _blocks("dC of the sample", len(counting), problem.c.shape[1], computed.block):
         tokens = counting[block]
         e = problem.e[tokens].astype(np.float64)
         p = np.exp(e @ c.T - computed.lse[tokens, None].astype(np.float64))
@@ -183,7 +190,11 @@ def _compare_entries(
         g = weight * (p - hot)
         rows.exact += g.T @ e
         rows.exact_kept += np.where(keep, g, 0).T @ e
-        rows.magnitude += weight * ((p + hot).T @ np.linalg.norm(e, axis=1))
+        norms = np.linalg.norm(e, axis=1)
+        rows.magnitude += weight * ((p + hot).T @ norms)
+        needed = np.logical_or.reduceat(~(p < least) | (hot == 1), range(0, len(tokens), computed.block))
+        needed = needed.repeat(computed.block, axis=0)[: len(tokens)]
+        rows.left_out += weight * (np.where(keep & ~needed, p, 0).T @ norms)
         largest = float(np.maximum(largest, _largest_dropped(np.where(keep, 0, p), hot, keep)))
     return _gradient_check("dC", computed.d_c[entries], rows, delta, computed.kept is not None), largest
 
@@ -192,7 +203,8 @@ def _gradient_check(name: str, actual: np.ndarray, rows: _Rows, delta: float, fi
     """Frobenius norms, relative to that of the exact rows.
 
     Allowed is twice what rounding to the gradient's dtype costs, and what comes of probabilities that are off by the factor
-    exp(delta) each, as the error allowed in a log-probability says: at most delta times the sum of what they multiply.
+    exp(delta) each, as the error allowed in a log-probability says: at most delta times the sum of what they multiply. And
+    what may be left out beyond the filter.
     """
     rounded = rows.exact_kept.astype(actual.dtype).astype(np.float64)
     norm = float(np.linalg.norm(rows.exact_kept)) or 1.0  # an exact gradient of zero: then the errors are absolute
@@ -201,7 +213,7 @@ def _gradient_check(name: str, actual: np.ndarray, rows: _Rows, delta: float, fi
         name,
         f"{name}, / |{name}|",
         float(np.linalg.norm(actual.astype(np.float64) - rows.exact_kept)) / norm,
-        2 * rounding + delta * float(np.linalg.norm(rows.magnitude)) / norm,
+        2 * rounding + (delta * float(np.linalg.norm(rows.magnitude)) + float(np.linalg.norm(rows.left_out))) / norm,
         rounding,
         float(np.linalg.norm(rows.exact_kept - rows.exact)) / norm if filtered else None,
     )
@@ -219,9 +231,9 @@ def _loss_error(problem: DemoProblem) -> float:
     return _LOSS_ERROR
 
 
-def _blocks(what: str, total: int, dim: int) -> Iterator[slice]:
-    """Slices of range(total) whose rows of `dim` float64 numbers are not many; progress is told."""
-    step = max(1, _BLOCK_BYTES // (8 * max(dim, SAMPLE)))
+def _blocks(what: str, total: int, dim: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of range(total), in steps of a multiple, whose rows of `dim` float64 numbers are not many; progress is told."""
+    step = max(1, _BLOCK_BYTES // (8 * max(dim, SAMPLE)) // multiple) * multiple
     for start in range(0, total, step):
         stop = min(start + step, total)
         yield slice(start, stop)

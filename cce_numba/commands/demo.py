@@ -170,6 +170,7 @@ def _on_host(result: cce.Result, grads: cce.Gradients) -> Computed:
         kept=None if statistics.survivors is None else planning.unpack_survivors(statistics, V),
         block=statistics.survivor_block,
         filter_eps=result._problem.options.filter_eps,
+        coarse_eps=result.plan.coarse_eps,
     )
 
 

@@ -16,6 +16,7 @@ from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.interchange import BFLOAT16
 from cce_numba.plan import Gradients, Plan, Statistics
 from cce_numba.simt import backend as simt
+from cce_numba.survivors import coarse_eps_of
 
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10
@@ -71,6 +72,11 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         how += f"; for the backward whole copies: {' and '.join(by_rows)}"
     how += f"; {2 * p.N * p.V * p.D / 1e12:.3g} TFLOP of products in the forward, in the backward three times as many, "
     how += "less what the filter leaves out"
+    coarse_eps, planes = coarse_eps_of(p.options), 1
+    if coarse_eps is not None:
+        planes = 2
+        how += "; the gradients of c and of the bias leave out 128 sorted entries for 128 tokens at once where all are below "
+        how += f"{coarse_eps:.3g}"
     return HopperPlan(
         backend="hopper",
         how=how,
@@ -79,8 +85,9 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         stored_logits_bytes=p.logits_bytes,
         # Smoothing adds up logits as well.
         forward_bytes=layout.scratch_bytes + layout.copy_bytes + 12 * p.N + (layout.part_bytes + 4 * p.N if smoothed else 0),
-        survivor_bytes=0 if p.options.filter_eps is None else layout.survivor_bytes,
+        survivor_bytes=0 if p.options.filter_eps is None else planes * layout.survivor_bytes,
         backward_bytes=_module("backward.run").workspace_bytes(p) + (4 * p.N if smoothed else 0),
+        coarse_eps=coarse_eps,
     )
 
 

@@ -99,6 +99,24 @@ def make_consume(
         return bound
 
     @cuda.jit(device=True, forceinline=True)
+    def set_bits(
+        above: Any, below: Any, survivors: Any, block: Any, pitch_words: Any, v_tile: Any, V: Any, lane: Any
+    ) -> None:  # fmt: skip
+        """By a warp: of the tile's columns that either flags."""
+        mine = np.uint32(0)
+        for w in range(words):
+            bits = control.or_of_warp((above[w] | below[w]) << np.uint32(2 * (lane & 3)))
+            if lane == w:
+                mine = np.uint32(bits)
+        columns: Any = np.int32(V - v_tile * block_v - 32 * lane)
+        if columns < 32:
+            mine = np.uint32(mine & ((np.uint32(1) << np.uint32(max(columns, 0))) - np.uint32(1)))
+        if lane < words and mine != 0:
+            # Of an unknown block, or what it gives would be kept in registers that are not there.
+            word = np.int64(arithmetic.opaque_i32(np.int32(block))) * pitch_words + v_tile * words + lane
+            memory.or_global_u32(survivors + np.uint64(4 * word), mine)
+
+    @cuda.jit(device=True, forceinline=True)
     def keep_weight(weights: Any, i: Any, v0: Any, class_weights: Any, V: Any) -> None:
         """That of the tile's column i, in shared memory; past the last 0."""
         if i < block_v:
@@ -110,8 +128,8 @@ def make_consume(
     @cuda.jit(device=True, forceinline=True)
     def consume(
         ring: Any, merge_smem: Any, consumer: Any, thread: Any, tokens: Any, n_valid: Any, per_round: Any, target_logit: Any,
-        bias: Any, softcap: Any, lse: Any, has_lse: Any, part: Any, survivors: Any, pitch_words: Any, log_eps: Any,
-        first_v_tile: Any, n_tiles: Any, k_steps: Any, V: Any, logit_scale: Any, smoothing: Any,
+        bias: Any, softcap: Any, lse: Any, has_lse: Any, part: Any, survivors: Any, pitch_words: Any, coarse_survivors: Any,
+        log_eps: Any, log_coarser: Any, first_v_tile: Any, n_tiles: Any, k_steps: Any, V: Any, logit_scale: Any, smoothing: Any,
     ) -> None:  # fmt: skip
         worker, workers, groups, rank = who_am_i(n_valid)
         lane = np.int32(thread & 31)
@@ -196,6 +214,9 @@ def make_consume(
                 if record:
                     threshold_0 = threshold_of(maximum(bound_0, log_sum_exp(max_0, sum_0)), log_eps)
                     threshold_1 = threshold_of(maximum(bound_1, log_sum_exp(max_1, sum_1)), log_eps)
+                    if coarse_survivors != 0:  # each half at once: there are no registers to keep its words
+                        coarse = survivor_words(upper, threshold_0 + log_coarser, threshold_1 + log_coarser)
+                        set_bits(coarse, coarse, coarse_survivors, group * ctas + rank, pitch_words, v_tile, V, lane)
                     above = survivor_words(upper, threshold_0, threshold_1)
                 lower = finish_logits(lower, of_rows + np.uint32(256), column, softcap, V, is_last)
                 if smoothed:
@@ -205,17 +226,10 @@ def make_consume(
                     threshold_2 = threshold_of(maximum(bound_2, log_sum_exp(max_2, sum_2)), log_eps)
                     threshold_3 = threshold_of(maximum(bound_3, log_sum_exp(max_3, sum_3)), log_eps)
                     below = survivor_words(lower, threshold_2, threshold_3)
-                    mine = np.uint32(0)
-                    for w in range(words):
-                        bits = control.or_of_warp((above[w] | below[w]) << np.uint32(2 * (lane & 3)))
-                        if lane == w:
-                            mine = np.uint32(bits)
-                    columns: Any = np.int32(V - v0 - 32 * lane)
-                    if columns < 32:
-                        mine = np.uint32(mine & ((np.uint32(1) << np.uint32(max(columns, 0))) - np.uint32(1)))
-                    if lane < words and mine != 0:
-                        word = np.int64(group * ctas + rank) * pitch_words + v_tile * words + lane
-                        memory.or_global_u32(survivors + np.uint64(4 * word), mine)
+                    set_bits(above, below, survivors, group * ctas + rank, pitch_words, v_tile, V, lane)
+                    if coarse_survivors != 0:
+                        coarse = survivor_words(lower, threshold_2 + log_coarser, threshold_3 + log_coarser)
+                        set_bits(coarse, coarse, coarse_survivors, group * ctas + rank, pitch_words, v_tile, V, lane)
             use = np.uint32(use + np.uint32(n_turns * k_steps))
 
             # The consumers' rows become one, in the order that always is.

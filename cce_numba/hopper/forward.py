@@ -31,7 +31,7 @@ from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.hopper.workspace import Layout, copy_rows
 from cce_numba.plan import Statistics
 from cce_numba.ptx import cluster, control, memory
-from cce_numba.survivors import log_threshold
+from cce_numba.survivors import coarse_eps_of, log_threshold
 
 
 @kernel_factory
@@ -72,7 +72,9 @@ def make_lse_kernel(
         part: Any,  # (slots, cluster, block_n) log-sum-exps
         survivors: Any,  # address of (blocks, pitch_words) words, zeroed
         pitch_words: Any,
+        coarse_survivors: Any,  # address of as many, for a higher threshold, or 0
         log_eps: Any,
+        log_coarser: Any,  # by how much their threshold is higher
         first_v_tile: Any,
         n_tiles: Any,
         first_row: Any,  # of c, that its tensor map begins with
@@ -104,8 +106,8 @@ def make_lse_kernel(
             raise_registers()
             consume(
                 ring, ring + ring_bytes, np.int32(warpgroup - 1), np.int32(thread & 127), tokens, n_listed, per_round,
-                target_logit, bias, softcap, lse, has_lse, part, survivors, pitch_words, log_eps, first_v_tile,
-                n_tiles, k_steps, V, logit_scale, smoothing,
+                target_logit, bias, softcap, lse, has_lse, part, survivors, pitch_words, coarse_survivors,
+                log_eps, log_coarser, first_v_tile, n_tiles, k_steps, V, logit_scale, smoothing,
             )  # fmt: skip
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while others still write to its shared memory
@@ -114,7 +116,7 @@ def make_lse_kernel(
     f32, i32, i64, u64 = types.float32, types.int32, types.int64, types.uint64
     p_f32 = pointer_to(np.float32)
     signature = types.void(
-        *(u64, u64, i64, u64, pointer_to(np.int64), i64, i32, i32, u64, f32, p_f32, p_f32, i32, p_f32, u64, i64, f32),
+        *(u64, u64, i64, u64, pointer_to(np.int64), i64, i32, i32, u64, f32, p_f32, p_f32, i32, p_f32, u64, i64, u64, f32, f32),
         *(i32, i32, i32, i32, i32, types.UniTuple(u64, int(scaled)), types.UniTuple(u64, 2 * smoothed)),
     )
     return Kernel(lse_kernel, signature, threads=tiles.threads, cluster=tiles.cluster, smem_bytes=smem_bytes)
@@ -130,7 +132,12 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
     listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
     n_valid, tokens = listing[0], listing[1:].view(np.int32)[:N]
     pitch_words = layout.pitch_words if record else 0
-    survivors = xp.zeros((layout.blocks, pitch_words), np.uint32) if record else None
+    coarse_eps, coarse_words = coarse_eps_of(p.options) if record else None, 0
+    if coarse_eps is not None:
+        coarse_words = layout.blocks * pitch_words
+    log_eps, log_coarse_eps = log_threshold(p.options.filter_eps), log_threshold(coarse_eps)
+    rows = layout.blocks * (2 if coarse_words else 1)  # dC's bits follow the filter's
+    survivors = xp.zeros((rows, pitch_words), np.uint32) if record else None
     survivors_pointer = survivors.data.ptr if survivors is not None and N else 0
     bits = None if survivors is None else survivors.view(np.uint8)[:, : -(-V // 8)]
     mean_logit = xp.zeros(N, np.float32) if smoothed else None
@@ -152,7 +159,7 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
     e_map = tensor_map.encode(e, tiles.block_n, tiles.block_d)
     launch_prepare(p, e_map, tensor_map.encode(c, tiles.block_v // tiles.cluster, tiles.block_d), maps, *pointers)
     if p.targets is not None:
-        launch_indexed_dot(p, e, *pointers[:3], survivors_pointer, pitch_words)
+        launch_indexed_dot(p, e, *pointers[:3], survivors_pointer, pitch_words, coarse_words)
 
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
     capped = p.options.softcap is not None
@@ -178,7 +185,9 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
                 part,
                 kept,
                 pitch_words,
-                log_threshold(p.options.filter_eps),
+                kept + 4 * coarse_words if coarse_words else 0,
+                log_eps,
+                log_coarse_eps - log_eps if coarse_words else 0.0,
                 first_tile,
                 last_tile - first_tile,
                 first_row,
@@ -197,6 +206,7 @@ def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
                 *pointers[2:],
                 kept,
                 pitch_words if last_tile == layout.n_tiles else 0,
+                coarse_words,
                 V,
                 *totals,
             )
@@ -214,5 +224,5 @@ def indexed_dot(p: Problem, layout: Layout) -> Any:
         e, no_map = layout.e_in_reach(p), (0,) * tensor_map.WORDS
         pointers = tokens.data.ptr, n_valid.data.ptr, target_logit.data.ptr
         launch_prepare(p, no_map, no_map, maps.data.ptr, *pointers, unused.data.ptr)
-        launch_indexed_dot(p, e, *pointers, 0, 0)
+        launch_indexed_dot(p, e, *pointers, 0, 0, 0)
     return target_logit

@@ -52,6 +52,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
         target_logit: Any,  # (N,)
         survivors: Any,  # address of (blocks, pitch_words) words
         pitch_words: Any,  # 0 if survivors are not recorded
+        coarse_words: Any,  # from a word to that of the coarser bits, 0 for none
         logit_scale: Any,  # (address of (N,),), or () if not scaled
     ) -> None:
         """target_logit[n] of each listed token n, NaN for a target out of range; sets the bit of its target in its block."""
@@ -85,19 +86,22 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
             target_logit[n] = total
             if pitch_words > 0:
                 word = position // SURVIVOR_BLOCK * pitch_words + target // 32
-                memory.or_global_u32(survivors + np.uint64(4 * word), np.uint32(1) << np.uint32(target & 31))
+                bit = np.uint32(1) << np.uint32(target & 31)
+                memory.or_global_u32(survivors + np.uint64(4 * word), bit)
+                if coarse_words != 0:
+                    memory.or_global_u32(survivors + np.uint64(4 * (word + coarse_words)), bit)
 
     p_i64, p_i32, p_f32 = pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
     u64, i64, i32, f32 = types.uint64, types.int64, types.int32, types.float32
     signature = types.void(
-        *(u64, i64, u64, i64, i64, u64, f32, p_i64, p_i32, p_i64, i32, i32, p_f32, u64, i64),
+        *(u64, i64, u64, i64, i64, u64, f32, p_i64, p_i32, p_i64, i32, i32, p_f32, u64, i64, i64),
         types.UniTuple(u64, int(scaled)),
     )
     return Kernel(indexed_dot_kernel, signature, threads=32 * _WARPS)
 
 
 def launch_indexed_dot(
-    p: Problem, e: Any, tokens: int, n_valid: int, target_logit: int, survivors: int, pitch_words: int
+    p: Problem, e: Any, tokens: int, n_valid: int, target_logit: int, survivors: int, pitch_words: int, coarse_words: int
 ) -> None:
     """Fills target_logit (an address, as the others) for listed tokens; `e` is p.e or a copy of it in rows that are aligned."""
     bias_dtype, bias = (None, 0) if p.bias is None else (np.dtype(p.bias.dtype), p.bias.data.ptr)
@@ -119,5 +123,6 @@ def launch_indexed_dot(
         target_logit,
         survivors,
         pitch_words,
+        coarse_words,
         *scale,
     )

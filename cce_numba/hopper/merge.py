@@ -38,6 +38,7 @@ def make_merge_kernel(tiles: HopperTiles, smoothed: bool = False) -> Kernel:
         lse: Any,  # (N,)
         survivors: Any,  # (blocks, pitch_words)
         pitch_words: Any,  # 0 if this is not to be looked after
+        coarse_words: Any,  # from a word to that of the coarser bits, 0 for none
         V: Any,
         totals: Any,  # (in the order of part, (N,) to add them to) if smoothed, or ()
     ) -> None:
@@ -70,12 +71,14 @@ def make_merge_kernel(tiles: HopperTiles, smoothed: bool = False) -> Kernel:
         if pitch_words > 0 and (result != result or target_logit[token] != target_logit[token]):
             first_word = position // block_n * pitch_words
             for word in range(lane, (V + 31) // 32, 32):
-                survivors[first_word + word] = np.uint32(0xFFFFFFFF) >> np.uint32(max(0, 32 * word + 32 - V))
+                all_of_word = np.uint32(0xFFFFFFFF) >> np.uint32(max(0, 32 * word + 32 - V))
+                survivors[first_word + word] = all_of_word
+                survivors[first_word + word + coarse_words] = all_of_word
 
     p_u32, p_i64, p_i32, p_f32 = pointer_to(np.uint32), pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
     i32 = types.int32
     signature = types.void(
-        *(p_f32, i32, i32, i32, p_i32, p_i64, types.int64, i32, p_f32, p_f32, p_u32, types.int64, i32),
+        *(p_f32, i32, i32, i32, p_i32, p_i64, types.int64, i32, p_f32, p_f32, p_u32, types.int64, types.int64, i32),
         types.UniTuple(p_f32, 2 * smoothed),
     )
     return Kernel(merge_kernel, signature, threads=32 * _WARPS)

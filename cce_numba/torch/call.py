@@ -88,7 +88,8 @@ def _saved(p: Problem, statistics: Statistics, record: bool) -> tuple[Any, ...]:
     """The arrays `SAVED`, in the shapes that the fake of the operator tells; two may lie in one block of memory.
 
     The CPU's tokens and blocks are only those that count: zeros follow. Zeros alone are what it did not record after all,
-    since nearly everything survives: a block that counts keeps its targets at least.
+    since nearly everything survives: a block that counts keeps its targets at least. A device has a row for each block, or two
+    (see `plan.Statistics.survivors`), of which all are kept.
     """
     tokens, bits, mean_logit = statistics.tokens, statistics.survivors, statistics.mean_logit
     n_blocks = planning.ceil_div(p.N, statistics.survivor_block)
@@ -101,7 +102,7 @@ def _saved(p: Problem, statistics: Statistics, record: bool) -> tuple[Any, ...]:
     elif len(bits) < n_blocks:
         bits = np.concatenate([bits, np.zeros((n_blocks - len(bits), bits.shape[1]), np.uint8)])
     elif bits.strides[0] != bits.shape[1]:  # a device's rows go on after the last entry, a single one too, and it may read that
-        bits = interchange.array_module(bits).ndarray((n_blocks, bits.strides[0]), bits.dtype, bits.data)
+        bits = interchange.array_module(bits).ndarray((len(bits), bits.strides[0]), bits.dtype, bits.data)
     if mean_logit is None:
         mean_logit = statistics.lse[:0]
     return statistics.lse, statistics.target_logit, statistics.n_valid, tokens, bits, mean_logit

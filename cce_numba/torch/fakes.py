@@ -30,11 +30,12 @@ def forward(
     capped = bool(options["label_smoothing"]) and options["softcap"] is not None
     scale = options["logit_scale"]
     scaled = scale is not None and (isinstance(scale, torch.Tensor) or scale != 1)
-    form = _Form.of(e.dtype, e.device, options.get("backend"), scaled, capped)
+    is_auto = isinstance(options["filter_eps"], str)
+    form = _Form.of(e.dtype, e.device, options.get("backend"), scaled, capped, is_auto, options["filter_c_grad"])
     rows = (0, 0)
     if record and N != 0:
-        per_unit = 8 * form.row_bytes
-        rows = (N + form.survivor_block - 1) // form.survivor_block, (V + per_unit - 1) // per_unit * form.row_bytes
+        n_blocks, per_unit = (N + form.survivor_block - 1) // form.survivor_block, 8 * form.row_bytes
+        rows = form.block_rows * n_blocks, (V + per_unit - 1) // per_unit * form.row_bytes
     return (
         e.new_empty(loss_shape, dtype=wide),
         e.new_empty(N, dtype=wide),
@@ -48,23 +49,32 @@ def forward(
 
 @dataclass(frozen=True)
 class _Form:
-    """How a backend leaves statistics: the tokens' dtype, tokens in a block of survivors, and a unit of its rows' bytes."""
+    """How a backend leaves statistics: the tokens' dtype, tokens and rows of a block of survivors, a unit of a row's bytes."""
 
     tokens: torch.dtype
     survivor_block: int
+    block_rows: int
     row_bytes: int
 
     @staticmethod
     @functools.cache
-    def of(dtype: torch.dtype, device: torch.device, backend: str | None, scaled: bool, capped: bool) -> _Form:
-        """Found by asking it for those of one token and eight entries, of which one survives: it alone knows.
+    def of(
+        dtype: torch.dtype,
+        device: torch.device,
+        backend: str | None,
+        scaled: bool,
+        capped: bool,
+        filter_is_auto: bool,
+        filter_c_grad: bool,
+    ) -> _Form:
+        """Found by asking it for those of one token and eight entries: it alone knows.
 
         scaled: whether there is a `logit_scale`; capped: whether label smoothing meets a softcap.
         """
         xp: Any = np if device.type == "cpu" else importlib.import_module("cupy")
         name = str(dtype).removeprefix("torch.")
         numpy_dtype = interchange.BFLOAT16 if name == "bfloat16" else np.dtype(name)
-        given: dict[str, Any] = {"filter_eps": 0.5}
+        given: dict[str, Any] = {"filter_eps": "auto" if filter_is_auto else 0.5, "filter_c_grad": filter_c_grad}
         given |= {"logit_scale": 0.5} if scaled else {}
         given |= {"label_smoothing": 0.5, "softcap": 1.0} if capped else {}
         with Kind("cupy", None if device.type == "cpu" else device.index or 0, _as_it_is).current():
@@ -73,7 +83,8 @@ class _Form:
             plan = planning.choose(problem, backend)
             statistics = planning.backend_module(plan.backend).forward(problem, plan, record_survivors=True)
         bits, tokens = statistics.survivors, memory.DTYPES[np.dtype(statistics.tokens.dtype)]
-        return _Form(tokens, statistics.survivor_block, 1 if bits is None else bits.strides[0])
+        block_rows, row_bytes = (1, 1) if bits is None else (len(bits), bits.strides[0])
+        return _Form(tokens, statistics.survivor_block, block_rows, row_bytes)
 
 
 def _as_it_is(native: Any) -> Any:

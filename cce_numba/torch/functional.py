@@ -96,6 +96,7 @@ def linear_cross_entropy(
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
         return_lse: return `(loss, lse)`, both with gradients.
         filter_eps: gradients leave out what has a probability below this in all of a block's tokens; None is exact.
+            "auto" lets the gradients of `c` and `bias` leave out more, see `cce_numba.linear_cross_entropy`.
         accum_e_fp32: True or False, see above.
         accum_c_fp32: True or False, see above.
         filter_e_grad: False keeps the gradient of `e` exact.

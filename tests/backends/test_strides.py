@@ -41,7 +41,9 @@ def test_strided_inputs(harness, edges, of, kind, dtype):
     result = cce.forward(*arrays, backend=harness.backend, **case.options)
     expected = expect(case)
     check_forward(expected, harness.numbers(result))
-    check_gradients(expected, harness.backward(result), harness.kept(result, case.c.shape[0]))
+    check_gradients(
+        expected, harness.backward(result), harness.kept(result, case.c.shape[0]), coarse_eps=result.plan.coarse_eps
+    )
 
 
 @pytest.mark.parametrize("of", ["targets", "bias"])
@@ -55,7 +57,9 @@ def test_strided_vectors(harness, edges, of):
     result = cce.forward(*map(harness.device, (case.e, case.c)), given["targets"], backend=harness.backend, **options)
     expected = expect(case)
     check_forward(expected, harness.numbers(result))
-    check_gradients(expected, harness.backward(result), harness.kept(result, case.c.shape[0]))
+    check_gradients(
+        expected, harness.backward(result), harness.kept(result, case.c.shape[0]), coarse_eps=result.plan.coarse_eps
+    )
 
 
 def test_one_target_for_all(harness, edges):
@@ -74,7 +78,9 @@ def test_leading_dimensions(harness, edges, shape, shift):
     case = make_case(2, shape, edges.v[-1] + 1, edges.d[-1], edges.dtype, bias=True, shift=shift, reduction="none")
     expected, result = expect(case), harness.forward(case)
     check_forward(expected, harness.numbers(result))
-    check_gradients(expected, harness.backward(result), harness.kept(result, case.c.shape[0]))
+    check_gradients(
+        expected, harness.backward(result), harness.kept(result, case.c.shape[0]), coarse_eps=result.plan.coarse_eps
+    )
 
 
 @pytest.mark.parametrize("integer", [np.int8, np.uint8, np.int16, np.int32, np.uint32, np.uint64])

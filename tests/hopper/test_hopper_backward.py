@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cce_numba as cce
-from tests.cases import DTYPES, make_case
+from tests.cases import DTYPES, Case, make_case
 from tests.checks import assert_within, check_gradients, check_survivors, expect
 from tests.harness import HopperHarness, SimulatorHarness
 
@@ -61,7 +61,7 @@ def check(harness, case, d_loss=None, d_lse=None, **named):
     if kept is not None:
         check_survivors(expected, kept, result._problem.options.filter_eps, 128)
     grads = harness.backward(result, d_loss, d_lse, **named)
-    check_gradients(expected, grads, kept, d_loss, d_lse)
+    check_gradients(expected, grads, kept, d_loss, d_lse, coarse_eps=result.plan.coarse_eps)
     return grads
 
 
@@ -360,7 +360,7 @@ def test_views_of_inputs(hopper, never_dense, filtered):
             parent[::apart, offset : offset + 72] = x
         views = (hopper.device(parent)[::apart, offset : offset + 72] for parent in (e, c))
         result = cce.forward(*views, hopper.device(case.targets), backend=hopper.backend, **case.options)
-        check_gradients(expected, hopper.backward(result), hopper.kept(result, 700))
+        check_gradients(expected, hopper.backward(result), hopper.kept(result, 700), coarse_eps=result.plan.coarse_eps)
 
 
 # ---- all survive
@@ -389,6 +389,166 @@ def test_where_all_survive_lists_and_neighbours_are_the_same(hopper, never_dense
     assert hopper.kept(result, 1500).all()
     all_kept = dataclasses.replace(result, _statistics=dataclasses.replace(result._statistics, survivors=None))
     assert bits_of(hopper.backward(result)) == bits_of(hopper.backward(all_kept))
+
+
+# ---- coarser for the classifier
+
+EPS_OF = {FLOAT16: 2.0**-19, BFLOAT16: 2.0**-16}  # that "auto" means
+
+
+def nearest_probable(dtype, log_p, lse, upwards):
+    """The number of the dtype next to what gives a log-probability, above or below it."""
+    z = np.asarray(lse + log_p, dtype)
+    step = np.asarray(np.inf if upwards else -np.inf, dtype)
+    while (float(z) - lse < log_p) if upwards else (float(z) - lse > log_p):
+        z = np.nextafter(z, step)
+    return z
+
+
+def tiles_that_dc_may_leave_out(dtype, **options):
+    """Tokens of three blocks, of which each sees one column of c. And what is needed for dC, and why: both (3, 1024) bool.
+
+    The blocks are groups 0, 2 and 5 of 8, in whose Gray code those columns come first that block 0 alone needs, then all, 1, 2.
+    So tiles of sorted columns are: what block 0 gives 4 eps and block 1 twice eps; the likely ones, which come first in c and
+    make the log-sum-exp; one that block 1 gives 4 eps, with 127 that block 2 does, and that all give twice eps at least; one
+    that is a target in block 2 and 127 others, to which blocks 0 and 2 give twice eps; and what blocks 1 and 2 give 4 eps
+    nearly. The others nobody keeps. Nothing is so near to a threshold that a lower bound of the log-sum-exp changes it.
+    """
+    eps = EPS_OF[dtype]
+    e, c = np.zeros((384, 64), dtype), np.zeros((1024, 64), dtype)
+    e[np.arange(384), np.arange(384) // 128] = 1
+    reached, needed = np.zeros((3, 1024), bool), np.zeros((3, 1024), bool)
+    c[:, :3] = -30
+    c[:128, :3] = 0
+    reached[:, :128] = needed[:, :128] = True
+    lse = np.log(128 * (1 + 1100 * eps))  # or so, with all that follows
+
+    def give(block, columns, times, upwards=True):
+        c[columns, block] = nearest_probable(dtype, np.log(times * eps), lse, upwards)
+        reached[block, columns] = times > 4
+
+    give(0, slice(128, 256), 4.1)
+    give(1, slice(128, 256), 2)
+    needed[0, 128:256] = True
+    give(0, slice(256, 384), 2)
+    give(1, slice(257, 384), 2)
+    give(1, 256, 4.1)
+    give(2, 256, 2)
+    give(2, slice(257, 384), 4.1)
+    needed[1:, 256:384] = True
+    give(0, slice(384, 512), 2)
+    give(2, slice(384, 512), 2)
+    needed[2, 384:512] = True
+    give(1, slice(512, 640), 3.8, upwards=False)
+    give(2, slice(512, 640), 3.8, upwards=False)
+    targets = np.arange(384) % 128
+    targets[300] = 400
+    reached[2, 400] = True
+    return Case(e, c, targets, {"reduction": "sum", **options}), needed, reached
+
+
+def of_blocks(rows):
+    """(3, 1024) of (384, 1024), where a block's rows are the same."""
+    return rows[::128]
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["", "small rounds"])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_tiles_that_no_token_gives_4_eps_are_left_out_of_dc(hopper, small_rounds, dtype, small):
+    """And others whole, and nothing of dE; nor where the threshold is the caller's choice."""
+    if small:
+        small_rounds(3)
+    case, needed, reached = tiles_that_dc_may_leave_out(dtype, bias=np.zeros(1024, dtype))
+    expected, result, given = expect(case), hopper.forward(case), hopper.forward(case.with_options(filter_eps=EPS_OF[dtype]))
+    kept = of_blocks(hopper.kept(result, 1024))
+    p = of_blocks(np.exp(expected.forward.logits - expected.forward.lse[:, None]))
+    np.testing.assert_array_equal(kept, p >= EPS_OF[dtype])
+    np.testing.assert_array_equal(of_blocks(hopper.kept_coarsely(result, 1024)), reached)
+    np.testing.assert_array_equal(of_blocks(hopper.kept(given, 1024)), kept)
+    assert hopper.kept_coarsely(given, 1024) is None
+    assert result.plan.coarse_eps == 4 * EPS_OF[dtype]
+    assert given.plan.coarse_eps is None
+
+    auto, fine = hopper.backward(result), hopper.backward(given)
+    rows, needed_rows = np.repeat(kept, 128, axis=0), np.repeat(needed & kept, 128, axis=0)
+    check_gradients(expected, fine, rows)
+    check_gradients(expected, cce.Gradients(e=auto.e), rows)
+    check_gradients(expected, auto, rows, coarse_eps=result.plan.coarse_eps)
+    check_gradients(expected, cce.Gradients(c=auto.c, bias=auto.bias), needed_rows)
+    # Block b's tokens have their only hidden entry at b, so dC's column b is the sum over them alone.
+    for block in range(3):
+        both, left_out = kept[block] & needed[block], kept[block] & ~needed[block]
+        np.testing.assert_array_equal(auto.c[both, block], fine.c[both, block])
+        assert left_out.sum() == [256, 256, 128][block]
+        assert fine.c[left_out, block].all()
+        assert not auto.c[left_out, block].any()
+
+    for wrt in ("c", "bias"):
+        assert getattr(hopper.backward(result, wrt=wrt), wrt).tobytes() == getattr(auto, wrt).tobytes()
+    out = cce.Gradients(c=hopper.device(auto.c.copy()))
+    cce.backward(result, wrt="c", out=out, accumulate=True)
+    twice = 2 * auto.c.astype(np.float64)
+    assert_within("out.c", out.c.get(), twice, 2.0**-7 * np.abs(twice))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_lost_token_is_lost_for_all_columns(hopper, dtype):
+    """However improbable: nothing of its block is left out."""
+    case, _, reached = tiles_that_dc_may_leave_out(dtype, bias=np.zeros(1024, dtype), check_targets=False)
+    case.targets[5] = 10**6
+    check(hopper, case)
+    result = hopper.forward(case)
+    kept, coarse = of_blocks(hopper.kept(result, 1024)), of_blocks(hopper.kept_coarsely(result, 1024))
+    assert kept[0].all()
+    assert coarse[0].all()
+    np.testing.assert_array_equal(coarse[1:], reached[1:])
+    grads = hopper.backward(result)
+    assert np.isnan(grads.c.astype(np.float32)).all()
+    assert np.isnan(grads.bias.astype(np.float32)).all()
+    assert np.isfinite(grads.e[128:].astype(np.float32)).all()
+
+
+def test_where_all_are_taken_nothing_is_left_out(hopper, small_rounds, monkeypatch):
+    """The device decides; then gradients are the exact ones, to the bit."""
+    from cce_numba.hopper.backward import run
+
+    monkeypatch.setattr(run, "DENSE_SHARE", 0.0)
+    small_rounds(3)
+    case, *_ = tiles_that_dc_may_leave_out(BFLOAT16, bias=np.zeros(1024, BFLOAT16))
+    result = hopper.forward(case)
+    all_kept = dataclasses.replace(result, _statistics=dataclasses.replace(result._statistics, survivors=None))
+    assert bits_of(hopper.backward(result)) == bits_of(hopper.backward(all_kept))
+
+
+@pytest.mark.parametrize(("N", "V", "D"), [*SIZES[4:], (33 * 128 + 5, 1500, 64)])
+@pytest.mark.parametrize("spread", [4.0, 24.0])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_what_is_left_out_is_small(hopper, never_dense, small_rounds, dtype, spread, N, V, D):
+    """Of anything, with tokens that do not count or have no weight among the others."""
+    small_rounds(3)
+    case = make_case(N + V, (N,), V, D, dtype, spread=spread, ignored=0.1, bias=True, reduction="none")
+    d_loss = np.random.default_rng(N).normal(size=N).astype(np.float32)
+    d_loss[::3] = d_loss[128:256] = 0
+    first = check(hopper, case, d_loss)
+    assert bits_of(check(hopper, case, d_loss)) == bits_of(first)
+
+
+def test_where_nothing_is_between_the_thresholds_they_are_the_same(hopper, small_rounds):
+    """To the bit: each of nine blocks likes some columns, 1 in 16 or so, and gives the others next to nothing."""
+    small_rounds(3)
+    rng = np.random.default_rng(25)
+    case = make_case(25, (1100,), 2000, 64, BFLOAT16, reduction="sum")
+    case.e[...], case.c[...] = 0, 0
+    case.e[np.arange(1100), np.arange(1100) // 128] = 1
+    likes = rng.random((2000, 9)) < 1 / 16
+    likes[:64] = True
+    case.c[:, :9] = np.where(likes, 0, -40)
+    case.targets[:] = rng.integers(0, 64, 1100)
+    result, given = hopper.forward(case), hopper.forward(case.with_options(filter_eps=2.0**-16))
+    np.testing.assert_array_equal(hopper.kept(result, 2000)[::128], likes.T)
+    np.testing.assert_array_equal(hopper.kept_coarsely(result, 2000)[::128], likes.T)
+    assert bits_of(hopper.backward(result)) == bits_of(hopper.backward(given))
+    check(hopper, case)
 
 
 # ---- the same each time

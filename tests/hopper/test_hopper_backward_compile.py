@@ -82,7 +82,7 @@ def test_the_backward(cluster, dtype, capped, with_sums):
     # Sums of dE that are not complete: stored, added to, and at last added. Finished rows in float32: two of dE, two of dC.
     assert compiled.count(r"st\.global\.v4\.f32") == groups
     assert compiled.count(r"red\.relaxed\.gpu\.global\.add\.v4\.f32") == groups
-    assert compiled.count(r"@p ld\.global\.cg\.v4\.u32") == groups + 2 * 4, "and the lists that dE gathers by"
+    assert compiled.count(r"@p ld\.global\.cg\.v4\.u32") == groups + 2 * 4 + 1, "and the lists that dE gathers by, bits for dC"
     assert compiled.count(r"@p st\.global\.v2\.f32") == 2 * 2 * groups
     # Sums cost nothing where they are not wanted: of two columns for each group, over the lanes of a column; and dbias itself.
     assert compiled.count(r"st\.global\.f32") == (2 * groups + 1 if with_sums else 0)

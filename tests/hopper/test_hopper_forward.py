@@ -35,6 +35,10 @@ def check(harness, case):
     kept = harness.kept(result, len(case.c))
     if kept is not None:
         check_survivors(expected, kept, result._problem.options.filter_eps, 128)
+    coarse = harness.kept_coarsely(result, len(case.c))
+    if coarse is not None:
+        check_survivors(expected, coarse, result.plan.coarse_eps, 128)
+        assert not (coarse & ~kept).any(), "what dC is made for survives"
     return result
 
 
@@ -56,7 +60,8 @@ def test_rounds_batches_and_copies_however_small(hopper, data):
             D=D,
             dtype=data.draw(st.sampled_from(DTYPES[:2]), label="dtype"),
             ignored=data.draw(st.sampled_from([0.0, 0.05, 0.9]), label="ignored"),
-            filter_eps=data.draw(st.sampled_from([2.0**-6, None]), label="filter_eps"),
+            filter_eps=(filter_eps := data.draw(st.sampled_from([2.0**-6, "auto", None]), label="filter_eps")),
+            spread=8.0 if filter_eps == "auto" else 2.0,  # so that it drops something
         )
         check(hopper, case)
 
@@ -69,6 +74,26 @@ def test_tokens_that_count_are_gathered_wherever_they_are(hopper, ignored):
     case.targets[out] = -100
     case.e[out] = np.nan  # whatever stands in their rows
     check(hopper, case)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True, "softcap": 100.0, "ignored": 0.3}], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_coarser_bits(hopper, dtype, options):
+    """Of a filter that nobody chose: fewer, with all targets, and all of a block that lost a token."""
+    case = make_case(8, (700,), 3000, 72, dtype, spread=16.0, check_targets=False, **options)
+    counting = np.flatnonzero(case.targets >= 0)
+    case.targets[counting[300]] = 10**6  # in the third block
+    result = check(hopper, case)
+    kept, coarse = hopper.kept(result, 3000), hopper.kept_coarsely(result, 3000)
+    others = np.arange(len(kept)) // 128 != 2
+    assert coarse[~others].all()
+    assert 0.2 < coarse[others].mean() < 0.95 * kept[others].mean()
+    assert coarse[others, case.targets[counting[others]]].all()
+    given = hopper.forward(case.with_options(filter_eps=result._problem.options.filter_eps))
+    np.testing.assert_array_equal(hopper.kept(given, 3000), kept)
+    assert hopper.kept_coarsely(given, 3000) is None
+    assert result.survivor_counts().tolist() == given.survivor_counts().tolist() == kept[::128].sum(axis=1).tolist()
+    np.testing.assert_array_equal(result.dropped_mass().get(), given.dropped_mass().get())
 
 
 def test_every_vocabulary_tile_and_step_counts(hopper):
@@ -163,7 +188,7 @@ def test_a_graph_with_a_pool_of_its_own_leaves_the_memory_of_others_alone(hopper
 
 @pytest.mark.parametrize(("N", "D"), [(1, 64), (256, 16_384), (8192, 8192), (40_000, 64), (20_000, 12_288)])
 def test_memory_stays_within_what_is_promised(hopper, N, D):
-    """1 MiB and 12 bytes a token for the loss alone; the survivors' bits, of whole tiles, beside it."""
+    """1 MiB and 12 bytes a token for the loss alone; the survivors' bits, two for each of whole tiles, beside it."""
     import cupy
 
     from cce_numba.commands.measure import peak_memory
@@ -178,25 +203,29 @@ def test_memory_stays_within_what_is_promised(hopper, N, D):
     assert 0 < for_loss.value <= 2**20 + 12 * N
     with peak_memory(on_device=True) as with_bits:
         cce.forward(e, c, targets)
-    bits = -(-N // 128) * -(-V // 192) * 24
+    bits = 2 * -(-N // 128) * -(-V // 192) * 24
+    assert bits == cce.explain(e, c, targets).survivor_bytes
     assert bits < with_bits.value <= 2**20 + 12 * N + bits
 
 
-def test_rows_that_are_nobodys_flag_nothing_whatever_lies_in_shared_memory(hopper):
+@pytest.mark.parametrize("filter_eps", [2.0**-4, "auto"])
+def test_rows_that_are_nobodys_flag_nothing_whatever_lies_in_shared_memory(hopper, filter_eps):
     """The second CTA of a cluster may have no tokens, and multiplies what it finds; here, infinities of another problem."""
     import cupy
 
-    hot = make_case(4, (512,), 2000, 640, BFLOAT16, filter_eps=2.0**-4)
+    hot = make_case(4, (512,), 2000, 640, BFLOAT16, filter_eps=filter_eps)
     hot.e[...] = np.inf
-    case = make_case(5, (300,), 2000, 640, BFLOAT16, spread=6.0, ignored=0.3, filter_eps=2.0**-4)
+    case = make_case(5, (300,), 2000, 640, BFLOAT16, spread=6.0, ignored=0.3, filter_eps=filter_eps)
     clean = check(hopper, case)
     hopper.forward(hot)
     after = check(hopper, case)
     bits = [result._statistics.survivors for result in (clean, after)]
     cupy.testing.assert_array_equal(*bits)
     blocks = -(-int(clean.n_valid) // 128)
-    assert blocks < len(bits[0])
-    assert not bits[0][blocks:].any()
+    assert blocks < 3
+    assert len(bits[0]) == (6 if filter_eps == "auto" else 3)
+    for rows in (bits[0][:3], bits[0][3:]):
+        assert not rows[blocks:].any()
 
 
 def test_a_thread_of_its_own(hopper):

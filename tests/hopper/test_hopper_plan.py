@@ -54,6 +54,26 @@ def test_work_is_told():
     assert "copies" not in backend.plan(problem(64)).how
 
 
+@pytest.mark.parametrize(
+    ("given", "coarse_eps", "planes"),
+    [
+        ({}, 2.0**-14, 2),
+        ({"filter_eps": "auto", "filter_e_grad": False}, 2.0**-14, 2),
+        ({"filter_c_grad": False}, None, 1),
+        ({"filter_eps": 2.0**-16}, None, 1),
+        ({"filter_eps": None}, None, 0),
+        ({"softcap": 5.0, "label_smoothing": 0.1}, None, 0),
+    ],
+    ids=str,
+)
+def test_a_filter_that_nobody_chose_is_coarser_for_the_classifier(given, coarse_eps, planes):
+    """Then there is a second bit for each block and entry."""
+    plan = backend.plan(problem(64, **given))
+    assert plan.coarse_eps == coarse_eps
+    assert ("128 tokens at once where all are below 6.1e-05" in plan.how) == (coarse_eps is not None)
+    assert plan.survivor_bytes == planes * 8 * 261 * 24, "8 blocks of tokens, 261 tiles of entries"
+
+
 @pytest.mark.parametrize("apart", [None, 72], ids=["contiguous", "a view that the copy engine reads"])
 def test_rows_that_are_no_whole_16_bytes_are_copied_for_the_backward(apart):
     """And so are the gradients, which are stored 16 bytes at a time."""

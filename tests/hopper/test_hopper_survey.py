@@ -29,6 +29,7 @@ class Inputs:
     Attributes:
         tokens: (n_valid,) those that are listed.
         survivors: (blocks, V) bool; None if all are kept.
+        coarse: (blocks, V) bool, those of the survivors that dC is made for; None if for all.
         softmax_weight, target_weight, lse, target_logit, targets: (N,).
         jobs: d_tiles_c, d_tiles_e.
     """
@@ -43,6 +44,7 @@ class Inputs:
     dense_share: float = 0.7
     jobs: tuple[int, int] = (3, 2)
     zero_fill: bool = True
+    coarse: np.ndarray | None = None
 
 
 # ---- the model
@@ -52,6 +54,17 @@ def words(bits: np.ndarray) -> np.ndarray:
     """(..., n) bool as (..., ceil(n / 32)) uint32, the first bit the lowest."""
     padding = [(0, 0)] * (bits.ndim - 1) + [(0, -bits.shape[-1] % 32)]
     return np.ascontiguousarray(np.packbits(np.pad(bits, padding), axis=-1, bitorder="little")).view(np.uint32)
+
+
+def keys_of(survives: np.ndarray, patterns: np.ndarray) -> np.ndarray:
+    """(V,) of columns, by whether they survive somewhere, and by the groups of blocks in which dC is made for them.
+
+    0 for those that survive nowhere, 1 for those that dC needs nowhere; the others by their pattern's place in Gray code, 1 to
+    255. One more than that, as far as 170: so there is room for the 1, and 170 and 171 share a key.
+    """
+    ranks = np.array([bin(x).count("1") & 1 for x in range(256)])  # of each bit: the parity of itself and all higher ones
+    places = sum(ranks[patterns >> bit] << bit for bit in range(8))
+    return np.where(~survives, 0, np.where(patterns == 0, 1, places + (places < 171)))
 
 
 def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
@@ -92,20 +105,24 @@ def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
         if not dense:
             kept &= x.survivors
     found["dense"] = np.array([dense], np.int32)
-    order = np.arange(V)
+    order, needed = np.arange(V), kept
     if not dense:
+        if x.coarse is not None:
+            needed = kept & x.coarse
         n_blocks = -(-n_valid // 128)
-        keys = np.zeros(V, int)
+        patterns = np.zeros(V, int)
         for b in range(n_blocks):
-            keys |= kept[b].astype(int) << (7 - b * 8 // n_blocks)
-        order = np.argsort(-keys, kind="stable")
+            patterns |= needed[b].astype(int) << (7 - b * 8 // n_blocks)
+        order = np.argsort(-keys_of(kept.any(0), patterns), kind="stable")
     found["order"] = np.full(n_ctiles * 128, -1, np.int32)
     found["order"][:V] = order
     in_order = np.zeros((blocks, n_ctiles * 128), bool)
     in_order[:, :V] = kept[:, order]
     found["bits"] = words(in_order)
     counts = in_order.reshape(blocks, n_ctiles, 128).sum(2)
-    found["live"] = words(counts.T > 0)
+    needed_in_order = np.zeros_like(in_order)
+    needed_in_order[:, :V] = needed[:, order]
+    found["live"] = words(needed_in_order.reshape(blocks, n_ctiles, 128).any(2).T)
     before = np.zeros((blocks, n_ctiles + 1), np.int32)
     before[:, 1:] = np.cumsum(counts, axis=1)
     found["before"] = before
@@ -143,8 +160,11 @@ def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
 # ---- inputs
 
 
-def make_inputs(seed, N, V, *, listed=1.0, dead=0.0, density=0.1, **named) -> Inputs:
-    """Columns survive with their own probabilities, of `density` on average, and in some blocks more than in others."""
+def make_inputs(seed, N, V, *, listed=1.0, dead=0.0, density=0.1, coarse=None, **named) -> Inputs:
+    """Columns survive with their own probabilities, of `density` on average, and in some blocks more than in others.
+
+    coarse: this share of a column's survivors, on average, is what dC is made for; of every third column nothing is.
+    """
     rng = np.random.default_rng(seed)
     tokens = np.flatnonzero(rng.random(N) < listed).astype(np.int32)
     blocks = -(-N // 128)
@@ -156,7 +176,11 @@ def make_inputs(seed, N, V, *, listed=1.0, dead=0.0, density=0.1, **named) -> In
     weights[:, rng.random(N) < dead] = 0
     weights[rng.integers(0, 2, N), np.arange(N)] *= rng.random(N) < 0.9  # one of the two may be 0
     z = rng.normal(size=(2, N)).astype(np.float32) * 5
-    return Inputs(tokens, survivors, *weights, *z, rng.integers(0, V, N), **named)
+    x = Inputs(tokens, survivors, *weights, *z, rng.integers(0, V, N), **named)
+    if coarse is not None and survivors is not None:
+        of_column = rng.random(V) ** (1 / coarse - 1) * (np.arange(V) % 3 > 0)
+        x = replace(x, coarse=survivors & (rng.random((blocks, V)) < of_column))
+    return x
 
 
 def strange(x: Inputs) -> Inputs:
@@ -201,6 +225,13 @@ CASES = {
     "one round": (300, 3000, {}, 100),
     "no products": (300, 3000, {"jobs": (0, 0)}, 1),
     "dC alone, no zeros": (300, 3000, {"jobs": (4, 0), "zero_fill": False}, 1),
+    # dC is made for some of what survives, and tiles survive that it does not need; or for nothing.
+    "coarse": (1000, 9000, {"density": 0.15, "listed": 0.9, "dead": 0.2, "coarse": 0.4}, 1),
+    "coarse, many blocks": (40 * 128 + 1, 5000, {"density": 0.07, "coarse": 0.3}, 1),
+    "coarse, dead blocks": (700, 3000, {"dead": 0.99, "density": 0.3, "coarse": 0.4}, 1),
+    "coarse, dense": (600, 5000, {"density": 1.0, "dead": 0.2, "coarse": 0.4}, 1),
+    "coarse, all patterns": (1024, 60_000, {"density": 0.6, "coarse": 0.5}, 100),
+    "coarse, nothing": (300, 1000, {"density": 0.3, "coarse": 1e-9}, 1),
 }
 CHANGES = {
     "strange": strange,
@@ -226,13 +257,23 @@ def plain(N: int) -> Inputs:
     return Inputs(np.arange(N, dtype=np.int32), None, np.ones(N, np.float32), *zeros, np.zeros(N, np.int64))
 
 
+def test_keys_are_places_in_gray_code():
+    """In which one bit is different of neighbours. Two patterns, of many groups, share a key."""
+    places = np.arange(256)
+    patterns = places ^ (places >> 1)
+    assert patterns[[0, 1, 2, 3, 170, 171, 255]].tolist() == [0b0, 0b1, 0b11, 0b10, 0b11111111, 0b11111110, 0b10000000]
+    np.testing.assert_array_equal(np.bitwise_count(patterns[1:] ^ patterns[:-1]), 1)
+    assert keys_of(np.ones(256, bool), patterns).tolist() == [*range(1, 172), *range(171, 256)]
+    assert keys_of(np.zeros(2, bool), np.zeros(2, int)).tolist() == [0, 0]
+
+
 def test_columns_that_survive_in_the_same_blocks_lie_together():
-    """Two blocks, groups 0 and 4 of 8: keys 0x88 for column 1, 0x80 for 4, 0x08 for 2, and 0 for the others."""
+    """Two blocks, groups 0 and 4 of 8: 0x80 for column 4, 0x88 for 1, 0x08 for 2, 0 for the others, in Gray code's order."""
     survivors = np.zeros((2, 6), bool)
     survivors[0, [1, 4]] = survivors[1, [1, 2]] = True
     found = model(SurveyLayout(256, 6, 256), replace(plain(256), survivors=survivors))
-    assert found["order"][:8].tolist() == [1, 4, 2, 0, 3, 5, -1, -1]
-    assert found["bits"].tolist() == [[0b011, 0, 0, 0], [0b101, 0, 0, 0]]
+    assert found["order"][:8].tolist() == [4, 1, 2, 0, 3, 5, -1, -1]
+    assert found["bits"].tolist() == [[0b011, 0, 0, 0], [0b110, 0, 0, 0]]
     assert found["live"].tolist() == [[0b11]]
     assert found["before"].tolist() == [[0, 2], [0, 2]]
     assert found["first_tile"].tolist() == [0, 1]
@@ -241,6 +282,27 @@ def test_columns_that_survive_in_the_same_blocks_lie_together():
     assert found["phase_end"].tolist() == [2, 2 + 3 + 2 * 2], "two lists of logits; one tile of dC, two blocks of dE"
     assert found["whole"].tolist() == found["alive"].tolist() == [0b11]
     assert found["scale"].tolist() == [2.0**13, 2.0**-13]
+
+
+def test_columns_are_sorted_by_what_dc_needs():
+    """Then come those that it does not need, then those that survive nowhere. The rest knows what survives alone."""
+    survivors, coarse = np.zeros((2, 400), bool), np.zeros((2, 400), bool)
+    survivors[:, 50:350] = True
+    survivors[1, 300:350] = False
+    coarse[0, 60:160] = coarse[1, 150:200] = True
+    inputs = replace(plain(256), survivors=survivors, coarse=coarse)
+    found = model(SurveyLayout(256, 400, 256), inputs)
+    order = [*range(60, 160), *range(160, 200), *range(50, 60), *range(200, 350), *range(50), *range(350, 400)]
+    order = [*range(60, 150), *range(150, 160), *order[100:]]  # 0x80, 0x88, 0x08, 0 that survive, 0 that do not
+    assert found["order"].tolist() == [*order, *[-1] * 112]
+    assert found["live"].tolist() == [[0b11], [0b10], [0b00], [0b00]]
+    assert found["n_live_tiles"] == [3]
+    assert found["before"].tolist() == [[0, 128, 256, 300, 300], [0, 128, 250, 250, 250]]
+    in_order = survivors[:, order]
+    np.testing.assert_array_equal(found["bits"], words(np.pad(in_order, ((0, 0), (0, 112)))))
+    everything = model(SurveyLayout(256, 400, 256), replace(inputs, dense_share=0.5))
+    assert everything["dense"] == [1]
+    assert everything["live"].tolist() == [[0b11]] * 4
 
 
 def test_rounds_and_phases():
@@ -295,7 +357,12 @@ def test_tables_hold_what_the_model_says(name):
     layout, x = make_case(name)
     found = model(layout, x)
     assert int(found["n_rounds"][0]) <= layout.rounds_max
-    assert np.array_equal(np.flatnonzero(found["live"].any(1)), np.arange(found["n_live_tiles"][0])), "live tiles are first"
+    survives = np.flatnonzero(np.diff(found["before"], axis=1).any(0))
+    assert np.array_equal(survives, np.arange(found["n_live_tiles"][0])), "tiles with survivors are first"
+    needed = np.flatnonzero(found["live"].any(1))
+    assert np.array_equal(needed, np.arange(len(needed))), "and of these, what dC needs"
+    assert len(needed) <= len(survives)
+    assert len(needed) == len(survives) or x.coarse is not None
     for table, expected in found.items():
         dtype, shape = layout.tables[table]
         assert expected.dtype == dtype
@@ -307,14 +374,23 @@ def test_tables_hold_what_the_model_says(name):
 def test_cases_are_what_they_are_called():
     """So that no case of the list is another one in disguise."""
     found = {name: model(*make_case(name)) for name in CASES}
-    assert {name for name in CASES if found[name]["dense"][0]} == {"dense", "keep all", "keep all, none listed"}
+    dense = {"dense", "coarse, dense", "keep all", "keep all, none listed"}
+    assert {name for name in CASES if found[name]["dense"][0]} == dense
     assert found["many rounds"]["n_rounds"][0] > 32
     assert min(found["many tiles"]["n_live_tiles"][0], 2 * found["many tiles"]["n_rounds"][0]) > 1024
     assert found["tiny"]["n_live_tiles"][0] == 1
     assert found["one round"]["n_rounds"][0] == 1
     for name in ("none listed", "none has weight", "no survivors", "keep all, none listed"):
         assert found[name]["n_live_tiles"][0] == 0
-    assert 0 < found["dead blocks"]["alive"][0] < 2**6 - 1
+    for name in ("dead blocks", "coarse, dead blocks"):
+        assert 0 < found[name]["alive"][0] < 2**6 - 1
+    needed = {name: found[name]["live"].any(1).sum() / found[name]["n_live_tiles"][0] for name in CASES if "coarse" in name}
+    assert {name for name in needed if 0 < needed[name] < 0.9} == set(needed) - {"coarse, dense", "coarse, nothing"}
+    assert needed["coarse, nothing"] == 0
+    for name in ("coarse", "coarse, many blocks", "coarse, dead blocks", "coarse, all patterns"):
+        layout, x = make_case(name)
+        plain_live = model(layout, replace(x, coarse=None))["live"]
+        assert np.bitwise_count(found[name]["live"]).sum() < np.bitwise_count(plain_live).sum()
     assert any(table["whole"].any() for table in found.values())
 
 
@@ -338,8 +414,8 @@ def test_a_round_holds_a_tile():
 ADDRESSES = dict.fromkeys(("tokens", "n_valid", "softmax_weight", "target_weight", "lse", "target_logit", "targets"), 2**40)
 
 
-@pytest.mark.parametrize("keep_all", [False, True])
-def test_launches_are_few_and_take_these_arguments(monkeypatch, keep_all):
+@pytest.mark.parametrize(("keep_all", "coarse_rows"), [(False, 0), (False, 1024), (True, 0)])
+def test_launches_are_few_and_take_these_arguments(monkeypatch, keep_all, coarse_rows):
     grids = {}
 
     def launch(kernel, ctas, *values):
@@ -349,6 +425,7 @@ def test_launches_are_few_and_take_these_arguments(monkeypatch, keep_all):
     monkeypatch.setattr(Kernel, "launch", launch)
     layout = SurveyLayout(131_072, 500_000, 2**24)
     where = ADDRESSES | {"survivors_pointer": 0 if keep_all else 2**40, "pitch_words": 0 if keep_all else 15_630}
+    where |= {"coarse_rows": coarse_rows} if coarse_rows else {}
     survey(layout, 2**41, **where, keep_all=keep_all, dense_share=0.7, d_tiles_c=9, d_tiles_e=9, zero_fill=True)
     assert list(grids) == [f"{name}_kernel" for name in KERNELS]
     assert grids["list_kernel"] == 1024 // 8 + (0 if keep_all else -(-500_000 // 4096))
@@ -390,8 +467,10 @@ def survey_on_gpu(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
     arrays = {name: cupy.asarray(array) for name, array in arrays.items()}
     pointer, pitch_words = 0, 0
     if x.survivors is not None:
-        bits = words(x.survivors)
-        bits[-(-len(x.tokens) // 128) :] = 0x55555555  # nor these
+        planes = [words(plane) for plane in (x.survivors, x.coarse) if plane is not None]
+        for plane in planes:
+            plane[-(-len(x.tokens) // 128) :] = 0x55555555  # nor these
+        bits = np.concatenate(planes)
         survivors = cupy.asarray(np.pad(bits, ((0, 0), (0, 3)), constant_values=2**32 - 1))  # nor what is past the last
         pointer, pitch_words = survivors.data.ptr, survivors.shape[1]
     survey(
@@ -399,6 +478,7 @@ def survey_on_gpu(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
         base.data.ptr,
         survivors_pointer=pointer,
         pitch_words=pitch_words,
+        coarse_rows=0 if x.coarse is None else layout.blocks,
         keep_all=x.survivors is None,
         dense_share=x.dense_share,
         d_tiles_c=x.jobs[0],

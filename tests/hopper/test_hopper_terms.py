@@ -200,7 +200,7 @@ def check(harness, case, d_loss=None, d_lse=None):
     if kept is not None:
         check_survivors(expected, kept, result._problem.options.filter_eps, 128)
     grads = harness.backward(result, d_loss, d_lse)
-    check_gradients(expected, grads, kept, d_loss, d_lse)
+    check_gradients(expected, grads, kept, d_loss, d_lse, coarse_eps=result.plan.coarse_eps)
     return grads
 
 

@@ -33,9 +33,10 @@ def assert_equal(actual, expected):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(("filter_eps", "filter_c_grad"), [(0.01, True), ("auto", True), ("auto", False)])
 @pytest.mark.parametrize(("backend", "scale"), [("simt", 1.0), ("hopper", 1.0), ("", 1.0), ("", 0.5)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_forms_of_the_backends(tensors, backend, scale, dtype):
+def test_the_forms_of_the_backends(tensors, backend, scale, dtype, filter_eps, filter_c_grad):
     """The fakes' shapes are those of each backend's statistics, whatever N and V are."""
     from cce_numba.torch import operators
 
@@ -45,9 +46,10 @@ def test_the_forms_of_the_backends(tensors, backend, scale, dtype):
             cce.explain(e, c, targets, backend=backend or None)
         except cce.BackendUnavailable as why:
             pytest.skip(str(why))
-        options = [-100, 0, 1, 1, -1], [float("nan"), 0.01, scale, 0.0, 0.0]
-        arguments = (e, c, targets, None, None, None, None, *options)
-        torch.library.opcheck(operators.forward_op, (*arguments, f"mean,{backend},", True), test_utils="test_faketensor")
+        eps, word = (float("nan"), filter_eps) if filter_eps == "auto" else (filter_eps, "")
+        options = [-100, 0, 1, int(filter_c_grad), -1], [float("nan"), eps, scale, 0.0, 0.0], f"mean,{backend},{word}"
+        arguments = (e, c, targets, None, None, None, None, *options, True)
+        torch.library.opcheck(operators.forward_op, arguments, test_utils="test_faketensor")
 
 
 def test_on_the_current_stream_without_waiting(tensors):

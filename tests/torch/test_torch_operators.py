@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
@@ -62,6 +65,99 @@ def test_opcheck(device, options, dtype, used, monkeypatch):
     torch.library.opcheck(operators.forward_op, used["forward_op"])
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in used["backward_op"]]
     torch.library.opcheck(operators.backward_op, tuple(detached))
+
+
+@pytest.mark.parametrize("filter_eps", ["auto", 2.0**-16, None])
+def test_options_are_the_same_once_decoded(filter_eps):
+    """So a filter that nobody chose is not taken for one of the same threshold."""
+    from cce_numba import arguments
+    from cce_numba.torch import call, operators
+
+    numbers = {name: value for name, value in arguments.DEFAULTS.items() if name in operators._INTEGERS + operators._REALS}
+    options = numbers | {"reduction": "sum", "backend": "cpu", "filter_eps": filter_eps, "filter_c_grad": False, "shift": 3}
+    decoded = operators._decoded(*operators._encoded(options | {"softcap": 5.0, "check_targets": True}))
+    assert decoded == options | {"softcap": 5.0, "check_targets": True}
+    checked = arguments.options(arguments.DTYPES[1], call.given([None] * len(call.TENSORS), decoded))
+    assert checked.filter_eps == (2.0**-16 if filter_eps else None)
+    assert checked.filter_is_auto == (filter_eps == "auto")
+
+
+@pytest.fixture
+def two_rows(monkeypatch):
+    """The CPU's forward leaves two rows of survivors for each block, as Hopper's does: its own, then others. Counts them."""
+    from cce_numba.cpu import backend
+    from cce_numba.torch import fakes
+
+    forward, made = backend.forward, []
+
+    def with_others(p, plan, *, record_survivors):
+        statistics = forward(p, plan, record_survivors=record_survivors)
+        if not (record_survivors and p.options.filter_is_auto and p.options.filter_c_grad):
+            return statistics
+        bits = statistics.survivors
+        if bits is None:
+            bits = np.full((-(-p.N // statistics.survivor_block), -(-p.V // 8)), 255, np.uint8)
+        made.append(len(bits))
+        return dataclasses.replace(statistics, survivors=np.concatenate([bits, np.full_like(bits, 0x55)]))
+
+    monkeypatch.setattr(backend, "forward", with_others)
+    fakes._Form.of.cache_clear()
+    yield made
+    fakes._Form.of.cache_clear()
+
+
+@pytest.mark.parametrize("options", [{}, {"filter_c_grad": False}, {"filter_e_grad": False}, {"filter_eps": 2.0**-16}], ids=str)
+def test_two_rows_for_each_block(options, two_rows, request):
+    """Fakes know them, autograd keeps them, and gradients are those of the filter's own."""
+    from cce_numba.torch.operators import backward_op, forward_op
+
+    def gradients(function):
+        e, c, targets, bias = problem(dtype=torch.bfloat16)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+            loss = function(e, c, targets.abs(), bias, **options)
+        loss.backward()
+        assert ((4 if has_two else 2), 375) in kept, "survivors"
+        return grads_of((e, c, bias))
+
+    has_two = "filter_eps" not in options and options.get("filter_c_grad", True)
+    plain = gradients(cct.linear_cross_entropy)
+    assert two_rows == ([2] if has_two else [])
+    torch._dynamo.reset()
+    compiled = gradients(torch.compile(cct.linear_cross_entropy, fullgraph=True, backend="aot_eager"))
+    used = request.getfixturevalue("used")
+    with Names():
+        watched = gradients(cct.linear_cross_entropy)
+    torch.library.opcheck(forward_op, used["forward_op"])
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in used["backward_op"]]
+    torch.library.opcheck(backward_op, tuple(detached))
+    for a, b, c in zip(plain, compiled, watched, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("block_rows", [1, 2])
+def test_rows_of_a_device_are_kept_whole(block_rows, monkeypatch):
+    """They go on after the last entry. With a tensor of the CPU that says that it is on a device; nothing reads it."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    from cce_numba import interchange
+    from cce_numba.plan import Statistics
+    from cce_numba.torch import call, memory
+
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
+    given = torch.arange(3 * block_rows * 144, dtype=torch.uint8).reshape(-1, 144)
+    per_token, n_valid, tokens = torch.zeros(300), torch.tensor(300), torch.arange(300, dtype=torch.int32)
+    lse, count, listed, bits = map(interchange.of_cuda_tensor, (per_token, n_valid, tokens, given))
+    p = SimpleNamespace(N=300, V=1000, on_device=True, options=SimpleNamespace(smooths_capped=False))
+    plan = SimpleNamespace(tiles=SimpleNamespace(survivor_block=128))
+    arrays = call._saved(p, Statistics(listed, count, lse, lse, bits[:, :125], 128), True)
+    saved = [memory.tensor_of(array) for array in arrays]
+    kept = saved[call.SAVED.index("survivors")]
+    assert kept.data_ptr() == given.data_ptr()
+    assert torch.equal(kept, given)
+    survivors = call._statistics(p, plan, saved).survivors
+    np.testing.assert_array_equal(survivors, given.numpy()[:, :125])
+    assert survivors.strides == (144, 1)
 
 
 class Names(TorchDispatchMode):

@@ -106,6 +106,7 @@ def make_list_kernel(marked: bool = False) -> Kernel:
         alive: Any,  # (block_words,)
         survivors: Any,  # (blocks, pitch_words)
         pitch_words: Any,
+        coarse_words: Any,  # from a word of survivors to that of dC's, 0 if they are the same
         V: Any,
         keys: Any,  # (chunks, 1024) words of 4 keys
         key_counts: Any,  # (chunks, 256)
@@ -120,13 +121,13 @@ def make_list_kernel(marked: bool = False) -> Kernel:
                 row_targets, row_of, whole, marks,
             )  # fmt: skip
         else:
-            list_columns(cta - token_ctas, n_valid, alive, survivors, pitch_words, V, keys, key_counts, pairs)
+            list_columns(cta - token_ctas, n_valid, alive, survivors, pitch_words, coarse_words, V, keys, key_counts, pairs)
 
     p_i64, p_i32, p_f32 = pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
     p_u32, p_u8, i32 = pointer_to(np.uint32), pointer_to(np.uint8), types.int32
     signature = types.void(
         *(i32, i32, p_i32, p_i64, p_f32, p_f32, p_f32, p_f32, p_i64, p_f32, p_f32, p_i32, p_i32, p_u8),
-        *(p_u32, p_u32, types.int64, i32, p_u32, p_i32, p_i64, types.UniTuple(p_f32, int(marked))),
+        *(p_u32, p_u32, types.int64, types.int64, i32, p_u32, p_i32, p_i64, types.UniTuple(p_f32, int(marked))),
     )
     return Kernel(list_kernel, signature, threads=THREADS)
 
@@ -180,40 +181,64 @@ def _make_list_tokens(marked: bool) -> Any:
     return list_tokens
 
 
+@cuda.jit(device=True, forceinline=True)
+def key_of(pattern: Any, survives: Any) -> Any:
+    """Of a column that dC needs in this pattern of groups: its place in Gray code, in which neighbours differ in one group.
+
+    0 is left for columns that survive nowhere, 1 for those that dC needs nowhere; for that two neighbours share a key: all
+    groups, and all but the last (170 and 171 in Gray code).
+    """
+    rank = np.uint32(pattern ^ (pattern >> np.uint32(1)))
+    rank ^= rank >> np.uint32(2)
+    rank ^= rank >> np.uint32(4)
+    if rank > 0:
+        return np.uint32(rank + np.uint32(1)) if rank < 171 else np.uint32(rank)
+    return np.uint32(1) if survives else np.uint32(0)
+
+
 def _make_list_columns() -> Any:
     block_n, words, chunk_keys, groups, n_keys = SURVIVOR_BLOCK, _WORDS, CHUNK // 4, GROUPS, KEYS
 
     @cuda.jit(device=True, forceinline=True)
     def list_columns(
-        chunk: Any, n_valid: Any, alive: Any, survivors: Any, pitch_words: Any, V: Any, keys: Any, key_counts: Any, pairs: Any
-    ) -> None:
+        chunk: Any, n_valid: Any, alive: Any, survivors: Any, pitch_words: Any, coarse_words: Any, V: Any, keys: Any,
+        key_counts: Any, pairs: Any,
+    ) -> None:  # fmt: skip
         """A thread for each group of blocks and word of 32 columns; then for each 4 columns."""
-        found = cuda.shared.array((groups, words), np.uint32)  # columns that survive somewhere in the group
+        found = cuda.shared.array((groups, words), np.uint32)  # columns that dC needs somewhere in the group
+        found_at_all = cuda.shared.array((groups, words), np.uint32)  # that survive there
         counts, sums = cuda.shared.array(n_keys, np.int32), cuda.shared.array(32, np.int64)
         t = cuda.threadIdx.x
         group, word = t // words, chunk * words + t % words
         n_blocks = (n_valid[0] + block_n - 1) // block_n
         if t < n_keys:
             counts[t] = 0
-        bits, n_pairs = np.uint32(0), np.int64(0)
+        bits, bits_at_all, n_pairs = np.uint32(0), np.uint32(0), np.int64(0)
         if 32 * word < V:
             # Those blocks b with b * groups // n_blocks == group.
             for b in range((group * n_blocks + groups - 1) // groups, ((group + 1) * n_blocks + groups - 1) // groups):
                 kept = np.uint32(survivors[b * pitch_words + word])
+                needed = np.uint32(survivors[b * pitch_words + word + coarse_words])
                 if np.uint32(alive[b >> 5]) >> np.uint32(b & 31) & np.uint32(1):
-                    bits |= kept
+                    bits |= needed
+                    bits_at_all |= kept
                     n_pairs += np.int64(cuda.popc(kept))
-        found[group, t % words] = bits
+        found[group, t % words], found_at_all[group, t % words] = bits, bits_at_all
         _, n_pairs = sum_before(n_pairs, sums)
         if t == 0:
             pairs[chunk] = n_pairs
-        # Four columns' keys, a byte each, whose highest bit is the first group's.
-        four_keys = np.uint32(0)
+        # Four columns' patterns of groups, a byte each, whose highest bit is the first group's.
+        patterns, at_all = np.uint32(0), np.uint32(0)
         for i in range(groups):
             four = found[i, t >> 3] >> np.uint32(4 * (t & 7)) & np.uint32(15)
             # The factor is 1 + 2^7 + 2^14 + 2^21: bit k times 2^(7 k) is the lowest of byte k.
             lowest = np.uint32(four * np.uint32(0x00204081)) & np.uint32(0x01010101)
-            four_keys |= np.uint32(lowest << np.uint32(groups - 1 - i))
+            patterns |= np.uint32(lowest << np.uint32(groups - 1 - i))
+            at_all |= np.uint32(found_at_all[i, t >> 3] >> np.uint32(4 * (t & 7)))
+        four_keys = np.uint32(0)
+        for i in range(4):
+            survives = at_all >> np.uint32(i) & np.uint32(1) != 0
+            four_keys |= np.uint32(key_of(patterns >> np.uint32(8 * i) & np.uint32(255), survives) << np.uint32(8 * i))
         keys[chunk * chunk_keys + t] = four_keys
         for i in range(4):
             if 4 * (chunk * chunk_keys + t) + i < V:
@@ -336,10 +361,26 @@ def make_sort_kernel() -> Kernel:
     """A CTA for each tile of sorted columns, a thread for each column."""
     tile_columns = COLUMN_TILE
 
+    @cuda.jit(device=True, forceinline=True)
+    def bit_at(word: Any, v: Any, i: Any) -> Any:
+        """Column v's bit of its word, as bit i."""
+        return np.uint32((word >> np.uint32(v & 31) & np.uint32(1)) << np.uint32(i))
+
+    @cuda.jit(device=True, forceinline=True)
+    def transposed(of_column: Any, lane: Any) -> Any:
+        """Lane i gets bits i of the warp's lanes: block i's bits of 32 columns."""
+        of_block = np.uint32(0)
+        for i in range(32):
+            columns = np.uint32(cuda.ballot_sync(FULL, (of_column >> np.uint32(i) & np.uint32(1)) != 0))
+            if lane == i:
+                of_block = columns
+        return of_block
+
     def sort_kernel(
         order: Any,  # (n_ctiles * 128,)
         survivors: Any,  # (blocks, pitch_words)
         pitch_words: Any,
+        coarse_words: Any,  # from a word of survivors to that of dC's, 0 if they are the same
         alive: Any,  # (block_words,)
         dense: Any,  # (1,)
         n_live_tiles: Any,  # (1,)
@@ -351,8 +392,9 @@ def make_sort_kernel() -> Kernel:
         counts: Any,  # (blocks, n_ctiles + 1), of which all but the last column
         tile_pairs: Any,  # (n_ctiles,)
     ) -> None:
-        """Fills bits, and how many are set for each tile and block, and for each tile."""
+        """Fills bits, and how many are set for each tile and block, and for each tile; and live, for dC."""
         words = cuda.shared.array((32, 4), np.uint32)  # of 32 blocks
+        needed_words = cuda.shared.array((32, 4), np.uint32)  # the same of what dC needs
         t, tile = cuda.threadIdx.x, cuda.blockIdx.x
         lane, warp, v = t & 31, t >> 5, order[tile * tile_columns + t]
         may_survive, all_survive = v >= 0 and tile < n_live_tiles[0], dense[0] != 0
@@ -360,32 +402,29 @@ def make_sort_kernel() -> Kernel:
         for part in range(block_words):
             # Bit i: this thread's column survives in block 32 * part + i.
             of_column = np.uint32(alive[part]) if may_survive else np.uint32(0)
+            needed_of_column = of_column
             if may_survive and not all_survive:
-                kept = np.uint32(0)
+                kept, needed = np.uint32(0), np.uint32(0)
                 for i in range(32):
-                    b = min(32 * part + i, blocks - 1)
-                    word = np.uint32(survivors[b * pitch_words + (v >> 5)])
-                    kept |= np.uint32((word >> np.uint32(v & 31) & np.uint32(1)) << np.uint32(i))
+                    at = min(32 * part + i, blocks - 1) * pitch_words + (v >> 5)
+                    kept |= bit_at(np.uint32(survivors[at]), v, i)
+                    needed |= bit_at(np.uint32(survivors[at + coarse_words]), v, i)
                 of_column &= kept
-            # Transposed: lane i gets block i's bits of this warp's 32 columns.
-            of_block = np.uint32(0)
-            for i in range(32):
-                columns = np.uint32(cuda.ballot_sync(FULL, (of_column >> np.uint32(i) & np.uint32(1)) != 0))
-                if lane == i:
-                    of_block = columns
-            words[lane, warp] = of_block
+                needed_of_column &= needed
+            words[lane, warp], needed_words[lane, warp] = transposed(of_column, lane), transposed(needed_of_column, lane)
             cuda.syncthreads()
             b = 32 * part + (t >> 2)
             if b < blocks:
                 bits[(b * n_ctiles + tile) * 4 + (t & 3)] = words[t >> 2, t & 3]
             if warp == 0:
-                b, count = 32 * part + lane, np.int32(0)
+                b, count, needed = 32 * part + lane, np.int32(0), np.uint32(0)
                 for i in range(4):
                     count += np.int32(cuda.popc(words[lane, i]))
+                    needed |= needed_words[lane, i]
                 if b < blocks:
                     counts[b * (n_ctiles + 1) + tile] = count
                 n_pairs += count
-                live_of_part = np.uint32(cuda.ballot_sync(FULL, count > 0))
+                live_of_part = np.uint32(cuda.ballot_sync(FULL, needed != 0))
                 if lane == 0:
                     live[tile * block_words + part] = live_of_part
             cuda.syncthreads()
@@ -395,5 +434,7 @@ def make_sort_kernel() -> Kernel:
                 tile_pairs[tile] = n_pairs
 
     p_u32, p_i32, i32 = pointer_to(np.uint32), pointer_to(np.int32), types.int32
-    signature = types.void(p_i32, p_u32, types.int64, p_u32, p_i32, p_i32, i32, i32, i32, p_u32, p_u32, p_i32, p_i32)
+    signature = types.void(
+        *(p_i32, p_u32, types.int64, types.int64, p_u32, p_i32, p_i32, i32, i32, i32, p_u32, p_u32, p_i32, p_i32),
+    )
     return Kernel(sort_kernel, signature, threads=COLUMN_TILE)

@@ -72,7 +72,6 @@ def make_backward_kernel(
         bits_at: Any,  # addresses of tables above
         before_at: Any,
         slot0_at: Any,
-        whole_at: Any,
         # The workspace.
         next_job: Any,  # address of a counter, zeroed
         done: Any,  # address of counters for each phase, zeroed
@@ -126,7 +125,7 @@ def make_backward_kernel(
             elif thread >= first_gatherer:
                 gather(
                     jobs, ring, np.int32(thread - first_gatherer), e, e_pitch_bytes, c, c_pitch_bytes, g, lists, row_of, whole,
-                    live, bits_at, before_at, slot0_at, whole_at, n_ctiles, block_words, first_tile, blocks, dense, D,
+                    live, bits_at, before_at, slot0_at, n_ctiles, block_words, first_tile, blocks, dense, D,
                 )  # fmt: skip
         else:
             raise_registers()
@@ -144,7 +143,7 @@ def make_backward_kernel(
     signature = types.void(
         *(u64, u64, i64, u64, i64, u64, i32, f32, pointer_to(np.int64)),
         *(u64, p_i32, p_u32, p_f32, p_i32, p_i32, p_u32, p_u32, p_i32, p_i32, p_i32, p_i32, p_i32, p_i32, p_i32),
-        *(u64, u64, u64, u64),
+        *(u64, u64, u64),
         *(u64, u64, u64, u64, u64, i32, i32),
         *(u64, i64, i32, u64, u64, i64, i32, p_f32, i32, i32, i32, i32, i32, i32),
         *(types.UniTuple(u64, int(scaled)), types.UniTuple(u64, 2 * smoothed)),

@@ -250,14 +250,17 @@ def make_gather(tiles: BackwardTiles) -> Any:
         )  # fmt: skip
 
     @cuda.jit(device=True, forceinline=True)
-    def slots_of(found: Any, slot: Any, thread: Any) -> Any:
-        """Sixteen of a tile's columns' slots in a block, 8 apart, out of what `find` found; -1 for what does not survive.
+    def slots_of(words: Any, first: Any, block: Any, slot: Any, thread: Any) -> Any:
+        """Whether a block is whole; sixteen of a tile's columns' slots in it, 8 apart, -1 for what does not survive.
 
+        Out of what `in_32_blocks` gives.
         The eight threads that share a row compute two of its slots each, and tell each other.
         """
-        word_0, word_1 = np.uint32(shuffle(found, np.uint32(0))), np.uint32(shuffle(found, np.uint32(1)))
-        word_2, word_3 = np.uint32(shuffle(found, np.uint32(2))), np.uint32(shuffle(found, np.uint32(3)))
-        first = np.int32(slot + shuffle(found, np.uint32(4)) + shuffle(found, np.uint32(5)) - shuffle(found, np.uint32(6)))
+        holder = np.uint32(block & 31)
+        word_0, word_1 = np.uint32(shuffle(np.int32(words[0]), holder)), np.uint32(shuffle(np.int32(words[1]), holder))
+        word_2, word_3 = np.uint32(shuffle(np.int32(words[2]), holder)), np.uint32(shuffle(np.int32(words[3]), holder))
+        first = shuffle(np.int32(first), holder)
+        is_whole, first = first & 1 != 0, np.int32(slot + (first >> 1))
         part, bit = np.uint32(thread & 7), np.uint32((thread >> 3) + 8 * (thread & 3))
         below = np.uint32((np.uint32(1) << bit) - np.uint32(1))
         before_1, before_3 = cuda.popc(word_0), cuda.popc(word_2)
@@ -269,7 +272,7 @@ def make_gather(tiles: BackwardTiles) -> Any:
         next_own = np.int32(first + before_2 + (before_3 if is_second else 0) + cuda.popc(np.uint32(lower & below)))
         next_own = next_own if (lower >> bit) & np.uint32(1) != 0 else np.int32(-1)
         lane = np.uint32(thread & 24)
-        return slots_told(own, lane), slots_told(next_own, lane)
+        return is_whole, slots_told(own, lane), slots_told(next_own, lane)
 
     @cuda.jit(device=True, forceinline=True)
     def slots_told(own: Any, lane: Any) -> Any:
@@ -299,31 +302,17 @@ def make_gather(tiles: BackwardTiles) -> Any:
         return copy_across
 
     @cuda.jit(device=True, forceinline=True)
-    def where_to_find(
-        lane: Any, bits: Any, before: Any, slot0: Any, whole: Any, slots: Any, tile: Any, first: Any, n_ctiles: Any
+    def in_32_blocks(
+        group: Any, lane: Any, bits: Any, before: Any, slot0: Any, slots: Any, tile: Any, first: Any, n_ctiles: Any,
+        blocks: Any, wholes: Any,
     ) -> Any:  # fmt: skip
-        """Where a block's words are that tell a tile's slots, one for each lane: its address for block 0, bytes from a block to
-        the next, and from 32 blocks to the next.
-
-        Lanes 0 to 3: bits; 4 to 6: what the tile's first slot is the sum of; the others: whether blocks are whole.
-        """
-        words = np.uint64(4 * (4 * np.int64(tile) + (lane & 3)))
-        address, step, step_of_32 = np.uint64(bits + words), np.int32(16 * n_ctiles), np.int32(0)
-        if lane == 4:
-            address, step = np.uint64(slot0 + np.uint64(4 * slots)), np.int32(4)
-        elif lane == 5 or lane == 6:
-            column = np.uint64(4 * np.int64(tile if lane == 5 else first))
-            address, step = np.uint64(before + column), np.int32(4 * (n_ctiles + 1))
-        elif lane > 6:
-            address, step, step_of_32 = np.uint64(whole), np.int32(0), np.int32(4)
-        return address, step, step_of_32
-
-    @cuda.jit(device=True, forceinline=True)
-    def find(where: Any, block: Any) -> Any:
-        """This lane's word; later, if nothing is computed of it at once."""
-        wanted = np.uint32(1) if block >= 0 else np.uint32(0)
-        offset = np.int64(np.int32(block)) * np.int64(where[1]) + np.int64(np.int32((block >> 5) * where[2]))
-        return np.int32(load_if(np.uint64(where[0] + np.uint64(offset)), wanted))
+        """What tells a tile's slots in 32 blocks, one a lane: four words of bits; twice its first slot, 1 more if whole."""
+        block = np.int64(min(np.int32(32 * group + lane), np.int32(blocks - 1)))
+        one, row = np.uint32(1), np.uint64(before + np.uint64(4 * (block * (n_ctiles + 1))))
+        words = load_if_4(np.uint64(bits + np.uint64(16 * (block * n_ctiles + tile))), one)
+        of_block = load_if(np.uint64(slot0 + np.uint64(4 * (slots + block))), one)
+        of_tile, of_round = load_if(row + np.uint64(4 * tile), one), load_if(row + np.uint64(4 * first), one)
+        return words, np.int32(2 * np.int32(of_block + of_tile - of_round) + np.int32((wholes >> np.uint32(lane)) & one))
 
     @cuda.jit(device=True, forceinline=True)
     def pass_by(ring: Any, use: Any, stages: Any, lane: Any) -> Any:
@@ -396,7 +385,7 @@ def make_gather(tiles: BackwardTiles) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def gather(
         jobs: Any, ring: Any, thread: Any, e: Any, e_pitch_bytes: Any, c: Any, c_pitch_bytes: Any, g: Any, lists: Any,
-        row_of: Any, whole: Any, live: Any, bits_at: Any, before_at: Any, slot0_at: Any, whole_at: Any, n_ctiles: Any,
+        row_of: Any, whole: Any, live: Any, bits_at: Any, before_at: Any, slot0_at: Any, n_ctiles: Any,
         block_words: Any, first_tile: Any, blocks: Any, dense: Any, D: Any,
     ) -> None:  # fmt: skip
         is_dense = dense[0] != 0
@@ -484,42 +473,42 @@ def make_gather(tiles: BackwardTiles) -> Any:
                             odd = ids_in_list(listed + one_step, k + 3 < k_steps)
                         k = np.int32(k + 2)
             elif k_steps > 0:
-                r = field(jobs, s, ROUND)
-                live_row, slots = np.int64(place) * block_words, np.int64(r) * (blocks + 1)
-                where = where_to_find(lane, bits_at, before_at, slot0_at, whole_at, slots, place, first_tile[r], n_ctiles)
-                word, left, block = next_block(live, live_row, block_words, np.int32(-1), np.uint32(0))
-                found = find(where, block)
-                while block >= 0:
-                    token, wholes = np.int32(block * COLUMN_TILE + row), np.uint32(shuffle(found, np.uint32(7)))
-                    is_whole = np.uint32((wholes >> np.uint32(block & 31)) & np.uint32(1)) != 0
-                    upper, lower = slots_of(found, slot, own)
-                    # Of the next block, in time.
-                    word, left, block = next_block(live, live_row, block_words, word, left)
-                    found = find(where, block)
-                    if is_dense and is_whole:
-                        use = pass_by(ring, use, 2, lane)
-                    else:
-                        half = np.int32(0)
-                        while half < 2:
-                            wait_empty(ring, use)
-                            if not is_dense:
-                                smem, source = (
-                                    np.uint32(a_smem(ring, stage_of(use)) + mine),
-                                    g + part_bytes + np.uint64(_ROW_BYTES * half),
-                                )
-                                # As above.
-                                pitch, present = opaque(np.uint32(G_ROW_BYTES)), np.uint32(1)
-                                copy_rows_or_zeros(smem, upper, source, pitch, present)
-                                copy_rows_or_zeros(np.uint32(smem + _PANEL_BYTES), lower, source, pitch, present)
-                            if not is_whole:
-                                smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
-                                ids, source = (
-                                    ids_in_table(row_of, token + PANEL * half),
-                                    np.uint64(e + part_bytes + np.uint64(2 * d0)),
-                                )
-                                copy_across_or_zeros(smem, ids, source, e_pitch_bytes, row_bytes - 2 * d0)
-                            memory.copy_async_arrive(full(ring, stage_of(use)))
-                            use, half = np.uint32(use + np.uint32(1)), np.int32(half + 1)
+                for group in range(block_words):
+                    # Asked for again each time, or all that follows from it would be kept in registers that are not there.
+                    r, place = field(jobs, s, ROUND), field(jobs, s, PLACE)
+                    words, first = in_32_blocks(
+                        group, lane, bits_at, before_at, slot0_at, np.int64(r) * (blocks + 1), place, first_tile[r], n_ctiles,
+                        blocks, np.uint32(whole[group]),
+                    )  # fmt: skip
+                    left = np.uint32(live[np.int64(place) * block_words + group])
+                    while left != 0:
+                        block = np.int32(32 * group + cuda.ffs(np.int32(left)) - 1)
+                        left = np.uint32(left & (left - np.uint32(1)))
+                        is_whole, upper, lower = slots_of(words, first, block, slot, own)
+                        if is_dense and is_whole:
+                            use = pass_by(ring, use, 2, lane)
+                        else:
+                            half = np.int32(0)
+                            while half < 2:
+                                wait_empty(ring, use)
+                                if not is_dense:
+                                    smem, source = (
+                                        np.uint32(a_smem(ring, stage_of(use)) + mine),
+                                        g + part_bytes + np.uint64(_ROW_BYTES * half),
+                                    )
+                                    # As above.
+                                    pitch, present = opaque(np.uint32(G_ROW_BYTES)), np.uint32(1)
+                                    copy_rows_or_zeros(smem, upper, source, pitch, present)
+                                    copy_rows_or_zeros(np.uint32(smem + _PANEL_BYTES), lower, source, pitch, present)
+                                if not is_whole:
+                                    smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
+                                    ids, source = (
+                                        ids_in_table(row_of, np.int32(block * COLUMN_TILE + row + PANEL * half)),
+                                        np.uint64(e + part_bytes + np.uint64(2 * d0)),
+                                    )
+                                    copy_across_or_zeros(smem, ids, source, e_pitch_bytes, row_bytes - 2 * d0)
+                                memory.copy_async_arrive(full(ring, stage_of(use)))
+                                use, half = np.uint32(use + np.uint32(1)), np.int32(half + 1)
             cuda.syncwarp()
             if lane == 0:
                 mbarrier.arrive(job_empty(jobs, s))

@@ -17,6 +17,7 @@ from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
 from cce_numba.hopper.backward.workspace import Workspace
 from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
 from cce_numba.plan import Gradients, Statistics, ceil_div
+from cce_numba.survivors import coarse_eps_of
 
 # Where more than this share of all pairs of a block and a column survives, all of them are taken, in order. A guess: loss and
 # gradients of 39 % took 0.65 of the time of all (real rows of benchmarks/results/backward_h100.json).
@@ -118,6 +119,7 @@ def _pass(
         at["survey"],
         survivors_pointer=0 if keep_all else bits.data.ptr,
         pitch_words=0 if keep_all else bits.strides[0] // 4,
+        coarse_rows=0 if keep_all or coarse_eps_of(p.options) is None else workspace.blocks,
         keep_all=keep_all,
         dense_share=DENSE_SHARE,
         tokens=statistics.tokens.data.ptr,
@@ -166,7 +168,6 @@ def _pass(
         t.bits,
         t.before,
         t.slot0,
-        t.whole,
         at["counters"],
         at["counters"] + 4,
         at["lists"],

@@ -1,13 +1,13 @@
 """Survivor bits become a plan of work for the backward, on the device: what each block of tokens keeps, and when its turn is.
 
-Columns of the vocabulary that survive in the same blocks come to lie together, in tiles of 128 sorted columns. Tiles go in
+Columns of the vocabulary that dC needs for the same blocks come to lie together, in tiles of 128 sorted columns. Tiles go in
 rounds, each with about as many surviving (block, column) pairs as the workspace has slots. Nothing depends on who comes first:
 atomics only count.
 
 In `columns`:
 
     weigh    the scale of the weights; blocks with work
-    list     each listed token's row; each column's key (which eighths of the blocks it survives in), and how many have which
+    list     each listed token's row; each column's key (for which eighths of the blocks dC needs it), and how many have which
     order    columns, sorted by key
     sort     survivor bits in that order
 
@@ -31,6 +31,7 @@ def survey(
     *,
     survivors_pointer: int,
     pitch_words: int,
+    coarse_rows: int = 0,
     keep_all: bool,
     dense_share: float,
     tokens: int,
@@ -52,6 +53,7 @@ def survey(
         base: address of layout.nbytes bytes, a multiple of 256.
         survivors_pointer: address of (blocks, pitch_words) words of bits; bits of columns past the last are 0. If keep_all, 0.
         pitch_words: at least ceil(V / 32).
+        coarse_rows: if not 0, dC needs less than survives: what it needs are bits as well, so many rows further down.
         keep_all: all columns survive.
         dense_share: if more than this share of all pairs survives, all are taken.
         tokens, n_valid, lse, target_logit: addresses of what the forward found, see `plan.Statistics`.
@@ -62,7 +64,7 @@ def survey(
         marks: address of (N,) float32 if there are further weights: the largest of each token's but the target's; or 0.
     """
     table, blocks, block_words, n_ctiles, V = layout.at(base), layout.blocks, layout.block_words, layout.n_ctiles, layout.V
-    token_ctas, rounds_max = 4 * block_words, layout.rounds_max
+    token_ctas, rounds_max, coarse_words = 4 * block_words, layout.rounds_max, coarse_rows * pitch_words
     make_weigh_kernel().launch(
         1, tokens, n_valid, marks or softmax_weight, target_weight, block_words, table.alive, table.n_alive, table.scale
     )
@@ -85,6 +87,7 @@ def survey(
         table.alive,
         survivors_pointer,
         pitch_words,
+        coarse_words,
         V,
         table.keys,
         table.key_counts,
@@ -110,6 +113,7 @@ def survey(
         table.order,
         survivors_pointer,
         pitch_words,
+        coarse_words,
         table.alive,
         table.dense,
         table.n_live_tiles,

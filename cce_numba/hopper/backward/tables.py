@@ -30,7 +30,7 @@ class Tables(NamedTuple):
     order: int  # (n_ctiles * 128,) int32: the vocabulary's column, -1 past the last
     dense: int  # (1,) int32: 1 if all columns survive in all blocks, or are taken to
     bits: int  # (blocks, n_ctiles * 4) uint32: bit j & 31 of word j >> 5: sorted column j survives in the block
-    live: int  # (n_ctiles, block_words) uint32: bit b: some column of the tile survives in block b
+    live: int  # (n_ctiles, block_words) uint32: bit b: dC needs some column of the tile for block b
     before: int  # (blocks, n_ctiles + 1) int32: columns that survive in the block, in tiles before t
     n_live_tiles: int  # (1,) int32: tiles with a survivor; they are the first
     n_rounds: int  # (1,) int32
