@@ -108,6 +108,16 @@ def _saved(p: Problem, statistics: Statistics, record: bool) -> tuple[Any, ...]:
     return statistics.lse, statistics.target_logit, statistics.n_valid, tokens, bits, mean_logit
 
 
+def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
+    """With zeros for tokens past those that count, where a device has left what was there: results of operators must follow
+    from their arguments."""
+    if not (p.on_device and p.N):
+        return saved
+    n_valid, tokens = (saved[SAVED.index(name)] for name in ("n_valid", "tokens"))
+    tokens = p.xp.where(p.xp.arange(p.N) < n_valid, tokens, tokens.dtype.type(0))
+    return tuple(tokens if name == "tokens" else array for name, array in zip(SAVED, saved, strict=True))
+
+
 def _statistics(p: Problem, plan: Plan, saved: Sequence[torch.Tensor]) -> Statistics:
     """What `_saved` was made of, out of tensors of it."""
     *others, mean_logit = saved

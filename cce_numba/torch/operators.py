@@ -96,7 +96,7 @@ def forward_op(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, *other: 
     given = call.given((e, c, targets, *tensors), _decoded(integers, reals, words))
     with call.prepared(e, c, targets, given) as (problem, plan):
         loss, arrays = call.forward(problem, plan, record)
-        return loss, *memory.tensors_of(arrays)
+        return loss, *memory.tensors_of(call.defined(problem, arrays))
 
 
 @torch.library.custom_op(

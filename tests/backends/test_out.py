@@ -47,6 +47,12 @@ def assert_same(actual, expected):
         np.testing.assert_array_equal(getattr(actual, name), array, err_msg=name)
 
 
+def without_subnormals(gradients):
+    """Zeros for them, which additions on a device may make of them, too."""
+    smallest = {name: x.dtype.type(ml_dtypes.finfo(x.dtype).smallest_normal) for name, x in each(gradients)}
+    return cce.Gradients(**{name: np.where(abs(x) < smallest[name], x.dtype.type(0), x) for name, x in each(gradients)})
+
+
 def assert_sum(case, actual, old, added):
     """actual = old + added, with one rounding more than `added` has, and sums in another order."""
     tolerances = dict(zip(NAMES, gradient_tolerances(expect(case), None, None, None, None), strict=True))
@@ -74,7 +80,7 @@ def test_written_accumulated_and_accumulated_again(harness, edges, data):
     assert_sum(case, on_host(harness, old), cce.Gradients(**before), plain)
     again = filled(harness, plain, lambda name, x: np.zeros(x.shape))
     cce.backward(result, out=again, accumulate=True)
-    assert_same(on_host(harness, again), plain)
+    assert_same(without_subnormals(on_host(harness, again)), without_subnormals(plain))
     cce.backward(result, out=again, accumulate=True)
     assert_sum(case, on_host(harness, again), plain, plain)
 

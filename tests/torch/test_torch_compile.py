@@ -33,9 +33,9 @@ def results(function, tensors):
     return loss, lse, *torch.autograd.grad(loss.sum() + 0.1 * lse.sum(), differentiable)
 
 
-def assert_same(actual, expected):
+def assert_same(actual, expected, rtol=1e-6):
     for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-2 * rtol)
 
 
 OPTIONS = [
@@ -68,7 +68,8 @@ def test_inductor(device):
         return loss + 1e-3 * cct.compute_z_loss(lse, targets, 1), lse
 
     tensors = problem(device)
-    assert_same(results(torch.compile(function, fullgraph=True), tensors), results(function, tensors))
+    # What it makes of the operations around is rounded otherwise.
+    assert_same(results(torch.compile(function, fullgraph=True), tensors), results(function, tensors), rtol=1e-5)
 
 
 def test_tensor_options(device):

@@ -109,9 +109,9 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
     def take(jobs: Any, s: Any, next_job: Any, rank: Any, lane: Any) -> Any:
         """By a warp: the number of this CTA's next job, s, once it is hungry; of a pair, the first takes two, and tells."""
         job = np.int32(0)
+        if s > 0:
+            mbarrier.wait(hungry(jobs), (s - np.uint32(1)) & np.uint32(1))
         if rank == 0:
-            if s > 0:
-                mbarrier.wait(hungry(jobs), (s - np.uint32(1)) & np.uint32(1))
             if lane == 0:
                 job = np.int32(memory.fetch_add_u32(next_job, ctas))
                 if ctas > 1:
