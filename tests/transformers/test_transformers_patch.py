@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from cce_numba.transformers import patch, unpatch  # noqa: E402
+from tests.conftest import skip_or_fail_without_gpu  # noqa: E402
 
 README = Path(__file__).parent.parent.parent / "README.md"
 B, S, V = 2, 11, 200
@@ -282,6 +283,25 @@ def test_bfloat16(batch):
     loss = patch(model)(**batch).loss
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=2.0**-7, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2.0**-5)], ids=str)
+@pytest.mark.parametrize("name", ["Llama tied", "Qwen3", "Gemma2", "Mistral", "Phi3"])
+def test_on_a_gpu(name, dtype, rtol, batch):
+    """By norms: products there are rounded otherwise, and gradients with 16 bits differ by some rounding of each layer."""
+    skip_or_fail_without_gpu()
+    if not torch.cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    model = make(name).to("cuda", dtype)
+    on_device = {key: x.cuda() if isinstance(x, torch.Tensor) else x for key, x in batch.items()}
+    (output, grads), (expected, expected_grads) = unpatched_and_patched(model, on_device)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss.float(), expected.loss.float(), rtol=rtol / 4, atol=0)
+    floor = rtol * 1e-2 * max(grad.float().norm().item() for grad in expected_grads.values())
+    for key, grad in expected_grads.items():
+        error = (grads[key].float() - grad.float()).norm().item()
+        assert error <= rtol * grad.float().norm().item() + floor, f"{key}: off by {error}"
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Granite"])
