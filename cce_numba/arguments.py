@@ -101,6 +101,11 @@ class Options:
         return self.filter_eps if self.filter_c_grad else None
 
     @property
+    def filters(self) -> bool:
+        """Whether any gradient is filtered: then a forward whose backward will come records survivors."""
+        return self.filter_eps is not None and (self.filter_e_grad or self.filter_c_grad)
+
+    @property
     def smooths_capped(self) -> bool:
         """Whether label smoothing meets a softcap: its uniform term is then not linear in e and c, so kernels take it."""
         return self.label_smoothing > 0 and self.softcap is not None

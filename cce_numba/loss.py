@@ -305,7 +305,7 @@ def _prepared(
 
 
 def _statistics(problem: Problem, plan: Plan, *, with_grad: bool) -> Statistics:
-    record = with_grad and (problem.options.filter_eps_e is not None or problem.options.filter_eps_c is not None)
+    record = with_grad and problem.options.filters
     return planning.backend_module(plan.backend).forward(problem, plan, record_survivors=record)
 
 

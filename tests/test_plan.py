@@ -80,6 +80,20 @@ def test_a_filter_that_is_left_out_is_told():
 
 
 @not_simulated
+def test_survivors_take_memory_where_some_gradient_is_filtered():
+    """Where both are exact none are recorded, whichever way it was asked for."""
+    for named, any_filtered in (
+        ({}, True),
+        ({"filter_e_grad": False}, True),
+        ({"filter_c_grad": False}, True),
+        ({"filter_e_grad": False, "filter_c_grad": False}, False),
+        ({"filter_eps": None}, False),
+    ):
+        assert (cce.explain(e, c, targets, **named).survivor_bytes > 0) == any_filtered
+        assert (cce.forward(e, c, targets, **named)._statistics.survivors is not None) <= any_filtered
+
+
+@not_simulated
 def test_no_backend_at_all(monkeypatch):
     monkeypatch.setattr(planning, "BACKENDS", ("simt",))
     with pytest.raises(cce.BackendUnavailable, match="no backend can run this:\n  simt: the arrays are on the host"):

@@ -33,7 +33,7 @@ def plan(p: Problem) -> Plan:
         how=f"blocks of {tiles.block_v} vocabulary entries through the BLAS in {p.compute_dtype}{separate}",
         tiles=tiles,
         forward_bytes=blocks,
-        survivor_bytes=0 if p.options.filter_eps is None else survivor_bytes(p, tiles.survivor_block),
+        survivor_bytes=survivor_bytes(p, tiles.survivor_block) if p.options.filters else 0,
         backward_bytes=blocks + accumulator,
         stored_logits_bytes=p.logits_bytes,
     )

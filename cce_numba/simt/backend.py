@@ -60,7 +60,7 @@ def plan(p: Problem) -> Plan:
         tiles=tiles,
         # Up to twice the splits (see forward_kernels._HEAD); or once, and float64 totals of logits beside them.
         forward_bytes=p.N * (4 * splits * itemsize + 8),
-        survivor_bytes=0 if p.options.filter_eps is None else survivor_bytes(p, tiles.survivor_block),
+        survivor_bytes=survivor_bytes(p, tiles.survivor_block) if p.options.filters else 0,
         backward_bytes=backward_bytes(p),
         stored_logits_bytes=p.logits_bytes,
     )

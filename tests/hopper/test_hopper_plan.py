@@ -62,6 +62,7 @@ def test_work_is_told():
         ({"filter_c_grad": False}, None, 1),
         ({"filter_eps": 2.0**-16}, None, 1),
         ({"filter_eps": None}, None, 0),
+        ({"filter_e_grad": False, "filter_c_grad": False}, None, 0),
         ({"softcap": 5.0, "label_smoothing": 0.1}, None, 0),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""The survey's first half: which tokens have work, and the vocabulary's columns in the order of the blocks that keep them."""
+"""The survey's first half: which tokens have work, and columns in the order of the blocks that dC needs them for."""
 
 from __future__ import annotations
 

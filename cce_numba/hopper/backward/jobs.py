@@ -4,7 +4,10 @@ All CTAs take jobs off one queue, in the order of `survey`'s phases:
 
     G(0)  G(1) P(0)  G(2) P(1)  ...  P(R-1)
 
-With clusters of two, a pair takes neighbouring jobs: they have as many stages, and often the same A.
+With clusters of two, a pair takes neighbouring jobs, and often both multiply the same A. A stage is free once both CTAs have
+let go of it, so both must go through equally many, or they wait for each other forever: phases have even numbers of jobs, and
+those of dE and dC come in rows of an even number of tiles (see `run`). The pair's first CTA takes two numbers off the queue,
+and mails one to the second, once this has read the one before.
 
 G(r) recomputes the logits of round r and writes G to the workspace; P(r) multiplies it: dC of the round's vocabulary entries,
 and what they add to dE. A phase begins when those that it depends on are done, which the phase in between gives them time for.

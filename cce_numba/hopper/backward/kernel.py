@@ -1,6 +1,6 @@
 """The kernel of the backward: persistent CTAs that take jobs until none is left (see `jobs`).
 
-Two CTAs of a cluster take neighbouring jobs, and fetch together what both multiply.
+The CTAs of a pair, a cluster of two, take neighbouring jobs, and fetch together what both multiply.
 
 producer warpgroup      warp 0: one thread fetches tiles with the bulk copy engine
                         warp 1: takes jobs off the queue and describes them
@@ -98,7 +98,7 @@ def make_backward_kernel(
         logit_scale: Any,  # (address of (N,) by row of e,), or () if not scaled
         smoothing: Any,  # (address of (N,) uniform weights, of (V,) class weights or 0), or () if not smoothed
     ) -> None:
-        """Any grid of clusters. Writes or adds to d_c, adds to d_e."""
+        """Any grid of clusters. Writes or adds to d_c, and to d_e's rows of listed tokens with weight; writes d_bias."""
         staging = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
         ring = np.uint32(staging + staging_bytes)
         jobs = np.uint32(ring + ring_bytes)

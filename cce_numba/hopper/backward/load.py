@@ -6,8 +6,8 @@
     D_C      G: 128 columns of a tile x 64 tokens     rows of e: those tokens x 192 hidden
 
 Panels of consecutive rows are fetched by the bulk copy engine: rows of e of a block in which every token counts, G for D_E, and
-if nothing is filtered (dense) rows of c, and G for D_C. Other rows are copied one by one by two warps, 16 bytes a lane; rows of
-nobody become zeros.
+if nothing is filtered (dense) rows of c, and G for D_C. Where both CTAs of a pair multiply such an A, each fetches one of its
+panels for both. Other rows are copied one by one by two warps, 16 bytes a lane; rows of nobody become zeros.
 """
 
 from __future__ import annotations
@@ -46,6 +46,18 @@ G_ROW_BYTES = 2 * COLUMN_TILE  # a column of G: 128 tokens
 def has_bit(words: Any, i: Any) -> Any:
     """Bit i of a row of 32-bit words."""
     return (words[i >> 5] >> np.uint32(i & 31)) & np.uint32(1) != 0
+
+
+@cuda.jit(device=True, forceinline=True)
+def next_block(live: Any, row: Any, block_words: Any, word: Any, left: Any) -> Any:
+    """`(word, left, block)`: the next block in a row of bits, -1 if there is none; `left` of a word are still to come."""
+    while left == 0:
+        word = np.int32(word + 1)
+        if word >= block_words:
+            return word, np.uint32(0), np.int32(-1)
+        left = np.uint32(live[row + word])
+    bit = np.int32(cuda.ffs(np.int32(left)) - 1)
+    return word, np.uint32(left & (left - np.uint32(1))), np.int32(32 * word + bit)
 
 
 @functools.cache
@@ -253,8 +265,7 @@ def make_gather(tiles: BackwardTiles) -> Any:
     def slots_of(words: Any, first: Any, block: Any, slot: Any, thread: Any) -> Any:
         """Whether a block is whole; sixteen of a tile's columns' slots in it, 8 apart, -1 for what does not survive.
 
-        Out of what `in_32_blocks` gives.
-        The eight threads that share a row compute two of its slots each, and tell each other.
+        Out of what `in_32_blocks` gives. The eight threads that share a row compute two of its slots each, and tell each other.
         """
         holder = np.uint32(block & 31)
         word_0, word_1 = np.uint32(shuffle(np.int32(words[0]), holder)), np.uint32(shuffle(np.int32(words[1]), holder))
@@ -515,15 +526,3 @@ def make_gather(tiles: BackwardTiles) -> Any:
             s = np.uint32(s + np.uint32(1))
 
     return gather
-
-
-@cuda.jit(device=True, forceinline=True)
-def next_block(live: Any, row: Any, block_words: Any, word: Any, left: Any) -> Any:
-    """`(word, left, block)`: the next block in a row of bits, -1 if there is none; `left` of a word are still to come."""
-    while left == 0:
-        word = np.int32(word + 1)
-        if word >= block_words:
-            return word, np.uint32(0), np.int32(-1)
-        left = np.uint32(live[row + word])
-    bit = np.int32(cuda.ffs(np.int32(left)) - 1)
-    return word, np.uint32(left & (left - np.uint32(1))), np.int32(32 * word + bit)

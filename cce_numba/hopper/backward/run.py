@@ -20,7 +20,7 @@ from cce_numba.plan import Gradients, Statistics, ceil_div
 from cce_numba.survivors import coarse_eps_of
 
 # Where more than this share of all pairs of a block and a column survives, all of them are taken, in order. A guess: loss and
-# gradients of 39 % took 0.65 of the time of all (real rows of benchmarks/results/backward_h100.json).
+# gradients of 39 % took 0.61 of the time of all (real rows of benchmarks/results/backward_h100.json).
 DENSE_SHARE = 0.7
 TILES, PAIRED_TILES = BackwardTiles(cluster=1), BackwardTiles(cluster=2)
 _THREADS = 1024
@@ -136,7 +136,7 @@ def _pass(
     )
     t = workspace.survey.at(at["survey"])
     capped, with_sums = p.options.softcap is not None, d_bias is not None
-    # Neighbouring jobs of dE and dC are tiles of one row, if rows are so many.
+    # A pair's jobs must have equally many stages: those of dE and dC, which are neighbours, must be tiles of one row.
     tiles = PAIRED_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
     kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, bool(scale), bool(smoothing))
     kernel.launch(

@@ -13,7 +13,7 @@ from cce_numba.hopper.backward.tiles import COLUMN_TILE
 from cce_numba.hopper.tiles import SURVIVOR_BLOCK
 from cce_numba.plan import ceil_div
 
-GROUPS = 8  # of blocks, one for each bit of a column's key
+GROUPS = 8  # of blocks: a column's key tells in which of them dC needs it (`columns.key_of`)
 KEYS = 2**GROUPS
 CHUNK = 4096  # columns that a CTA sorts
 _ALIGNMENT_BYTES = 256
@@ -36,11 +36,11 @@ class Tables(NamedTuple):
     n_rounds: int  # (1,) int32
     first_tile: int  # (rounds_max + 1,) int32: of each round; n_live_tiles after the last round
     slot0: int  # (rounds_max, blocks + 1) int32: columns, padded to multiples of 64, of blocks before b
-    first_g: int  # (rounds_max, blocks + 1) int32: jobs of 192 columns of blocks before b
+    first_g: int  # (rounds_max, blocks + 1) int32: jobs (192 columns) of blocks before b; at the end of all, made even
     phase_end: int  # (2 * rounds_max,) int32: jobs up to the end of each phase
     # What only the survey itself needs.
     n_alive: int  # (1,) int32: blocks with work
-    keys: int  # (chunks * 4096,) uint8 for each column
+    keys: int  # (chunks * 4096,) uint8, of each column
     key_counts: int  # (chunks, 256) int32
     pairs: int  # (chunks,) int64: surviving (block, column) pairs
     tile_pairs: int  # (n_ctiles,) int32
