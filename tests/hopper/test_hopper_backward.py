@@ -10,7 +10,7 @@ import pytest
 import cce_numba as cce
 from tests.cases import DTYPES, Case, make_case
 from tests.checks import assert_within, check_gradients, check_survivors, expect
-from tests.harness import HopperHarness, SimulatorHarness
+from tests.harness import SimulatorHarness
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,14 +20,6 @@ pytestmark = [
 ]
 FLOAT16, BFLOAT16 = DTYPES[:2]
 NAMES = ("e", "c", "bias")
-
-
-@pytest.fixture(scope="module")
-def hopper(request):
-    request.getfixturevalue("gpu")
-    if reason := HopperHarness.why_not():
-        pytest.skip(reason)
-    return HopperHarness()
 
 
 @pytest.fixture

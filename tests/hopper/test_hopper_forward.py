@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import cce_numba as cce
 from tests.cases import DTYPES, make_case, sizes
 from tests.checks import check_forward, check_survivors, expect
-from tests.harness import HopperHarness, SimulatorHarness
+from tests.harness import SimulatorHarness
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,14 +19,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 BFLOAT16 = DTYPES[1]
-
-
-@pytest.fixture(scope="module")
-def hopper(request):
-    request.getfixturevalue("gpu")
-    if reason := HopperHarness.why_not():
-        pytest.skip(reason)
-    return HopperHarness()
 
 
 def check(harness, case):

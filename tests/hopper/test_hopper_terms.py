@@ -16,7 +16,7 @@ from cce_numba.interchange import BFLOAT16
 from tests import offline
 from tests.cases import DTYPES, cases, filters, make_case, with_terms
 from tests.checks import check_forward, check_gradients, check_survivors, expect
-from tests.harness import HopperHarness, SimulatorHarness
+from tests.harness import SimulatorHarness
 
 if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
@@ -168,14 +168,6 @@ def test_adding_up_logits_takes_memory():
 
 
 # ---- on a GPU
-
-
-@pytest.fixture(scope="module")
-def hopper(request):
-    request.getfixturevalue("gpu")
-    if reason := HopperHarness.why_not():
-        pytest.skip(reason)
-    return HopperHarness()
 
 
 @pytest.fixture(autouse=True, scope="module")

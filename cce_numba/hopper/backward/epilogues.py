@@ -15,8 +15,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from cce_numba.hopper.backward.load import G_ROW_BYTES
-from cce_numba.hopper.backward.tiles import G_BOX, PANEL, STAGING_BYTES
+from cce_numba.hopper.backward.tiles import G_BOX, G_ROW_BYTES, PANEL, STAGING_BYTES
 from cce_numba.hopper.fold import LOG2E
 from cce_numba.hopper.fragment import change_chunks, visit_chunks
 from cce_numba.ptx import arithmetic, control, memory

@@ -17,8 +17,9 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from cce_numba.hopper.backward.gather import make_gather
 from cce_numba.hopper.backward.jobs import make_job_ring, make_schedule
-from cce_numba.hopper.backward.load import make_copy, make_gather
+from cce_numba.hopper.backward.load import make_copy
 from cce_numba.hopper.backward.multiply import make_work
 from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to

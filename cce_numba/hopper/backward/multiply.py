@@ -36,8 +36,7 @@ from cce_numba.hopper.backward.jobs import (
     STORED,
     make_job_ring,
 )
-from cce_numba.hopper.backward.load import G_ROW_BYTES
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, STAGING_BYTES, BackwardTiles
+from cce_numba.hopper.backward.tiles import COLUMN_TILE, G_ROW_BYTES, STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.schedule import quotient
 from cce_numba.ptx import arithmetic, control, mbarrier, memory, wgmma

@@ -9,9 +9,8 @@ import numpy as np
 
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.epilogues import PARTS
-from cce_numba.hopper.backward.load import G_ROW_BYTES
 from cce_numba.hopper.backward.tables import SurveyLayout
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, LIST_TILE, PANEL
+from cce_numba.hopper.backward.tiles import COLUMN_TILE, G_ROW_BYTES, K_STEP, LIST_TILE, PANEL
 from cce_numba.hopper.tiles import SURVIVOR_BLOCK
 from cce_numba.plan import ceil_div
 
