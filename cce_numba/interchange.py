@@ -244,6 +244,9 @@ def _take_torch(name: str, tensor: Any) -> Any:
             f"{name}: requires grad, and these functions are not recorded by autograd; pass {name}.detach() and use the "
             "returned gradients, or call them under torch.no_grad()"
         )
+    if tensor.layout is not torch.strided or tensor.is_neg():  # its memory does not hold its elements one by one, as they are
+        what = "a view that negates another's elements" if tensor.layout is torch.strided else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: must be a strided tensor whose memory holds its values, got {what}")
     tensor = tensor.detach()
     if tensor.is_cuda:
         _cupy_for(name, tensor)

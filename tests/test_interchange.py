@@ -107,6 +107,14 @@ class TestTorchOnTheHost:
         loss = cce.linear_cross_entropy(e, torch.from_numpy(CASE.c), torch.from_numpy(CASE.targets))
         assert isinstance(loss, torch.Tensor)
 
+    def test_a_tensor_whose_memory_is_not_its_values(self, torch):
+        """On a GPU the memory of such a view would be read as it lies, with the wrong sign."""
+        e, c, targets = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])
+        with pytest.raises(TypeError, match=r"e: must be a strided tensor .* got a view that negates another's elements"):
+            cce.linear_cross_entropy(torch._neg_view(e), c, targets)
+        with pytest.raises(TypeError, match=r"c: must be a strided tensor .* got layout torch.sparse_coo"):
+            cce.linear_cross_entropy(e, c.to_sparse(), targets)
+
     def test_a_device_that_is_neither(self, torch):
         with pytest.raises(TypeError, match="e: must be on the CPU or an NVIDIA GPU, got a tensor on meta"):
             cce.linear_cross_entropy(torch.ones(2, 3, device="meta"), CASE.c, CASE.targets)
