@@ -14,7 +14,7 @@ import numpy as np
 import cce_numba as cce
 from cce_numba.commands.measure import to_host
 from cce_numba.interchange import array_module
-from cce_numba.plan import unpack_survivors
+from cce_numba.survivors import unpack_survivors
 
 _ERROR = 1e-5  # of a log-sum-exp or a logit, relative to 1 + the largest logit of the token
 _SAMPLE = 256

@@ -12,9 +12,9 @@ import numpy as np
 from rich.console import Console
 
 from cce_numba.commands import machine
-from tests.cases import DTYPES, make_case
-from tests.checks import check_forward, check_gradients, check_survivors, expect
-from tests.harness import GpuHarness
+from tests.helpers.cases import DTYPES, make_case
+from tests.helpers.checks import check_forward, check_gradients, check_survivors, expect
+from tests.helpers.harness import GpuHarness
 
 
 class OddHarness(GpuHarness):

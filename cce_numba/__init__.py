@@ -7,6 +7,7 @@
 (np.float64(2.0794), (8, 4))
 """
 
+from cce_numba.backend import BackendUnavailable, Gradients
 from cce_numba.loss import (
     Result,
     backward,
@@ -17,7 +18,7 @@ from cce_numba.loss import (
     linear_cross_entropy_with_grad,
     linear_logsumexp,
 )
-from cce_numba.plan import BackendUnavailable, Gradients, Plan
+from cce_numba.plan import Plan
 
 __version__ = "0.1.0"
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import cce_numba
+from cce_numba.backend import BACKENDS, BackendUnavailable
 from cce_numba.commands import DTYPES, Exit, UsageError
-from cce_numba.plan import BACKENDS, BackendUnavailable
 
 _EXIT_CODES = f"""\
 exit codes:

@@ -10,7 +10,7 @@ import numpy as np
 
 from cce_numba import arguments, interchange
 from cce_numba.arguments import GRADIENTS, Problem
-from cce_numba.plan import Gradients
+from cce_numba.backend import Gradients
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cce_numba.arguments import Problem
-from cce_numba.plan import Statistics
+from cce_numba.backend import Statistics
 
 _ROWS_BYTES = 32 * 2**20  # of e, and of c, at a time, in the compute dtype
 _MOST_ROWS = 1024

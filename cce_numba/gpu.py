@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import threading
 from dataclasses import dataclass
 from typing import Any
+
+from numba import config
+
+SIMULATED = bool(config.ENABLE_CUDASIM)  # NUMBA_ENABLE_CUDASIM: kernels run in Python, on NumPy arrays
 
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # cudaDeviceAttr
 
@@ -50,3 +55,27 @@ def bind_context() -> None:
 def _facts(device: int) -> Gpu:
     attribute = cupy().cuda.runtime.deviceGetAttribute
     return Gpu((attribute(_MAJOR, device), attribute(_MINOR, device)), attribute(_MULTIPROCESSORS, device))
+
+
+def why_not(on_device: bool) -> str | None:
+    """Why no kernel can run on arrays that are on a GPU, or are not, or None if kernels can."""
+    if on_device:
+        return _missing_compiler()
+    if importlib.util.find_spec("cupy") is None:
+        return "the arrays are on the host, and CuPy, which GPU arrays need, is not installed: pip install 'cce_numba[cuda13]'"
+    if not importlib.import_module("numba.cuda").is_available():
+        return "the arrays are on the host, and no NVIDIA GPU with a working driver was found"
+    return "the arrays are on the host: move them with cupy.asarray(...)"
+
+
+@functools.cache
+def _missing_compiler() -> str | None:
+    """Why Numba cannot compile kernels here, or None."""
+    try:
+        importlib.import_module("numba.cuda.cudadrv.nvvm").NVVM()
+    except Exception as error:
+        return (
+            f"numba-cuda finds no compiler ({type(error).__name__}): pip install 'cce_numba[cuda13]' (or cuda12, to match the "
+            "driver)"
+        )
+    return None

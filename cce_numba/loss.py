@@ -1,7 +1,7 @@
 """The public functions: check the arguments, plan, call the backend, and make the loss out of its statistics.
 
 The algebra of the loss lives here and in `terms.py`, once for all backends: a backend gives each token's log-sum-exp and
-target logit, and takes two weights per token back (`plan.Backend`). A new loss term changes how these are combined, not the
+target logit, and takes two weights per token back (`backend.Backend`). A new loss term changes how these are combined, not the
 kernels.
 """
 
@@ -18,8 +18,10 @@ import numpy as np
 from cce_numba import arguments, dropped, interchange, terms
 from cce_numba import plan as planning
 from cce_numba.arguments import LossOptions, Problem
+from cce_numba.backend import Gradients, Statistics, backend_module
 from cce_numba.destination import Destination
-from cce_numba.plan import Gradients, Plan, Statistics
+from cce_numba.plan import Plan
+from cce_numba.survivors import unpack_survivors
 from cce_numba.terms import Terms
 
 
@@ -64,7 +66,7 @@ class Result:
         if self._statistics.survivors is None:
             n_blocks = -(-int(self._statistics.n_valid) // self._statistics.survivor_block)
             return np.full(n_blocks, self._problem.V)
-        return planning.unpack_survivors(self._statistics, self._problem.V).sum(axis=1)
+        return unpack_survivors(self._statistics, self._problem.V).sum(axis=1)
 
     def dropped_mass(self) -> Any:
         """Per token, the probability that the filter drops: the sum of the softmax over the entries that its block leaves out.
@@ -261,7 +263,7 @@ def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) ->
     """
     only = ("bias", "ignore_index", "softcap", "logit_scale", "shift", "check_targets", "backend")
     with _prepared(e, c, targets, options, only) as (problem, plan):
-        return _exported(problem, planning.backend_module(plan.backend).indexed_dot(problem, plan))
+        return _exported(problem, backend_module(plan.backend).indexed_dot(problem, plan))
 
 
 def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
@@ -276,7 +278,7 @@ def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
     """
     only = ("bias", "softcap", "logit_scale", "shift", "backend")
     with _prepared(e, c, arguments.NO_TARGETS, options, only) as (problem, plan):
-        statistics = planning.backend_module(plan.backend).forward(problem, plan, record_survivors=False)
+        statistics = backend_module(plan.backend).forward(problem, plan, record_survivors=False)
         return _exported(problem, statistics.lse)
 
 
@@ -306,7 +308,7 @@ def _prepared(
 
 def _statistics(problem: Problem, plan: Plan, *, with_grad: bool) -> Statistics:
     record = with_grad and problem.options.filters
-    return planning.backend_module(plan.backend).forward(problem, plan, record_survivors=record)
+    return backend_module(plan.backend).forward(problem, plan, record_survivors=record)
 
 
 def _loss(problem: Problem, plan: Plan, statistics: Statistics, parts: Terms | None) -> Any:
@@ -314,7 +316,7 @@ def _loss(problem: Problem, plan: Plan, statistics: Statistics, parts: Terms | N
         return _exported(problem, statistics.lse - statistics.target_logit if parts is None else parts.per_token())
     if parts is not None:
         return problem.kind.export(parts.reduced())
-    return problem.kind.export(planning.backend_module(plan.backend).reduced_nll(problem, statistics))
+    return problem.kind.export(backend_module(plan.backend).reduced_nll(problem, statistics))
 
 
 def _exported(problem: Problem, flat: Any) -> Any:
@@ -354,6 +356,6 @@ def _backward(
         else:
             parts.write_uniform(smooth_weight, into, accumulate)
             accumulate = True
-    module = planning.backend_module(plan.backend)
+    module = backend_module(plan.backend)
     module.backward(problem, plan, statistics, softmax_weight, target_weight, uniform_weight, into, accumulate)
     return destination.returned(problem, into)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from cce_numba.arguments import Problem
-from cce_numba.plan import Statistics
+from cce_numba.backend import Statistics
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
-    """See `plan.Backend`."""
+    """See `backend.Backend`."""
     total = (statistics.lse - statistics.target_logit).sum(dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: 0 / 0 = nan, as PyTorch has it
         loss = total / statistics.n_valid if p.options.reduction == "mean" else total

@@ -26,7 +26,7 @@ import numpy as np
 
 from cce_numba import interchange
 from cce_numba.arguments import Problem
-from cce_numba.plan import Gradients, Statistics
+from cce_numba.backend import Gradients, Statistics
 
 # Of e, c and their gradients at a time, in the compute dtype; there are up to three such pieces at once.
 _HOST_BYTES, _DEVICE_BYTES = 4 * 2**20, 32 * 2**20

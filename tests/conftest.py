@@ -7,9 +7,9 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests import offline
-from tests.cases import Edges
-from tests.harness import CpuHarness, GpuHarness, Harness, HopperHarness, SimulatorHarness, why_no_gpu
+from tests.helpers import offline
+from tests.helpers.cases import Edges
+from tests.helpers.harness import CpuHarness, GpuHarness, Harness, HopperHarness, SimulatorHarness, why_no_gpu
 
 # quick is for every commit; long, on a GPU, looks around far more. Deadlines mean nothing where kernels are compiled.
 _CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}

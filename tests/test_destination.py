@@ -10,8 +10,8 @@ import pytest
 
 import cce_numba as cce
 from cce_numba import interchange
-from cce_numba import plan as planning
 from cce_numba.arguments import Problem
+from cce_numba.backend import backend_module
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 e = np.ones((2, 3, 4), np.float32)
@@ -55,8 +55,8 @@ class OnlyDlpack:
 @pytest.fixture
 def nothing_runs(monkeypatch):
     """No backend may be asked to compute anything."""
-    monkeypatch.setattr(planning.backend_module("cpu"), "forward", None)
-    monkeypatch.setattr(planning.backend_module("cpu"), "backward", None)
+    monkeypatch.setattr(backend_module("cpu"), "forward", None)
+    monkeypatch.setattr(backend_module("cpu"), "backward", None)
 
 
 RESULT = cce.forward(e, c, targets, bias=bias, backend="cpu")

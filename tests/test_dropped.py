@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cce_numba as cce
-from tests.cases import DTYPES, make_case
+from tests.helpers.cases import DTYPES, make_case
 
 
 @pytest.mark.parametrize(("N", "V", "D"), [(4096, 20_000, 64), (300, 3000, 20_000)], ids=["long", "deep"])

@@ -8,8 +8,8 @@ import pytest
 
 import cce_numba as cce
 import reference
-from tests.cases import make_case
-from tests.harness import SimulatorHarness
+from tests.helpers.cases import make_case
+from tests.helpers.harness import SimulatorHarness
 
 pytestmark = [
     pytest.mark.gpu,

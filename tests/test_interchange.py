@@ -8,7 +8,7 @@ import pytest
 
 import cce_numba as cce
 from cce_numba import interchange
-from tests.cases import make_case
+from tests.helpers.cases import make_case
 
 CASE = make_case(0, (6,), 20, 8)
 

@@ -10,10 +10,12 @@ import pytest
 
 import cce_numba as cce
 from cce_numba import arguments
+from cce_numba import backend as backend_
 from cce_numba import plan as planning
+from cce_numba.backend import backend_module
 from cce_numba.cpu.tiles import WORKSPACE_BYTES
 from cce_numba.simt.tiles import GPU_TILES, GPU_TILES_FLOAT64, SIMULATOR_TILES, SimtTiles
-from tests.harness import SimulatorHarness, why_no_gpu
+from tests.helpers.harness import SimulatorHarness, why_no_gpu
 
 e, c, targets = np.ones((3, 4), np.float32), np.ones((5, 4), np.float32), np.array([0, 1, 4])
 not_simulated = pytest.mark.skipif(SimulatorHarness.is_active(), reason="about a process without the simulator")
@@ -46,9 +48,9 @@ def test_a_gpu_asked_for_and_none_there_or_arrays_not_on_it():
 
 @pytest.mark.parametrize("name", planning.BACKENDS)
 def test_backends_offer_what_the_protocol_asks(name):
-    module = planning.backend_module(name)
+    module = backend_module(name)
     for function in ("why_not", "plan", "indexed_dot", "forward", "backward"):
-        asked = list(inspect.signature(getattr(planning.Backend, function)).parameters.values())[1:]
+        asked = list(inspect.signature(getattr(backend_.Backend, function)).parameters.values())[1:]
         offered = list(inspect.signature(getattr(module, function)).parameters.values())
         assert [(p.name, p.kind) for p in offered] == [(p.name, p.kind) for p in asked], function
 
@@ -65,8 +67,8 @@ def test_backends_offer_what_the_protocol_asks(name):
 def test_tensor_cores_take_every_term(monkeypatch, options):
     from cce_numba.hopper import backend
 
-    monkeypatch.setattr(backend.simt, "SIMULATED", False)
-    monkeypatch.setattr(backend.simt, "why_not", lambda p: None)
+    monkeypatch.setattr(backend.gpu, "SIMULATED", False)
+    monkeypatch.setattr(backend.gpu, "why_not", lambda on_device: None)
     monkeypatch.setattr(backend.gpu, "current", lambda: SimpleNamespace(compute_capability=(9, 0)))
     assert backend.why_not(arguments.problem(e.astype(np.float16), c.astype(np.float16), targets, options)) is None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cce_numba.arguments import DEFAULTS
-from tests.harness import SimulatorHarness
+from tests.helpers.harness import SimulatorHarness
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLE, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the other is run by tests/transformers

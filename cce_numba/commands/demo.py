@@ -13,11 +13,11 @@ import numpy as np
 from rich.console import Console
 
 import cce_numba as cce
-from cce_numba import plan as planning
 from cce_numba.commands import Exit, UsageError, machine, show
 from cce_numba.commands.agreement import Agreement, Computed, compare
 from cce_numba.commands.measure import peak_memory, progress, stopwatch, to_host
 from cce_numba.commands.problems import IGNORE_INDEX, DemoProblem, load, synthetic
+from cce_numba.survivors import unpack_survivors
 
 # tokens, vocabulary, dim and dtype where the user does not say: seconds of work on two CPU cores, on a GPU, in the simulator
 _SIZES = {
@@ -167,7 +167,7 @@ def _on_host(result: cce.Result, grads: cce.Gradients) -> Computed:
         lse=to_host(result.lse),
         d_e=to_host(grads.e),
         d_c=to_host(grads.c),
-        kept=None if statistics.survivors is None else planning.unpack_survivors(statistics, V),
+        kept=None if statistics.survivors is None else unpack_survivors(statistics, V),
         block=statistics.survivor_block,
         filter_eps=result._problem.options.filter_eps,
         coarse_eps=result.plan.coarse_eps,

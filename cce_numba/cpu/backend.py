@@ -1,4 +1,4 @@
-"""What the CPU path offers to `plan.Backend`."""
+"""What the CPU path offers to `backend.Backend`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import numpy as np
 
 from cce_numba import reduction
 from cce_numba.arguments import Problem
+from cce_numba.backend import Gradients, Statistics
 from cce_numba.cpu import backward as backward_loops
 from cce_numba.cpu import forward as forward_loops
 from cce_numba.cpu.tiles import choose_tiles
-from cce_numba.plan import Gradients, Plan, Statistics, survivor_bytes
+from cce_numba.plan import Plan
+from cce_numba.survivors import survivor_bytes
 
 _quiet = np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")  # inf and nan speak for themselves
 
@@ -41,19 +43,19 @@ def plan(p: Problem) -> Plan:
 
 @_quiet
 def indexed_dot(p: Problem, plan: Plan) -> Any:
-    """See `plan.Backend`."""
+    """See `backend.Backend`."""
     return forward_loops.target_logits(p, forward_loops.counting_tokens(p), plan.tiles.block_n)
 
 
 @_quiet
 def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
-    """See `plan.Backend`."""
+    """See `backend.Backend`."""
     return forward_loops.forward(p, plan.tiles, record_survivors)
 
 
 @_quiet
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
-    """See `plan.Backend`."""
+    """See `backend.Backend`."""
     return reduction.reduced_nll(p, statistics)
 
 
@@ -67,6 +69,6 @@ def backward(
     into: Gradients,
     accumulate: bool,
 ) -> None:
-    """See `plan.Backend`."""
+    """See `backend.Backend`."""
     upstream = backward_loops.Upstream(softmax_weight, target_weight, uniform_weight)
     backward_loops.backward(p, plan.tiles, statistics, upstream, into, accumulate)

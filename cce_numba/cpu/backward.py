@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from cce_numba.arguments import Problem
+from cce_numba.backend import Gradients, Statistics
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, threads
 from cce_numba.cpu.fold import add_rows, gradient_block
 from cce_numba.cpu.tiles import CpuTiles
-from cce_numba.plan import Gradients, Statistics
 from cce_numba.progress import advance
 
 _ROWS_OF_A_THREAD = 128  # of G, at a time
@@ -29,7 +29,7 @@ def backward(
     into: Gradients,
     accumulate: bool,
 ) -> None:
-    """Writes the gradients `into` arrays, or adds to what is in there; see `plan.Backend`."""
+    """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`."""
     tokens = statistics.tokens
     if into.e is not None and not accumulate:
         into.e[...] = 0  # tokens that do not count stay so

@@ -6,16 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from cce_numba import survivors as survivors_rule
 from cce_numba.arguments import Problem
+from cce_numba.backend import Statistics
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, threads
 from cce_numba.cpu.fold import fold_block
 from cce_numba.cpu.tiles import CpuTiles
-from cce_numba.plan import Statistics
 from cce_numba.progress import advance
 from cce_numba.survivors import log_threshold
-
-# Picking columns costs some time for each; where more than this share of them survives, taking all is faster, and exact.
-_DENSE_ABOVE = 0.7
 
 
 def counting_tokens(p: Problem) -> Any:
@@ -79,7 +77,7 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
     lse[tokens] = np.log(running_sum) + np.where(running_max == -np.inf, 0, running_max)
     if survivors is not None:
         _keep_targets_and_nan(survivors, p, tokens, lse, target_logit, tiles.survivor_block)
-        if np.bitwise_count(survivors).sum(dtype=np.int64) > _DENSE_ABOVE * len(survivors) * p.V:
+        if np.bitwise_count(survivors).sum(dtype=np.int64) > survivors_rule.DENSE_SHARE * len(survivors) * p.V:
             survivors = None
     mean_logit = None
     if total_logit is not None:

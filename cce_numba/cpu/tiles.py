@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cce_numba.arguments import Problem
+from cce_numba.survivors import SURVIVOR_BLOCK
 
 WORKSPACE_BYTES = 56 * 2**20  # all block buffers together; the promise is 64 MiB with what libraries take for themselves
 _DE_ACCUMULATOR_BYTES = 16 * 2**20
 _MAX_BLOCK_N, _MAX_BLOCK_V = 2048, 4096
-SURVIVOR_BLOCK = 128
 
 
 @dataclass(frozen=True)

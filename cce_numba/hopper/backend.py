@@ -1,4 +1,4 @@
-"""What the tensor-core kernels offer to `plan.Backend`."""
+"""What the tensor-core kernels offer to `backend.Backend`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 
 from cce_numba import gpu
 from cce_numba.arguments import Problem
-from cce_numba.hopper import tensor_map
+from cce_numba.backend import Gradients, Statistics
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.interchange import BFLOAT16
-from cce_numba.plan import Gradients, Plan, Statistics
-from cce_numba.simt import backend as simt
+from cce_numba.plan import Plan
 from cce_numba.survivors import coarse_eps_of
+from cce_numba.tensor_core import matrices
 
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10
@@ -25,9 +25,9 @@ _TILES = HopperTiles()
 
 def why_not(p: Problem) -> str | None:
     """It takes 16-bit CuPy arrays on a GPU of compute capability 9.x."""
-    if simt.SIMULATED:
+    if gpu.SIMULATED:
         return "Numba's simulator knows no tensor cores"
-    if (reason := simt.why_not(p)) is not None:
+    if (reason := gpu.why_not(p.on_device)) is not None:
         return reason
     if p.dtype not in _DTYPES:
         return f"its tensor cores take float16 and bfloat16, and the arrays are {p.dtype}"
@@ -51,7 +51,7 @@ _plans: dict[Any, HopperPlan] = {}  # made so far: training asks for the same on
 
 def plan(p: Problem) -> HopperPlan:
     """Tiles and bytes."""
-    layout = _module("workspace").Layout.of(p, _TILES)
+    layout = _module("hopper.forward.layout").Layout.of(p, _TILES)
     key = layout, p.dtype, p.device, p.options, p.bias is not None
     if (known := _plans.get(key)) is not None:
         return known
@@ -67,7 +67,7 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         how += f"; e is copied, since {layout.e_copied}"
     if layout.c_copied:
         how += f"; c is copied, {layout.c_rows} rows at a time, since {layout.c_copied}"
-    by_rows = [f"{name}, since {why}" for name, x in (("e", p.e), ("c", p.c)) if (why := tensor_map.why_not_by_rows(x))]
+    by_rows = [f"{name}, since {why}" for name, x in (("e", p.e), ("c", p.c)) if (why := matrices.why_not_by_rows(x))]
     if by_rows:
         how += f"; for the backward whole copies: {' and '.join(by_rows)}"
     how += f"; {2 * p.N * p.V * p.D / 1e12:.3g} TFLOP of products in the forward, in the backward three times as many, "
@@ -86,24 +86,24 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         # Smoothing adds up logits as well.
         forward_bytes=layout.scratch_bytes + layout.copy_bytes + 12 * p.N + (layout.part_bytes + 4 * p.N if smoothed else 0),
         survivor_bytes=planes * layout.survivor_bytes if p.options.filters else 0,
-        backward_bytes=_module("backward.run").workspace_bytes(p) + (4 * p.N if smoothed else 0),
+        backward_bytes=_module("hopper.backward.host").workspace_bytes(p) + (4 * p.N if smoothed else 0),
         coarse_eps=coarse_eps,
     )
 
 
 def indexed_dot(p: Problem, plan: Any) -> Any:
-    """See `plan.Backend`."""
-    return _module("forward").indexed_dot(p, plan.layout)
+    """See `backend.Backend`."""
+    return _module("hopper.forward.host").indexed_dot(p, plan.layout)
 
 
 def forward(p: Problem, plan: Any, *, record_survivors: bool) -> Statistics:
-    """See `plan.Backend`."""
-    return _module("forward").forward(p, plan.layout, record_survivors)
+    """See `backend.Backend`."""
+    return _module("hopper.forward.host").forward(p, plan.layout, record_survivors)
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
-    """See `plan.Backend`."""
-    return _module("reduction").reduced_nll(p, statistics)
+    """See `backend.Backend`."""
+    return _module("tensor_core.reduction").reduced_nll(p, statistics)
 
 
 def backward(
@@ -116,11 +116,11 @@ def backward(
     into: Gradients,
     accumulate: bool,
 ) -> None:
-    """See `plan.Backend`."""
-    _module("backward.run").backward(p, statistics, softmax_weight, target_weight, uniform_weight, into, accumulate)
+    """See `backend.Backend`."""
+    _module("hopper.backward.host").backward(p, statistics, softmax_weight, target_weight, uniform_weight, into, accumulate)
 
 
 @functools.cache
 def _module(name: str) -> Any:
-    """A module of this package, imported when it is needed: not in the simulator, whose `jit` takes none of what these ask."""
-    return importlib.import_module(f"cce_numba.hopper.{name}")
+    """A module of cce_numba, imported when it is needed: not in the simulator, whose `jit` takes none of what these ask."""
+    return importlib.import_module(f"cce_numba.{name}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SURVIVOR_BLOCK = 128  # tokens that share survivor bits
+from cce_numba.survivors import SURVIVOR_BLOCK
+
 MAX_SMEM_BYTES = 227 * 1024  # of a CTA, ISA compute capability 9.0
 _BARRIER_BYTES = 8
 _ALIGNMENT_BYTES = 1024  # the 128-byte swizzle repeats after 8 rows of 128 bytes

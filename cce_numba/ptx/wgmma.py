@@ -1,11 +1,7 @@
 """Matrix products of a warpgroup, 128 threads, on tensor cores. ISA 9.7.15.
 
 `D (64, n) += A (64, 16) @ B (n, 16).T`: A and B lie in shared memory, D in float32 in the registers of the four warps, each of
-which holds 16 rows. A thread's part of D is a `fragment`, a tuple of n / 2 floats, laid out as ISA figure "WGMMA .m64nNk16
-register fragment layout for accumulator matrix D" has it: element 4 * j + 2 * half + c holds
-
-    row     16 * warp + lane // 4 + 8 * half
-    column  8 * j + 2 * (lane % 4) + c
+which holds 16 rows of it as a `fragment` (`ptx.fragment`).
 """
 
 from __future__ import annotations
@@ -15,9 +11,9 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba.cuda import types
 
-from cce_numba.ptx.instruction import F32, U32, U64, as_intrinsic, check_operands, emit, instruction
+from cce_numba.ptx.fragment import fragment_type
+from cce_numba.ptx.instruction import U32, U64, as_intrinsic, check_operands, emit, instruction
 
 # Operands whose rows are 128 bytes (64 16-bit numbers) with the 128-byte swizzle, as a tensor map with that swizzle leaves
 # them: layout type 1 in bits 62-63, 1024 bytes from one group of 8 rows to the next in bits 32-45, in units of 16 bytes.
@@ -41,24 +37,6 @@ def wait_group(pending: int) -> Any:
     if not 0 <= pending <= 7:
         raise ValueError(f"wgmma.wait_group: pending must be in [0, 7], got {pending}")
     return instruction(f"wgmma.wait_group.sync.aligned {pending};")
-
-
-def fragment_type(n: int) -> Any:
-    """The numba type of a thread's part of a (64, n) accumulator."""
-    return types.UniTuple(F32, n // 2)
-
-
-@functools.cache
-def zeros(n: int) -> Any:
-    """A fragment of zeros: `zeros(n)()` in a kernel."""
-
-    def define(_: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            return ir.Constant(context.get_value_type(fragment_type(n)), [ir.Constant(ir.FloatType(), 0.0)] * (n // 2))
-
-        return fragment_type(n)(), generate
-
-    return as_intrinsic(define, 0, f"zeros_{n}")
 
 
 @functools.cache

@@ -1,49 +1,26 @@
-"""What the portable kernels offer to `plan.Backend`."""
+"""What the portable kernels offer to `backend.Backend`."""
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from typing import Any
 
-from numba import cuda
-
-from cce_numba import reduction
+from cce_numba import gpu, reduction
 from cce_numba.arguments import Problem
-from cce_numba.plan import Gradients, Plan, Statistics, ceil_div, survivor_bytes
+from cce_numba.backend import Gradients, Statistics
+from cce_numba.gpu import SIMULATED
+from cce_numba.integers import ceil_div
+from cce_numba.plan import Plan
 from cce_numba.simt import backward as backward_kernels
 from cce_numba.simt import forward as forward_kernels
 from cce_numba.simt import indexed_dot as indexed_dot_kernels
-from cce_numba.simt.launch import SIMULATED
 from cce_numba.simt.tiles import choose_tiles
 from cce_numba.simt.tokens import list_tokens
+from cce_numba.survivors import survivor_bytes
 
 
 def why_not(p: Problem) -> str | None:
     """It takes CuPy arrays on a GPU, or NumPy arrays in the simulator."""
-    if SIMULATED:
-        return None
-    if p.on_device:
-        return _missing_compiler()
-    if importlib.util.find_spec("cupy") is None:
-        return "the arrays are on the host, and CuPy, which GPU arrays need, is not installed: pip install 'cce_numba[cuda13]'"
-    if not cuda.is_available():
-        return "the arrays are on the host, and no NVIDIA GPU with a working driver was found"
-    return "the arrays are on the host: move them with cupy.asarray(...)"
-
-
-@functools.cache
-def _missing_compiler() -> str | None:
-    """Why Numba cannot compile kernels here, or None."""
-    try:
-        importlib.import_module("numba.cuda.cudadrv.nvvm").NVVM()
-    except Exception as error:
-        return (
-            f"numba-cuda finds no compiler ({type(error).__name__}): pip install 'cce_numba[cuda13]' (or cuda12, to match the "
-            "driver)"
-        )
-    return None
+    return None if SIMULATED else gpu.why_not(p.on_device)
 
 
 def plan(p: Problem) -> Plan:
@@ -76,17 +53,17 @@ def backward_bytes(p: Problem) -> int:
 
 
 def indexed_dot(p: Problem, plan: Plan) -> Any:
-    """See `plan.Backend`."""
+    """See `backend.Backend`."""
     return indexed_dot_kernels.indexed_dot(p, *list_tokens(p))
 
 
 def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
-    """See `plan.Backend`."""
+    """See `backend.Backend`."""
     return forward_kernels.forward(p, plan.tiles, record_survivors)
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
-    """See `plan.Backend`."""
+    """See `backend.Backend`."""
     return reduction.reduced_nll(p, statistics)
 
 
@@ -100,5 +77,5 @@ def backward(
     into: Gradients,
     accumulate: bool,
 ) -> None:
-    """See `plan.Backend`."""
+    """See `backend.Backend`."""
     backward_kernels.backward(p, plan.tiles, statistics, softmax_weight, target_weight, uniform_weight, into, accumulate)

@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from cce_numba.arguments import Problem
-from cce_numba.plan import Gradients, Statistics, ceil_div
+from cce_numba.backend import Gradients, Statistics
+from cce_numba.gpu import SIMULATED
+from cce_numba.integers import ceil_div
 from cce_numba.simt.columns import LIST_THREADS, make_list_columns_kernel
 from cce_numba.simt.gradient_of_logits import make_gradient_of_logits_kernel
 from cce_numba.simt.gradients import make_d_bias_kernel, make_d_c_kernel, make_d_e_kernel
-from cce_numba.simt.launch import SIMULATED, argument, launch, zero
+from cce_numba.simt.launch import argument, launch, zero
 from cce_numba.simt.tiles import SimtTiles
 
 WORKSPACE_BYTES = 64 * 2**20  # for G
@@ -46,7 +48,7 @@ def backward(
     into: Gradients,
     accumulate: bool,
 ) -> None:
-    """Writes the gradients `into` arrays, or adds to what is in there; see `plan.Backend`."""
+    """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`."""
     xp: Any = p.xp
     real: Any = p.compute_dtype.type
     d_e, d_c, d_bias = into.e, into.c, into.bias

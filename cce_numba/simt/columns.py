@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.simt.launch import SIMULATED
+from cce_numba.gpu import SIMULATED
 from cce_numba.simt.tiles import SimtTiles
 
 LIST_THREADS = 4 if SIMULATED else 128

@@ -15,7 +15,8 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.arguments import Problem
-from cce_numba.plan import Statistics, ceil_div
+from cce_numba.backend import Statistics
+from cce_numba.integers import ceil_div
 from cce_numba.simt.indexed_dot import indexed_dot
 from cce_numba.simt.launch import kernel_of, launch, multiprocessors
 from cce_numba.simt.numbers import conversions

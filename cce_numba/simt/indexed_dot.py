@@ -10,8 +10,9 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.arguments import Problem
-from cce_numba.plan import ceil_div
-from cce_numba.simt.launch import SIMULATED, launch
+from cce_numba.gpu import SIMULATED
+from cce_numba.integers import ceil_div
+from cce_numba.simt.launch import launch
 from cce_numba.simt.numbers import conversions
 from cce_numba.simt.product import finish_logit
 

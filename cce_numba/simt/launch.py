@@ -12,13 +12,12 @@ import importlib
 from typing import Any
 
 import numpy as np
-from numba import config, cuda
+from numba import cuda
 
 from cce_numba import gpu
+from cce_numba.gpu import SIMULATED
 from cce_numba.interchange import BFLOAT16
 from cce_numba.simt import simulator
-
-SIMULATED = bool(config.ENABLE_CUDASIM)
 
 
 class DeviceArgument:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.simt.launch import SIMULATED
+from cce_numba.gpu import SIMULATED
 from cce_numba.simt.tiles import SimtTiles
 
 _PADDING = 4  # elements after each staged row: spreads the transposed stores over the banks, keeps 16-byte alignment

@@ -9,7 +9,8 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.arguments import Problem
-from cce_numba.simt.launch import SIMULATED, launch
+from cce_numba.gpu import SIMULATED
+from cce_numba.simt.launch import launch
 
 _THREADS = 4 if SIMULATED else 256
 

@@ -1,7 +1,7 @@
 """What a call computes, apart from who records it: the checked problem, the forward, and the backward of what that left.
 
-What a forward leaves (`plan.Statistics`) becomes tensors whose shapes follow from those of the arguments: operators must have
-it so, and tensors are what autograd frees, offloads and recomputes.
+What a forward leaves (`backend.Statistics`) becomes tensors whose shapes follow from those of the arguments, since operators must
+have it so; and tensors are what autograd frees, offloads and recomputes.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from cce_numba import arguments, interchange
 from cce_numba import loss as losses
 from cce_numba import plan as planning
 from cce_numba.arguments import DEFAULTS, Problem
+from cce_numba.backend import Gradients, Statistics
 from cce_numba.destination import Destination
+from cce_numba.integers import ceil_div
 from cce_numba.interchange import Kind
-from cce_numba.plan import Gradients, Plan, Statistics
+from cce_numba.plan import Plan
 from cce_numba.terms import Terms
 from cce_numba.torch import memory
 
@@ -89,16 +91,16 @@ def _saved(p: Problem, statistics: Statistics, record: bool) -> tuple[Any, ...]:
 
     The CPU's tokens and blocks are only those that count: zeros follow. Zeros alone are what it did not record after all,
     since nearly everything survives: a block that counts keeps its targets at least. A device has a row for each block, or two
-    (see `plan.Statistics.survivors`), of which all are kept.
+    (see `backend.Statistics.survivors`), of which all are kept.
     """
     tokens, bits, mean_logit = statistics.tokens, statistics.survivors, statistics.mean_logit
-    n_blocks = planning.ceil_div(p.N, statistics.survivor_block)
+    n_blocks = ceil_div(p.N, statistics.survivor_block)
     if len(tokens) < p.N:
         tokens = np.concatenate([tokens, np.zeros(p.N - len(tokens), tokens.dtype)])
     if not record or p.N == 0:
         bits = p.xp.empty((0, 0), np.uint8)
     elif bits is None:
-        bits = np.zeros((n_blocks, planning.ceil_div(p.V, 8)), np.uint8)
+        bits = np.zeros((n_blocks, ceil_div(p.V, 8)), np.uint8)
     elif len(bits) < n_blocks:
         bits = np.concatenate([bits, np.zeros((n_blocks - len(bits), bits.shape[1]), np.uint8)])
     elif bits.strides[0] != bits.shape[1]:  # a device's rows go on after the last entry, a single one too, and it may read that
@@ -130,7 +132,7 @@ def _statistics(p: Problem, plan: Plan, saved: Sequence[torch.Tensor]) -> Statis
         n_valid=n_valid,
         lse=lse,
         target_logit=target_logit,
-        survivors=bits[:, : planning.ceil_div(p.V, 8)] if recorded else None,
+        survivors=bits[:, : ceil_div(p.V, 8)] if recorded else None,
         survivor_block=plan.tiles.survivor_block,
         mean_logit=memory.array_of(mean_logit) if p.options.smooths_capped else None,
     )

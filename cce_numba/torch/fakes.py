@@ -13,6 +13,7 @@ import torch
 
 from cce_numba import arguments, interchange
 from cce_numba import plan as planning
+from cce_numba.backend import backend_module
 from cce_numba.interchange import Kind
 from cce_numba.torch import memory
 
@@ -81,7 +82,7 @@ class _Form:
             e, c, targets = xp.zeros((1, 8), numpy_dtype), xp.zeros((8, 8), numpy_dtype), xp.zeros(1, np.int64)
             problem = arguments.problem(e, c, targets, given)
             plan = planning.choose(problem, backend)
-            statistics = planning.backend_module(plan.backend).forward(problem, plan, record_survivors=True)
+            statistics = backend_module(plan.backend).forward(problem, plan, record_survivors=True)
         bits, tokens = statistics.survivors, memory.DTYPES[np.dtype(statistics.tokens.dtype)]
         block_rows, row_bytes = (1, 1) if bits is None else (len(bits), bits.strides[0])
         return _Form(tokens, statistics.survivor_block, block_rows, row_bytes)

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from cce_numba import arguments
 from cce_numba import loss as losses
+from cce_numba.backend import Gradients
 from cce_numba.destination import Destination
 from cce_numba.interchange import BFLOAT16
-from cce_numba.plan import Gradients
 from cce_numba.terms import Terms
 from cce_numba.torch import autograd, call, fakes
 

@@ -9,7 +9,7 @@ import pytest
 
 from cce_numba import interchange
 from cce_numba.arguments import Problem
-from tests.harness import Poisoned, SimulatorHarness
+from tests.helpers.harness import Poisoned, SimulatorHarness
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -25,8 +25,8 @@ def never_dense():
     if SimulatorHarness.is_active():
         yield
         return
-    from cce_numba.hopper.backward import run
+    from cce_numba import survivors
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "DENSE_SHARE", 1.0)
+        patch.setattr(survivors, "DENSE_SHARE", 1.0)
         yield

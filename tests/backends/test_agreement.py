@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import cce_numba as cce
 import reference
 from cce_numba.arguments import options as checked_options
-from tests.cases import DTYPES, Case, cases, filters, make_case
-from tests.checks import check_forward, check_gradients, check_survivors, expect
+from tests.helpers.cases import DTYPES, Case, cases, filters, make_case
+from tests.helpers.checks import check_forward, check_gradients, check_survivors, expect
 
 GIVES = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the simulator's scalars warn where NaN and inf are due
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import reference
 from cce_numba import dropped
-from tests.cases import DTYPES, Case, cases, filters, make_case
-from tests.checks import assert_within, compute_unit, expect
+from tests.helpers.cases import DTYPES, Case, cases, filters, make_case
+from tests.helpers.checks import assert_within, compute_unit, expect
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cce_numba as cce
-from tests.cases import DTYPES, Case, cases, filters, make_case
-from tests.checks import assert_within, expect, gradient_tolerances, rounded
+from tests.helpers.cases import DTYPES, Case, cases, filters, make_case
+from tests.helpers.checks import assert_within, expect, gradient_tolerances, rounded
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

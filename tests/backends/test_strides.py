@@ -7,8 +7,8 @@ import pytest
 
 import cce_numba as cce
 from cce_numba import interchange
-from tests.cases import DTYPES, Case, make_case
-from tests.checks import check_forward, check_gradients, expect
+from tests.helpers.cases import DTYPES, Case, make_case
+from tests.helpers.checks import check_forward, check_gradients, expect
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

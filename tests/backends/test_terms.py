@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 import cce_numba as cce
 import reference
 from cce_numba import terms
-from tests.cases import DTYPES, Case, cases, filters, make_case, with_terms
-from tests.checks import assert_within, check_forward, check_gradients, check_survivors, expect, gradient_tolerances, unit_of
+from tests.helpers.cases import DTYPES, Case, cases, filters, make_case, with_terms
+from tests.helpers.checks import (
+    assert_within,
+    check_forward,
+    check_gradients,
+    check_survivors,
+    expect,
+    gradient_tolerances,
+    unit_of,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.cases import DTYPES, Case, make_case
-from tests.checks import assert_within, check_forward, check_gradients, expect
+from tests.helpers.cases import DTYPES, Case, make_case
+from tests.helpers.checks import assert_within, check_forward, check_gradients, expect
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.harness import HopperHarness
+from tests.helpers.harness import HopperHarness
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from cce_numba.hopper.launch import Kernel, pointer_to
+from cce_numba.launch.kernel import Kernel, pointer_to
 from cce_numba.ptx import arithmetic, cluster, control, mbarrier, memory, tma, wgmma
+from cce_numba.ptx import fragment as fragments
 
 F32_ARRAY, I32_ARRAY, U32_ARRAY = pointer_to(np.float32), pointer_to(np.int32), pointer_to(np.uint32)
 BOX_ROWS, ROW_BYTES = 128, 128  # of a swizzled box: 64 16-bit numbers a row
@@ -89,7 +90,11 @@ def make_product(n, dtype, a_m_major=False, b_n_major=False):
 
     a (64, 64) and b (64, n) lie in memory as a and b.T, with rows that run along k; a.T if a_m_major, b if b_n_major.
     """
-    zeros, mma, wait_all = wgmma.zeros(n), wgmma.mma(n, dtype, a_m_major=a_m_major, b_n_major=b_n_major), wgmma.wait_group(0)
+    zeros, mma, wait_all = (
+        fragments.zeros(n),
+        wgmma.mma(n, dtype, a_m_major=a_m_major, b_n_major=b_n_major),
+        wgmma.wait_group(0),
+    )
     a_bytes, b_bytes, panels = 64 * ROW_BYTES, n * ROW_BYTES, n // 64
     a_form, b_form = (wgmma.SWIZZLE_128B_PANELS if major else wgmma.SWIZZLE_128B for major in (a_m_major, b_n_major))
     # 16 terms, in units of 16 bytes: 32 bytes of each row, or 16 rows.

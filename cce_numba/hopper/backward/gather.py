@@ -14,10 +14,11 @@ from numba import cuda
 
 from cce_numba.hopper.backward.jobs import D0, D_E, END, K_STEPS, KIND, LOGITS, PLACE, ROUND, SLOT, make_job_ring
 from cce_numba.hopper.backward.load import has_bit
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, G_ROW_BYTES, K_STEP, PANEL, BackwardTiles
+from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PANEL, BackwardTiles
 from cce_numba.hopper.ring import make_ring
 from cce_numba.ptx import arithmetic, control, mbarrier, memory
 from cce_numba.ptx.wgmma import PANEL_BYTES
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP
 
 _PANEL_BYTES, _ROW_BYTES = np.uint32(PANEL_BYTES), 2 * PANEL
 

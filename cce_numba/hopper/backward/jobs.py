@@ -24,10 +24,11 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, HEADER_WORDS, K_STEP, LIST_TILE, BackwardTiles
-from cce_numba.hopper.fold import make_load
-from cce_numba.hopper.schedule import quotient
+from cce_numba.hopper.backward.tiles import HEADER_WORDS, BackwardTiles
 from cce_numba.ptx import cluster, control, mbarrier, memory
+from cce_numba.tensor_core.fold import make_load
+from cce_numba.tensor_core.schedule import quotient
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE
 
 # Kinds of jobs.
 LOGITS, D_E, D_C, END = np.int32(0), np.int32(1), np.int32(2), np.int32(3)

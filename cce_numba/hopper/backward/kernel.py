@@ -21,11 +21,12 @@ from cce_numba.hopper.backward.gather import make_gather
 from cce_numba.hopper.backward.jobs import make_job_ring, make_schedule
 from cce_numba.hopper.backward.load import make_copy
 from cce_numba.hopper.backward.multiply import make_work
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, STAGING_BYTES, BackwardTiles
-from cce_numba.hopper.launch import Kernel, kernel_factory, pointer_to
+from cce_numba.hopper.backward.tiles import STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.ring import make_ring
-from cce_numba.hopper.schedule import quotient
+from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import cluster, control, memory
+from cce_numba.tensor_core.schedule import quotient
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP
 
 
 @kernel_factory

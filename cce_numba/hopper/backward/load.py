@@ -32,10 +32,11 @@ from cce_numba.hopper.backward.jobs import (
     SLOT,
     make_job_ring,
 )
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, K_STEP, LEAD, PANEL, BackwardTiles
+from cce_numba.hopper.backward.tiles import LEAD, PANEL, BackwardTiles
 from cce_numba.hopper.ring import make_ring
 from cce_numba.ptx import mbarrier, memory, tma
 from cce_numba.ptx.wgmma import PANEL_BYTES
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP
 
 _A_BYTES, _B_BYTES, _PANEL_BYTES = np.uint32(2 * PANEL_BYTES), np.uint32(3 * PANEL_BYTES), np.uint32(PANEL_BYTES)
 

@@ -36,11 +36,13 @@ from cce_numba.hopper.backward.jobs import (
     STORED,
     make_job_ring,
 )
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, G_ROW_BYTES, STAGING_BYTES, BackwardTiles
+from cce_numba.hopper.backward.tiles import G_ROW_BYTES, STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.ring import make_ring
-from cce_numba.hopper.schedule import quotient
 from cce_numba.ptx import arithmetic, control, mbarrier, memory, wgmma
+from cce_numba.ptx import fragment as fragments
 from cce_numba.ptx.wgmma import PANEL_BYTES, SWIZZLE_128B, SWIZZLE_128B_PANELS
+from cce_numba.tensor_core.schedule import quotient
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE
 
 _LEAST_BITS = np.uint32(0x3FFFF)
 
@@ -120,7 +122,7 @@ def make_work(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bo
     store_sums, add_to_sums, add_sums = make_store_sums(block_v), make_add_to_sums(block_v), make_add_sums(block_v)
     add_rows, half_bytes = make_add_rows(block_v, dtype), np.uint64(SUMS_STEP * (block_v // 8))
     store_rows, store_rows_in_float32 = make_store_rows(block_v, dtype), make_store_rows_in_float32(block_v)
-    zeros, opaque = wgmma.zeros(block_v), arithmetic.opaque_u32
+    zeros, opaque = fragments.zeros(block_v), arithmetic.opaque_u32
     load_f32, load_i32, wait_all = memory.load_global_f32, memory.load_global_i32, wgmma.wait_group(0)
     float_of_bits = arithmetic.float_of_bits
     one_consumer = np.uint32(128)

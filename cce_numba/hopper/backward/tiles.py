@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cce_numba.hopper.tiles import HopperTiles
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE, LIST_TILE
 
 PANEL = 64  # rows of a panel, each of 64 16-bit numbers: 128 bytes, the swizzle's pattern
-LIST_TILE = 192  # columns of a list whose logits a job computes again
-COLUMN_TILE = 128  # vocabulary entries whose gradient a job computes
 G_ROW_BYTES = 2 * COLUMN_TILE  # a column of G: 128 tokens
-K_STEP = 64  # terms of the sum in a stage
 HEADER_WORDS = 16
 G_BOX = 32  # columns of G that are stored at a time, for 64 tokens
 STAGING_BYTES = 2 * G_BOX * 2 * PANEL  # of a consumer, through which tiles leave

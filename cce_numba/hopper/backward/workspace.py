@@ -9,10 +9,10 @@ import numpy as np
 
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.epilogues import PARTS
-from cce_numba.hopper.backward.tables import SurveyLayout
-from cce_numba.hopper.backward.tiles import COLUMN_TILE, G_ROW_BYTES, K_STEP, LIST_TILE, PANEL
-from cce_numba.hopper.tiles import SURVIVOR_BLOCK
-from cce_numba.plan import ceil_div
+from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PANEL
+from cce_numba.integers import ceil_div
+from cce_numba.survivors import SURVIVOR_BLOCK
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE, SurveyLayout
 
 BUFFERS = 3  # at least 2: rounds whose G is there at a time: one is written, one is read, one gives time to finish
 BUFFERS_FOR_ALL = 2  # where all columns are kept for both gradients: jobs are many, so bigger rounds are worth more than time

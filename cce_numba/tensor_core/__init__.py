@@ -1,0 +1,1 @@
+"""What the kernels for tensor cores of all generations share."""

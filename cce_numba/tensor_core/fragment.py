@@ -1,0 +1,241 @@
+"""What can be done with a tile of logits in registers: ordinary functions of one logit, applied to a thread's whole fragment.
+
+A thread holds two rows of a (64, n) tile and n / 4 columns of each (layout in `ptx.wgmma`), in n / 2 registers. Registers have
+no index at run time, so each function is written out for every element when the kernel is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+
+from cce_numba.ptx.fragment import fragment_type
+from cce_numba.ptx.instruction import F32, I32, U32, as_intrinsic, check_operands
+
+
+def row_of(i: int) -> int:
+    """Which of the thread's two rows element i is in: 0, or 1 for the one that is 8 further down."""
+    return i >> 1 & 1
+
+
+def column_of(i: int) -> int:
+    """The column of element i, counted from the thread's first, which is 2 * (lane % 4)."""
+    return 8 * (i // 4) + (i & 1)
+
+
+def fold_rows(n: int, step: Callable[..., Any]) -> Any:
+    """Folds each row's logits into a number: `step(so_far, z, by_row) -> so_far`, all float32.
+
+    In a kernel: `(row_0, row_1) = fold(fragment, start_0, start_1, by_row_0, by_row_1)`, over this thread's columns.
+    """
+    operands = (fragment_type(n), F32, F32, F32, F32)
+    result = types.UniTuple(F32, 2)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(step.__name__, operands, given)
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, step, F32(F32, F32, F32))
+            fragment, so_far, by_row = values[0], list(values[1:3]), values[3:5]
+            for i in range(n // 2):
+                row = row_of(i)
+                so_far[row] = call(so_far[row], builder.extract_value(fragment, i), by_row[row])
+            return context.make_tuple(builder, result, so_far)
+
+        return result(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"fold_rows_{step.__name__}")
+
+
+def map_rows(n: int, change: Callable[..., Any]) -> Any:
+    """Changes each logit by a number of its row: `change(z, by_row) -> z`, all float32.
+
+    In a kernel: `fragment = changed(fragment, by_row_0, by_row_1)`.
+    """
+    operands = (fragment_type(n), F32, F32)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(change.__name__, operands, given)
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, change, F32(F32, F32))
+            fragment, by_row = values[0], values[1:3]
+            for i in range(n // 2):
+                changed = call(builder.extract_value(fragment, i), by_row[row_of(i)])
+                fragment = builder.insert_value(fragment, changed, i)
+            return fragment
+
+        return operands[0](*operands), generate
+
+    return as_intrinsic(define, len(operands), f"map_rows_{change.__name__}")
+
+
+def map_elements(n: int, change: Callable[..., Any], *extras: Any) -> Any:
+    """Changes each logit: `change(z, column, *extras) -> z`.
+
+    In a kernel: `fragment = changed(fragment, first_column, *extras)`; the int32 column counts from where `first_column` does.
+    `extras` here are the numba types of the operands that follow.
+    """
+    operands = (fragment_type(n), I32, *extras)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(change.__name__, operands[:2], given[:2])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, change, F32(F32, I32, *extras))
+            fragment, first_column = values[:2]
+            for i in range(n // 2):
+                column = builder.add(first_column, ir.Constant(ir.IntType(32), column_of(i)))
+                changed = call(builder.extract_value(fragment, i), column, *values[2:])
+                fragment = builder.insert_value(fragment, changed, i)
+            return fragment
+
+        return operands[0](*operands), generate
+
+    return as_intrinsic(define, len(operands), f"map_elements_{change.__name__}")
+
+
+def fill_columns(n: int, value: Callable[..., Any], *extras: Any) -> Any:
+    """A fragment whose elements depend on the column alone: `value(column, *extras) -> z`.
+
+    In a kernel: `fragment = filled(first_column, *extras)`, with columns and `extras` as in `map_elements`.
+    """
+    operands = (I32, *extras)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(value.__name__, operands[:1], given[:1])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, value, F32(I32, *extras))
+            fragment = ir.Constant(context.get_value_type(signature.return_type), ir.Undefined)
+            for i in range(n // 2):
+                column = builder.add(values[0], ir.Constant(ir.IntType(32), column_of(i)))
+                fragment = builder.insert_value(fragment, call(column, *values[1:]), i)
+            return fragment
+
+        return fragment_type(n)(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"fill_columns_{value.__name__}")
+
+
+def fold_columns(n: int, weight: Callable[..., Any], step: Callable[..., Any], *extras: Any) -> Any:
+    """Folds each row's logits, each with its column's weight: `weight(column, *extras)`, `step(so_far, z, weight) -> so_far`.
+
+    In a kernel: `(row_0, row_1) = fold(fragment, first_column, start_0, start_1, *extras)`, over this thread's columns, with
+    columns and `extras` as in `map_elements`.
+    """
+    operands = (fragment_type(n), I32, F32, F32, *extras)
+    result = types.UniTuple(F32, 2)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(step.__name__, operands[:4], given[:4])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            weigh = _inlined(context, builder, weight, F32(I32, *extras))
+            call = _inlined(context, builder, step, F32(F32, F32, F32))
+            fragment, first_column, so_far = values[0], values[1], list(values[2:4])
+            for upper in (i for i in range(n // 2) if row_of(i) == 0):
+                column = builder.add(first_column, ir.Constant(ir.IntType(32), column_of(upper)))
+                of_column = weigh(column, *values[4:])
+                for i in (upper, upper + 2):
+                    so_far[row_of(i)] = call(so_far[row_of(i)], builder.extract_value(fragment, i), of_column)
+            return context.make_tuple(builder, result, so_far)
+
+        return result(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"fold_columns_{step.__name__}")
+
+
+def change_chunks(n: int, chunk: int, change: Callable[..., Any], *extras: Any) -> Any:
+    """Changes `chunk` columns at a time: `change(numbers, first, *extras) -> numbers`, tuples of chunk / 2 float32.
+
+    In a kernel: `fragment = changed(fragment, *extras)`; `first` is the chunk's first column, the numbers are in the order of a
+    fragment of so many columns, and the chunks come in order. `extras` here are the numba types of the operands that follow.
+    """
+    operands, numbers = (fragment_type(n), *extras), fragment_type(chunk)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(change.__name__, operands[:1], given[:1])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, change, numbers(numbers, I32, *extras))
+            fragment = values[0]
+            for first in range(0, n, chunk):
+                part = _part(context, builder, values[0], first, chunk)
+                changed = call(part, ir.Constant(ir.IntType(32), first), *values[1:])
+                for i in range(chunk // 2):
+                    fragment = builder.insert_value(fragment, builder.extract_value(changed, i), first // 2 + i)
+            return fragment
+
+        return operands[0](*operands), generate
+
+    return as_intrinsic(define, len(operands), f"change_chunks_{change.__name__}")
+
+
+def visit_chunks(n: int, chunk: int, visit: Callable[..., Any], *extras: Any) -> Any:
+    """As `change_chunks`, for a function that changes nothing, and returns an int32 that nobody reads."""
+    operands, numbers = (fragment_type(n), *extras), fragment_type(chunk)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(visit.__name__, operands[:1], given[:1])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, visit, I32(numbers, I32, *extras))
+            for first in range(0, n, chunk):
+                call(_part(context, builder, values[0], first, chunk), ir.Constant(ir.IntType(32), first), *values[1:])
+            return context.get_dummy_value()
+
+        return types.void(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"visit_chunks_{visit.__name__}")
+
+
+def _part(context: Any, builder: Any, fragment: Any, first: int, columns: int) -> Any:
+    """The fragment of so many columns from the first on."""
+    part = ir.Constant(context.get_value_type(fragment_type(columns)), ir.Undefined)
+    for i in range(columns // 2):
+        part = builder.insert_value(part, builder.extract_value(fragment, first // 2 + i), i)
+    return part
+
+
+def collect_bits(n: int, keep: Callable[..., Any]) -> Any:
+    """One bit for each column: whether `keep(z, by_row) -> bool` holds in either row of this thread.
+
+    In a kernel: `words = bits(fragment, by_row_0, by_row_1)`; n / 32 words of 32 columns each, where bit 8 * j + c is that of
+    column 8 * j + c counted from the thread's first. So once shifted by 2 * (lane % 4), the union over a warp is in order of
+    columns.
+    """
+    operands = (fragment_type(n), F32, F32)
+    result = types.UniTuple(U32, n // 32)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(keep.__name__, operands, given)
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, keep, types.boolean(F32, F32))
+            fragment, by_row = values[0], values[1:3]
+            zero = ir.Constant(ir.IntType(32), 0)
+            words = [zero] * (n // 32)
+            for upper in (i for i in range(n // 2) if row_of(i) == 0):
+                either = builder.or_(*(call(builder.extract_value(fragment, i), by_row[row_of(i)]) for i in (upper, upper + 2)))
+                word, bit = divmod(column_of(upper), 32)
+                bits = builder.select(either, ir.Constant(ir.IntType(32), 1 << bit), zero)
+                words[word] = builder.or_(words[word], bits)
+            return context.make_tuple(builder, result, words)
+
+        return result(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"collect_bits_{keep.__name__}")
+
+
+def _inlined(context: Any, builder: Any, function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
+    """A Python function, compiled into the module that is being built, as something to call on LLVM values."""
+    compiled = context.compile_subroutine(builder, function, signature)
+
+    def call(*values: Any) -> Any:
+        return context.call_internal(builder, compiled.fndesc, signature, values)
+
+    return call

@@ -1,0 +1,61 @@
+"""The loss out of each token's log-sum-exp and target logit, in one launch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from cce_numba.arguments import Problem
+from cce_numba.backend import Statistics
+from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
+
+_THREADS = 1024
+
+
+@kernel_factory
+def make_reduce_kernel() -> Kernel:
+    """One CTA, so that the order of the sum, and with it every bit, is always the same."""
+    threads = _THREADS
+
+    def reduce_kernel(
+        tokens: Any,  # (N,), the first n_valid[0] count
+        n_valid: Any,  # (1,)
+        lse: Any,  # (N,)
+        target_logit: Any,  # (N,)
+        is_mean: Any,
+        loss: Any,  # (1,)
+    ) -> None:
+        """loss[0] = sum or mean of lse - target_logit over tokens that count, summed in float64; nan for the mean of none."""
+        partial = cuda.shared.array(threads, np.float64)
+        t, n_listed = cuda.threadIdx.x, n_valid[0]
+        total = np.float64(0)
+        for position in range(t, n_listed, threads):
+            token = tokens[position]
+            total += np.float64(lse[token] - target_logit[token])
+        partial[t] = total
+        width = threads // 2
+        while width > 0:
+            cuda.syncthreads()
+            if t < width:
+                partial[t] += partial[t + width]
+            width //= 2
+        if t == 0:
+            total = partial[0]
+            if is_mean:
+                total = total / np.float64(n_listed) if n_listed > 0 else np.float64(math.nan)
+            loss[0] = np.float32(total)
+
+    p_i64, p_i32, p_f32 = pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
+    return Kernel(reduce_kernel, types.void(p_i32, p_i64, p_f32, p_f32, types.int32, p_f32), threads=_THREADS)
+
+
+def reduced_nll(p: Problem, statistics: Statistics) -> Any:
+    """See `backend.Backend`."""
+    loss = p.xp.empty((), np.float32)
+    arrays = (statistics.tokens, statistics.n_valid, statistics.lse, statistics.target_logit)
+    make_reduce_kernel().launch(1, *(x.data.ptr for x in arrays), p.options.reduction == "mean", loss.data.ptr)
+    return loss

@@ -1,0 +1,1 @@
+"""Survivor bits become a plan of work for the backward."""

@@ -1,0 +1,110 @@
+"""The tensor-core kernels, compiled for a real GPU without one: every configuration that can be launched.
+
+What would silently cost speed is an error here: spilled registers, products that the assembler serialised, or exchanges of
+registers that it ignored.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cce_numba.interchange import BFLOAT16
+from tests.helpers import offline
+from tests.helpers.harness import SimulatorHarness
+
+if SimulatorHarness.is_active():
+    pytest.skip("the simulator compiles nothing", allow_module_level=True)
+
+from cce_numba.hopper.forward.kernel import make_lse_kernel
+from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
+from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
+from cce_numba.tensor_core.merge import make_merge_kernel
+from cce_numba.tensor_core.reduction import make_reduce_kernel
+from cce_numba.tensor_core.tokens import make_prepare_kernel
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+DTYPES = {"f16": np.dtype(np.float16), "bf16": BFLOAT16}
+BIASES = {"none": lambda dtype: None, "float32": lambda dtype: np.dtype(np.float32), "same": lambda dtype: dtype}
+TENSOR_COPY = r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.tile\.mbarrier::complete_tx::bytes"
+REGISTERS = 65536 // 384 // 8 * 8  # each of the threads' share of a multiprocessor's, in units of 8
+
+
+def check_fits(compiled: offline.Compiled, spilled_bytes: int = 0) -> None:
+    """All in registers, nothing called, and nothing that the assembler had to remark on."""
+    assert compiled.spilled_bytes <= spilled_bytes
+    assert compiled.stack_bytes <= spilled_bytes
+    assert compiled.notices == []
+    assert compiled.count(r"call(\.uni)?") == 0
+
+
+@pytest.mark.parametrize("record", [False, True], ids=["", "record"])
+@pytest.mark.parametrize("capped", [False, True], ids=["", "capped"])
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_forward(dtype, bias, capped, record):
+    """One test for each configuration, with all that is to be said of it: compiling is what takes time."""
+    tiles = HopperTiles()
+    kernel = make_lse_kernel(tiles, DTYPES[dtype], BIASES[bias](DTYPES[dtype]), capped, record)
+    compiled = offline.compile_hopper(kernel)
+
+    # Of a tile's fold, not of its products: three registers.
+    check_fits(compiled, 12 if capped and record and bias == "none" else 0)
+    assert compiled.registers <= REGISTERS == 168
+    assert compiled.smem_bytes == 0, "all shared memory is dynamic: static memory would move the ring"
+    assert kernel.smem_bytes == tiles.smem_bytes <= MAX_SMEM_BYTES
+    assert (kernel.threads, kernel.cluster) == (tiles.threads, tiles.cluster)
+
+    # Two halves of 64 tokens, four products of 16 terms each. More would be loops written out: code that no cache holds.
+    assert compiled.count(rf"wgmma\.mma_async\.sync\.aligned\.m64n192k16\.f32\.{dtype}\.{dtype}") == 8
+    assert compiled.count(r"wgmma\.mma_async\S+") == 8
+    assert compiled.count(rf"{TENSOR_COPY}\.multicast::cluster") >= 1, "parts of c, for the cluster"
+    assert compiled.count(TENSOR_COPY) >= 1, "rows of e"
+    assert compiled.count(r"cp\.async\.cg\.shared\.global") >= 1, "rows of e that are no neighbours"
+    assert compiled.count(rf"setmaxnreg\.dec\.sync\.aligned\.u32 {tiles.producer_registers}") == 1
+    assert compiled.count(rf"setmaxnreg\.inc\.sync\.aligned\.u32 {tiles.consumer_registers}") == 1
+
+    # Survivor bits cost nothing where they are not wanted.
+    words = tiles.block_v // 32
+    assert compiled.count(r"redux\.sync\.or\.b32") == (3 * words if record else 0), "of both halves, and of each for dC"
+    assert compiled.count(r"red\.global\.or\.b32") == (3 if record else 0)
+    # An exponential for each logit of both halves, and some for each row.
+    logits = 2 * 64 * tiles.block_v // 128
+    assert compiled.count(r"ex2\.approx\.ftz\.f32") >= logits
+
+
+@pytest.mark.parametrize("aligned", [False, True], ids=["", "aligned"])
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_dot_products_of_targets(dtype, bias, aligned):
+    compiled = offline.compile_hopper(make_indexed_dot_kernel(DTYPES[dtype], BIASES[bias](DTYPES[dtype]), aligned))
+    check_fits(compiled)
+    assert compiled.smem_bytes == 0
+    assert (compiled.count(r"ld\.global\.nc\.u64") >= 2) == aligned, "four numbers of e and of c at a time"
+    assert compiled.count(r"ld\.global\.nc\.u16") >= 2, "what is left over, or rows that are not contiguous"
+    assert compiled.count(r"red\.global\.or\.b32") == 2, "for the filter, and for dC"
+
+
+def test_the_list_of_tokens_and_the_tensor_maps():
+    compiled = offline.compile_hopper(make_prepare_kernel())
+    check_fits(compiled)
+    assert compiled.registers <= 65536 // 1024
+    assert compiled.count(r"atom\S*") == 0, "the order of tokens does not depend on who comes first"
+
+
+def test_the_merge_of_partial_results():
+    compiled = offline.compile_hopper(make_merge_kernel(HopperTiles()))
+    check_fits(compiled)
+    assert compiled.count(r"(atom|red)\.\S*") == 0, "sums are in the same order each time"
+
+
+def test_the_reduction():
+    check_fits(offline.compile_hopper(make_reduce_kernel()))
+
+
+def test_a_cluster_of_one_fetches_all_of_c_itself():
+    compiled = offline.compile_hopper(make_lse_kernel(HopperTiles(cluster=1), BFLOAT16, None, False, True))
+    check_fits(compiled)
+    assert compiled.count(rf"{TENSOR_COPY}\.multicast::cluster") == 0
+    assert compiled.count(TENSOR_COPY) >= 2

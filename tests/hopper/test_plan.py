@@ -1,0 +1,85 @@
+"""What `explain` tells of the tensor-core kernels: bytes, work and copies, by arithmetic alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cce_numba import gpu
+from cce_numba.arguments import options
+from cce_numba.interchange import BFLOAT16
+from tests.helpers.harness import SimulatorHarness
+
+if SimulatorHarness.is_active():
+    pytest.skip("the simulator has none of these kernels", allow_module_level=True)
+
+from cce_numba.hopper import backend
+from cce_numba.hopper.backward.host import workspace_bytes
+
+N, V = 1000, 50_000
+
+
+@pytest.fixture(autouse=True)
+def an_h100(monkeypatch):
+    monkeypatch.setattr(gpu, "current", lambda: gpu.Gpu((9, 0), 132))
+    monkeypatch.setattr(backend, "_plans", {})
+
+
+def matrix(rows, columns, apart=None):
+    """Of 16-bit numbers, as plans look at it; rows `apart` numbers apart."""
+    memory = SimpleNamespace(ptr=1024)
+    return SimpleNamespace(shape=(rows, columns), strides=(2 * (apart or columns), 2), itemsize=2, dtype=BFLOAT16, data=memory)
+
+
+def problem(D, bias=None, apart=None, **given):
+    return SimpleNamespace(
+        N=N, V=V, D=D, e=matrix(N, D, apart), c=matrix(V, D, apart), bias=bias, dtype=BFLOAT16, device="cuda:0",
+        options=options(BFLOAT16, given), logits_bytes=4 * N * V,
+    )  # fmt: skip
+
+
+def test_the_gradient_of_a_bias_takes_workspace_whichever_was_planned_first():
+    with_bias = np.zeros(V, np.float32)
+    first, second = backend.plan(problem(64)), backend.plan(problem(64, bias=with_bias))
+    assert first.backward_bytes == workspace_bytes(problem(64))
+    assert second.backward_bytes == workspace_bytes(problem(64, bias=with_bias)) != first.backward_bytes
+    assert backend.plan(problem(64)) is first
+    assert backend.plan(problem(64, bias=with_bias)) is second
+
+
+def test_work_is_told():
+    assert "; 0.0064 TFLOP of products in the forward" in backend.plan(problem(64)).how
+    assert "copies" not in backend.plan(problem(64)).how
+
+
+@pytest.mark.parametrize(
+    ("given", "coarse_eps", "planes"),
+    [
+        ({}, 2.0**-14, 2),
+        ({"filter_eps": "auto", "filter_e_grad": False}, 2.0**-14, 2),
+        ({"filter_c_grad": False}, None, 1),
+        ({"filter_eps": 2.0**-16}, None, 1),
+        ({"filter_eps": None}, None, 0),
+        ({"filter_e_grad": False, "filter_c_grad": False}, None, 0),
+        ({"softcap": 5.0, "label_smoothing": 0.1}, None, 0),
+    ],
+    ids=str,
+)
+def test_a_filter_that_nobody_chose_is_coarser_for_the_classifier(given, coarse_eps, planes):
+    """Then there is a second bit for each block and entry."""
+    plan = backend.plan(problem(64, **given))
+    assert plan.coarse_eps == coarse_eps
+    assert ("128 tokens at once where all are below 6.1e-05" in plan.how) == (coarse_eps is not None)
+    assert plan.survivor_bytes == planes * 8 * 261 * 24, "8 blocks of tokens, 261 tiles of entries"
+
+
+@pytest.mark.parametrize("apart", [None, 72], ids=["contiguous", "a view that the copy engine reads"])
+def test_rows_that_are_no_whole_16_bytes_are_copied_for_the_backward(apart):
+    """And so are the gradients, which are stored 16 bytes at a time."""
+    how = backend.plan(problem(65, apart=apart)).how
+    reason = "since its rows of 65 elements are not a multiple of 16 bytes long"
+    assert f"for the backward whole copies: e, {reason} and c, {reason}" in how
+    assert ("c is copied" in how) == (apart is None)
+    assert workspace_bytes(problem(65, apart=apart)) == workspace_bytes(problem(72)) + 2 * 2 * (N + V) * 72

@@ -1,0 +1,526 @@
+"""The plan of work for the backward: every table against a NumPy model, which small examples check; compiled without a GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from tests.helpers import offline
+from tests.helpers.harness import SimulatorHarness
+
+if SimulatorHarness.is_active():
+    pytest.skip("the simulator has none of these kernels", allow_module_level=True)
+
+from cce_numba.launch.kernel import Kernel
+from cce_numba.tensor_core.survey import survey as survey_module
+from cce_numba.tensor_core.survey.survey import survey
+from cce_numba.tensor_core.survey.tables import SurveyLayout, Tables
+
+KERNELS = ("weigh", "list", "order", "sort", "rounds", "slots", "phases")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a survey is told.
+
+    Attributes:
+        tokens: (n_valid,) those that are listed.
+        survivors: (blocks, V) bool; None if all are kept.
+        coarse: (blocks, V) bool, those of the survivors that dC is made for; None if for all.
+        softmax_weight, target_weight, lse, target_logit, targets: (N,).
+        jobs: d_tiles_c, d_tiles_e.
+    """
+
+    tokens: np.ndarray
+    survivors: np.ndarray | None
+    softmax_weight: np.ndarray
+    target_weight: np.ndarray
+    lse: np.ndarray
+    target_logit: np.ndarray
+    targets: np.ndarray
+    dense_share: float = 0.7
+    jobs: tuple[int, int] = (3, 2)
+    zero_fill: bool = True
+    coarse: np.ndarray | None = None
+
+
+# ---- the model
+
+
+def words(bits: np.ndarray) -> np.ndarray:
+    """(..., n) bool as (..., ceil(n / 32)) uint32, the first bit the lowest."""
+    padding = [(0, 0)] * (bits.ndim - 1) + [(0, -bits.shape[-1] % 32)]
+    return np.ascontiguousarray(np.packbits(np.pad(bits, padding), axis=-1, bitorder="little")).view(np.uint32)
+
+
+def keys_of(survives: np.ndarray, patterns: np.ndarray) -> np.ndarray:
+    """(V,) of columns, by whether they survive somewhere, and by the groups of blocks in which dC is made for them.
+
+    0 for those that survive nowhere, 1 for those that dC needs nowhere; the others by their pattern's place in Gray code, 1 to
+    255. One more than that, as far as 170: so there is room for the 1, and 170 and 171 share a key.
+    """
+    ranks = np.array([bin(x).count("1") & 1 for x in range(256)])  # of each bit: the parity of itself and all higher ones
+    places = sum(ranks[patterns >> bit] << bit for bit in range(8))
+    return np.where(~survives, 0, np.where(patterns == 0, 1, places + (places < 171)))
+
+
+def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
+    """All tables, those of rounds only as far as there are rounds."""
+    blocks, n_ctiles, V, n_valid = layout.blocks, layout.n_ctiles, layout.V, len(x.tokens)
+    weights = np.stack([x.softmax_weight, x.target_weight])[:, x.tokens]
+    found = {}
+
+    # Tokens.
+    sizes = np.abs(weights[np.isfinite(weights)])
+    largest = sizes.max(initial=0)
+    power = 0 if largest == 0 else np.clip(13 - (np.frexp(largest)[1] - 1), -100, 100)
+    found["scale"] = np.array([2.0**power, 2.0**-power], np.float32)
+    has_weight = (weights != 0).any(0)
+    row_of = np.full(blocks * 128, -1, np.int32)
+    row_of[:n_valid][has_weight] = x.tokens[has_weight]
+    rows = np.tile(np.array([0, 0, np.inf, 0], np.float32), (blocks * 128, 1))
+    rows.view(np.int32)[:, 3] = -1
+    for p, n in enumerate(row_of):
+        if n >= 0:
+            lost = np.isnan(x.target_logit[n])
+            rows[p, 0] = np.nan if lost else x.softmax_weight[n] * found["scale"][0]
+            rows[p, 1] = x.target_weight[n] * found["scale"][0]
+            rows[p, 2] = x.lse[n] * np.float32(math.log2(math.e))
+            if abs(x.targets[n]) < 2**31:
+                rows.view(np.int32)[p, 3] = x.targets[n]
+    found["rows"], found["row_of"] = rows, row_of
+    in_blocks = row_of.reshape(blocks, 128)
+    alive = (in_blocks >= 0).any(1)
+    whole = (in_blocks >= 0).all(1) & (np.diff(in_blocks, axis=1) == 1).all(1)
+    found["alive"], found["whole"] = words(alive), words(whole)
+
+    # Columns.
+    kept = np.repeat(alive[:, None], V, axis=1)
+    dense = x.survivors is None
+    if x.survivors is not None:
+        dense = float((kept & x.survivors).sum()) > float(np.float32(x.dense_share)) * float(kept.sum())
+        if not dense:
+            kept &= x.survivors
+    found["dense"] = np.array([dense], np.int32)
+    order, needed = np.arange(V), kept
+    if not dense:
+        if x.coarse is not None:
+            needed = kept & x.coarse
+        n_blocks = -(-n_valid // 128)
+        patterns = np.zeros(V, int)
+        for b in range(n_blocks):
+            patterns |= needed[b].astype(int) << (7 - b * 8 // n_blocks)
+        order = np.argsort(-keys_of(kept.any(0), patterns), kind="stable")
+    found["order"] = np.full(n_ctiles * 128, -1, np.int32)
+    found["order"][:V] = order
+    in_order = np.zeros((blocks, n_ctiles * 128), bool)
+    in_order[:, :V] = kept[:, order]
+    found["bits"] = words(in_order)
+    counts = in_order.reshape(blocks, n_ctiles, 128).sum(2)
+    needed_in_order = np.zeros_like(in_order)
+    needed_in_order[:, :V] = needed[:, order]
+    found["live"] = words(needed_in_order.reshape(blocks, n_ctiles, 128).any(2).T)
+    before = np.zeros((blocks, n_ctiles + 1), np.int32)
+    before[:, 1:] = np.cumsum(counts, axis=1)
+    found["before"] = before
+
+    # Rounds.
+    n_live = int(counts.any(0).sum())
+    round_of = before.sum(0, dtype=np.int64)[:n_live] // layout.cap
+    rounds = int(round_of[-1]) + 1 if n_live else 1
+    first_tile = np.full(layout.rounds_max + 1, n_live, np.int32)
+    if n_live:
+        first_tile[:rounds] = np.searchsorted(round_of, np.arange(rounds))
+    found["n_live_tiles"], found["n_rounds"] = np.array([n_live], np.int32), np.array([rounds], np.int32)
+    found["first_tile"] = first_tile
+    for name, size in (("slot0", lambda count: -(-count // 64) * 64), ("first_g", lambda count: -(-count // 192))):
+        found[name] = np.zeros((rounds, blocks + 1), np.int32)
+        for r in range(rounds):
+            found[name][r, 1:] = np.cumsum(size(before[:, first_tile[r + 1]] - before[:, first_tile[r]]))
+
+    found["first_g"][:, blocks] += found["first_g"][:, blocks] % 2  # pairs of CTAs take jobs
+
+    # Phases.
+    def products(r):
+        dead = n_ctiles - n_live if x.zero_fill else 0
+        tiles = first_tile[r + 1] - first_tile[r] + (r + 1) * dead // rounds - r * dead // rounds
+        return tiles * x.jobs[0] + -(-n_valid // 128) * x.jobs[1]
+
+    logits = found["first_g"][:, blocks]
+    jobs = [logits[0]]
+    for r in range(1, rounds):
+        jobs += [logits[r], products(r - 1)]
+    found["phase_end"] = np.cumsum([*jobs, products(rounds - 1)]).astype(np.int32)
+    return found
+
+
+# ---- inputs
+
+
+def make_inputs(seed, N, V, *, listed=1.0, dead=0.0, density=0.1, coarse=None, **named) -> Inputs:
+    """Columns survive with their own probabilities, of `density` on average, and in some blocks more than in others.
+
+    coarse: this share of a column's survivors, on average, is what dC is made for; of every third column nothing is.
+    """
+    rng = np.random.default_rng(seed)
+    tokens = np.flatnonzero(rng.random(N) < listed).astype(np.int32)
+    blocks = -(-N // 128)
+    survivors = None
+    if density is not None:
+        of_column = rng.random(V) ** (1 / density - 1) if 0 < density < 1 else np.full(V, density)
+        survivors = rng.random((blocks, V)) < of_column * rng.choice([0.5, 1, 1.5], (blocks, 1)) ** (density < 1)
+    weights = rng.normal(size=(2, N)).astype(np.float32) / N
+    weights[:, rng.random(N) < dead] = 0
+    weights[rng.integers(0, 2, N), np.arange(N)] *= rng.random(N) < 0.9  # one of the two may be 0
+    z = rng.normal(size=(2, N)).astype(np.float32) * 5
+    x = Inputs(tokens, survivors, *weights, *z, rng.integers(0, V, N), **named)
+    if coarse is not None and survivors is not None:
+        of_column = rng.random(V) ** (1 / coarse - 1) * (np.arange(V) % 3 > 0)
+        x = replace(x, coarse=survivors & (rng.random((blocks, V)) < of_column))
+    return x
+
+
+def strange(x: Inputs) -> Inputs:
+    """Targets out of range, weights that are no numbers."""
+    weights, logits, targets = x.softmax_weight.copy(), x.target_logit.copy(), x.targets.copy()
+    weights[x.tokens[:3]] = np.nan, np.inf, -np.inf
+    lost = x.tokens[3:9]
+    logits[lost], targets[lost] = np.nan, [-1, -(2**40), 2**40, 2**31, 2**31 - 1, 2**20]
+    return replace(x, softmax_weight=weights, target_logit=logits, targets=targets)
+
+
+def rescaled(x: Inputs, factor: float) -> Inputs:
+    return replace(x, softmax_weight=x.softmax_weight * np.float32(factor), target_weight=x.target_weight * np.float32(factor))
+
+
+CASES = {
+    # One block, less than a tile; a tile and one column more.
+    "tiny": (3, 7, {"density": 0.8, "dense_share": 1.0}, 1),
+    "one block": (128, 129, {"density": 0.3}, 1),
+    # A chunk of 4096 columns; one column more; three of them. Words of 32 blocks end within a CTA of 8.
+    "one chunk": (700, 4096, {"density": 0.08, "listed": 0.9}, 1),
+    "a chunk and a column": (257, 4097, {"density": 0.08}, 2),
+    "three chunks": (640, 9000, {"density": 0.1, "dead": 0.3}, 1),
+    # More than 32 blocks, and more rounds than one or two.
+    "many blocks": (33 * 128 + 1, 3000, {"density": 0.07}, 1),
+    "many rounds": (384, 60_000, {"density": 0.3}, 1),
+    # Past what 1024 threads take at a time: tiles and phases; blocks.
+    "many tiles": (200, 200_000, {"density": 0.9, "dense_share": 1.0}, 1),
+    "many, many blocks": (1024 * 128 + 1, 200, {"density": 0.1}, 1),
+    # Tokens that do not count, or that have no weight.
+    "few listed": (700, 1000, {"listed": 0.1}, 1),
+    "none listed": (300, 1000, {"listed": 0.0}, 1),
+    "none has weight": (300, 1000, {"dead": 1.0}, 1),
+    "dead blocks": (700, 1000, {"dead": 0.99}, 1),
+    # Nothing survives; nearly all do; all are kept.
+    "no survivors": (300, 1000, {"density": 0.0}, 1),
+    "dense": (600, 5000, {"density": 0.9, "dead": 0.2}, 1),
+    "all survive": (300, 1000, {"density": 1.0, "dense_share": 1.0}, 1),
+    "keep all": (700, 5000, {"density": None, "listed": 0.6, "dead": 0.995}, 1),
+    "keep all, none listed": (300, 1000, {"density": None, "listed": 0.0}, 1),
+    # One round; products that are not wanted.
+    "one round": (300, 3000, {}, 100),
+    "no products": (300, 3000, {"jobs": (0, 0)}, 1),
+    "dC alone, no zeros": (300, 3000, {"jobs": (4, 0), "zero_fill": False}, 1),
+    # dC is made for some of what survives, and tiles survive that it does not need; or for nothing.
+    "coarse": (1000, 9000, {"density": 0.15, "listed": 0.9, "dead": 0.2, "coarse": 0.4}, 1),
+    "coarse, many blocks": (40 * 128 + 1, 5000, {"density": 0.07, "coarse": 0.3}, 1),
+    "coarse, dead blocks": (700, 3000, {"dead": 0.99, "density": 0.3, "coarse": 0.4}, 1),
+    "coarse, dense": (600, 5000, {"density": 1.0, "dead": 0.2, "coarse": 0.4}, 1),
+    "coarse, all patterns": (1024, 60_000, {"density": 0.6, "coarse": 0.5}, 100),
+    "coarse, nothing": (300, 1000, {"density": 0.3, "coarse": 1e-9}, 1),
+}
+CHANGES = {
+    "strange": strange,
+    "tiny weights": lambda x: rescaled(x, 2.0**-120),
+    "huge weights": lambda x: rescaled(x, 2.0**125),
+    "subnormal weights": lambda x: rescaled(x, 2.0**-135),
+}
+
+
+def make_case(name: str) -> tuple[SurveyLayout, Inputs]:
+    if name in CHANGES:
+        return SurveyLayout(300, 1000, 3 * 128), CHANGES[name](make_inputs(1, 300, 1000, listed=0.9))
+    N, V, named, tiles_of_round = CASES[name]
+    return SurveyLayout(N, V, -(-N // 128) * 128 * tiles_of_round), make_inputs(len(name), N, V, **named)
+
+
+# ---- the model itself
+
+
+def plain(N: int) -> Inputs:
+    """All tokens listed, with weight 1 and zeros for all else."""
+    zeros = np.zeros((3, N), np.float32)
+    return Inputs(np.arange(N, dtype=np.int32), None, np.ones(N, np.float32), *zeros, np.zeros(N, np.int64))
+
+
+def test_keys_are_places_in_gray_code():
+    """In which one bit is different of neighbours. Two patterns, of many groups, share a key."""
+    places = np.arange(256)
+    patterns = places ^ (places >> 1)
+    assert patterns[[0, 1, 2, 3, 170, 171, 255]].tolist() == [0b0, 0b1, 0b11, 0b10, 0b11111111, 0b11111110, 0b10000000]
+    np.testing.assert_array_equal(np.bitwise_count(patterns[1:] ^ patterns[:-1]), 1)
+    assert keys_of(np.ones(256, bool), patterns).tolist() == [*range(1, 172), *range(171, 256)]
+    assert keys_of(np.zeros(2, bool), np.zeros(2, int)).tolist() == [0, 0]
+
+
+def test_columns_that_survive_in_the_same_blocks_lie_together():
+    """Two blocks, groups 0 and 4 of 8: 0x80 for column 4, 0x88 for 1, 0x08 for 2, 0 for the others, in Gray code's order."""
+    survivors = np.zeros((2, 6), bool)
+    survivors[0, [1, 4]] = survivors[1, [1, 2]] = True
+    found = model(SurveyLayout(256, 6, 256), replace(plain(256), survivors=survivors))
+    assert found["order"][:8].tolist() == [4, 1, 2, 0, 3, 5, -1, -1]
+    assert found["bits"].tolist() == [[0b011, 0, 0, 0], [0b110, 0, 0, 0]]
+    assert found["live"].tolist() == [[0b11]]
+    assert found["before"].tolist() == [[0, 2], [0, 2]]
+    assert found["first_tile"].tolist() == [0, 1]
+    assert found["slot0"].tolist() == [[0, 64, 128]]
+    assert found["first_g"].tolist() == [[0, 1, 2]]
+    assert found["phase_end"].tolist() == [2, 2 + 3 + 2 * 2], "two lists of logits; one tile of dC, two blocks of dE"
+    assert found["whole"].tolist() == found["alive"].tolist() == [0b11]
+    assert found["scale"].tolist() == [2.0**13, 2.0**-13]
+
+
+def test_columns_are_sorted_by_what_dc_needs():
+    """Then come those that it does not need, then those that survive nowhere. The rest knows what survives alone."""
+    survivors, coarse = np.zeros((2, 400), bool), np.zeros((2, 400), bool)
+    survivors[:, 50:350] = True
+    survivors[1, 300:350] = False
+    coarse[0, 60:160] = coarse[1, 150:200] = True
+    inputs = replace(plain(256), survivors=survivors, coarse=coarse)
+    found = model(SurveyLayout(256, 400, 256), inputs)
+    order = [*range(60, 160), *range(160, 200), *range(50, 60), *range(200, 350), *range(50), *range(350, 400)]
+    order = [*range(60, 150), *range(150, 160), *order[100:]]  # 0x80, 0x88, 0x08, 0 that survive, 0 that do not
+    assert found["order"].tolist() == [*order, *[-1] * 112]
+    assert found["live"].tolist() == [[0b11], [0b10], [0b00], [0b00]]
+    assert found["n_live_tiles"] == [3]
+    assert found["before"].tolist() == [[0, 128, 256, 300, 300], [0, 128, 250, 250, 250]]
+    in_order = survivors[:, order]
+    np.testing.assert_array_equal(found["bits"], words(np.pad(in_order, ((0, 0), (0, 112)))))
+    everything = model(SurveyLayout(256, 400, 256), replace(inputs, dense_share=0.5))
+    assert everything["dense"] == [1]
+    assert everything["live"].tolist() == [[0b11]] * 4
+
+
+def test_rounds_and_phases():
+    """Four tiles, all of them live, and room for one at a time. Its one job for G is two, for a pair of CTAs."""
+    found = model(SurveyLayout(128, 512, 128), replace(plain(128), jobs=(2, 1)))
+    assert found["dense"] == [1]
+    assert found["order"].tolist() == list(range(512))
+    assert found["n_rounds"] == [4]
+    assert found["first_tile"].tolist() == [0, 1, 2, 3, 4]
+    assert found["slot0"].tolist() == [[0, 128]] * 4
+    #                      G(0), G(1), P(0), G(2), P(1), G(3), P(2), P(3)
+    jobs = np.cumsum([2, 2, 3, 2, 3, 2, 3, 3])
+    assert found["phase_end"].tolist() == jobs.tolist()
+
+
+def test_tiles_without_survivors_are_shared_out():
+    """Five tiles, of which 200 columns fill one and a half; the three others go to the two rounds as one and two."""
+    survivors = np.zeros((1, 640), bool)
+    survivors[0, 7:207] = True
+    found = model(SurveyLayout(128, 640, 128), replace(plain(128), survivors=survivors, jobs=(1, 0)))
+    assert found["order"][:202].tolist() == [*range(7, 207), 0, 1]
+    assert (found["n_live_tiles"], found["n_rounds"]) == ([2], [2])
+    assert found["before"].tolist() == [[0, 128, 200, 200, 200, 200]]
+    assert found["slot0"].tolist() == [[0, 128], [0, 128]]
+    assert found["phase_end"].tolist() == np.cumsum([2, 2, 1 + 1, 1 + 2]).tolist()
+
+
+def test_rows_of_tokens():
+    x = plain(256)
+    x.softmax_weight[:] = 0.25
+    x.softmax_weight[2] = 0
+    x.target_logit[5] = np.nan
+    x.targets[4:6] = 77, 2**40
+    x.lse[4] = 1
+    tokens = np.delete(x.tokens, 100)
+    found = model(SurveyLayout(256, 512, 256), replace(x, tokens=tokens))
+    assert found["scale"].tolist() == [2.0**15, 2.0**-15]
+    assert found["rows"][4, :3].tolist() == [2.0**13, 0, np.float32(math.log2(math.e))]
+    assert found["rows"].view(np.int32)[:8, 3].tolist() == [0, 0, -1, 0, 77, -1, 0, 0]
+    assert found["rows"][[2, 255], :3].tolist() == [[0, 0, np.inf]] * 2
+    assert np.isnan(found["rows"][5, 0])
+    assert found["row_of"][[0, 2, 99, 100, 254, 255]].tolist() == [0, -1, 99, 101, 255, -1]
+    assert found["whole"] == [0], "one token has no weight, one is not listed"
+    assert found["alive"] == [0b11]
+
+
+# ---- the host's side
+
+
+@pytest.mark.parametrize("name", [*CASES, *CHANGES])
+def test_tables_hold_what_the_model_says(name):
+    layout, x = make_case(name)
+    found = model(layout, x)
+    assert int(found["n_rounds"][0]) <= layout.rounds_max
+    survives = np.flatnonzero(np.diff(found["before"], axis=1).any(0))
+    assert np.array_equal(survives, np.arange(found["n_live_tiles"][0])), "tiles with survivors are first"
+    needed = np.flatnonzero(found["live"].any(1))
+    assert np.array_equal(needed, np.arange(len(needed))), "and of these, what dC needs"
+    assert len(needed) <= len(survives)
+    assert len(needed) == len(survives) or x.coarse is not None
+    for table, expected in found.items():
+        dtype, shape = layout.tables[table]
+        assert expected.dtype == dtype
+        assert all(have <= room for have, room in zip(expected.shape, shape, strict=True))
+    counts = np.diff(found["slot0"], axis=1).sum(1)
+    assert counts.max() <= layout.cap + layout.blocks * (128 + 63), "a round's last tile may pass the capacity"
+
+
+def test_cases_are_what_they_are_called():
+    """So that no case of the list is another one in disguise."""
+    found = {name: model(*make_case(name)) for name in CASES}
+    dense = {"dense", "coarse, dense", "keep all", "keep all, none listed"}
+    assert {name for name in CASES if found[name]["dense"][0]} == dense
+    assert found["many rounds"]["n_rounds"][0] > 32
+    assert min(found["many tiles"]["n_live_tiles"][0], 2 * found["many tiles"]["n_rounds"][0]) > 1024
+    assert found["tiny"]["n_live_tiles"][0] == 1
+    assert found["one round"]["n_rounds"][0] == 1
+    for name in ("none listed", "none has weight", "no survivors", "keep all, none listed"):
+        assert found[name]["n_live_tiles"][0] == 0
+    for name in ("dead blocks", "coarse, dead blocks"):
+        assert 0 < found[name]["alive"][0] < 2**6 - 1
+    needed = {name: found[name]["live"].any(1).sum() / found[name]["n_live_tiles"][0] for name in CASES if "coarse" in name}
+    assert {name for name in needed if 0 < needed[name] < 0.9} == set(needed) - {"coarse, dense", "coarse, nothing"}
+    assert needed["coarse, nothing"] == 0
+    for name in ("coarse", "coarse, many blocks", "coarse, dead blocks", "coarse, all patterns"):
+        layout, x = make_case(name)
+        plain_live = model(layout, replace(x, coarse=None))["live"]
+        assert np.bitwise_count(found[name]["live"]).sum() < np.bitwise_count(plain_live).sum()
+    assert any(table["whole"].any() for table in found.values())
+
+
+def test_places_of_tables():
+    layout = SurveyLayout(1000, 5000, 8 * 128)
+    assert list(layout.tables) == list(Tables._fields)
+    ends = [0]
+    for (dtype, shape), offset in zip(layout.tables.values(), layout.offsets, strict=True):
+        assert offset % 256 == 0
+        assert ends[-1] <= offset < ends[-1] + 256
+        ends.append(offset + math.prod(shape) * np.dtype(dtype).itemsize)
+    assert ends[-1] <= layout.nbytes < ends[-1] + 256
+    assert layout.at(2**40) == Tables(*(2**40 + offset for offset in layout.offsets))
+
+
+def test_a_round_holds_a_tile():
+    with pytest.raises(ValueError, match="at least the 1024 pairs of a tile, got 1023"):
+        SurveyLayout(1000, 5000, 1023)
+
+
+ADDRESSES = dict.fromkeys(("tokens", "n_valid", "softmax_weight", "target_weight", "lse", "target_logit", "targets"), 2**40)
+
+
+@pytest.mark.parametrize(("keep_all", "coarse_rows"), [(False, 0), (False, 1024), (True, 0)])
+def test_launches_are_few_and_take_these_arguments(monkeypatch, keep_all, coarse_rows):
+    grids = {}
+
+    def launch(kernel, ctas, *values):
+        kernel._arguments.pack(*values)  # raises if they are too many, too few, or too large
+        grids[kernel.function.__name__] = ctas
+
+    monkeypatch.setattr(Kernel, "launch", launch)
+    layout = SurveyLayout(131_072, 500_000, 2**24)
+    where = ADDRESSES | {"survivors_pointer": 0 if keep_all else 2**40, "pitch_words": 0 if keep_all else 15_630}
+    where |= {"coarse_rows": coarse_rows} if coarse_rows else {}
+    survey(layout, 2**41, **where, keep_all=keep_all, dense_share=0.7, d_tiles_c=9, d_tiles_e=9, zero_fill=True)
+    assert list(grids) == [f"{name}_kernel" for name in KERNELS]
+    assert grids["list_kernel"] == 1024 // 8 + (0 if keep_all else -(-500_000 // 4096))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_compile(name):
+    kernel = getattr(survey_module, f"make_{name}_kernel")()
+    compiled = offline.compile_hopper(kernel)
+    assert compiled.spilled_bytes == compiled.stack_bytes == 0
+    assert compiled.notices == []
+    assert compiled.count(r"call(\.uni)?") == 0
+    assert compiled.registers <= 65536 // kernel.threads
+    assert compiled.smem_bytes <= 48 * 1024
+    assert compiled.count(r"(atom|red)\.\S*global\S*") == 0, "no order of arrival"
+
+
+# ---- on a GPU
+
+
+@pytest.fixture(scope="module")
+def hopper(request):
+    request.getfixturevalue("gpu")
+    from tests.helpers.harness import HopperHarness
+
+    if reason := HopperHarness.why_not():
+        pytest.skip(reason)
+
+
+def survey_on_gpu(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
+    """All tables, as they are left in memory that held other things before."""
+    import cupy
+
+    base = cupy.full(layout.nbytes, 0xFF, np.uint8)
+    arrays = {name: getattr(x, name) for name in ADDRESSES if name not in ("tokens", "n_valid")}
+    arrays["tokens"] = np.pad(x.tokens, (0, layout.N - len(x.tokens)), constant_values=2**30)  # nobody reads those
+    arrays["n_valid"], arrays["targets"] = np.array([len(x.tokens)]), x.targets.astype(np.int64)
+    arrays = {name: cupy.asarray(array) for name, array in arrays.items()}
+    pointer, pitch_words = 0, 0
+    if x.survivors is not None:
+        planes = [words(plane) for plane in (x.survivors, x.coarse) if plane is not None]
+        for plane in planes:
+            plane[-(-len(x.tokens) // 128) :] = 0x55555555  # nor these
+        bits = np.concatenate(planes)
+        survivors = cupy.asarray(np.pad(bits, ((0, 0), (0, 3)), constant_values=2**32 - 1))  # nor what is past the last
+        pointer, pitch_words = survivors.data.ptr, survivors.shape[1]
+    survey(
+        layout,
+        base.data.ptr,
+        survivors_pointer=pointer,
+        pitch_words=pitch_words,
+        coarse_rows=0 if x.coarse is None else layout.blocks,
+        keep_all=x.survivors is None,
+        dense_share=x.dense_share,
+        d_tiles_c=x.jobs[0],
+        d_tiles_e=x.jobs[1],
+        zero_fill=x.zero_fill,
+        **{name: array.data.ptr for name, array in arrays.items()},
+    )
+    return tables_of(layout, base.get())
+
+
+def tables_of(layout: SurveyLayout, memory: np.ndarray) -> dict[str, np.ndarray]:
+    """The tables in an allocation, by name."""
+    found = {}
+    for name, offset in layout.offsets._asdict().items():
+        dtype, shape = layout.tables[name]
+        found[name] = memory[offset:][: math.prod(shape) * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+    return found
+
+
+def check_tables(layout: SurveyLayout, found: dict[str, np.ndarray], x: Inputs) -> None:
+    """Every table is the model's, to the bit; log-sum-exps in base 2 to the last but one."""
+    for name, expected in model(layout, x).items():
+        got = found[name]
+        if name in ("slot0", "first_g", "phase_end"):  # as far as there are rounds
+            got = got[: len(expected)]
+        if name == "rows":
+            np.testing.assert_array_max_ulp(got[:, 2], expected[:, 2], 1)
+            np.testing.assert_array_equal(got.view(np.int32)[:, 3], expected.view(np.int32)[:, 3])
+            got, expected = got[:, :2], expected[:, :2]
+        np.testing.assert_array_equal(got, expected, err_msg=name, strict=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*CASES, *CHANGES])
+def test_tables_are_the_models(hopper, name):
+    layout, x = make_case(name)
+    check_tables(layout, survey_on_gpu(layout, x), x)
+
+
+@pytest.mark.gpu
+def test_the_same_tables_each_time(hopper):
+    layout, x = make_case("many rounds")
+    first, second = survey_on_gpu(layout, x), survey_on_gpu(layout, x)
+    for name in Tables._fields:
+        np.testing.assert_array_equal(first[name], second[name], err_msg=name)
