@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cce_numba.arguments import Problem
@@ -36,6 +37,7 @@ class Statistics:
         survivor_block: tokens in a block of `survivors`.
         mean_logit: (N,) mean over the vocabulary of class weight times logit, 0 where ignored, of the compute dtype; None
             unless `Options.smooths_capped`: else it follows from e and c (`terms.py`).
+        folded: (N,) results of further folds (`folds.py`) by name, 0 where ignored.
     """
 
     tokens: Any
@@ -45,6 +47,7 @@ class Statistics:
     survivors: Any  # or None
     survivor_block: int
     mean_logit: Any = None
+    folded: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

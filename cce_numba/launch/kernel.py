@@ -1,8 +1,9 @@
 """Kernels with declared parameters, launched with addresses and scalars on CuPy's current stream.
 
-A kernel takes `types.CPointer` or `uint64` for an array: its address, one value, where numba's own array argument has seven and
-more. What belongs together is a record (`launch.record`). Arguments are packed and handed to the driver directly, which takes the
-host a fraction of the time of numba's own dispatch.
+A kernel takes an array as `types.CPointer` or `uint64`: its address, one value, where numba's own array argument has seven and
+more. What belongs together is a record (`launch.record`). Arguments are packed and handed to the driver directly, which takes
+the host a fraction of the time that numba's own dispatch takes.
+
 What was compiled is kept on disk, see `cubin_cache`.
 """
 

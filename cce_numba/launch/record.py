@@ -1,7 +1,7 @@
-"""Records: what belongs together travels to a kernel under one name, declared once with the type, shape and unit of each field.
+"""Records: what belongs together travels to a kernel under one name, declared once with each field's type, shape and unit.
 
-A record is a named tuple, so host code builds it by name and kernels read `record.field`. Numba flattens named tuples, and named
-tuples in them, to plain parameters: a record costs no instruction and no register.
+A record is a named tuple, so host code builds it by name and kernels read `record.field`. Numba flattens named tuples, and
+named tuples in them, to plain parameters: a record costs no instruction and no register.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a call computes, apart from who records it: the checked problem, the forward, and the backward of what that left.
 
-What a forward leaves (`backend.Statistics`) becomes tensors whose shapes follow from those of the arguments, since operators must
-have it so; and tensors are what autograd frees, offloads and recomputes.
+What a forward leaves (`backend.Statistics`) becomes tensors whose shapes follow from those of the arguments, since operators
+must have it so; and tensors are what autograd frees, offloads and recomputes.
 """
 
 from __future__ import annotations

@@ -1,0 +1,28 @@
+"""Which folds a forward runs. A fold is what becomes of tiles of logits, of which none is kept.
+
+A fold has a state for each row of logits (each token), and four parts:
+
+    begin   the state before the first tile, or where earlier tiles of the same rows have left it
+    step    the state after one more tile
+    merge   the state of two parts of a row, of which different workers have seen one each: consumers, splits, GPUs
+    store   what the state says of a token is written to the fold's results
+
+Each backend has its own folds, under the same names and in one file each: `cpu/folds/`, `simt/folds/`, `tensor_core/folds/`.
+"""
+
+from __future__ import annotations
+
+from cce_numba.arguments import Problem
+
+MAX_SUM = "max_sum"  # the largest logit and the sum of exponentials, of which the log-sum-exp is made; others may build on it
+MEAN_LOGIT = "mean_logit"  # the mean over the vocabulary of class weight times logit
+SURVIVORS = "survivors"  # which vocabulary entries the backward must look at
+
+
+def wanted(p: Problem, record_survivors: bool) -> tuple[str, ...]:
+    """The names of the folds that a problem's forward runs, in the order in which they see a tile.
+
+    Where labels are smoothed under a softcap nothing is filtered, so there are no survivors to record.
+    """
+    smooths = p.options.smooths_capped
+    return (MAX_SUM, *((MEAN_LOGIT,) if smooths else ()), *((SURVIVORS,) if record_survivors and not smooths else ()))
