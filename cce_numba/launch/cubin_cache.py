@@ -209,8 +209,11 @@ def _spelled(value: Any) -> str:
     if dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen and _is_ours(kind):  # type: ignore[attr-defined]
         fields = ", ".join(f"{field.name}={_spelled(getattr(value, field.name))}" for field in dataclasses.fields(kind))
         return f"{kind.__module__}.{kind.__qualname__}({fields})"
+    if callable(value) and hasattr(value, "__qualname__") and _is_ours(value):  # a function, remembered results or not
+        return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(
-        f"what is told must be None, bool, int, float, str, a dtype, a tuple or a frozen dataclass of {_PACKAGE}, not {kind}"
+        "what is told must be None, bool, int, float, str, a dtype, a tuple, or a function or frozen dataclass of "
+        f"{_PACKAGE}, not {kind}"
     )
 
 

@@ -43,8 +43,9 @@ class Record(metaclass=_Declaration):
 
     declared: dict[str, Any]
 
-    def __init__(self, *values: Any, **fields: Any) -> None:
-        """For type checkers: subclasses have a named tuple's own."""
+    # For type checkers: subclasses have a named tuple's own.
+    def __init__(self, *values: Any, **fields: Any) -> None: ...
+    def _replace(self, **fields: Any) -> Any: ...
 
 
 def kind_of(declared: Any) -> Any:

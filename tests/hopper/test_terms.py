@@ -25,8 +25,9 @@ from cce_numba import survivors
 from cce_numba.hopper import backend
 from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.tiles import BackwardTiles
-from cce_numba.hopper.forward.kernel import make_lse_kernel
+from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
+from cce_numba.tensor_core.folds import MAX_SUM, MEAN_LOGIT, SURVIVORS
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
 from cce_numba.tensor_core.survey.columns import make_list_kernel
@@ -36,6 +37,7 @@ on_gpu = pytest.mark.gpu
 
 FLOAT16, FLOAT32 = DTYPES[0], np.dtype(np.float32)
 TILES = HopperTiles()
+PLAIN, RECORDING, SMOOTHED = (MAX_SUM,), (MAX_SUM, SURVIVORS), (MAX_SUM, MEAN_LOGIT)
 # Of what consumers keep from tile to tile; none of it is in the loop over the stages.
 FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 128, 3072
 
@@ -45,18 +47,18 @@ FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 128, 3072
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
-    ("dtype", "bias", "capped", "record", "scaled", "smoothed"),
+    ("dtype", "bias", "capped", "scaled", "folds"),
     [
-        (BFLOAT16, None, False, True, True, False),
-        (BFLOAT16, FLOAT32, True, True, True, False),
-        (FLOAT16, FLOAT16, False, False, True, False),
-        (FLOAT16, None, True, False, False, True),
-        (BFLOAT16, BFLOAT16, True, False, True, True),
-        (BFLOAT16, None, True, False, True, True),
+        (BFLOAT16, None, False, True, RECORDING),
+        (BFLOAT16, FLOAT32, True, True, RECORDING),
+        (FLOAT16, FLOAT16, False, True, PLAIN),
+        (FLOAT16, None, True, False, SMOOTHED),
+        (BFLOAT16, BFLOAT16, True, True, SMOOTHED),
+        (BFLOAT16, None, True, True, SMOOTHED),
     ],
 )
-def test_the_forward(dtype, bias, capped, record, scaled, smoothed):
-    kernel = make_lse_kernel(TILES, dtype, bias, capped, record, scaled, smoothed)
+def test_the_forward(dtype, bias, capped, scaled, folds):
+    kernel = make_forward_kernel(TILES, dtype, bias, capped, scaled, folds)
     compiled = offline.compile_hopper(kernel)
     assert compiled.notices == []
     assert compiled.registers == 65536 // 384 // 8 * 8 == 168
@@ -65,9 +67,9 @@ def test_the_forward(dtype, bias, capped, record, scaled, smoothed):
     assert compiled.count(r"call(\.uni)?") == 0
     assert compiled.count(r"wgmma\.mma_async\S+") == 8
     assert compiled.smem_bytes == 0
-    assert TILES.smem_bytes < kernel.smem_bytes <= MAX_SMEM_BYTES
+    assert kernel.smem_bytes == TILES.smem_bytes <= MAX_SMEM_BYTES
     # Totals: of each row of a thread, to a slot of its own.
-    assert compiled.count(r"st\.global\.f32") >= (8 if smoothed else 4)
+    assert compiled.count(r"st\.global\.f32") >= (8 if folds is SMOOTHED else 4)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -92,7 +94,7 @@ def test_the_backward(dtype, capped, with_sums, scaled, smoothed):
     [
         make_indexed_dot_kernel(BFLOAT16, FLOAT32, True, True),
         make_indexed_dot_kernel(FLOAT16, None, False, True),
-        make_merge_kernel(TILES, True),
+        make_merge_kernel(TILES.group_n, SMOOTHED),
         make_list_kernel(True),
     ],
     ids=["dot", "dot of rows that are not aligned", "merge", "list"],
@@ -107,21 +109,22 @@ def test_what_is_small(kernel):
 @pytest.mark.parametrize(
     ("make", "told", "more"),
     [
-        (make_lse_kernel, (TILES, BFLOAT16, None, True, False), [(), (True,), (False, True), (True, True)]),
+        (
+            make_forward_kernel,
+            (TILES, BFLOAT16, None, True),
+            [(False, PLAIN), (True, PLAIN), (False, SMOOTHED), (True, SMOOTHED)],
+        ),
         (make_backward_kernel, (BackwardTiles(), BFLOAT16, True, False), [(), (True,), (False, True), (True, True)]),
         (make_indexed_dot_kernel, (BFLOAT16, None, True), [(), (True,)]),
-        (make_merge_kernel, (TILES,), [(), (True,)]),
+        (make_merge_kernel, (TILES.group_n,), [(PLAIN,), (SMOOTHED,)]),
         (make_list_kernel, (), [(), (True,)]),
     ],
 )
-def test_kernels_without_a_term_take_nothing_for_it(make, told, more):
-    """Not an argument more; and each has a name of its own where compiled ones are kept."""
+def test_each_choice_of_terms_is_kept_under_a_name_of_its_own(make, told, more):
     kernels = [make(*told, *terms) for terms in more]
-    sizes = [kernel._arguments.size for kernel in kernels]
-    assert sizes[0] < min(sizes[1:])
-    assert len({kernel.identity for kernel in kernels}) == len(kernels)
-    with_nothing = make(*told, *(False for _ in more[-1]))
-    assert with_nothing.signature == kernels[0].signature
+    identities = {kernel.identity for kernel in kernels}
+    assert None not in identities
+    assert len(identities) == len(kernels)
 
 
 # ---- the plan

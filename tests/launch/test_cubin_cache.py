@@ -25,17 +25,18 @@ if SimulatorHarness.is_active():
 from numba import cuda
 from numba.cuda import types
 
-from cce_numba.hopper.forward.kernel import make_lse_kernel
+from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.launch import cubin_cache
 from cce_numba.launch import kernel as launch
 from cce_numba.launch.cubin_cache import identity, load, path_of, precompile, store
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import cluster
+from cce_numba.tensor_core.folds import MAX_SUM, SURVIVORS
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
 from cce_numba.tensor_core.reduction import make_reduce_kernel
-from cce_numba.tensor_core.tokens import make_prepare_kernel
+from cce_numba.tensor_core.tokens import make_list_tokens_kernel
 
 SIGNATURE = types.void(types.int32)
 
@@ -168,12 +169,13 @@ def test_nothing_is_kept_where_there_are_no_sources(tmp_path, monkeypatch):
 def test_kernels_of_different_arguments_are_told_apart():
     f16, f32 = np.dtype(np.float16), np.dtype(np.float32)
     kernels = [
-        *(make_lse_kernel(HopperTiles(), dtype, bias, capped, record)
-          for dtype, bias, capped, record in itertools.product((f16, BFLOAT16), (None, f32), (False, True), (False, True))),
-        make_lse_kernel(HopperTiles(cluster=1), f16, None, False, False),
+        *(make_forward_kernel(HopperTiles(), dtype, bias, capped, scaled, (MAX_SUM, *more))
+          for dtype, bias, capped, scaled, more in itertools.product(
+              (f16, BFLOAT16), (None, f32), (False, True), (False, True), ((), (SURVIVORS,)))),
+        make_forward_kernel(HopperTiles(cluster=1), f16, None, False, False, (MAX_SUM,)),
         *(make_indexed_dot_kernel(f16, None, aligned) for aligned in (False, True)),
-        *(make_merge_kernel(HopperTiles(cluster=cluster)) for cluster in (1, 2)),
-        make_prepare_kernel(),
+        *(make_merge_kernel(HopperTiles(cluster=cluster).group_n, (MAX_SUM,)) for cluster in (1, 2)),
+        make_list_tokens_kernel(),
         make_reduce_kernel(),
     ]  # fmt: skip
     paths = [path_of(kernel, (9, 0)) for kernel in kernels]
@@ -372,7 +374,7 @@ def test_kernels_are_compiled_for_a_device_that_is_not_there(directory, monkeypa
 @pytest.mark.usefixtures("compiler")
 def test_registers_are_exchanged():
     """Linked otherwise, machine code would lack setmaxnreg, of which the kernel has two."""
-    symbol, code = read(precompile(make_lse_kernel(HopperTiles(), BFLOAT16, None, False, False)))
+    symbol, code = read(precompile(make_forward_kernel(HopperTiles(), BFLOAT16, None, False, False, (MAX_SUM,))))
     instructions = sections_of(code)[f".text.{symbol}"]
     kinds = [word & 0xFFF for (word,) in struct.iter_unpack("<H14x", instructions)]
     assert kinds.count(0x9C8) == 2, "USETMAXREG"

@@ -17,7 +17,7 @@ from numba.cuda import types
 
 from cce_numba.hopper.backward.tiles import G_BOX, G_ROW_BYTES, PANEL, STAGING_BYTES
 from cce_numba.ptx import arithmetic, control, memory
-from cce_numba.tensor_core.fold import LOG2E
+from cce_numba.tensor_core.exponentials import LOG2E
 from cce_numba.tensor_core.fragment import change_chunks, visit_chunks
 
 _F32, _I32, _U32, _U64 = types.float32, types.int32, types.uint32, types.uint64

@@ -26,7 +26,7 @@ from numba import cuda
 
 from cce_numba.hopper.backward.tiles import HEADER_WORDS, BackwardTiles
 from cce_numba.ptx import cluster, control, mbarrier, memory
-from cce_numba.tensor_core.fold import make_load
+from cce_numba.tensor_core.numbers import make_load
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE
 

@@ -12,7 +12,7 @@ from numba.cuda import types
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import control
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.fold import LOG2E
+from cce_numba.tensor_core.exponentials import LOG2E
 from cce_numba.tensor_core.sums import FULL, THREADS, sum_before, sum_up_to
 from cce_numba.tensor_core.survey.tables import CHUNK, COLUMN_TILE, GROUPS, KEYS
 
