@@ -172,7 +172,7 @@ def make_consume(
                 v_tile = np.int32(vocabulary.first_tile + first + i * step)
                 first_use = np.uint32(use + np.uint32(i * k_steps))
                 v0 = np.int32(v_tile * block_v)
-                # `opaque` hides the thread's number from LLVM, which would otherwise keep all that follows from it in registers.
+                # `opaque` hides the thread's number from LLVM, which would otherwise keep what follows from it in registers.
                 column = np.int32(v0 + 2 * (arithmetic.opaque_i32(thread) & 3))
                 if has_bias:  # products are added to it
                     upper = bias_fragment(column, terms.bias, vocabulary.V)
