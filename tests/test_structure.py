@@ -95,11 +95,7 @@ def test_no_module_imports_itself_through_others():
 
 def test_the_reference_is_its_own():
     for path in (ROOT / "reference").glob("*.py"):
-        assert "cce_numba" not in {
-            str(node.module).partition(".")[0]
-            for node in ast.walk(ast.parse(path.read_text()))
-            if isinstance(node, ast.ImportFrom)
-        }, path
+        assert not re.search(r"^\s*(import|from) cce_numba", path.read_text(), re.MULTILINE), path
 
 
 def test_the_judge_of_imports_sees_them(tmp_path):

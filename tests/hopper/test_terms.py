@@ -167,7 +167,7 @@ def test_it_is_planned_for_tensor_cores(given):
 @pytest.mark.usefixtures("an_h100")
 def test_adding_up_logits_takes_memory():
     plain, smoothed = (backend.plan(problem(softcap=30.0, label_smoothing=x)) for x in (0.0, 0.1))
-    assert smoothed.forward_bytes == plain.forward_bytes + plain.layout.part_bytes + 4 * 1000
+    assert smoothed.forward_bytes == plain.forward_bytes + 4 * plain.layout.part_numbers + 4 * 1000
     assert smoothed.survivor_bytes == 0 < plain.survivor_bytes
 
 

@@ -38,21 +38,20 @@ class _Arrays:
     """What a forward leaves behind, on the device.
 
     Attributes:
-        tokens: (N,) int32, the first n_valid count.
-        n_valid: 0-d int64.
-        target_logit: (N,) float32.
-        results: (results of all folds, N) float32.
+        listing: (1 + ceil(N / 2),) int64: how many tokens count, then their rows of e as int32.
+        numbers: (1 + results of all folds, N) float32: target logits, then the results.
         names: of the results.
         bits: (blocks, pitch_words) uint32 survivor bits, twice as many rows if dC has its own; None if not recorded.
-        survivors: the same, as kernels take it.
+        n_valid, tokens, found, survivors: addresses of the same, as kernels take them.
     """
 
-    tokens: Any
-    n_valid: Any
-    target_logit: Any
-    results: Any
+    listing: Any
+    numbers: Any
     names: tuple[str, ...]
     bits: Any
+    n_valid: int
+    tokens: int
+    found: Found
     survivors: Survivors
 
     @staticmethod
@@ -60,26 +59,23 @@ class _Arrays:
         xp: Any = p.xp
         N, names = p.N, result_names(folds)
         numbers = xp.empty((1 + len(names), N), np.float32)
-        listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)  # n_valid, then the tokens
+        listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
         bits, survivors = None, _NO_SURVIVORS
         if any(fold.name == fold_names.SURVIVORS for fold in folds):
             bits, survivors = _survivor_bits(p, layout)
-        return _Arrays(listing[1:].view(np.int32)[:N], listing[0], numbers[0], numbers[1:], names, bits, survivors)
-
-    @property
-    def found(self) -> Found:
-        """As kernels take it."""
-        return Found(self.target_logit.data.ptr, self.results.data.ptr, self.results.shape[1])
+        n_valid, first_number = listing.data.ptr, numbers.data.ptr
+        found = Found(first_number, first_number + 4 * N, N)
+        return _Arrays(listing, numbers, names, bits, n_valid, n_valid + 8, found, survivors)
 
     def statistics(self, p: Problem, layout: Layout) -> Statistics:
         """As the rest of the package takes it."""
-        results = dict(zip(self.names, self.results, strict=True))
+        results = {name: self.numbers[1 + place] for place, name in enumerate(self.names)}
         lse, total_logit = results.pop("lse"), results.pop("total_logit", None)
         return Statistics(
-            tokens=self.tokens,
-            n_valid=self.n_valid,
+            tokens=self.listing[1:].view(np.int32)[: p.N],
+            n_valid=self.listing[0],
             lse=lse,
-            target_logit=None if p.targets is None else self.target_logit,
+            target_logit=None if p.targets is None else self.numbers[0],
             survivors=None if self.bits is None else self.bits.view(np.uint8)[:, : -(-p.V // 8)],
             survivor_block=layout.tiles.survivor_block,
             mean_logit=None if total_logit is None else total_logit / np.float32(p.V),
@@ -110,7 +106,7 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: _Arrays
     maps, parts = scratch.data.ptr, Parts(scratch.data.ptr + layout.map_bytes, layout.part_numbers)
     e_map = tensor_map.encode(e, tiles.block_n, tiles.block_d)
     c_map = tensor_map.encode(c, tiles.block_v // tiles.cluster, tiles.block_d)
-    tokens, n_valid = arrays.tokens.data.ptr, arrays.n_valid.data.ptr
+    tokens, n_valid = arrays.tokens, arrays.n_valid
     list_tokens(p, tokens, n_valid, found, len(arrays.names), (*e_map, *c_map), maps)
     terms, e_rows = terms_of(p), Matrix(e.data.ptr, matrices.pitch_bytes(e))
     if p.targets is not None:
@@ -164,8 +160,8 @@ def indexed_dot(p: Problem, layout: Layout) -> Any:
     """(N,) float32: the target's logit, 0 where ignored, NaN for a target out of range; the very bits of the forward's."""
     arrays = _Arrays.of(p, layout, (FOLDS[fold_names.MAX_SUM],))
     if p.N:
-        e, tokens, n_valid = layout.e_in_reach(p), arrays.tokens.data.ptr, arrays.n_valid.data.ptr
-        list_tokens(p, tokens, n_valid, arrays.found, len(arrays.names))
-        e_rows, batch = Matrix(e.data.ptr, matrices.pitch_bytes(e)), Tokens(tokens, n_valid, 0, p.N)
-        launch_indexed_dot(p, e_rows, terms_of(p), batch, arrays.target_logit.data.ptr, _NO_SURVIVORS)
-    return arrays.target_logit
+        e = layout.e_in_reach(p)
+        list_tokens(p, arrays.tokens, arrays.n_valid, arrays.found, len(arrays.names))
+        e_rows, batch = Matrix(e.data.ptr, matrices.pitch_bytes(e)), Tokens(arrays.tokens, arrays.n_valid, 0, p.N)
+        launch_indexed_dot(p, e_rows, terms_of(p), batch, arrays.found.target_logit, _NO_SURVIVORS)
+    return arrays.numbers[0]
