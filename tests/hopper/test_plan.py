@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cce_numba import gpu
-from cce_numba.arguments import options
 from cce_numba.interchange import BFLOAT16
+from cce_numba.options import Options
 from tests.helpers.harness import SimulatorHarness
 
 if SimulatorHarness.is_active():
@@ -36,7 +36,7 @@ def matrix(rows, columns, apart=None):
 def problem(D, bias=None, apart=None, **given):
     return SimpleNamespace(
         N=N, V=V, D=D, e=matrix(N, D, apart), c=matrix(V, D, apart), bias=bias, dtype=BFLOAT16, device="cuda:0",
-        options=options(BFLOAT16, given), logits_bytes=4 * N * V,
+        options=Options.of(BFLOAT16, given), logits_bytes=4 * N * V,
     )  # fmt: skip
 
 
