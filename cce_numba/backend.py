@@ -91,14 +91,14 @@ class StatisticsForm:
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """What flows back into each token's logits: of G, the gradient of the loss with respect to the logits, the factors per
-    token.
+    """What flows back into each token's logits: the factors of G, the gradient of the loss with respect to the logits.
 
         G[n, v] = softmax[n] * p[n, v] - target[n] * (v == targets[n]) - uniform[n] * class_weights[v]
 
     where p is the softmax of token n's logits, and class weights are 1 if there are none. Arrays are (N,) of the compute dtype,
     on e's device. Logit scales are in them. The softcap's derivative is not: a backend multiplies G by it. All terms of the
-    loss come down to these (`terms.py`). A token whose weights are all 0 takes no part, whatever stands in its row.
+    loss come down to these (`terms.py`). A token whose weights are all 0 takes no part, whatever stands in its row; nor does
+    one that does not count, whatever its weights are.
 
     Attributes:
         softmax: weight of the softmax.
