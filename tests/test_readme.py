@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cce_numba.arguments import DEFAULTS
+from cce_numba.options import DEFAULTS
 from tests.helpers.harness import SimulatorHarness
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

@@ -5,7 +5,7 @@
     dC = G.T @ E  of the chunk, complete: all tokens, rounded once, written once
     dE += G @ C   accumulated over chunks, rounded with the last
 
-Accumulated gradients begin with what is in their array, or meet it in the sum that is rounded.
+Gradients that are added to an array begin with what is in it, or meet it in the sum that is rounded.
 
 G is stored column by column, each at its place in the chunk, so both products can pick from it: what did not survive is
 neither written nor read.
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from cce_numba.arguments import Problem
-from cce_numba.backend import Gradients, Statistics
+from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.gpu import SIMULATED
 from cce_numba.integers import ceil_div
 from cce_numba.simt.columns import LIST_THREADS, make_list_columns_kernel
 from cce_numba.simt.gradient_of_logits import make_gradient_of_logits_kernel
 from cce_numba.simt.gradients import make_d_bias_kernel, make_d_c_kernel, make_d_e_kernel
-from cce_numba.simt.launch import argument, launch, zero
+from cce_numba.simt.launch import argument, launch
 from cce_numba.simt.tiles import SimtTiles
 
 WORKSPACE_BYTES = 64 * 2**20  # for G
@@ -42,23 +42,14 @@ def backward(
     p: Problem,
     tiles: SimtTiles,
     statistics: Statistics,
-    softmax_weight: Any,
-    target_weight: Any,
-    uniform_weight: Any,
+    weights: Weights,
     into: Gradients,
-    accumulate: bool,
+    adds: bool,
 ) -> None:
     """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`."""
     xp: Any = p.xp
     real: Any = p.compute_dtype.type
     d_e, d_c, d_bias = into.e, into.c, into.bias
-    if not accumulate:
-        # Kernels write dC and dbias in full, if any are launched, and dE of the tokens that count.
-        for gradient in (d_e,) if p.N else (d_c, d_bias):
-            if gradient is not None:
-                zero(gradient)
-    if p.N == 0:
-        return
     n_blocks, chunk = ceil_div(p.N, tiles.block_n), chunk_of(p, tiles)
     keep_all_e, keep_all_c = p.options.filter_eps_e is None, p.options.filter_eps_c is None
     exact_g = (d_e is not None and keep_all_e) or ((d_c is not None or d_bias is not None) and keep_all_c)
@@ -72,11 +63,11 @@ def backward(
     tokens, n_valid = argument(statistics.tokens), argument(statistics.n_valid.reshape(1))
     survivors = argument(xp.zeros((1, 1), np.uint8) if statistics.survivors is None else statistics.survivors)
     g = argument(xp.empty((chunk, p.N), p.compute_dtype))
-    weights = argument(softmax_weight), argument(target_weight)
+    softmax_weight, target_weight, uniform_weight = argument(weights.softmax), argument(weights.target), weights.uniform
     # Most kernels ask the weights only whether a token takes part, and two can answer for three.
-    marks = weights
+    marks = softmax_weight, target_weight
     if uniform_weight is not None:
-        marks = argument(xp.where(uniform_weight != 0, uniform_weight, softmax_weight)), weights[1]
+        marks = argument(xp.where(uniform_weight != 0, uniform_weight, weights.softmax)), target_weight
     logit_scale, of_class, of_uniform = (
         lse if x is None else argument(x) for x in (p.logit_scale, p.class_weights, uniform_weight)
     )
@@ -104,7 +95,7 @@ def backward(
             block,
             *(e, c, bias, p.bias is not None, targets, tokens, n_valid, target_logit, lse),
             *(logit_scale, p.logit_scale is not None, real(p.options.softcap or 0), of_class, p.class_weights is not None),
-            *(*weights, of_uniform, v0, columns, count, g),
+            *(softmax_weight, target_weight, of_uniform, v0, columns, count, g),
         )
         if d_e is not None:
             launch(
@@ -112,7 +103,7 @@ def backward(
                 (n_blocks, D_tiles),
                 block,
                 *(g, c, v0, *lists[-1], tokens, n_valid, *marks),
-                *(v0 == 0 and not (accumulate and sums_itself), v1 == p.V and not sums_itself, accumulate),
+                *(v0 == 0 and not (adds and sums_itself), v1 == p.V and not sums_itself, adds),
                 *(d_e_sum, d_e_rounded),
             )
         if d_c is not None:
@@ -120,12 +111,12 @@ def backward(
                 make_d_c_kernel(tiles, p.dtype, np.dtype(d_c.dtype), real),
                 (ceil_div(v1 - v0, tiles.block_n), D_tiles),
                 block,
-                *(g, e, v0, v1, survivors, keep_all_c, count, tokens, n_valid, *marks, accumulate, d_c),
+                *(g, e, v0, v1, survivors, keep_all_c, count, tokens, n_valid, *marks, adds, d_c),
             )
         if d_bias is not None:
             launch(
                 make_d_bias_kernel(tiles, np.dtype(d_bias.dtype), real),
                 (ceil_div(v1 - v0, tiles.block_n),),
                 (tiles.block_n,),
-                *(g, v0, v1, survivors, keep_all_c, count, n_valid, accumulate, d_bias),
+                *(g, v0, v1, survivors, keep_all_c, count, n_valid, adds, d_bias),
             )

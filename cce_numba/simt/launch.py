@@ -47,11 +47,6 @@ def argument(array: Any) -> Any:
     return simulator.device_array_class()(array.view(np.uint16) if array.dtype == BFLOAT16 else array)
 
 
-def zero(array: Any) -> None:
-    """Writes zeros everywhere, by bits, so that CuPy needs no kernel of the dtype."""
-    array.view(f"u{array.itemsize}")[...] = 0
-
-
 def kernel_of(threads: int, ctas: int) -> Any:
     """`cuda.jit` for kernels launched with `threads` threads a CTA, `ctas` of which fit on a multiprocessor together.
 

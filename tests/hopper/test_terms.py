@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cce_numba as cce
-from cce_numba import arguments, gpu
+from cce_numba import gpu
 from cce_numba import plan as planning
 from cce_numba.interchange import BFLOAT16
+from cce_numba.options import Options
 from tests.helpers import offline
 from tests.helpers.cases import DTYPES, cases, filters, make_case, with_terms
 from tests.helpers.checks import check_forward, check_gradients, check_survivors, expect
@@ -150,7 +151,7 @@ def problem(**given):
     N, V, D, scale = 1000, 50_000, 64, given.pop("logit_scale", None)
     return SimpleNamespace(
         N=N, V=V, D=D, e=_OnDevice((N, D), BFLOAT16), c=_OnDevice((V, D), BFLOAT16), bias=None, dtype=BFLOAT16, device="cuda:0",
-        options=arguments.options(BFLOAT16, given), on_device=True, logits_bytes=4 * N * V, logit_scale=scale,
+        options=Options.of(BFLOAT16, given), on_device=True, logits_bytes=4 * N * V, logit_scale=scale,
         class_weights=None,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from numba import cuda
 from numba.cuda.typing.typeof import typeof
 
 from cce_numba import arguments
-from cce_numba.backend import Gradients
+from cce_numba.backend import Gradients, Weights
 from cce_numba.simt import backward, forward, indexed_dot, tokens
 from cce_numba.simt.tiles import choose_tiles
 from tests.helpers import offline
@@ -38,7 +38,7 @@ def launches_of(dtype, monkeypatch, terms):
     statistics = forward.forward(p, tiles, record_survivors=True)
     weight = np.ones(p.N, p.compute_dtype)
     into = Gradients(*(np.empty_like(x) for x in (p.e, p.c, p.bias)))
-    backward.backward(p, tiles, statistics, weight, weight, weight if terms else None, into, accumulate=True)
+    backward.backward(p, tiles, statistics, Weights(weight, weight, weight if terms else None), into, adds=True)
     return recorded, tiles
 
 

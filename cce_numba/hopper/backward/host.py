@@ -10,7 +10,7 @@ from numba.cuda import types
 
 from cce_numba import gpu, survivors, terms
 from cce_numba.arguments import Problem
-from cce_numba.backend import Gradients, Statistics
+from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
@@ -45,48 +45,32 @@ def make_begin_kernel() -> Kernel:
     return Kernel(begin_kernel, signature, threads=_THREADS)
 
 
-def backward(
-    p: Problem,
-    statistics: Statistics,
-    softmax_weight: Any,
-    target_weight: Any,
-    uniform_weight: Any,
-    into: Gradients,
-    accumulate: bool,
-) -> None:
+def backward(p: Problem, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`. Where dE and dC have filters of their own, each takes a pass of its own."""
-    if not accumulate and into.e is not None:
-        into.e[...] = 0  # tokens that take no part
-    if p.N == 0:
-        for array in (into.c, into.bias):
-            if array is not None and not accumulate:
-                array[...] = 0
-        return
     e, c = matrices.aligned(p.e), matrices.aligned(p.c)
     filtered = statistics.survivors is not None
     e_filtered, c_filtered = filtered and p.options.filter_eps_e is not None, filtered and p.options.filter_eps_c is not None
-    weights = softmax_weight, target_weight, uniform_weight
     if e_filtered == c_filtered or into.e is None or (into.c is None and into.bias is None):
         keep_all = not (c_filtered if into.e is None else e_filtered)
-        _pass(p, statistics, weights, e, c, into, accumulate, keep_all)
+        _pass(p, statistics, weights, e, c, into, adds, keep_all)
     else:
-        _pass(p, statistics, weights, e, c, Gradients(e=into.e), accumulate, not e_filtered)
-        _pass(p, statistics, weights, e, c, Gradients(c=into.c, bias=into.bias), accumulate, not c_filtered)
+        _pass(p, statistics, weights, e, c, Gradients(e=into.e), adds, not e_filtered)
+        _pass(p, statistics, weights, e, c, Gradients(c=into.c, bias=into.bias), adds, not c_filtered)
 
 
 def _pass(
     p: Problem,
     statistics: Statistics,
-    weights: tuple[Any, Any, Any],
+    weights: Weights,
     e: Any,
     c: Any,
     into: Gradients,
-    accumulate: bool,
+    adds: bool,
     keep_all: bool,
 ) -> None:
     xp: Any = p.xp
     d_e = None if into.e is None else matrices.whole_chunks(into.e, with_values=True)
-    d_c = None if into.c is None else matrices.whole_chunks(into.c, with_values=accumulate)
+    d_c = None if into.c is None else matrices.whole_chunks(into.c, with_values=adds)
     d_bias = None if into.bias is None else xp.zeros(p.V, np.float32)
     e_in_float32, c_in_float32 = (x is not None and x.dtype == np.float32 for x in (d_e, d_c))
     workspace = workspace_of(p, into, keep_all)
@@ -110,9 +94,9 @@ def _pass(
     scale: tuple[int, ...] = () if p.logit_scale is None else (p.logit_scale.data.ptr,)
     smoothing: tuple[int, ...] = ()
     marks = None
-    if weights[2] is not None:
-        smoothing = weights[2].data.ptr, 0 if p.class_weights is None else p.class_weights.data.ptr
-        marks = _marks(p, weights[0], weights[2])
+    if weights.uniform is not None:
+        smoothing = weights.uniform.data.ptr, 0 if p.class_weights is None else p.class_weights.data.ptr
+        marks = _marks(p, weights.softmax, weights.uniform)
     survey(
         workspace.survey,
         at["survey"],
@@ -123,14 +107,14 @@ def _pass(
         dense_share=survivors.DENSE_SHARE,
         tokens=statistics.tokens.data.ptr,
         n_valid=statistics.n_valid.data.ptr,
-        softmax_weight=weights[0].data.ptr,
-        target_weight=weights[1].data.ptr,
+        softmax_weight=weights.softmax.data.ptr,
+        target_weight=weights.target.data.ptr,
         lse=statistics.lse.data.ptr,
         target_logit=statistics.target_logit.data.ptr,
         targets=p.targets.data.ptr,
         d_tiles_c=d_tiles_c,
         d_tiles_e=d_tiles_e,
-        zero_fill=d_tiles_c > 0 and not accumulate,
+        zero_fill=d_tiles_c > 0 and not adds,
         marks=0 if marks is None else marks.data.ptr,
     )
     t = workspace.survey.at(at["survey"])
@@ -184,7 +168,7 @@ def _pass(
         0 if d_bias is None else d_bias.data.ptr,
         d_tiles_c,
         d_tiles_e,
-        accumulate,
+        adds,
         workspace.blocks,
         p.V,
         p.D,
@@ -195,7 +179,7 @@ def _pass(
         if theirs is not None and mine is not theirs:
             theirs[...] = mine
     if into.bias is not None:
-        into.bias[...] = d_bias + into.bias.astype(np.float32) if accumulate else d_bias
+        into.bias[...] = d_bias + into.bias.astype(np.float32) if adds else d_bias
 
 
 def _marks(p: Problem, softmax_weight: Any, uniform_weight: Any) -> Any:

@@ -17,14 +17,14 @@ from numba import cuda
 from cce_numba import folds
 from cce_numba.launch.record import Record
 from cce_numba.ptx import arithmetic, control, memory
-from cce_numba.survivors import RELATIVE_SLACK, SURVIVOR_BLOCK
+from cce_numba.survivors import SURVIVOR_BLOCK, make_threshold
 from cce_numba.tensor_core.folds.chain import Fold
 from cce_numba.tensor_core.fragment import collect_bits
 from cce_numba.tensor_core.records import F32
 from cce_numba.tensor_core.tokens import token_at
 
 maximum = arithmetic.maximum
-SLACK = np.float32(RELATIVE_SLACK)
+threshold_of = cuda.jit(device=True, forceinline=True)(make_threshold(np.float32))
 # A bound whose threshold is NaN, which no logit reaches: a row that is nobody's flags nothing, whatever stands in it.
 OUT_OF_REACH = np.float32(math.inf)
 ALL_BITS = np.uint32(0xFFFFFFFF)
@@ -35,12 +35,6 @@ class Bounds(Record):
 
     bound_0 = F32
     bound_1 = F32
-
-
-@cuda.jit(device=True, forceinline=True)
-def threshold_of(bound: Any, log_eps: Any) -> Any:
-    """What a logit must reach to survive, given a lower bound of the row's log-sum-exp; NaN, never reached, for inf."""
-    return bound - SLACK * abs(bound) + log_eps
 
 
 def may_survive(z: Any, threshold: Any) -> Any:
