@@ -103,9 +103,14 @@ class HopperTiles:
         return self.scales_offset_bytes + 4 * self.block_n
 
     @property
+    def rows_offset_bytes(self) -> int:
+        """From the end of the ring to what a consumer may keep of each of its rows."""
+        return self.columns_offset_bytes + 4 * self.consumers * self.block_v
+
+    @property
     def smem_bytes(self) -> int:
-        """All shared memory of a CTA: alignment, the ring, float32 numbers of rows and of columns."""
-        return _ALIGNMENT_BYTES + self.ring_bytes + self.columns_offset_bytes + 4 * self.consumers * self.block_v
+        """All shared memory of a CTA: alignment, the ring, 32-bit numbers of rows and of columns."""
+        return _ALIGNMENT_BYTES + self.ring_bytes + self.rows_offset_bytes + 4 * self.consumers * self.block_n
 
     @property
     def ring_bytes(self) -> int:

@@ -43,11 +43,12 @@ class Tokens(Record):
 
 
 class Found(Record):
-    """Where the forward's results per token are, each by row of e."""
+    """Where the forward's results per token are, each by row of e, and what it knows of each token beforehand."""
 
-    target_logit = pointer_to(np.float32)  # (N,); NaN for a target out of range
     results = pointer_to(np.float32)  # (results of all folds, pitch); the first is the log-sum-exp
     pitch = I64  # N
+    targets = pointer_to(np.int64)  # (N,), or null without targets
+    bound = pointer_to(np.float32)  # (N,) the target's logit, NaN for one out of range; null where no survivors are recorded
 
 
 class Parts(Record):

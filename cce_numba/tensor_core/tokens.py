@@ -44,19 +44,24 @@ def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
     def list_tokens_kernel(
         constants: Any,  # n_constants words
         constants_to: Any,  # (n_constants,)
-        targets: Any,  # (N,)
+        found: Found,
         has_targets: Any,
         ignore_index: Any,
         N: Any,
+        V: Any,
         tokens: Any,  # (N,)
         n_valid: Any,  # (1,)
-        found: Found,
         n_results: Any,
+        target_result: Any,  # place of the target logits among them, -1 if there are none
     ) -> None:
-        """tokens[:n_valid[0]] = those whose target is not ignore_index, ascending. Results of all others become 0."""
+        """tokens[:n_valid[0]] = those whose target is not ignore_index, ascending. Results of all others become 0.
+
+        The target logit of a listed token whose target is out of range becomes NaN. Other results of listed tokens stay.
+        """
         warp_counts = cuda.shared.array(warps, np.int32)
         t = cuda.threadIdx.x
         lane, warp = t & 31, t >> 5
+        targets = found.targets
         if n_constants > 0 and t < n_constants:
             constants_to[t] = constants[t]
         listed = np.int32(0)  # so far
@@ -84,10 +89,9 @@ def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
                 if not has_targets or targets[n] != ignore_index:
                     tokens[position] = n
                     position += np.int32(1)
-                    if not has_targets:
-                        found.target_logit[n] = np.float32(-math.inf)  # as a bound of the log-sum-exp
+                    if target_result >= 0 and (targets[n] < 0 or targets[n] >= V):
+                        found.results[target_result * found.pitch + n] = np.float32(math.nan)
                 else:
-                    found.target_logit[n] = np.float32(0)
                     for k in range(n_results):
                         found.results[k * found.pitch + n] = np.float32(0)
             cuda.syncthreads()
@@ -95,15 +99,26 @@ def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
             n_valid[0] = listed
 
     p_i64, p_i32 = pointer_to(np.int64), pointer_to(np.int32)
-    parameters = types.UniTuple(U64, n_constants), pointer_to(np.uint64), p_i64, I32, I64, I32, p_i32, p_i64, Found, I32
+    constants = types.UniTuple(U64, n_constants), pointer_to(np.uint64)
+    parameters = *constants, Found, I32, I64, I32, I32, p_i32, p_i64, I32, I32
     return Kernel(list_tokens_kernel, parameters, threads=_THREADS)
 
 
 def list_tokens(
-    p: Problem, tokens: int, n_valid: int, found: Found, n_results: int, constants: tuple[int, ...] = (), constants_to: int = 0
+    p: Problem,
+    tokens: int,
+    n_valid: int,
+    found: Found,
+    results: tuple[str, ...],
+    constants: tuple[int, ...] = (),
+    constants_to: int = 0,
 ) -> None:
-    """Lists the tokens of p that count; tokens (N,) int32, n_valid (1,) int64 and constants_to are addresses."""
-    targets = 0 if p.targets is None else p.targets.data.ptr
+    """Lists the tokens of p that count; tokens (N,) int32, n_valid (1,) int64 and constants_to are addresses.
+
+    results: the names of `found.results`.
+    """
+    target_result = results.index("target_logit") if "target_logit" in results else -1
     make_list_tokens_kernel(len(constants)).launch(
-        1, constants, constants_to, targets, targets != 0, p.options.ignore_index, p.N, tokens, n_valid, found, n_results
-    )
+        1, constants, constants_to, found, p.targets is not None, p.options.ignore_index, p.N, p.V, tokens, n_valid,
+        len(results), target_result,
+    )  # fmt: skip

@@ -67,7 +67,7 @@ def make(n: int) -> SimpleNamespace:
         return Totals(total_0, total_1)
 
     @cuda.jit(device=True, forceinline=True)
-    def step(state: Any, z: Any, tile: Any, lse: Any) -> Any:
+    def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
         if tile.half == 0:  # both halves have the same columns
             barrier = np.uint32(_FIRST_BARRIER + tile.consumer)
             control.barrier_sync(barrier, np.uint32(_WARPGROUP))  # all have read the weights of the tile before
