@@ -122,8 +122,8 @@ class ForwardPass:
             d_lse: a scalar or an array in the shape of the lse, `Problem.per_token`; None is 0.
             destination: where gradients go, and which.
 
-        Raises TypeError or ValueError, naming the argument, for an upstream gradient that does not fit; nothing is written
-        then.
+        Raises TypeError or ValueError, naming the argument, for an upstream gradient that does not fit, before anything is
+        written.
         """
         p = self.problem
         weights, from_mean_logit = self._weights(d_loss, d_lse)
