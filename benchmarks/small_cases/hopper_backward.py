@@ -45,14 +45,15 @@ def checks(harness: Harness, odd: Harness) -> dict[str, Check]:
         filtered = _blockwise(4, D, bias=True)
         add(f"exact dC beside filtered dE, {ctas}", check_case, filtered.with_options(filter_c_grad=False))
         add(f"exact dE beside filtered dC, {ctas}", check_case, filtered.with_options(filter_e_grad=False))
-        for wrt in ("e", "c", "bias"):
-            add(f"d{wrt.upper() if len(wrt) == 1 else wrt} alone, {ctas}", check_case, filtered, wrt=wrt)
+        for wrt in ("e", "c"):
+            add(f"d{wrt.upper()} alone, {ctas}", check_case, filtered, wrt=wrt)
         add(f"scattered tokens, {ctas}", check_case, _scattered(_blockwise(5, D, bias=True, reduction="sum")))
         add(f"scattered tokens, two thresholds, {ctas}", check_case, _scattered(_peaked(6, D, bias=True, reduction="sum")))
         add(f"accumulate, {ctas}", check_accumulated, _blockwise(7, D, bias=True))
         add(f"accumulate, two thresholds, {ctas}", check_accumulated, _peaked(8, D, bias=True))
         wide = _blockwise(9, D, bias=True, accum_e_fp32=True, accum_c_fp32=True)
         add(f"accumulate in float32, {ctas}", check_accumulated, wide)
+    add("dbias alone", check_case, _blockwise(4, PAIRED, bias=True), wrt="bias")
     add("accumulate, exact", check_accumulated, _blockwise(10, PAIRED, filter_eps=None, bias=True))
     add("tokens without an upstream gradient", check_weighted, _blockwise(11, PAIRED, bias=True, reduction="none"))
     add("softcap", check_case, _blockwise(12, PAIRED, bias=True, softcap=4.0))
@@ -64,7 +65,7 @@ def checks(harness: Harness, odd: Harness) -> dict[str, Check]:
     add("logit scale for each token", check_case, _blockwise(16, PAIRED, bias=True, logit_scale=scales))
     add("copied rows", check_case, _blockwise(17, 71, bias=True), odd)
     add("copied rows, exact", check_case, _blockwise(18, 71, filter_eps=None, bias=True), odd)
-    nearly_all = make_case(19, (N,), V, PAIRED, BFLOAT16, spread=1.0, ignored=0.1, bias=True, filter_eps=2.0**-9.5)
+    nearly_all = make_case(19, (N,), V, PAIRED, BFLOAT16, spread=1.0, ignored=0.1, bias=True, filter_eps=2.0**-9.8)
     found[f"{BFLOAT16} nearly all survive, so all are taken"] = functools.partial(
         _with_rounds, check_dense, harness, nearly_all
     )
@@ -170,6 +171,6 @@ def check_accumulated(harness: Harness, case: Case) -> None:
     for name in names:
         once = getattr(plain, name)
         twice = 2 * once.astype(np.float64)
-        rounding = 2.0**-11 if once.dtype == np.float32 else 2.0**-8  # float32: dC of 16 bits was added in another order
+        rounding = 0 if once.dtype == np.float32 else 2.0**-8
         tolerance = rounding * np.abs(twice) + 2.0**-14 * np.abs(twice).max()
         assert_within(f"out.{name}", harness.host(getattr(out, name)), twice, tolerance)

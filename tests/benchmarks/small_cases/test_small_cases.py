@@ -85,6 +85,13 @@ def test_what_is_filtered_keeps_some_and_drops_some(name):
     assert 0.02 < kept.mean() < survivors.DENSE_SHARE
 
 
+def test_where_nearly_all_survive_the_device_takes_all(monkeypatch):
+    """The forward of a GPU leaves that to the backward; the CPU's decides by itself, unless it is told not to."""
+    monkeypatch.setattr(survivors, "DENSE_SHARE", 1.0)
+    kept = CPU.kept(CPU.forward(case_of("bfloat16 nearly all survive, so all are taken")), hopper_backward.V)
+    assert 0.75 < kept[::128].mean() < 0.98
+
+
 @pytest.mark.parametrize("name", [name for name in BACKWARD if "two thresholds" in name])
 def test_two_thresholds_have_something_between_them(name):
     """So dC leaves out tiles that dE has: there are blocks and tiles whose survivors all are below the coarser one."""
