@@ -14,7 +14,7 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
-_SHARE = 0.5  # of the machine's memory, which a file may ask for
+_SHARE = 0.5  # a file may ask for this share of the machine's memory
 
 
 @dataclass(frozen=True)

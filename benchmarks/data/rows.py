@@ -7,7 +7,7 @@ from typing import Any
 
 from cce_numba.interchange import BFLOAT16
 
-ROWS = 8192  # made at a time
+ROWS = 8192  # rows that are made at a time
 
 
 def by_rows(rows: int, D: int, make: Callable[[int, int], Any], xp: Any) -> Any:

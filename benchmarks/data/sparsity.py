@@ -12,7 +12,7 @@ from benchmarks.data import Inputs
 
 BLOCK = 128  # tokens of a block, and entries of a tile
 EPS = (2.0**-12, 2.0**-14, 2.0**-16)
-_ROWS = 8192  # of c, in float32 at a time
+_ROWS = 8192  # rows of c that are in float32 at a time
 
 
 @dataclass(frozen=True)

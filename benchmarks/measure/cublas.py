@@ -43,7 +43,7 @@ def library() -> str:
 
 
 def parts_of(N: int, V: int) -> list[slice]:
-    """As few parts of the vocabulary as possible; all but the last are as large as the first, a multiple of 8 entries."""
+    """Parts of the vocabulary, as few as possible; all but the last are as large as the first, a multiple of 8 entries."""
     count = -(-N * V * 2 // int(_PRODUCT_BYTES))
     width = -(-V // count // 8) * 8  # rows of the product start at multiples of 16 bytes
     return [slice(start, min(start + width, V)) for start in range(0, V, width)]

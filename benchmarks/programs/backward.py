@@ -43,10 +43,10 @@ from cce_numba.commands import UsageError
 
 SHAPES: dict[str, Shape] = {"calibrated": (8192, 256_000, 2304), "random": (8192, 131_072, 4096)}
 REAL_D = 2304  # to which an archive's hidden size is lifted; N and V are its own
-SMALL_SHAPE: Shape = (300, 5000, 584)  # of real data, N and D alone
+SMALL_SHAPE: Shape = (300, 5000, 584)  # real data take N and D of it
 HOST_US = 1000  # at most
 QUICK_ROUNDS = 8
-_EXTRA_SHARE = 0.12  # of the bytes of both gradients: the extra memory, at most
+_EXTRA_SHARE = 0.12  # extra memory at most, as a share of the bytes of both gradients
 _FILTERED_ERRORS = {"e": 5e-3, "c": 3e-3}  # at most, of filtered gradients on real data
 _EXACT_ERRORS = 2  # at most, of exact gradients, in errors of rounding
 _WRONG = 0.1  # an error that no rounding and no filter makes
@@ -144,7 +144,7 @@ class Settings:
 
     @classmethod
     def chosen(cls, wanted: tuple[int, ...], archive: Archive | None, pace: Pace, **named: bool) -> Settings:
-        """For the rows that are wanted, as far as there are data for them. Raises as `of` does."""
+        """Settings for the wanted rows for which there are data. Raises UsageError as `of` does."""
         left_out = tuple(i for i in wanted if ROWS[i].data == "real" and not archive)
         rows = tuple(i for i in wanted if i not in left_out)
         return cls(rows, left_out, archive, pace, **named).checked()
@@ -259,7 +259,7 @@ def measure_rows(settings: Settings, results: dict[str, Any], console: Console) 
 
 def prepared(name: str, settings: Settings) -> tuple[Data, dict[str, Any]]:
     """A data set, and what a record says of it."""
-    device.free_memory()  # of the data set before
+    device.free_memory()  # which the data set before has left in the pool
     start = time.perf_counter()
     inputs = made(name, settings)
     device.require_hopper(inputs)
@@ -286,7 +286,7 @@ def measured(row: Row, data: Data, settings: Settings) -> dict[str, Any]:
     found = validated(row, data)
     if "wrong" in found:
         return found
-    device.free_memory()  # of the validation
+    device.free_memory()  # which the validation has left in the pool
     call: Call = functools.partial(row.call, *data.inputs)
     both = {name: array.nbytes for name, array in zip(("e", "c"), data.inputs[:2], strict=True)}
     found["extra_bytes"] = memory.peak_bytes(call) - sum(both[name] for name in row.wrt)

@@ -23,11 +23,11 @@ from benchmarks.measure import record
 from benchmarks.tables.cells import add_columns
 from cce_numba.commands import UsageError, problems
 
-SHAPE = (2048, 49_152, 576)  # of the made-up problem; of real data, N alone
+SHAPE = (2048, 49_152, 576)  # of the made-up problem; real data take N of it
 PLAIN = "plain NumPy, logits stored"
 FILTER_EPS = 2.0**-16
 _LOSS_ERROR = 1e-5  # relative to 1 + loss
-_ERRORS = {None: 1e-5, FILTER_EPS: 1e-2}  # of gradients, relative, by filter_eps
+_ERRORS = {None: 1e-5, FILTER_EPS: 1e-2}  # relative errors of gradients at most, by filter_eps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -139,13 +139,13 @@ def measure_problems(settings: Settings, console: Console) -> list[dict[str, Any
 def measured(shape: Shape, archive: Archive | None, pace: Pace) -> dict[str, Any]:
     """All that is measured of one problem, with random data if there is no archive."""
     N, V, D = shape
-    device.free_memory()  # of the problem before
+    device.free_memory()  # which the problem before has left in the pool
     xp = device.cupy()
     inputs = real.make(archive, N, V, D, xp) if archive else random.make(N, V, D, xp)
     device.require_hopper(inputs)
     problem = {"N": N, "V": V, "D": D, "data": f"real ({archive.name})" if archive else "random"}
     problem |= validated(inputs)
-    device.free_memory()  # of the validation, and before a graph relies on any
+    device.free_memory()  # which the validation has left; later a graph may rely on the pool
     calls = {
         CUBLAS: cublas.product(inputs),
         LOSS: lambda: cce.linear_cross_entropy(*inputs),

@@ -25,7 +25,7 @@ from benchmarks.tables.cells import add_columns
 SHAPE: Shape = (2048, 32_768, 1024)
 CUBLAS = "cuBLAS e @ c.T, fp32"
 _TOKENS = 256  # that are validated
-_ERROR = 1e-5  # of a loss relative to 1 + the largest logit, of a gradient relative to its norm
+_ERROR = 1e-5  # at most: of a loss relative to 1 + the largest logit, of a gradient relative to its norm
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

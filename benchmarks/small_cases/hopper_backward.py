@@ -137,7 +137,7 @@ def check_case(harness: Harness, case: Case, d_loss: Any = None, d_lse: Any = No
 
 
 def check_dense(harness: Harness, case: Case) -> None:
-    """As `check_case`, where the device takes all columns since nearly all survive: the gradients are the exact ones."""
+    """Raises AssertionError unless the device takes all columns, since nearly all survive: the gradients are the exact ones."""
     result = harness.forward(case)
     kept = harness.kept(result, V)
     if kept is not None:  # a backend that decides in the forward has recorded nothing
@@ -147,7 +147,7 @@ def check_dense(harness: Harness, case: Case) -> None:
 
 
 def check_weighted(harness: Harness, case: Case) -> None:
-    """As `check_case`, with upstream gradients of which some are zero: those tokens give nothing, whatever is in their rows."""
+    """Checks as `check_case` does, where some tokens have no upstream gradient: they give nothing, whatever is in their rows."""
     d_loss, d_lse = np.random.default_rng(9).normal(size=(2, N)).astype(np.float32)
     d_loss[::3] = d_loss[128:256] = 0
     d_lse[::2] = d_lse[128:256] = 0

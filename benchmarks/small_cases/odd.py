@@ -26,4 +26,4 @@ class Odd(Harness):
 
 
 class OddGpuHarness(Odd, GpuHarness):
-    """Of a backend on a GPU."""
+    """Awkward arrays for a backend on a GPU."""

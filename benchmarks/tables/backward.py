@@ -99,6 +99,6 @@ def _error_cells(error: dict[str, Any] | None) -> tuple[str, str]:
 
 
 def _mebibytes(row: dict[str, Any]) -> tuple[float, float | None]:
-    """Of the extra memory, and of its limit."""
+    """Extra memory and its limit."""
     limit = row["extra_bytes_at_most"]
     return row["extra_bytes"] / 2**20, None if limit is None else limit / 2**20

@@ -27,7 +27,7 @@ def quick_table(results: dict[str, Any], title: str) -> Table:
 
 
 def _forward_rows(problem: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Of the calls that have a memory of their own, which leaves out cuBLAS and graphs."""
+    """Rows of the calls whose memory was measured, which leaves out cuBLAS and graphs."""
     for name, call in problem["calls"].items():
         if "extra_bytes" in call:
             errors = problem["errors_as_shares_of_those_allowed"][name]

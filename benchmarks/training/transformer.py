@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Size:
-    """Of a batch and of the model that it trains."""
+    """Sizes of a batch and of the model that it trains."""
 
     sequences: int
     length: int

@@ -16,8 +16,8 @@ from cce_numba.interchange import array_module
 from cce_numba.survivors import unpack_survivors
 
 _ERROR = 1e-5  # allowed of a log-sum-exp or a logit, relative to 1 + the largest logit of the token
-_SAMPLE = 256
-_NUMBERS = 2**26  # of c in float64 at a time
+_SAMPLE = 256  # spread tokens
+_NUMBERS = 2**26  # numbers of c that are in float64 at a time
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import numpy as np
 from benchmarks.data import Inputs
 from cce_numba.interchange import BFLOAT16, array_module
 
-_LOGITS = 2**28  # stored at a time: 1 GiB
-_ROWS = 8192  # of a gradient, compared at a time
+_LOGITS = 2**28  # logits that are stored at a time: 1 GiB
+_ROWS = 8192  # rows of a gradient that are compared at a time
 
 
 @dataclass(frozen=True)
