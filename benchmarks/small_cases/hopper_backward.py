@@ -147,7 +147,7 @@ def check_dense(harness: Harness, case: Case) -> None:
 
 
 def check_weighted(harness: Harness, case: Case) -> None:
-    """Checks as `check_case` does, where some tokens have no upstream gradient: they give nothing, whatever is in their rows."""
+    """Checks as `check_case` does. Some tokens have no upstream gradient and give nothing, whatever is in their rows."""
     d_loss, d_lse = np.random.default_rng(9).normal(size=(2, N)).astype(np.float32)
     d_loss[::3] = d_loss[128:256] = 0
     d_lse[::2] = d_lse[128:256] = 0
