@@ -86,7 +86,7 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         # Smoothing adds up logits as well.
         forward_bytes=layout.scratch_bytes + layout.copy_bytes + 12 * p.N + (layout.part_bytes + 4 * p.N if smoothed else 0),
         survivor_bytes=planes * layout.survivor_bytes if p.options.filters else 0,
-        backward_bytes=_module("hopper.backward.host").workspace_bytes(p) + (4 * p.N if smoothed else 0),
+        backward_bytes=_module("hopper.backward.workspace").workspace_bytes(p) + (4 * p.N if smoothed else 0),
         coarse_eps=coarse_eps,
     )
 

@@ -29,7 +29,7 @@ from cce_numba.hopper.forward.kernel import make_lse_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
-from cce_numba.tensor_core.survey.columns import make_list_kernel
+from cce_numba.tensor_core.survey.listing import make_list_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 on_gpu = pytest.mark.gpu
@@ -108,10 +108,8 @@ def test_what_is_small(kernel):
     ("make", "told", "more"),
     [
         (make_lse_kernel, (TILES, BFLOAT16, None, True, False), [(), (True,), (False, True), (True, True)]),
-        (make_backward_kernel, (BackwardTiles(), BFLOAT16, True, False), [(), (True,), (False, True), (True, True)]),
         (make_indexed_dot_kernel, (BFLOAT16, None, True), [(), (True,)]),
         (make_merge_kernel, (TILES,), [(), (True,)]),
-        (make_list_kernel, (), [(), (True,)]),
     ],
 )
 def test_kernels_without_a_term_take_nothing_for_it(make, told, more):
@@ -122,6 +120,30 @@ def test_kernels_without_a_term_take_nothing_for_it(make, told, more):
     assert len({kernel.identity for kernel in kernels}) == len(kernels)
     with_nothing = make(*told, *(False for _ in more[-1]))
     assert with_nothing.signature == kernels[0].signature
+
+
+@pytest.mark.parametrize(
+    ("make", "told", "more"),
+    [
+        (make_backward_kernel, (BackwardTiles(), BFLOAT16, True, False), [(), (True,), (False, True), (True, True)]),
+        (make_list_kernel, (), [(), (True,)]),
+    ],
+)
+def test_kernels_take_the_same_whatever_the_terms(make, told, more):
+    """A term that is not there is an address of 0; and each kernel has a name of its own where compiled ones are kept."""
+    kernels = [make(*told, *terms) for terms in more]
+    assert len({str(kernel.signature) for kernel in kernels}) == 1
+    assert len({kernel.identity for kernel in kernels}) == len(kernels)
+    with_nothing = make(*told, *(False for _ in more[-1]))
+    assert with_nothing.identity == kernels[0].identity
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_kernel_without_a_term_does_not_look_for_it():
+    """The list kernel without smoothing reads one number of a token less."""
+    plain, smoothed = (offline.compile_hopper(make_list_kernel(x)) for x in (False, True))
+    loads = r"ld\.global\.f32"
+    assert plain.count(loads) == smoothed.count(loads) - 1
 
 
 # ---- the plan
