@@ -14,8 +14,8 @@ from tests.helpers.harness import SimulatorHarness
 if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
-from cce_numba.launch.kernel import Kernel
-from cce_numba.launch.record import flattened
+from cce_numba.launch.kernel import Kernel, pointer_to
+from cce_numba.launch.record import flattened, kind_of
 from cce_numba.tensor_core.records import SurvivorBits, WeightedTokens
 from cce_numba.tensor_core.survey import Products, host, survey
 from cce_numba.tensor_core.survey.tables import SurveyLayout, Tables
@@ -398,6 +398,7 @@ def test_cases_are_what_they_are_called():
 def test_places_of_tables():
     layout = SurveyLayout(1000, 5000, 8 * 128)
     assert list(layout.tables) == list(Tables._fields)
+    assert kind_of(Tables).types == tuple(pointer_to(dtype) for dtype, _ in layout.tables.values())
     ends = [0]
     for (dtype, shape), offset in zip(layout.tables.values(), layout.offsets, strict=True):
         assert offset % 256 == 0

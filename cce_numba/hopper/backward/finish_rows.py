@@ -119,6 +119,7 @@ def make_store_rows_in_float32(n: int) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def store_two(row: Any, x: Any, y: Any, first: Any, columns: Any) -> None:
+        """Stores x and y to the row at column `first` and the next."""
         wanted = np.uint32(1) if row != 0 and first < columns else np.uint32(0)
         memory.store_if_2_f32(np.uint64(row + np.uint64(4 * first)), x, y, wanted)
 

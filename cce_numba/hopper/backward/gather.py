@@ -40,10 +40,10 @@ from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP
 
 @cuda.jit(device=True, forceinline=True)
 def slots_in_32_blocks(word: Any, lane: Any, r: Any, tile: Any, tables: Any, dims: Any) -> Any:
-    """`(bits, first)`: what the lane's block, of 32 that share a word, says of the slots of a tile's columns.
+    """`(bits, first)` of a tile of columns and the block 32 * word + lane: what `slots_of` needs of them.
 
-    bits: four words, whose bits say which of the tile's 128 columns survive in block 32 * word + lane. first: twice the slot of
-    the first of these, counted from the buffer's first slot, and 1 more if the block is whole. r: the round. tile: of columns.
+    bits: four words, whose bits say which of the tile's 128 columns survive in the block. first: twice the slot of the first of
+    these columns, counted from the buffer's first slot; and 1 more if the block is whole. r: the round.
     """
     column_tiles, first_tile, wholes = dims.column_tiles, tables.first_tile[r], np.uint32(tables.whole[word])
     slots = np.int64(r) * (dims.blocks + 1)
@@ -107,8 +107,7 @@ def make_gather(tiles: BackwardTiles) -> Any:
     opaque = arithmetic.opaque_u32
 
     # Below, `smem` is a `records.SharedMemory`, `ring` the address of the ring of stages, `s` the number of a job of this CTA,
-    # and `use` that of a use of the ring. What follows a job's first use is filled; functions for whole stages return the next
-    # use.
+    # and `use` the number of a use of the ring. Functions that fill stages begin with this use, and return the next one.
 
     @cuda.jit(device=True, forceinline=True)
     def pass_by(ring: Any, use: Any, stages: Any, lane: Any) -> Any:
@@ -240,8 +239,8 @@ def make_gather(tiles: BackwardTiles) -> Any:
         """
         jobs, ring, block_words = smem.jobs, smem.ring, dims.block_words
         for word in range(block_words):
-            # The fields are read again for each word. Otherwise LLVM would hoist what follows from them out of the loop, and
-            # spill.
+            # The fields are read again for each word. Otherwise LLVM would hoist what follows from them out of the loop and
+            # spill it.
             r, tile = field(jobs, s, WORD.round), field(jobs, s, WORD.block_or_tile)
             bits, first = slots_in_32_blocks(word, piece.lane, r, tile, tables, dims)
             left = np.uint32(tables.needed[np.int64(tile) * block_words + word])

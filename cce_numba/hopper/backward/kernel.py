@@ -34,10 +34,8 @@ from cce_numba.tensor_core.survey.tables import COLUMN_TILE, Tables
 @cuda.jit(device=True, forceinline=True)
 def dims_of(shape: Any) -> Any:
     """The `Dimensions` of a `Shape`."""
-    column_tiles, block_words = (
-        quotient(shape.V + COLUMN_TILE - 1, np.int32(COLUMN_TILE)),
-        quotient(shape.blocks + 31, np.int32(32)),
-    )
+    column_tiles = quotient(shape.V + COLUMN_TILE - 1, np.int32(COLUMN_TILE))
+    block_words = quotient(shape.blocks + 31, np.int32(32))
     return Dimensions(blocks=shape.blocks, block_words=block_words, column_tiles=column_tiles, D=shape.D)
 
 
@@ -65,16 +63,16 @@ def make_backward_kernel(
 
     def backward_kernel(
         maps: Any,  # address of the tensor maps of e, c and g, 128 bytes each
-        e: Any,  # (N, D)
-        c: Any,  # (V, D)
-        terms: Any,
-        n_valid: Any,  # (1,) how many tokens are listed
-        tables: Any,
-        workspace: Any,
-        outputs: Any,
-        shape: Any,
+        e: Any,  # Matrix (N, D)
+        c: Any,  # Matrix (V, D)
+        terms: Any,  # LogitTerms
+        n_valid: Any,  # pointer to (1,): how many tokens are listed
+        tables: Any,  # the survey's Tables
+        workspace: Any,  # Workspace, whose counters are zeros
+        outputs: Any,  # Outputs
+        shape: Any,  # Shape
     ) -> None:
-        """Any grid of clusters: writes the outputs, of dE the rows of listed tokens with weight."""
+        """Any grid of clusters: writes or adds to the outputs; of dE, the rows of listed tokens with weight."""
         staging = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
         ring = np.uint32(staging + staging_bytes)
         jobs = np.uint32(ring + ring_bytes)
