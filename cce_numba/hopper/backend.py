@@ -92,7 +92,7 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         # Smoothing adds up logits as well.
         forward_bytes=layout.scratch_bytes(1 + smoothed) + layout.copy_bytes + (12 + 4 * smoothed) * p.N,
         survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if p.options.filters else 0,
-        backward_bytes=_module("hopper.backward.host").workspace_bytes(p) + (4 * p.N if smoothed else 0),
+        backward_bytes=_module("hopper.backward.workspace").workspace_bytes(p) + (4 * p.N if smoothed else 0),
         coarse_eps=coarse_eps,
     )
 
