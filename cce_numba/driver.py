@@ -61,7 +61,7 @@ def prepared(
 
 
 def forward(problem: Problem, plan: Plan, wrt: Collection[str] = ()) -> ForwardPass:
-    """Goes forward; `wrt` are the names of the gradients that a backward is to give, out of "e", "c", "bias"."""
+    """Goes forward, inside `prepared`. `wrt` names the gradients that a backward may be asked for, out of "e", "c", "bias"."""
     record_survivors = problem.options.records_survivors(wrt)
     part = backend_module(plan.backend).forward(problem, plan, record_survivors=record_survivors)
     return ForwardPass.of(problem, plan, combine([part]))
@@ -73,11 +73,12 @@ def indexed_dot(problem: Problem, plan: Plan) -> Any:
 
 
 def combine(parts: Sequence[Statistics]) -> Statistics:
-    """The statistics of the whole vocabulary, out of those that each device found of its part: here ranks will meet.
+    """The statistics of the whole vocabulary, out of those that each device found of its part of it.
 
-    Today one device has the whole vocabulary, so there is one part, and it is the result. The terms of the loss and the
-    backward rely on what this returns: lse, target_logit and mean_logit of the whole vocabulary, the same on each device;
-    tokens and n_valid, which do not depend on the vocabulary; survivors of the device's own part, which no other one needs.
+    Today one device has the whole vocabulary, so there is one part, and it is the result. With several devices this is where
+    their results meet. The terms of the loss and the backward rely on what it returns: lse, target_logit and mean_logit of the
+    whole vocabulary, the same on each device; tokens and n_valid, which do not depend on the vocabulary; survivors of the
+    device's own part, which no other device needs.
 
     Raises ValueError for any other number of parts.
     """
@@ -121,8 +122,8 @@ class ForwardPass:
             d_lse: a scalar or an array in the shape of the lse, `Problem.per_token`; None is 0.
             destination: where gradients go, and which.
 
-        Raises TypeError or ValueError, naming the argument, for an upstream gradient that does not fit; nothing is written
-        then.
+        Raises TypeError or ValueError, naming the argument, for an upstream gradient that does not fit, before anything is
+        written.
         """
         p = self.problem
         weights, from_mean_logit = self._weights(d_loss, d_lse)

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from cce_numba import arguments, driver, survivors
-from cce_numba.arguments import Problem
+from cce_numba.arguments import GRADIENTS, Problem
 from cce_numba.backend import Gradients, Statistics
 from cce_numba.destination import Destination
 from cce_numba.driver import ForwardPass
@@ -180,7 +180,7 @@ def linear_cross_entropy_with_grad(
     return_lse = flag("return_lse", return_lse)
     with driver.prepared(e, c, targets, options) as (problem, plan):
         destination = Destination.of(out, accumulate, arguments.wanted(wrt, problem), problem)
-        done = driver.forward(problem, plan, destination.wanted)
+        done = driver.forward(problem, plan, GRADIENTS)  # all of them: so the loss has the same bits whichever are wanted
         loss = done.loss()
         grads = done.backward(None, None, destination)
         return (loss, problem.exported(done.statistics.lse), grads) if return_lse else (loss, grads)
@@ -196,7 +196,7 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
     (array([2.0794, 0.    ]), 1)
     """
     with driver.prepared(e, c, targets, options) as (problem, plan):
-        done = driver.forward(problem, plan, arguments.wanted(None, problem))
+        done = driver.forward(problem, plan, GRADIENTS)
         statistics = done.statistics
         return Result(
             loss=done.loss(),

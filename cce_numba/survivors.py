@@ -9,8 +9,9 @@ for any of the block's tokens n
 
 with z the logits and bound[n] any lower bound of the final log-sum-exp of token n, such as its target's logit, or the
 log-sum-exp of the logits so far. The probability of v is exp(z - lse) <= exp(z - bound), so a lower bound keeps everything that
-reaches eps, and a little more. "Not below", and not "at least": a NaN survives, and with it all entries of a token that is
-lost, since the gradient of such a token is NaN everywhere.
+reaches eps, and a little more. It is "not below" rather than "at least" so that NaN survives: where a token is lost (its
+log-sum-exp or target logit is NaN) all entries of its block survive, since its gradient is NaN everywhere. A forward that
+compares with "at least" must see to that by other means.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ if TYPE_CHECKING:
 
 SURVIVOR_BLOCK = 128  # tokens that share survivor bits, but in the portable kernels, where tiles say it
 
-# Picking columns costs time for each. Where more than this share of all pairs of a block and a column survives, all of them are
-# taken, in order, which is faster and exact. A guess: on hopper, loss and gradients of 39 % took 0.61 of the time of all.
+# Picking a column costs time. Where more than this share of all pairs of a block and a column survives, a backward takes all of
+# them, in order, which is faster and exact. The number is a guess: on hopper, loss and gradients of 39 % of the pairs took 0.61
+# of the time that those of all pairs took.
 DENSE_SHARE = 0.7
 
-# Logits are compared in the compute dtype, with rounding errors of up to 1e-5 (1 + |z|) in each; so a probability that is
-# exactly eps could fall below it. This much slack, absolute and relative to the bound, keeps it, and is
-# as if eps were some 0.1 % lower (more for logits of hundreds).
+# Logits are compared in the compute dtype, with rounding errors of up to 1e-5 (1 + |z|) in each; so a logit whose probability
+# is exactly eps could fall below the threshold. This much slack, absolute and relative to the bound, keeps it. It has the
+# effect of an eps that is some 0.1 % lower (more for logits of hundreds).
 _SLACK = 1e-3
 RELATIVE_SLACK = 4e-5
 
-# dC's threshold where the caller leaves it to us, in the filter's: on real text its error is then what dE's is at the filter's
-# own (2^-14 and 2^-16 for bfloat16).
+# How many times the filter's threshold that of dC is, where the caller leaves it to us: on real text the error of dC is then
+# that of dE at the filter's own threshold (2^-14 and 2^-16 for bfloat16).
 _COARSER = 4
 
 _ROWS_BYTES = 32 * 2**20  # of e, and of c, at a time, in the compute dtype
@@ -52,9 +54,8 @@ def make_threshold(real: Any) -> Callable[[Any, Any], Any]:
     """Makes `threshold(bound, log_eps)`, what a logit must reach to survive, in arithmetic of `np.float32` or `np.float64`.
 
     It is a plain function of two numbers, for each backend to compile with its own `jit` and call where it folds logits:
-    `bound`, a lower bound of the token's log-sum-exp, and `log_eps`, which is `log_threshold(eps)`, both of `real`. For a bound
-    of inf, and for one of NaN, it is NaN: nothing is below it. It is monotonic in the bound, so a better bound never keeps
-        more.
+    `bound`, a lower bound of the token's log-sum-exp, and `log_eps`, which is `log_threshold(eps)`, both of `real`. It grows
+    with the bound, so a better bound never keeps more. Where the bound is inf or NaN it is NaN: nothing is below it.
 
     >>> float(make_threshold(np.float64)(2.0, log_threshold(2.0**-16)).round(3))
     -9.091

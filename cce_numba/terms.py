@@ -1,6 +1,6 @@
-"""The terms of the loss: it is made of what backends give, and flows back into that, by array operations, for all backends.
+"""The terms of the loss, once for all backends: array operations that make it of what a backend gives, and the way back.
 
-The loss of a token is made of what a backend gives, its log-sum-exp and target logit, and of its mean logit:
+A backend gives each token's log-sum-exp and target logit. The loss of the token is made of these and of its mean logit:
 
     loss = nll_weight * (lse - target_logit) + smooth_weight * (mean_class_weight * lse - mean_logit) + z_weight * lse**2
 
@@ -9,10 +9,10 @@ The loss of a token is made of what a backend gives, its log-sum-exp and target 
     z_weight       token weight * z_loss
 
 with means over the vocabulary: that of the class weights, and that of class weight times logit. Label smoothing is that of
-`torch.nn.functional.cross_entropy`. So each token's gradient with respect to its logits is a multiple of the softmax, less one
-of the one-hot target, less one of the class weights (`backend.Weights`). The last of them is not small anywhere, so no filter
-could take it; but without a softcap it is of rank one, and known without any logit: (N,) times (V,). It is written to the
-gradients before the backend adds the rest to them.
+`torch.nn.functional.cross_entropy`. So each token's gradient with respect to its logits is a multiple of the softmax, less a
+multiple of the one-hot target, less a multiple of the class weights (`backend.Weights`). The last part is not small anywhere,
+so no filter could leave it out. Without a softcap it is of rank one, a factor per token times a factor per entry, and known
+without any logit: it is written to the gradients before the backend adds the rest to them.
 
 `terms_of` says which of two classes a problem's loss is: `Nll`, the negative log-likelihood alone, or `Terms`, all of the
 above. Both have `per_token`, `reduced` and `gradient_weights`.

@@ -62,7 +62,10 @@ def within(package: str) -> list[Path]:
         ("cce_numba.simt", ["cce_numba.hopper", "cce_numba.cpu", "cce_numba.tensor_core", "cce_numba.ptx"]),
         ("cce_numba.cpu", ["cce_numba.hopper", "cce_numba.simt", "cce_numba.tensor_core", "cce_numba.ptx", "cce_numba.launch"]),
         # Instructions and launches know nothing of what they are for.
-        ("cce_numba.ptx", [name for name in MODULES if name.startswith("cce_numba.") and not name.startswith("cce_numba.ptx")]),
+        (
+            "cce_numba.ptx",
+            sorted(name for name in MODULES if name.startswith("cce_numba.") and not name.startswith("cce_numba.ptx")),
+        ),
         ("cce_numba.launch", ["cce_numba.hopper", "cce_numba.simt", "cce_numba.tensor_core", "cce_numba.ptx"]),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

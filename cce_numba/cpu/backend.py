@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from cce_numba.plan import Plan
 from cce_numba.survivors import SURVIVOR_BLOCK
 
 _LARGEST_USUAL_D = 2**14  # up to which tiles have whole blocks of survivors, whatever the other sizes are
+_USUAL_FORM = StatisticsForm(tokens=np.dtype(np.int64), survivor_block=SURVIVOR_BLOCK)
 
 _quiet = np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")  # inf and nan speak for themselves
 
@@ -27,8 +29,9 @@ def why_not(p: Outline | Problem) -> str | None:
 
 def statistics_form(p: Outline | Problem) -> StatisticsForm:
     """See `backend.Backend`. Rows and tokens are those that count; the form has room for all."""
-    block = SURVIVOR_BLOCK if p.D <= _LARGEST_USUAL_D else choose_tiles(p).survivor_block
-    return StatisticsForm(tokens=np.dtype(np.int64), survivor_block=block)
+    if p.D <= _LARGEST_USUAL_D:
+        return _USUAL_FORM
+    return replace(_USUAL_FORM, survivor_block=choose_tiles(p).survivor_block)
 
 
 def plan(p: Problem) -> Plan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from cce_numba.tensor_core import matrices
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10
 _TILES = HopperTiles()
+_FORM = StatisticsForm(np.dtype(np.int32), _TILES.survivor_block, planes=1, row_unit_bytes=_TILES.block_v // 8)
+_FORM_WITH_COARSE_PLANE = replace(_FORM, planes=2)
 
 
 def why_not(p: Outline | Problem) -> str | None:
@@ -41,8 +43,7 @@ def why_not(p: Outline | Problem) -> str | None:
 
 def statistics_form(p: Outline | Problem) -> StatisticsForm:
     """See `backend.Backend`. A row has the bits of whole tiles of the vocabulary."""
-    planes = 1 if coarse_eps_of(p.options) is None else 2
-    return StatisticsForm(np.dtype(np.int32), _TILES.survivor_block, planes, row_unit_bytes=_TILES.block_v // 8)
+    return _FORM if coarse_eps_of(p.options) is None else _FORM_WITH_COARSE_PLANE
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +92,7 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         # Smoothing adds up logits as well.
         forward_bytes=layout.scratch_bytes(1 + smoothed) + layout.copy_bytes + (12 + 4 * smoothed) * p.N,
         survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if p.options.filters else 0,
-        backward_bytes=_module("hopper.backward.host").workspace_bytes(p) + (4 * p.N if smoothed else 0),
+        backward_bytes=_module("hopper.backward.workspace").workspace_bytes(p) + (4 * p.N if smoothed else 0),
         coarse_eps=coarse_eps,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,12 @@ def why_not(p: Outline | Problem) -> str | None:
 
 def statistics_form(p: Outline | Problem) -> StatisticsForm:
     """See `backend.Backend`."""
-    return StatisticsForm(tokens=np.dtype(np.int64), survivor_block=choose_tiles(p.compute_dtype, SIMULATED).survivor_block)
+    return _form(p.compute_dtype)
+
+
+@functools.cache
+def _form(compute_dtype: np.dtype) -> StatisticsForm:
+    return StatisticsForm(tokens=np.dtype(np.int64), survivor_block=choose_tiles(compute_dtype, SIMULATED).survivor_block)
 
 
 def plan(p: Problem) -> Plan:

@@ -98,10 +98,9 @@ def gradients_like(inputs: Mapping[str, torch.Tensor], names: Iterable[str]) -> 
 def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: bool) -> tuple[Any, ...]:
     """The arrays `SAVED`, in the shapes that the fake of the operator tells; two may lie in one block of memory.
 
-    The CPU's tokens and blocks are only those that count: zeros follow. Zeros alone are what it did not record after all,
-    since nearly everything survives: a block that counts keeps its targets at least. A device has all rows, of which all memory
-        is
-    kept: a row goes on after the last entry, and the backward may read that.
+    The CPU's tokens and blocks are only those that count: zeros follow. Zeros alone stand for bits that it did not record after
+    all, since nearly everything survives: a block in which a token counts keeps its targets at least. A device has all rows.
+    They go on after the last entry, where the backward may read, so all of their memory is kept.
     """
     tokens, bits, mean_logit = statistics.tokens, statistics.survivors, statistics.mean_logit
     if len(tokens) < p.N:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from cce_numba import driver
+from cce_numba.arguments import GRADIENTS
 from cce_numba.backend import Gradients
 from cce_numba.destination import Destination
 from cce_numba.options import DEFAULTS, PRESETS, REDUCTIONS
@@ -283,7 +284,7 @@ def linear_cross_entropy_backward(
                 destination = Destination.of(Gradients(**grads), True, frozenset(grads), problem)
             except (TypeError, ValueError) as error:
                 raise type(error)(re.sub(r"\bout\.(\w+)", r"\1.grad", str(error))) from None
-            done = driver.forward(problem, plan, destination.wanted)
+            done = driver.forward(problem, plan, GRADIENTS if grads else ())
             loss = done.loss()
             if grads:
                 done.backward(d_loss, None, destination)

@@ -16,7 +16,7 @@ if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
 from cce_numba.hopper import backend
-from cce_numba.hopper.backward.host import workspace_bytes
+from cce_numba.hopper.backward.workspace import workspace_bytes
 from cce_numba.hopper.forward.layout import Layout
 from cce_numba.hopper.tiles import HopperTiles
 

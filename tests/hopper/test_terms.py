@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,7 +32,7 @@ from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
 from cce_numba.tensor_core.folds import MAX_SUM, MEAN_LOGIT, SURVIVORS
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
-from cce_numba.tensor_core.survey.columns import make_list_kernel
+from cce_numba.tensor_core.survey.listing import make_list_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 on_gpu = pytest.mark.gpu
@@ -110,11 +111,7 @@ def test_what_is_small(kernel):
 @pytest.mark.parametrize(
     ("make", "told", "more"),
     [
-        (
-            make_forward_kernel,
-            (TILES, BFLOAT16, None, True),
-            [(False, PLAIN), (True, PLAIN), (False, SMOOTHED), (True, SMOOTHED)],
-        ),
+        (make_forward_kernel, (TILES, BFLOAT16, None, True), list(itertools.product((False, True), (PLAIN, SMOOTHED)))),
         (make_backward_kernel, (BackwardTiles(), BFLOAT16, True, False), [(), (True,), (False, True), (True, True)]),
         (make_indexed_dot_kernel, (BFLOAT16, None, True), [(), (True,)]),
         (make_merge_kernel, (TILES.group_n,), [(PLAIN,), (SMOOTHED,)]),
@@ -126,6 +123,7 @@ def test_each_choice_of_terms_is_kept_under_a_name_of_its_own(make, told, more):
     identities = {kernel.identity for kernel in kernels}
     assert None not in identities
     assert len(identities) == len(kernels)
+    assert len({str(kernel.signature) for kernel in kernels}) == 1, "a term that is not there is an address of 0"
 
 
 # ---- the plan

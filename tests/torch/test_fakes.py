@@ -13,10 +13,11 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 cct = pytest.importorskip("cce_numba.torch")
 from torch._subclasses import FakeTensorMode  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
+from torch.fx.experimental.symbolic_shapes import ShapeEnv  # noqa: E402
 
 from cce_numba import arguments, gpu, interchange  # noqa: E402
 from cce_numba.backend import BACKENDS, backend_module  # noqa: E402
-from cce_numba.options import DEFAULTS  # noqa: E402
+from cce_numba.options import DEFAULTS, Options  # noqa: E402
 from cce_numba.torch import fakes, operators  # noqa: E402
 
 pytestmark = pytest.mark.skipif(SimulatorHarness.is_active(), reason="about PyTorch alone")
@@ -71,6 +72,28 @@ def test_sizes_that_are_left_open_stay_open():
         assert environment.var_to_range[bounded].lower <= 2
 
 
+@pytest.fixture
+def a_device(monkeypatch):
+    """An H100, as far as plans look at it."""
+    monkeypatch.setattr(gpu, "current", lambda: gpu.Gpu((9, 0), 132))
+    monkeypatch.setattr(gpu, "why_not", lambda on_device: None if on_device else "the arrays are on the host")
+    monkeypatch.setattr(interchange.Kind, "current", lambda kind: contextlib.nullcontext())
+
+
+@pytest.mark.usefixtures("a_device")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sizes_that_nobody_knows(backend):
+    """Of these a comparison raises an error."""
+    environment = ShapeEnv()
+    n, v = (environment.create_unbacked_symint() for _ in range(2))
+    dtype, on_device = arguments.DTYPES[1], backend != "cpu"
+    device = torch.device("cuda:0" if on_device else "cpu")
+    outline = arguments.Outline(n, v, D, dtype, on_device, str(device), Options.of(dtype, {}))
+    form = fakes._form(outline, device, None if backend == "hopper" else backend)
+    assert form == backend_module(backend).statistics_form(outline)
+    assert all(isinstance(size, torch.SymInt) for size in form.survivors_shape(n, v))
+
+
 CASES = [
     # backend, dtype, options, tokens' dtype, rows of survivors, bytes of a row
     ("hopper", "bfloat16", {}, torch.int32, 2 * 3, 27 * 24),
@@ -85,10 +108,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("backend", "dtype", "options", "tokens", "rows", "row_bytes"), CASES, ids=str)
+@pytest.mark.usefixtures("a_device")
 def test_an_operator_on_a_device_that_is_not_there(monkeypatch, backend, dtype, options, tokens, rows, row_bytes):
-    monkeypatch.setattr(gpu, "current", lambda: gpu.Gpu((9, 0), 132))
-    monkeypatch.setattr(gpu, "why_not", lambda on_device: None if on_device else "the arrays are on the host")
-    monkeypatch.setattr(interchange.Kind, "current", lambda kind: contextlib.nullcontext())
     chosen = []
     module = backend_module(backend)
     form = module.statistics_form

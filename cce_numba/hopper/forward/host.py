@@ -14,11 +14,11 @@ from cce_numba.hopper import tensor_map
 from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.forward.layout import Layout, copy_rows
 from cce_numba.survivors import coarse_eps_of, log_threshold
-from cce_numba.tensor_core import matrices
 from cce_numba.tensor_core.folds import FOLDS, Fold, number_count, result_names
 from cce_numba.tensor_core.indexed_dot import launch_indexed_dot
 from cce_numba.tensor_core.merge import Split, ctas_for, make_merge_kernel
-from cce_numba.tensor_core.records import Found, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
+from cce_numba.tensor_core.problem import matrix_of, terms_of
+from cce_numba.tensor_core.records import Found, Parts, Survivors, Tokens, Vocabulary
 from cce_numba.tensor_core.tokens import list_tokens
 
 _NO_SURVIVORS = Survivors(bits=0, pitch_words=0, coarse_words=0, log_eps=0.0, log_coarser=0.0)
@@ -113,7 +113,7 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: _Arrays
     c_map = tensor_map.encode(c, tiles.block_v // tiles.cluster, tiles.block_d)
     tokens, n_valid = arrays.tokens, arrays.n_valid
     list_tokens(p, tokens, n_valid, found, arrays.names, (*e_map, *c_map), maps)
-    terms, e_rows = terms_of(p), Matrix(e.data.ptr, matrices.pitch_bytes(e))
+    terms, e_rows = terms_of(p), matrix_of(e)
     if arrays.bits is not None:
         launch_indexed_dot(p, e_rows, terms, Tokens(tokens, n_valid, 0, p.N), found.bound, survivors)
 
@@ -149,24 +149,12 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: _Arrays
             merge_kernel.launch(ctas_for(n_tokens), parts, split, batch, found, at_last)
 
 
-def terms_of(p: Problem, uniform_weight: int = 0) -> LogitTerms:
-    """What makes logits of a problem's products, as kernels take it; uniform_weight: an address, for the backward."""
-    return LogitTerms(
-        bias=0 if p.bias is None else p.bias.data.ptr,
-        bias_bytes=0 if p.bias is None else p.bias.itemsize,
-        softcap=p.options.softcap or 0.0,
-        scale=0 if p.logit_scale is None else p.logit_scale.data.ptr,
-        uniform_weight=uniform_weight,
-        class_weights=0 if p.class_weights is None else p.class_weights.data.ptr,
-    )
-
-
 def indexed_dot(p: Problem, layout: Layout) -> Any:
     """(N,) float32: the target's logit, a dot product by itself; 0 where ignored, NaN for a target out of range."""
     arrays = _Arrays.of(p, layout, (FOLDS[fold_names.TARGET_LOGIT],))
     if p.N:
         e = layout.e_in_reach(p)
         list_tokens(p, arrays.tokens, arrays.n_valid, arrays.found, arrays.names)
-        e_rows, batch = Matrix(e.data.ptr, matrices.pitch_bytes(e)), Tokens(arrays.tokens, arrays.n_valid, 0, p.N)
+        e_rows, batch = matrix_of(e), Tokens(arrays.tokens, arrays.n_valid, 0, p.N)
         launch_indexed_dot(p, e_rows, terms_of(p), batch, arrays.numbers.data.ptr, _NO_SURVIVORS)
     return arrays.numbers[0]
