@@ -4,6 +4,9 @@ A backend gives each token's log-sum-exp and target logit. The loss of the token
 
     loss = nll_weight * (lse - target_logit) + smooth_weight * (mean_class_weight * lse - mean_logit) + z_weight * lse**2
 
+where lse is max_logit + log_sum, and these two are kept apart (`backend.Statistics`): what is subtracted is as large as they are.
+
+
     nll_weight     token weight * class weight of the target * (1 - label_smoothing)
     smooth_weight  token weight * label_smoothing
     z_weight       token weight * z_loss
@@ -56,7 +59,7 @@ class Nll:
 
     def per_token(self) -> Any:
         """(N,) the loss of each token, 0 where ignored."""
-        return self.statistics.lse - self.statistics.target_logit
+        return self.statistics.nll
 
     def reduced(self) -> Any:
         """0-d, of the compute dtype: the sum or the mean of the tokens' losses; the mean of none is nan."""
@@ -72,7 +75,7 @@ class Nll:
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     """`backend.Backend.reduced_nll`, for backends that have no kernel for it."""
-    total = (statistics.lse - statistics.target_logit).sum(dtype=np.float64)
+    total = statistics.nll.sum(dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: 0 / 0 = nan, as PyTorch has it
         loss = total / statistics.n_valid if p.options.reduction == "mean" else total
     return p.xp.asarray(loss, dtype=p.compute_dtype)
@@ -125,12 +128,14 @@ class Terms:
     @_quiet
     def per_token(self) -> Any:
         """(N,) the loss of each token, 0 where ignored or of weight 0."""
-        lse = self.statistics.lse
-        loss = times(self.nll_weight, lse - self.statistics.target_logit)
+        found = self.statistics
+        loss = times(self.nll_weight, found.nll)
         if self.smooth_weight is not None:
-            loss += times(self.smooth_weight, lse * self._mean_class_weight - self._mean_logit())
+            mean_weight = self._mean_class_weight
+            from_mean = found.max_logit * mean_weight - self._mean_logit()
+            loss += times(self.smooth_weight, from_mean + found.log_sum * mean_weight)
         if self.z_weight is not None:
-            loss += times(self.z_weight, lse * lse)
+            loss += times(self.z_weight, found.lse * found.lse)
         return loss
 
     @_quiet

@@ -23,7 +23,7 @@ def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
     and the gradient of the loss with respect to scale * x, are
 
         z = cap(token.scale * x)                        cap(y) = softcap * tanh(y / softcap)
-        g = (token.softmax * exp(z - lse)               lse is token.log_sum, which is in base 2
+        g = (token.softmax * 2^(log2(e) * z - token.shift)
              - token.target_weight * (entry == token.target)
              - token.uniform * class_weight) * cap'(token.scale * x)
 
@@ -44,7 +44,7 @@ def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
             z = z * token.scale
         if capped:
             z = softcap * math.tanh(z / softcap)
-        g = token.softmax * exp2(fma(z, LOG2E, -token.log_sum))
+        g = token.softmax * exp2(fma(z, LOG2E, -token.shift))
         if entry == token.target:
             g -= token.target_weight
         if smoothed:

@@ -50,7 +50,7 @@ def make_two_row_weights(scaled: bool, smoothed: bool) -> Any:
         """row: the token's address in the survey's table `rows`."""
         return RowWeights(
             softmax=load_f32(row),
-            log_sum=load_f32(row + np.uint64(8)),
+            shift=load_f32(row + np.uint64(8)),
             target_weight=load_f32(row + np.uint64(4)),
             target=load_i32(row + np.uint64(12)),
             scale=scale,
