@@ -3,9 +3,9 @@
 A product is the dot product of a token's embedding and a row of the classifier. The bias belongs to a vocabulary entry, the
 scale to a token, the softcap to the whole problem. Each may be None, and then takes no part.
 
-`finish` and `slope_of_cap` are for one number. They are plain Python, and registered with Numba, so that any kernel may call
-them, on a GPU, on the CPU and in the simulator; an argument that is None costs a compiled kernel nothing. `finish_in_place` is
-for arrays.
+`finish` and `slope_of_cap` are for one number. They are plain Python, and `launch/inlined.py` registers them with Numba, so
+that any kernel may call them, on a GPU and in the simulator. An argument that is None costs a compiled kernel nothing.
+`finish_in_place` is for arrays.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba.extending import register_jitable
 
 _ONE = np.float32(1)  # with a float64 number it gives a float64 number, where an integer would also turn float32 into float64
 
 
-@register_jitable
 def finish(product: Any, bias: Any, scale: Any, softcap: Any) -> Any:
     """The logit of a product; all of one floating-point dtype, and each but the product may be None.
 
@@ -36,7 +34,6 @@ def finish(product: Any, bias: Any, scale: Any, softcap: Any) -> Any:
     return logit
 
 
-@register_jitable
 def slope_of_cap(ratio: Any) -> Any:
     """The derivative of cap at x, where `ratio` is cap(x) / softcap, which is tanh(x / softcap).
 

@@ -5,9 +5,11 @@
     kernel        `Kernel`: one signature; it takes addresses, numbers and records
     array_kernel  `ArrayKernel`: it takes arrays, and is a `Kernel` for each combination of their dtypes and layouts
     simulator     what runs an `ArrayKernel` in Numba's simulator
+    inlined       plain functions that kernels may call
     identity      what tells a kernel from all others
     cubin_cache   machine code on disk, under a name that says all that it depends on
-    absent        a device that is not there: which kernels a call would launch, and how to compile them all the same
+    offline       kernels compiled for a device that is not there
+    absent        a GPU that is not there, on which a call tells which kernels it launches
 
 A kernel is made by a function with the decorator `kernel.kernel_factory`. The factory's arguments decide what is compiled: tile
 sizes, dtypes, which terms a loss has.

@@ -85,9 +85,9 @@ def backward(
         list_columns_kernel.launch(n_blocks, kept_g, tokens, weights, columns)
         if len(lists) > 1:
             list_columns_kernel.launch(n_blocks, kept_e, tokens, weights, columns_e)
-        g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p))
+        g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p), uniform_weight is not None)
         g_kernel.launch((n_blocks, ceil_div(v1 - v0, tiles.block_v)), e, c, terms, found, tokens, weights, columns, g)
-        if into_e is not None:
+        if d_e is not None and into_e is not None:
             d_e_kernel = make_d_e_kernel(tiles, p.dtype, np.dtype(d_e.dtype))
             first, last = v0 == 0, v1 == p.V
             now = into_e._replace(starts=into_e.starts and first, rounds=into_e.rounds and last)

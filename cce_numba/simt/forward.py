@@ -52,12 +52,9 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, fol
     """The kernel for `e` and `c` of `dtype` that runs these folds."""
     real = real_of(dtype)
     load, _ = conversions(dtype)
-    product, products_tile, terms_ = (
-        make_product(tiles, real),
-        make_products_tile(tiles, load, real),
-        make_terms(bias_dtype, real),
-    )
-    column_of, bias_of, scale_of, logit_of = product.column_of, terms_.bias_of, terms_.scale_of, terms_.logit_of
+    product, products_tile = make_product(tiles, real), make_products_tile(tiles, load, real)
+    bias_of, scale_of, logit_of = make_terms(bias_dtype, real)
+    column_of = product.column_of
     composed = compose(folds, tiles, np.dtype(real))
     begin, step, write = composed.begin, composed.step, composed.write
     e_shape, c_shape, acc_shape = product.a_shape, product.b_shape, product.acc_shape
@@ -74,7 +71,7 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, fol
         arrays: Any,  # a record for each fold
         parts: Any,  # see folds.composed: what each split finds
     ) -> None:
-        """Grid (n_blocks, splits)."""
+        """Grid (n_blocks, splits). Runs the folds over the CTA's tiles, and writes what they find of its tokens to parts."""
         e_smem = cuda.shared.array(e_shape, real, alignment)
         c_smem = cuda.shared.array(c_shape, real, alignment)
         e_rows = cuda.shared.array(block_n, np.uint32)
@@ -133,7 +130,7 @@ def make_finish_kernel(tiles: SimtTiles, real: np.dtype, folds: tuple[Fold, ...]
         n_splits: Any,  # int
         V: Any,  # vocabulary entries
     ) -> None:
-        """Grid n_blocks, a thread for each token of a block."""
+        """Grid n_blocks, a thread for each token of a block. Merges the parts of its token, and stores the folds' results."""
         r, n_block, n_valid = cuda.threadIdx.x, cuda.blockIdx.x, tokens.n_valid[0]
         position = n_block * block_n + r
         if n_block * block_n >= n_valid:

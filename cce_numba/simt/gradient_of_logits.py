@@ -15,8 +15,8 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.launch.array_kernel import ArrayKernel
+from cce_numba.launch.inlined import slope_of_cap
 from cce_numba.launch.kernel import kernel_factory
-from cce_numba.logit import slope_of_cap
 from cce_numba.simt.logits import make_products_tile, make_terms
 from cce_numba.simt.numbers import conversions, real_of
 from cce_numba.simt.product import make_product
@@ -37,16 +37,13 @@ class OfToken(NamedTuple):
 
 
 @kernel_factory
-def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype) -> ArrayKernel:
-    """The kernel for `e` and `c` of `dtype`."""
+def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, uniform: bool) -> ArrayKernel:
+    """The kernel for `e` and `c` of `dtype`; `uniform` says whether G has its third term."""
     real = real_of(dtype)
     load, _ = conversions(dtype)
-    product, products_tile, terms_ = (
-        make_product(tiles, real),
-        make_products_tile(tiles, load, real),
-        make_terms(bias_dtype, real),
-    )
-    column_of, bias_of, scale_of, logit_of = product.column_of, terms_.bias_of, terms_.scale_of, terms_.logit_of
+    product, products_tile = make_product(tiles, real), make_products_tile(tiles, load, real)
+    bias_of, scale_of, logit_of = make_terms(bias_dtype, real)
+    column_of = product.column_of
     e_shape, c_shape, acc_shape = product.a_shape, product.b_shape, product.acc_shape
     block_n, block_v, threads, threads_v = tiles.block_n, tiles.block_v, tiles.threads, tiles.threads_v
     thread_n, thread_v, alignment = tiles.thread_n, tiles.thread_v, ALIGNMENT
@@ -56,7 +53,7 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
         softmax_weight = weights.softmax[token]
         if found.target_logit[token] != found.target_logit[token]:
             softmax_weight = real(math.nan)
-        uniform_weight = weights.uniform[token] if weights.has_uniform else real(0)
+        uniform_weight = weights.uniform[token] if uniform else real(0)
         return OfToken(
             found.lse[token],
             found.targets[token],
@@ -72,7 +69,7 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
         gradient = of_token.softmax_weight * real(math.exp(z - of_token.lse))
         if v == of_token.target:
             gradient -= of_token.target_weight
-        if weights.has_uniform:
+        if uniform:
             class_weight = weights.class_weights[v] if weights.has_class_weights else real(1)
             gradient -= of_token.uniform_weight * class_weight
         if softcap > 0:

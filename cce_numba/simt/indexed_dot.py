@@ -26,8 +26,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype) -> ArrayKerne
     """The kernel for `e` and `c` of `dtype`."""
     real = real_of(dtype)
     load, _ = conversions(dtype)
-    terms_ = make_terms(bias_dtype, real)
-    bias_of, scale_of, logit_of = terms_.bias_of, terms_.scale_of, terms_.logit_of
+    bias_of, scale_of, logit_of = make_terms(bias_dtype, real)
     shape, lanes, tokens_per_block = (_TOKENS, _LANES), _LANES, _TOKENS
 
     def indexed_dot_kernel(

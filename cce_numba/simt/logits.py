@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
-from cce_numba.logit import finish
+from cce_numba.launch.inlined import finish
 from cce_numba.simt.numbers import conversions
 from cce_numba.simt.product import make_product
 from cce_numba.simt.staging import make_row_stager
@@ -54,8 +53,8 @@ def make_products_tile(tiles: SimtTiles, load: Any, real: Any) -> Any:
 
 
 @functools.cache
-def make_terms(bias_dtype: np.dtype, real: Any) -> SimpleNamespace:
-    """Device functions that read a `records.LogitTerms`, with a bias of `bias_dtype`, and apply it."""
+def make_terms(bias_dtype: np.dtype, real: Any) -> tuple[Any, Any, Any]:
+    """`(bias_of, scale_of, logit_of)`, device functions for `records.LogitTerms` with a bias of `bias_dtype`."""
     load_bias, _ = conversions(bias_dtype)
 
     @cuda.jit(device=True)
@@ -75,4 +74,4 @@ def make_terms(bias_dtype: np.dtype, real: Any) -> SimpleNamespace:
             return finish(product, bias, scale, terms.softcap)
         return finish(product, bias, scale, None)
 
-    return SimpleNamespace(bias_of=bias_of, scale_of=scale_of, logit_of=logit_of)
+    return bias_of, scale_of, logit_of

@@ -1,8 +1,7 @@
 """What kernels take together, each declared once: records of arrays and numbers.
 
 Their fields are arrays in global memory (CuPy's on a GPU, NumPy's in the simulator) and plain numbers. Numba knows the dtype of
-each
-from what it is launched with. *real* is the dtype that is computed in: float64 for float64 inputs, float32 for all others.
+each from what a kernel is launched with. *real* is the dtype that is computed in: float64 for float64 inputs, else float32.
 
 An array that a problem does not have (no bias, say) is replaced by some other array of the right dtype, which nobody reads, and
 a flag beside it says so. So kernels need not be compiled anew for each combination of what a problem has.
@@ -67,7 +66,7 @@ class Found(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The factors of G per token; see `backend.Backend.backward`."""
+    """The factors of G, the gradient of the loss with respect to the logits; see `backend.Backend.backward`."""
 
     softmax: Any  # (N,) real: of the softmax
     target: Any  # (N,) real: of the one-hot target

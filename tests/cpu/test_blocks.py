@@ -17,7 +17,7 @@ from numba import njit
 
 import cce_numba as cce
 from cce_numba.cpu import backend
-from cce_numba.cpu.fold import exp_float32
+from cce_numba.cpu.elements import exp_float32
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.progress import reported_to
 from tests.helpers.cases import DTYPES, Edges, cases, filters, make_case, with_terms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -85,7 +84,7 @@ class Fold(Protocol):
     """
 
     name: ClassVar[str]
-    Row: ClassVar[Callable[..., Any] | None]
+    Row: ClassVar[Any]
 
     def row_dtypes(self, real: np.dtype) -> tuple[np.dtype, ...]:
         """The dtypes of the fields of `Row`, for logits of dtype `real`."""

@@ -58,8 +58,8 @@ def make_log_sum_exp(real: Any) -> Any:
 class MaxSum:
     """The fold."""
 
-    name: ClassVar = folds.MAX_SUM
-    Row: ClassVar = Row
+    name: ClassVar[str] = folds.MAX_SUM
+    Row: ClassVar[Any] = Row
 
     def row_dtypes(self, real: np.dtype) -> tuple[np.dtype, ...]:
         """See `fold.Fold`."""

@@ -38,8 +38,8 @@ class Arrays(NamedTuple):
 class MeanLogit:
     """The fold."""
 
-    name: ClassVar = folds.MEAN_LOGIT
-    Row: ClassVar = Row
+    name: ClassVar[str] = folds.MEAN_LOGIT
+    Row: ClassVar[Any] = Row
 
     def row_dtypes(self, real: np.dtype) -> tuple[np.dtype, ...]:
         """See `fold.Fold`."""

@@ -45,8 +45,8 @@ class Arrays(NamedTuple):
 class Survivors:
     """The fold. A row has nothing to merge: different splits write different bytes of the bits."""
 
-    name: ClassVar = folds.SURVIVORS
-    Row: ClassVar = None
+    name: ClassVar[str] = folds.SURVIVORS
+    Row: ClassVar[Any] = None
 
     def row_dtypes(self, real: np.dtype) -> tuple[np.dtype, ...]:
         """See `fold.Fold`."""
