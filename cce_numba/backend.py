@@ -35,8 +35,8 @@ class Statistics:
         n_valid: 0-d int64, how many tokens count.
         lse: (N,) natural-log log-sum-exp of the compute dtype, 0 where ignored: max_logit + log_sum, rounded.
         max_logit: (N,) the largest logit, 0 where ignored.
-        log_sum: (N,) natural logarithm of the sum of exp(logit - max_logit), 0 where ignored. These two keep the digits that the
-            log-sum-exp of large logits has lost.
+        log_sum: (N,) natural logarithm of the sum of exp(logit - max_logit), 0 where ignored. These two keep the digits that
+            the log-sum-exp of large logits has lost.
         target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets. Rounded as
             the logits are that the other two are made of.
         survivors: (at least ceil(n_valid / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
@@ -61,7 +61,7 @@ class Statistics:
 
     @property
     def nll(self) -> Any:
-        """(N,) negative log-likelihood, lse - target_logit, 0 where ignored: a small difference of large logits has its digits."""
+        """(N,) negative log-likelihood, lse - target_logit, 0 where ignored; a small one of large logits has its digits."""
         return (self.max_logit - self.target_logit) + self.log_sum
 
 

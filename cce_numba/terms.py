@@ -4,7 +4,7 @@ A backend gives each token's log-sum-exp and target logit. The loss of the token
 
     loss = nll_weight * (lse - target_logit) + smooth_weight * (mean_class_weight * lse - mean_logit) + z_weight * lse**2
 
-where lse is max_logit + log_sum, and these two are kept apart (`backend.Statistics`): what is subtracted is as large as they are.
+where lse is max_logit + log_sum, which are kept apart (`backend.Statistics`): what is subtracted is as large as their sum.
 
 
     nll_weight     token weight * class weight of the target * (1 - label_smoothing)

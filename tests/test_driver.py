@@ -119,7 +119,7 @@ def test_the_building_blocks_take_the_same_way(watched):
 
 
 def test_one_device_has_the_whole_vocabulary():
-    whole = Statistics(np.arange(2), np.array(2), np.ones(2), np.ones(2), None, 128)
+    whole = Statistics(np.arange(2), np.array(2), *(np.ones(2) for _ in range(4)), None, 128)
     assert driver.combine([whole]) is whole
     for parts in ([], [whole, whole]):
         with pytest.raises(ValueError, match=rf"parts: must be those of one device, got {len(parts)}"):

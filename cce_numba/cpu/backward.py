@@ -145,7 +145,8 @@ def _gradient_of_logits(
     # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
     softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, weights.softmax[tokens])
     per_token = (
-        statistics.lse[tokens],
+        statistics.max_logit[tokens],
+        statistics.log_sum[tokens],
         softmax_weight.astype(z.dtype, copy=False),
         weights.target[tokens],
         (weights.target if weights.uniform is None else weights.uniform)[tokens],

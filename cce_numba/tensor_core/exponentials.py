@@ -1,8 +1,8 @@
 """Exponentials and logarithms in base 2, of which the log-sum-exp is made.
 
-An exponential is 2^(log2(e) * z - shift), where shift is log2(e) * row_max, rounded (`shift_of`). So a sum of exponentials is off
-by a factor of 2^`residual_of(row_max)`: nothing to speak of for logits of some tens, but 2 for logits of 2^24. The factor cancels
-where a probability is made of such a sum and of an exponential with the same shift.
+An exponential is 2^(log2(e) * z - shift), where shift is log2(e) * row_max, rounded (`shift_of`). So a sum of exponentials is
+off by a factor of 2^`residual_of(row_max)`: nothing to speak of for logits of some tens, but 2 for logits of 2^24. The factor
+cancels where a probability is made of such a sum and of an exponential with the same shift.
 """
 
 from __future__ import annotations

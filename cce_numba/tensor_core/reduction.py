@@ -30,7 +30,7 @@ def make_reduce_kernel() -> Kernel:
         is_mean: Any,
         loss: Any,  # (1,)
     ) -> None:
-        """loss[0] = sum or mean of the negative log-likelihood over tokens that count, summed in float64; nan for the mean of none."""
+        """loss[0] = sum or mean of the tokens' negative log-likelihoods, summed in float64; nan for the mean of none."""
         partial = cuda.shared.array(threads, np.float64)
         t, n_listed = cuda.threadIdx.x, n_valid[0]
         total = np.float64(0)

@@ -27,7 +27,7 @@ class State(NamedTuple):
 
     bits: Any  # (n_blocks, ceil(V / 8)) uint8, little-endian over the vocabulary
     block: int  # tokens of a block
-    target_logit: Any  # (n_valid,) of the compute dtype
+    target_logit: Any  # (n_valid,) of the compute dtype: a first bound of the log-sum-exp, NaN for a target out of range
     log_eps: float  # natural log of the threshold, with some slack
 
 
@@ -40,7 +40,7 @@ class Survivors:
         """See `fold.Fold`."""
         p, block = given.problem, given.tiles.survivor_block
         bits = np.zeros((ceil_div(len(given.tokens), block), ceil_div(p.V, 8)), np.uint8)
-        return State(bits, block, given.target_logit[given.tokens], rule.log_threshold(p.options.filter_eps))
+        return State(bits, block, given.bound[given.tokens], rule.log_threshold(p.options.filter_eps))
 
     def step(self, state: State, first_state: MaxSumState, tile: Tile) -> None:
         """See `fold.Fold`."""

@@ -64,15 +64,15 @@ class Given:
         problem: it.
         tiles: sizes.
         tokens: those that count.
-        targets: (N,) int64.
-        target_logit: (N,) of the compute dtype; -inf for all if there are no targets.
+        targets: (N,) int64, or None without targets.
+        bound: (N,) of the compute dtype, the target's logit, a dot product by itself; None where no survivors are recorded.
     """
 
     problem: Problem
     tiles: SimtTiles
     tokens: Tokens
-    targets: Any
-    target_logit: Any
+    targets: Any  # or None
+    bound: Any  # or None
 
 
 class Fold(Protocol):

@@ -31,9 +31,11 @@ class Row(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """In global memory."""
+    """In global memory, (N,) real each: the results."""
 
-    lse: Any  # (N,) real: the result
+    lse: Any
+    max_logit: Any
+    log_sum: Any  # of exp(logit - max_logit); kept apart, since a sum of large numbers loses the digits of a small loss
 
 
 @functools.cache
@@ -68,11 +70,11 @@ class MaxSum:
     def arrays(self, given: Given) -> Arrays:
         """See `fold.Fold`."""
         p = given.problem
-        return Arrays(lse=p.xp.zeros(p.N, p.compute_dtype))
+        return Arrays(*p.xp.zeros((3, p.N), p.compute_dtype))
 
     def results(self, arrays: Arrays) -> dict[str, Any]:
         """See `fold.Fold`."""
-        return {"lse": arrays.lse}
+        return arrays._asdict()
 
     def functions(self, tiles: SimtTiles, real: np.dtype) -> Functions:
         """See `fold.Fold`."""
@@ -160,5 +162,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
     def store(row: Any, first_row: Any, arrays: Any, place: Any) -> None:
         if place.exists:
             arrays.lse[place.token] = log_sum_exp(row.largest, row.sum)
+            arrays.max_logit[place.token] = row.largest
+            arrays.log_sum[place.token] = log_sum_exp(zero, row.sum)
 
     return Functions(begin, step, row, merge, store)

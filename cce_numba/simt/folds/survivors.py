@@ -57,7 +57,7 @@ class Survivors:
         p = given.problem
         log_eps = p.compute_dtype.type(log_threshold(p.options.filter_eps))
         bits = p.xp.zeros((ceil_div(p.N, given.tiles.survivor_block), ceil_div(p.V, 8)), np.uint8)
-        return Arrays(given.targets, given.target_logit, log_eps, bits)
+        return Arrays(given.targets, given.bound, log_eps, bits)
 
     def results(self, arrays: Arrays) -> dict[str, Any]:
         """See `fold.Fold`."""

@@ -71,7 +71,7 @@ def problem(*, bias=False, logit_scale=False, class_weights=False, **options):
 def statistics(*, survivors=True, planes=2):
     bits = zeros((planes * 3, PITCH_WORDS), np.uint32).view(np.uint8)[:, : V // 8] if survivors else None
     return Statistics(
-        zeros(N, np.int32), zeros((), np.int64), zeros(N, np.float32), zeros(N, np.float32), bits, survivor_block=128
+        zeros(N, np.int32), zeros((), np.int64), *(zeros(N, np.float32) for _ in range(4)), bits, survivor_block=128
     )
 
 
