@@ -127,7 +127,7 @@ def test_what_is_there_is_told_by_its_address(launches):
     assert tokens.largest_weight not in (0, softmax.data.ptr)
     assert tokens.listed == found.tokens.data.ptr
     assert (tokens.n_valid, values[4]) == (found.n_valid.data.ptr,) * 2
-    assert tokens.lse == found.lse.data.ptr
+    assert (tokens.max_logit, tokens.log_sum) == (found.max_logit.data.ptr, found.log_sum.data.ptr)
     assert tokens.target_logit == found.target_logit.data.ptr
     assert tokens.targets == p.targets.data.ptr
 
