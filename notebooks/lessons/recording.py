@@ -7,6 +7,7 @@ things of the simulator while it watches: the thread, the kernel's call and shar
 from __future__ import annotations
 
 import contextlib
+import itertools
 import linecache
 import re
 import sys
@@ -35,16 +36,19 @@ class _Session:
         self.kernel, self.block_idx, self.sources = kernel, block_idx, sources
         self.arrays: dict[str, Memory] = {}
         self.places: dict[tuple[Any, int], int] = {}
+        self.expressions: dict[tuple[Any, tuple[int | None, ...]], int] = {}
         self.threads: list[_Thread] = []
         for name, array in arguments.items():
             self.arrays[name] = Memory("global", array.shape, array.itemsize)
 
     def place_of(self, frame: Any) -> int:
+        """The number of the expression that is being run. Not of the byte code: an expression may have several places there."""
         key = frame.f_code, frame.f_lasti
         place = self.places.get(key)
         if place is None:
+            position = frame.f_code, next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
             with _lock:
-                place = self.places.setdefault(key, len(self.places))
+                place = self.places[key] = self.expressions.setdefault(position, len(self.expressions))
         return place
 
     def finished(self, results: dict[str, np.ndarray]) -> Record:
@@ -113,7 +117,7 @@ class _Thread(simulated.BlockThread):
         self.step += 1
 
     def note(self, name: str, element: int, write: bool, value: Any) -> None:
-        frame: Any = sys._getframe(2)
+        frame: Any = sys._getframe(1)
         while frame.f_code.co_filename in _NOT_THE_KERNELS:
             frame = frame.f_back
         assert _session is not None
@@ -166,13 +170,17 @@ class _WatchedGlobal(devicearray.FakeCUDAArray):
         self.__dict__["name"] = name
 
     def __getitem__(self, index: Any) -> Any:
+        element = _element(self.name, self._ary.shape, index)
         value = super().__getitem__(index)
-        _note(self.name, self._ary.shape, index, False, value)
+        if element is not None:
+            _noting().note(self.name, element, False, value)
         return value
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        element = _element(self.name, self._ary.shape, index)
         super().__setitem__(index, value)
-        _note(self.name, self._ary.shape, index, True, value)
+        if element is not None:
+            _noting().note(self.name, element, True, value)
 
 
 class _WatchedShared(np.ndarray):
@@ -184,19 +192,29 @@ class _WatchedShared(np.ndarray):
         self.name = getattr(parent, "name", "")
 
     def __getitem__(self, index: Any) -> Any:
+        element = _element(self.name, self.shape, index)
         value = super().__getitem__(index)
-        _note(self.name, self.shape, index, False, value)
+        if element is not None:
+            _noting().note(self.name, element, False, value)
         return value
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        element = _element(self.name, self.shape, index)
         super().__setitem__(index, value)
-        _note(self.name, self.shape, index, True, value)
+        if element is not None:
+            _noting().note(self.name, element, True, value)
 
 
-def _note(name: str, shape: tuple[int, ...], index: Any, write: bool, value: Any) -> None:
+def _noting() -> Any:
+    """The thread that runs, if it is one of the watched block; else None."""
     thread = threading.current_thread()
-    if not (isinstance(thread, _Thread) and thread.watched):
-        return
+    return thread if isinstance(thread, _Thread) and thread.watched else None
+
+
+def _element(name: str, shape: tuple[int, ...], index: Any) -> int | None:
+    """The number of the element that a watched thread is about to touch; None for other threads."""
+    if _noting() is None:
+        return None
     index = index if isinstance(index, tuple) else (index,)
     if len(index) != len(shape):
         raise TypeError(
@@ -207,7 +225,7 @@ def _note(name: str, shape: tuple[int, ...], index: Any, write: bool, value: Any
         if not 0 <= i < n:
             raise IndexError(f"{name}: index {tuple(map(int, index))} is outside {tuple(shape)}")
         element = element * n + int(i)
-    thread.note(name, element, write, value)
+    return element
 
 
 def _shared_array(shared: Any, shape: Any, dtype: Any, alignment: Any = None) -> np.ndarray:
