@@ -77,3 +77,107 @@ def states(tiles: Sequence[Sequence[float]], merged: Sequence[tuple[float, float
             parts.append(svg.arrow(x + wide + 1, 100, x + wide + 17, 100, "row"))
         x += wide + 18
     return Picture(x, 132, "".join(parts), "Tiles of a row fold into a running (max, sum)")
+
+
+def launch(shape: tuple[int, int], block_dim: tuple[int, int], chosen: tuple[int, int] = (1, 0)) -> Picture:
+    """A result of `shape` (rows, columns) under a grid of blocks of (x, y) threads, one of which, by (x, y), is drawn full."""
+    rows, columns = shape
+    across, down = block_dim
+    size, x0, y0, gap = 19.0, 34.0, 50.0, 7.0
+    blocks_x, blocks_y = -(-columns // across), -(-rows // down)
+    parts = [text(x0, 20, f"a grid of {blocks_x} × {blocks_y} blocks, each of {across} × {down} threads", "bold")]
+    for by in range(blocks_y):
+        for bx in range(blocks_x):
+            left, top = x0 + bx * (across * size + gap), y0 + by * (down * size + gap)
+            full = (bx, by) == chosen
+            for y in range(down):
+                for x in range(across):
+                    inside = by * down + y < rows and bx * across + x < columns
+                    look = 'fill-opacity=".75"' if full else 'fill-opacity=".22"'
+                    extra = look if inside else 'fill-opacity="0" stroke-dasharray="1.5 2.5"'
+                    parts.append(rect(left + x * size, top + y * size, size, size, "f-z l-line", extra=extra))
+                    if full and inside:
+                        words = f"{x},{y}"
+                        parts.append(
+                            text(left + (x + 0.5) * size, top + (y + 0.5) * size + 2.5, words, "tiny", anchor="middle")
+                        )
+            edge = 'fill="none" stroke-width="1.4"'
+            parts.append(rect(left, top, across * size, down * size, "l-ink" if full else "l-quiet", extra=edge))
+            parts.append(text(left, top - 2, f"block {bx},{by}", "tiny quiet"))
+    height = y0 + blocks_y * (down * size + gap) + 26
+    parts.append(text(x0, height - 10, "dashed: threads beyond the edge of z, which do nothing", "quiet"))
+    return Picture(x0 + blocks_x * (across * size + gap) + 14, height, "".join(parts), "A grid of blocks of threads over z")
+
+
+def requests(asked: Sequence[tuple[str, str, tuple[int, int], Sequence[int]]], itemsize: int = 4) -> Picture:
+    """Matrices in memory, and which pieces of 32 bytes a warp's request touches: (title, colour, shape, elements) for each.
+
+    Pieces that are fetched are pale, elements that somebody asked for full.
+    """
+    per_piece, cell = 32 // itemsize, 9.0
+    parts, x, bottom = [], 14.0, 0.0
+    for title, colour, (rows, columns), elements in asked:
+        wanted = {int(element) for element in elements}
+        pieces = {element // per_piece for element in wanted}
+        used = len(wanted) / max(1, len(pieces) * per_piece)
+        parts.append(text(x, 20, title, "bold"))
+        parts.append(text(x, 35, f"{len(pieces)} pieces of 32 bytes, {100 * used:.3g} % of them used", "quiet"))
+        for look, wide, numbers in ((".22", per_piece, pieces), ("1", 1, wanted)):
+            for i in sorted(numbers):
+                at = x + i * wide % columns * cell, 44 + i * wide // columns * cell
+                parts.append(rect(*at, wide * cell, cell, f"f-{colour}", extra=f'fill-opacity="{look}"'))
+        for row in range(rows + 1):
+            parts.append(svg.line(x, 44 + row * cell, x + columns * cell, 44 + row * cell, width=0.6))
+        for column in range(0, columns + 1, per_piece):
+            parts.append(svg.line(x + column * cell, 44, x + column * cell, 44 + rows * cell, width=0.9))
+        bottom = max(bottom, 44 + rows * cell)
+        x += max(columns * cell, 240) + 28
+    return Picture(x - 8, bottom + 14, "".join(parts), "Pieces of memory that a request of a warp touches")
+
+
+def banks(asked: Sequence[tuple[str, Sequence[int], int]], colour: str = "c") -> Picture:
+    """Words of shared memory by bank, 32 to a row, and which a warp's request wants: (title, elements, words) for each."""
+    cell, gap = 8.0, 40.0
+    parts, x, bottom = [], 14.0, 0.0
+    for title, elements, words in asked:
+        wanted = sorted({int(element) for element in elements})
+        per_bank = np.bincount(np.array(wanted) % 32, minlength=32)
+        rows = -(-words // 32)
+        parts.append(text(x, 20, title, "bold"))
+        turns = int(per_bank.max())
+        parts.append(text(x, 35, f"{turns} turn{'s' if turns > 1 else ''}: as many words are wanted of one bank", "quiet"))
+        for i in range(33):
+            parts.append(svg.line(x + i * cell, 46, x + i * cell, 46 + rows * cell, width=0.6))
+        for i in range(rows + 1):
+            parts.append(svg.line(x, 46 + i * cell, x + 32 * cell, 46 + i * cell, width=0.6))
+        for word in wanted:
+            parts.append(rect(x + word % 32 * cell, 46 + word // 32 * cell, cell, cell, f"f-{colour}"))
+        parts.append(text(x, 46 + rows * cell + 12, "bank 0", "quiet small"))
+        parts.append(text(x + 32 * cell, 46 + rows * cell + 12, "bank 31", "quiet small", anchor="end"))
+        bottom = max(bottom, 46 + rows * cell + 22)
+        x += 32 * cell + gap
+    return Picture(x - gap + 14, bottom, "".join(parts), "Banks of shared memory that a warp's request falls on")
+
+
+def sharing(T: int = 4) -> Picture:
+    """A tile of T x T results, the rows that it needs, and one element that serves T of them."""
+    size, d = 20.0, 8
+    x0, y0 = 60 + d * size + 24, 44 + d * size + 24
+    parts = [text(14, 20, "one element serves a whole row, or column, of the tile", "bold")]
+    for y in range(T):
+        for k in range(d):
+            mine = y == 1 and k == 3
+            look = 'fill-opacity="1"' if mine else 'fill-opacity=".22"'
+            parts.append(rect(60 + k * size, y0 + y * size, size, size, "f-e l-line", extra=look))
+            look = 'fill-opacity="1"' if y == 2 and k == 3 else 'fill-opacity=".22"'
+            parts.append(rect(x0 + y * size, 44 + k * size, size, size, "f-c l-line", extra=look))
+    for y in range(T):
+        for x in range(T):
+            opacity = (0.15, 0.45, 0.85)[(y == 1) + (x == 2)]
+            parts.append(rect(x0 + x * size, y0 + y * size, size, size, "f-z l-line", extra=f'fill-opacity="{opacity}"'))
+    parts.append(text(60, y0 - 6, "rows of e", "e"))
+    parts.append(text(x0 + T * size + 8, 60, "rows of c, on their side", "c"))
+    parts.append(text(x0 + T * size + 8, y0 + 14, "tile of z", "z"))
+    parts.append(svg.arrow(60 + 4 * size + 4, y0 + 1.5 * size, x0 - 4, y0 + 1.5 * size, "e"))
+    parts.append(svg.arrow(x0 + 2.5 * size, 44 + 4 * size + 4, x0 + 2.5 * size, y0 - 4, "c"))
+    return Picture(x0 + T * size + 190, y0 + T * size + 20, "".join(parts), "An element of e serves all columns of a tile")

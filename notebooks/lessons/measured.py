@@ -35,6 +35,35 @@ def source(recorded: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
+class Ladder:
+    """Milliseconds of the product e @ c.T, N = 2048, V = 32768, D = 1024 in float32, by the lessons' kernels, slowest first.
+
+    Attributes:
+        ms: by kernel, and "cuBLAS"; None where it was not recorded.
+        source: where and when.
+    """
+
+    ms: dict[str, float | None]
+    source: str
+
+    def up_to(self, name: str) -> list[tuple[str, float | None]]:
+        """The kernels up to one of them, and cuBLAS."""
+        names = list(self.ms)
+        return [(known, self.ms[known]) for known in (*names[: names.index(name) + 1], CUBLAS)]
+
+
+CUBLAS = "cuBLAS"
+RUNGS = ("naive_kernel", "turned_kernel", "tiled_kernel", "padded_kernel", "blocked_kernel")
+
+
+def ladder() -> Ladder:
+    """As recorded for the lessons; without that only cuBLAS is known, from the benchmark of the portable kernels."""
+    recorded, portable = lesson("ladder"), benchmark("simt_h100")
+    ms = recorded["ms"] if recorded else {CUBLAS: portable["results"]["cuBLAS e @ c.T, fp32"]["median_ms"]}
+    return Ladder({name: ms.get(name) for name in (*RUNGS, CUBLAS)}, source(recorded or portable))
+
+
+@dataclass(frozen=True)
 class Table:
     """Rows of words and numbers under a head, and where they come from. Jupyter shows a table."""
 

@@ -40,7 +40,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of source code: the file's last name, the function, the number, the text without its indentation."""
+    """A line of source code: the file's last name, the function, the number, the text with its indentation."""
 
     file: str
     function: str

@@ -135,7 +135,7 @@ class _Thread(simulated.BlockThread):
 
 
 def _line(code: Any, number: int) -> Line:
-    text = linecache.getline(code.co_filename, number).strip()
+    text = linecache.getline(code.co_filename, number).rstrip()
     return Line(Path(code.co_filename).name, code.co_name, number, text)
 
 
@@ -217,9 +217,7 @@ def _element(name: str, shape: tuple[int, ...], index: Any) -> int | None:
         return None
     index = index if isinstance(index, tuple) else (index,)
     if len(index) != len(shape):
-        raise TypeError(
-            f"{name}: the stepper follows single elements; {len(index)} indices are too few for {len(shape)} dimensions"
-        )
+        raise TypeError(f"{name}: the stepper follows elements, but {len(index)} of {len(shape)} indices were given")
     element = 0
     for i, n in zip(index, shape, strict=True):
         if not 0 <= i < n:

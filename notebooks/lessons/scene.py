@@ -107,7 +107,8 @@ _HERE = Path(__file__).parent
 _SCRIPT = (_HERE / "slider.js").read_text(encoding="utf-8")
 _PAGE = (_HERE / "slider.css").read_text(encoding="utf-8").replace("FONT", FONT).replace("MONO", MONO)
 _RULES = (
-    "SCOPE .k{fill:none;stroke-width:.8;stroke:#c9d1d9;stroke:var(--line)}"
+    "SCOPE .k{fill:none;pointer-events:all;stroke-width:.8;stroke:#c9d1d9;stroke:var(--line)}"
+    "SCOPE text.word{text-anchor:middle}"
     "SCOPE .k.s{fill-opacity:.16}SCOPE .k.r{fill-opacity:.5}SCOPE .k.h{fill-opacity:.6}SCOPE .k.w,SCOPE .k.b{fill-opacity:.92}"
     "SCOPE .k.o{stroke-dasharray:1.5 2.5}SCOPE .k.x{fill:#cf222e!important;fill:var(--trouble)!important;fill-opacity:.85}"
     "SCOPE .outline{fill:none;stroke-width:1.8}"
@@ -137,68 +138,69 @@ class Scene:
     def still(self, step: int, caption: bool = True) -> Picture:
         """The picture of one step, for places without scripts."""
         frame = self.frames[step]
-        body = [self._legend(), *(self._panel(panel, frame) for panel in self.panels)]
+        body = [self._legend()]
+        body += [self._frame_of(panel, False) + self._cells(panel, frame) for panel in self.panels]
         body += [rect(*outline, "outline l-ink", radius=2) for outline in frame.outlines]
         height = self.height
         if caption:
-            for words in _wrapped(f"step {step + 1} of {len(self.frames)}: {frame.caption}", int(self.width / 6.1)):
+            for words in _wrapped(f"step {step + 1} of {len(self.frames)}: {frame.caption}", int((self.width - 28) / 6.3)):
                 body.append(text(14, height + 4, words))
                 height += 16
             height += 4
         return Picture(self.width, height, "".join(body), f"{self.title}, step {step + 1} of {len(self.frames)}", _RULES)
 
-    def _panel(self, panel: Panel, frame: Frame | None, index: int | None = None) -> str:
-        """Its cells as they are in a frame; without one, as the script finds them."""
-        states = frame.states.get(panel.name, "." * panel.cells) if frame else "." * panel.cells
-        words = frame.words.get(panel.name, [""] * panel.cells) if frame else [""] * panel.cells
+    def _cells(self, panel: Panel, frame: Frame) -> str:
+        """A panel's cells as they are in a frame, with their words."""
+        states = frame.states.get(panel.name, "." * panel.cells)
+        words = frame.words.get(panel.name, [""] * panel.cells)
         assert len(states) == panel.cells, f"{panel.name}: {len(states)} states for {panel.cells} cells"
-        parts = [
-            svg.grid(
-                panel.x, panel.y, panel.rows, panel.columns, panel.width, panel.height,
-                (f"k p-{panel.colour}{'' if state == '.' else ' ' + state}" for state in states),
-            )
-        ]  # fmt: skip
-        if panel.words:
-            for i in range(panel.cells):
-                x, y = panel.corner(i // panel.columns, i % panel.columns)
-                over = " over" if states[i] in "wb" else ""
-                place = {"anchor": "middle", "extra": f'style="font-size:{svg.number(panel.words)}px"'}
+        parts = []
+        for i, state in enumerate(states):
+            x, y = panel.corner(i // panel.columns, i % panel.columns)
+            if state != ".":
+                parts.append(rect(x, y, panel.width, panel.height, f"k p-{panel.colour} {state}"))
+            if panel.words and words[i]:
                 at = x + panel.width / 2, y + panel.height / 2 + panel.words * 0.36
-                parts.append(text(*at, words[i], f"word{over}", **place))
+                size = f'style="font-size:{svg.number(panel.words)}px"'
+                parts.append(text(*at, words[i], "word over" if state in "wbx" else "word", anchor="middle", extra=size))
+        return "".join(parts)
+
+    def _frame_of(self, panel: Panel, moves: bool) -> str:
+        """What stays of a panel: its lines and names."""
+        x, y, right, bottom = (svg.number(z) for z in (panel.x, panel.y, panel.right, panel.bottom))
+        lines = [f"M{svg.number(panel.corner(0, i)[0])} {y}V{bottom}" for i in range(panel.columns + 1)]
+        lines += [f"M{x} {svg.number(panel.corner(i, 0)[1])}H{right}" for i in range(panel.rows + 1)]
+        parts = [svg.path("".join(lines), "l-line", width=0.8)]
         title = f'<tspan class="bold">{escape(panel.title)}</tspan>' if panel.title else ""
         note = f'<tspan class="quiet" dx="6">{escape(panel.note)}</tspan>' if panel.note else ""
         where = panel.bottom + 14 if panel.below else panel.y - (16 if panel.column_names else 6)
-        parts.append(f'<text x="{svg.number(panel.x)}" y="{svg.number(where)}">{title}{note}</text>')
+        parts.append(f'<text x="{x}" y="{svg.number(where)}">{title}{note}</text>')
         for row, name in enumerate(panel.row_names):
             parts.append(text(panel.x - 4, panel.corner(row + 0.5, 0)[1] + 3, name, "quiet small", anchor="end"))
         for column, name in enumerate(panel.column_names):
             parts.append(text(panel.corner(0, column + 0.5)[0], panel.y - 4, name, "quiet small", anchor="middle"))
-        if index is not None and panel.only_moving:
+        if moves and panel.only_moving:
             parts.append(text(panel.x, panel.bottom + 13, panel.only_moving, "quiet small"))
-        name = "" if index is None else f' data-panel="{index}"'
-        return f"<g{name}>{''.join(parts)}</g>"
+        return "".join(parts)
 
     def _legend(self) -> str:
-        used = {state for frame in self.frames for states in frame.states.values() for state in states}
-        parts, x, y = [], 14.0, self.height - 14
-        for state, meaning in STATES.items():
-            if state in used:
-                parts.append(rect(x, y - 9, 11, 11, f"k p-{'survivor' if state == 'h' else 'thread'} {state}"))
-                parts.append(text(x + 16, y, meaning, "quiet"))
-                x += 30 + 6.2 * len(meaning)
-        return "".join(parts)
+        return "".join(
+            rect(x, self.height - 23, 11, 11, f"k p-{'survivor' if state == 'h' else 'thread'} {state}")
+            + text(x + 16, self.height - 14, STATES[state], "quiet")
+            for state, x in legend(self.frames)[0]
+        )
 
     def html(self) -> str:
         """A page's piece with a slider: all that it needs is in it."""
         name = f"stepper{next(_numbers)}"
         scope = f"#{name}"
         outlines = "".join(rect(*outline, "outline l-ink", radius=2) for outline in self.frames[0].outlines)
-        cells = "".join(self._panel(panel, None, i) for i, panel in enumerate(self.panels))
+        panels = "".join(f"<g data-panel>{self._frame_of(panel, True)}</g>" for panel in self.panels)
         size = f'viewBox="0 0 {svg.number(self.width)} {svg.number(self.height)}"'
         look = f'style="max-width:{svg.number(1.15 * self.width)}px" role="img" aria-label="{escape(self.title)}"'
         drawing = (
             f'<svg xmlns="http://www.w3.org/2000/svg" {size} {look}>'
-            f"{self._legend()}{cells}<g class='outlines'>{outlines}</g></svg>"
+            f"{self._legend()}{panels}<g class='outlines'>{outlines}</g></svg>"
         )
         rules = css(scope, in_page=True) + _RULES.replace("SCOPE", scope) + _PAGE.replace("SCOPE", scope)
         data = json.dumps(self._data(), separators=(",", ":")).replace("</", "<\\/")
@@ -238,15 +240,30 @@ class Scene:
                 }
             )
         names = [panel.name for panel in self.panels]
+        indents: dict[str, int] = {}
+        for line in lines:
+            own = len(line.text) - len(line.text.lstrip())
+            indents[line.function] = min(own, indents.get(line.function, own))
         return {
             "frames": frames,
-            "colours": [panel.colour for panel in self.panels],
-            "lines": [[line.function, line.number, line.text] for line in lines],
+            "panels": [[p.x, p.y, p.rows, p.columns, p.width, p.height, p.words, p.colour] for p in self.panels],
+            "lines": [[line.function, line.number, line.text[indents[line.function] :]] for line in lines],
             "threads": names.index(self.threads) if self.threads else -1,
         }
 
     def _repr_html_(self) -> str:
         return self.html()
+
+
+def legend(frames: Sequence[Frame]) -> tuple[list[tuple[str, float]], float]:
+    """The states that occur, each with its place in the legend, and the legend's width."""
+    used = {state for frame in frames for states in frame.states.values() for state in states}
+    places, x = [], 14.0
+    for state, meaning in STATES.items():
+        if state in used:
+            places.append((state, x))
+            x += 32 + 6.4 * len(meaning)
+    return places, x
 
 
 def _wrapped(words: str, width: int) -> list[str]:

@@ -6,6 +6,9 @@ What is known: the names of kernels, of their parameters, and of the variables a
 from __future__ import annotations
 
 import functools
+import inspect
+import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 from unittest import mock
@@ -97,3 +100,14 @@ def _run(
         do = functools.partial(getattr(cce_numba, call), *arrays, backend="simt", **options)
         record, _ = recording.of_call(do, kernel, turn, block, sources)
     return record
+
+
+def source(function: str) -> str:
+    """A device function of `cce_numba/simt/product.py` as it stands there, without the indentation of its factory."""
+    from cce_numba.simt import product
+
+    text = inspect.getsource(product)
+    found = re.search(rf"^( *)@cuda\.jit[^\n]*\n\1def {function}\(.*?(?=\n\1\S|\n\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise ValueError(f"product.py has no device function {function}")
+    return textwrap.dedent(found[0]).rstrip()

@@ -3,9 +3,21 @@ function (id) {
   const root = document.getElementById(id);
   const data = JSON.parse(root.querySelector('script[type="application/json"]').textContent);
   const range = root.querySelector("input"), [back, on] = root.querySelectorAll("button"), code = root.querySelector("pre");
-  const panels = [...root.querySelectorAll("[data-panel]")].map((group) => ({
-    cells: [...group.querySelectorAll(".k")], words: [...group.querySelectorAll(".word")],
-  }));
+  const draw = (group, name, attributes) => {
+    const shape = group.appendChild(document.createElementNS("http://www.w3.org/2000/svg", name));
+    for (const [key, value] of Object.entries(attributes)) shape.setAttribute(key, value);
+    return shape;
+  };
+  const panels = [...root.querySelectorAll("[data-panel]")].map((group, i) => {
+    const [x, y, rows, columns, width, height, size, colour] = data.panels[i], cells = [], words = [];
+    for (let k = 0; k < rows * columns; k++) {
+      const left = x + k % columns * width, top = y + Math.floor(k / columns) * height;
+      cells.push(draw(group, "rect", { x: left, y: top, width, height }));
+      const at = { x: left + width / 2, y: top + height / 2 + size * 0.36, style: `font-size:${size}px`, class: "word" };
+      if (size) words.push(draw(group, "text", at));
+    }
+    return { cells, words, colour };
+  });
   const outlines = [...root.querySelectorAll(".outlines rect")];
   let chosen = -1;
   const safe = (words) => words.replace(/&/g, "&amp;").replace(/</g, "&lt;");
@@ -23,7 +35,7 @@ function (id) {
   // The states as the chosen thread made them: what others read or wrote in this step counts as touched before.
   function own(states, touched) {
     const mine = {};
-    for (const [cell, reads, writes] of touched) mine[cell] = [(reads >> chosen) & 1, (writes >> chosen) & 1];
+    for (const [cell, reads, writes] of touched) mine[cell] = [(reads >>> chosen) & 1, (writes >>> chosen) & 1];
     return states.map((state, cell) => {
       if (!"rwbx".includes(state)) return state;
       const [reads, writes] = mine[cell] || [0, 0];
@@ -40,12 +52,12 @@ function (id) {
       if (chosen >= 0 && !threads && touched) states = own(states, touched);
       states.forEach((state, cell) => {
         const picked = threads ? (cell === chosen ? " pick chosen" : " pick") : "";
-        panel.cells[cell].setAttribute("class", `k p-${data.colours[i]}${state === "." ? "" : " " + state}${picked}`);
+        panel.cells[cell].setAttribute("class", `k p-${panel.colour}${state === "." ? "" : " " + state}${picked}`);
       });
       const words = frame.w[i] || [];
       panel.words.forEach((text, cell) => {
         text.textContent = words[cell] || "";
-        text.classList.toggle("over", "wb".includes(states[cell]));
+        text.classList.toggle("over", "wbx".includes(states[cell]));
       });
     });
     frame.o.forEach((outline, k) => ["x", "y", "width", "height"].forEach((a, j) => outlines[k].setAttribute(a, outline[j])));

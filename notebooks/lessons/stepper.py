@@ -14,10 +14,10 @@ import numpy as np
 from . import worker
 from .budget import Comparison, compare
 from .record import Record
-from .scene import Frame, Panel, Scene
+from .scene import Frame, Panel, Scene, legend
 from .svg import Picture
 
-MOST_PICKED = 16  # threads that a reader may choose one of
+MOST_PICKED = 32  # threads that a reader may choose one of: as many as a number has bits in JavaScript
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Layout:
     Attributes:
         left, top: the operands, the left one with the sum's terms as columns, the top one with them as rows.
         result: how the result is called, and its colour.
-        shape: of the result, (rows, columns).
+        shape: of the result, (rows, columns); that of the array it is stored in, if it is.
         sums: what threads have of it in registers.
         stored: the array that the result is written to, if it is one of this shape.
         shared: arrays in shared memory.
@@ -73,7 +73,7 @@ class Layout:
     left: Shown
     top: Shown
     result: tuple[str, str]
-    shape: tuple[int, int]
+    shape: tuple[int, int] | None = None
     sums: Sums | None = None
     stored: Shown | None = None
     shared: Sequence[Shown] = ()
@@ -106,15 +106,23 @@ class Walk:
     def _repr_html_(self) -> str:
         return self.scene.html()
 
+    def __repr__(self) -> str:
+        return f"{self.scene.title}: {self.record.steps} steps"
+
+
+def record(kernel: Any, grid: Any, block_dim: Any, arguments: dict[str, Any], block: tuple[int, ...] = (0, 0)) -> Record:
+    """Runs a `cuda.jit` kernel of a notebook in the simulator, with copies of the arrays, and records one block.
+
+    arguments: by name, in the kernel's order. grid, block_dim: as in `kernel[grid, block_dim](...)`. block: (x, y) of the grid.
+    """
+    return worker.record(kernel, grid, block_dim, arguments, block)
+
 
 def walk(
     kernel: Any, grid: Any, block_dim: Any, arguments: dict[str, Any], layout: Layout, block: tuple[int, ...] = (0, 0)
 ) -> Walk:
-    """Runs a `cuda.jit` kernel of a notebook in the simulator, with copies of the arrays, and draws one block of it.
-
-    arguments: by name, in the kernel's order. grid, block_dim: as in `kernel[grid, block_dim](...)`. block: (x, y) of the grid.
-    """
-    return drawn(worker.record(kernel, grid, block_dim, arguments, block), layout)
+    """`record`, drawn."""
+    return drawn(record(kernel, grid, block_dim, arguments, block), layout)
 
 
 def drawn(record: Record, layout: Layout) -> Walk:
@@ -134,7 +142,7 @@ class _Drawing:
         self.panels: dict[str, Panel] = {}
         self.shown: dict[str, Shown] = {}
         self.raced = {(race.step, race.array, race.element) for race in record.races()}
-        rows, columns = layout.shape
+        rows, columns = layout.shape or self._shape(layout.stored or layout.left)
         inner = self._shape(layout.left)[1]
         x0, y0 = _LEFT + inner * CELL + _GAP, _TOP + inner * CELL + _GAP
         self._add("left", layout.left, _LEFT, y0, note=f"{rows} × {inner}")
@@ -204,10 +212,9 @@ class _Drawing:
         if pick:
             self.panels["threads"].only_moving = "click one: its accesses alone"
         block = ", ".join(map(str, record.block_idx[:2]))
-        return Scene(
-            f"{record.kernel}, block ({block})", self.width, self.height, list(self.panels.values()),
-            [self._frame(step) for step in range(record.steps)], pick,
-        )  # fmt: skip
+        frames = [self._frame(step) for step in range(record.steps)]
+        title, width = f"{record.kernel}, block ({block})", max(self.width, legend(frames)[1])
+        return Scene(title, width, self.height, list(self.panels.values()), frames, pick)
 
     def _frame(self, step: int) -> Frame:
         record, layout = self.record, self.layout

@@ -12,6 +12,7 @@ import inspect
 import linecache
 import multiprocessing
 import os
+import signal
 import textwrap
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,7 +25,8 @@ from .record import Record
 
 @functools.cache
 def _pool() -> ProcessPoolExecutor:
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    # A notebook that is interrupted takes its worker along, which need not complain.
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     atexit.register(pool.shutdown)
     return pool
 
