@@ -96,7 +96,7 @@ picture = Layout(
     top=Shown("c", "c", turned=True),
     result=("z = e @ c.T", "z"),
     stored=Shown("z", "z"),
-    tile=lambda held: (0, 8, 4, 8),
+    tile=lambda held: [(0, 8, 4, 8)],
 )
 naive = walk(naive_kernel, grid, block, {"e": e, "c": c, "z": np.zeros_like(e @ c.T)}, picture, block=(1, 0))
 naive

@@ -128,7 +128,7 @@ layout = Layout(
     sums=lambda held, x, y: [(held["n0"] + y, held["v0"] + x, held["total"])],
     stored=Shown("z", "z"),
     shared=[Shown("e_smem", "e", words=1), Shown("c_smem", "c", words=1)],
-    tile=lambda held: (held["n0"], held["v0"], T, T),
+    tile=lambda held: [(held["n0"], held["v0"], T, T)],
     say={
         "e_smem": "Each thread fetches one element of e and one of c",
         "z": "Each thread writes its sum, if its logit exists",

@@ -154,7 +154,7 @@ blocked = walk(
         sums=own_sums,
         stored=Shown("z", "z"),
         shared=[Shown("e_smem", "e", words=1), Shown("c_smem", "c", words=1)],
-        tile=lambda held: (held["n0"], held["v0"], B, B),
+        tile=lambda held: [(held["n0"], held["v0"], B, B)],
         say={"e_smem": "The threads share out a slice of e and one of c", "z": "Each thread writes its 16 results"},
     ),
 )
@@ -244,7 +244,7 @@ axes.barh(places, [share for _, share in steps], color=figures.light("z"), heigh
 for place, (_, share) in zip(places, steps, strict=True):
     axes.text(share + 0.01, place, f"{100 * share:.0f} %", va="center")
 axes.set_yticks(places, [name for name, _ in steps])
-axes.set(xlim=(0, 1), xlabel="share of cuBLAS's speed, float32, N = 2048, V = 32768, D = 1024", title="Six steps of one kernel")
+axes.set(xlim=(0, 1), xlabel="share of cuBLAS's speed, float32", title="Six steps of one kernel")
 axes.grid(False, axis="y")
 figures.show(figure, "Share of cuBLAS's speed after each of six steps")
 

@@ -17,7 +17,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from . import simulator
+
 _VARIABLE = "NUMBA_ENABLE_CUDASIM"
+_for_good = contextlib.ExitStack()
 
 
 @functools.cache
@@ -41,16 +44,7 @@ def choose() -> None:
                 "Numba was imported before `lessons`, without its simulator: restart the kernel, import `lessons` first"
             )
         os.environ[_VARIABLE] = "1"
-        _steady()
-
-
-def _steady() -> None:
-    """What the package does around each simulated launch, here for good: the lessons launch kernels by themselves."""
-    running = importlib.import_module("cce_numba.simt.simulator").running
-    _for_good.enter_context(running())
-
-
-_for_good = contextlib.ExitStack()
+        _for_good.enter_context(simulator.steady())
 
 
 def array_module() -> Any:

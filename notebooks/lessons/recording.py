@@ -23,6 +23,7 @@ from numba.cuda.simulator import kernelapi
 from numba.cuda.simulator.cudadrv import devicearray
 
 from .record import Accesses, Line, Memory, Record
+from .simulator import steady
 
 SMALL = 512  # elements of a local array that a step's registers keep
 _NOT_THE_KERNELS = (devicearray.__file__, __file__)
@@ -226,32 +227,17 @@ def _element(name: str, shape: tuple[int, ...], index: Any) -> int | None:
     return element
 
 
-def _shared_array(shared: Any, shape: Any, dtype: Any, alignment: Any = None) -> np.ndarray:
-    """One array for each line that asks for one, as the simulator has it, but made by one thread alone."""
-    frame = sys._getframe(1)
-    line = frame.f_code.co_filename, frame.f_lineno
-    with _lock:
-        if line not in shared._allocations:
-            text = linecache.getline(*line)
-            found = re.search(r"(\w+)\s*=\s*cuda\.shared\.array", text)
-            name = found[1] if found else f"shared_{frame.f_lineno}"
-            array = np.zeros(shape, dtype).view(_WatchedShared)
-            array.name = name
-            shared._allocations[line] = array
-            if _session is not None:
-                _session.arrays[name] = Memory("shared", array.shape, array.itemsize)
-        return shared._allocations[line]
-
-
-@contextlib.contextmanager
-def _quick_turns() -> Iterator[None]:
-    """Python's 5 ms between turns of threads would make the simulator eight times slower than 0.1 ms do."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
+def _shared_array(shape: Any, dtype: Any, line: tuple[str, int]) -> np.ndarray:
+    """A watched one, called by the variable that its line of source puts it in."""
+    assert _session is not None
+    found = re.search(r"(\w+)\s*=\s*cuda\.shared\.array", linecache.getline(*line))
+    name = found[1] if found else f"shared_{line[1]}"
+    if name in _session.arrays:
+        name = f"{Path(line[0]).stem}.{name}"
+    array = np.zeros(shape, dtype).view(_WatchedShared)
+    array.name = name
+    _session.arrays[name] = Memory("shared", array.shape, array.itemsize)
+    return array
 
 
 @contextlib.contextmanager
@@ -274,7 +260,7 @@ def _watching(wanted: Callable[[str, int], bool], block: tuple[int, ...], source
         prepared = [_prepared(argument, names[i], arrays) for i, argument in enumerate(arguments)]
         _session = _Session(name, (*block, *(0,) * (3 - len(block))), arrays, sources)
         try:
-            with mock.patch.object(kernelapi.FakeCUDAShared, "array", _shared_array):
+            with steady(_shared_array):  # here, since the package makes its own arrangements for each launch
                 call(kernel, *prepared)
             records.append(_session.finished({k: v.copy() for k, v in arrays.items()}))
         finally:
@@ -282,7 +268,6 @@ def _watching(wanted: Callable[[str, int], bool], block: tuple[int, ...], source
         return None
 
     with (
-        _quick_turns(),
         mock.patch.object(simulated, "BlockThread", _Thread),
         mock.patch.object(simulated.FakeCUDAKernel, "__call__", watched),
     ):
@@ -302,7 +287,7 @@ def _prepared(argument: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
         fields = zip(argument._fields, argument, strict=True)
         return type(argument)(*(_prepared(value, _field_name(name, field, arrays), arrays) for field, value in fields))
     if isinstance(argument, tuple):
-        return tuple(_prepared(value, f"{name}{i}", arrays) for i, value in enumerate(argument))
+        return tuple(_prepared(value, f"{name}_{i}", arrays) for i, value in enumerate(argument))
     return argument
 
 

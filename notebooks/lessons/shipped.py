@@ -1,4 +1,4 @@
-"""The stepper's walks through the package's own portable kernels: all that the lessons know of them stands here.
+"""The stepper's walks through the package's own portable kernels: all that the lessons know of these stands here.
 
 What is known: the names of kernels, of their parameters, and of the variables and shared arrays that the pictures show.
 """
@@ -9,7 +9,7 @@ import functools
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -20,8 +20,9 @@ from .record import Record
 from .stepper import Layout, Rows, Shown, Walk, drawn
 
 TINY = {"block_n": 4, "block_v": 8, "block_k": 4, "thread_n": 2, "thread_v": 4}  # 2 x 2 threads: a picture's tiles
-WARP = {"block_n": 16, "block_v": 16, "block_k": 8, "thread_n": 2, "thread_v": 4}  # 4 x 8 threads: a whole warp
 ON_GPU = {"block_n": 128, "block_v": 128, "block_k": 8, "thread_n": 8, "thread_v": 8}  # as on a GPU: 16 x 16 threads
+
+_STAGED = "A slice of {} and one of {}, fetched before, land in shared memory"
 
 
 def forward(
@@ -32,57 +33,163 @@ def forward(
 
     e (N, D), c (V, D), targets (N,); options as of `cce_numba.forward`.
     """
-    record = _record("forward", "lse_kernel", (e, c, targets), tiles, splits, (n_block, split), options)
+    record = record_forward(e, c, targets, tiles=tiles, n_block=n_block, split=split, splits=splits, **options)
     n0 = n_block * tiles["block_n"]
     layout = Layout(
         left=Shown("e", "e"),
         top=Shown("c", "c", turned=True),
         result=("logits: never stored", "z"),
         shape=(len(e), len(c)),
-        sums=functools.partial(_sums, tiles, n0, "v0"),
+        sums=_sums(tiles, lambda held: n0, lambda held, column: held.get("v0", -len(c)) + column),
         shared=[Shown("e_smem", "e", words=1), Shown("c_smem", "c", words=1)],
-        rows=Rows({"row_max": "max", "row_sum": "sum", "row_bound": "bound"}, first=lambda held: n0),
-        bits=("survivors", n_block),
-        tile=lambda held: (n0, held.get("v0", held.get("first", 0)), tiles["block_n"], tiles["block_v"]),
+        rows=Rows({"largest": "max", "total": "sum", "bound": "bound"}, first=lambda held: n0),
+        bits=("bits", n_block),
+        tile=lambda held: [(n0, held.get("v0", held.get("first", 0)), tiles["block_n"], tiles["block_v"])],
         begins="Each token begins with max −∞ and sum 0; its bound is the target's logit",
         say={
             "c_rows": "Which rows of c belong to the tile",
-            "e_smem": "A slice of e and one of c, fetched before, land in shared memory",
-            "row_max": "The running max of each token moves, and its sum is rescaled",
-            "row_sum": "The tile's exponentials join the running sums",
+            "e_smem": _STAGED.format("e", "c"),
+            "largest": "The running max of each token moves, and its sum is rescaled",
+            "total": "The tile's exponentials join the running sums",
+            "bound": "The log-sum-exp so far is a better bound",
             "hits": "Each thread marks the columns that may matter",
-            "survivors": "Survivor bits are written: one for each column of the tile",
-            "part_sum": "The (max, sum) of each token are written: all that is left of the logits",
+            "bits": "Survivor bits are written: one for each column of the tile",
+            "parts_0_0": "The (max, sum) of each token are written: all that is left of the logits",
+        },
+    )
+    return drawn(record, layout)
+
+
+def record_forward(
+    e: np.ndarray, c: np.ndarray, targets: np.ndarray, *, tiles: Mapping[str, int] = TINY, n_block: int = 0, split: int = 0,
+    splits: int = 1, **options: Any,
+) -> Record:  # fmt: skip
+    """What `forward` draws."""
+    return _record("forward", "lse_kernel", (e, c, targets), tiles, (n_block, split), options, splits)
+
+
+def gradient_of_logits(
+    e: np.ndarray, c: np.ndarray, targets: np.ndarray, *, tiles: Mapping[str, int] = TINY, n_block: int = 0, v_tile: int = 0,
+    **options: Any,
+) -> Walk:  # fmt: skip
+    """The backward's first kernel: G of the `v_tile`-th tile of the columns that survive in a block of tokens.
+
+    The vocabulary must fit into one chunk, 4 * block_v entries.
+    """
+    record = _backward("gradient_of_logits_kernel", (e, c, targets), tiles, (n_block, v_tile), options)
+    n0, n_valid = n_block * tiles["block_n"], len(e)
+    listed, count = record.results["columns.listed"][n_block], int(record.results["count"][n_block])
+    first = v_tile * tiles["block_v"]
+    picked = [int(v) for v in listed[first : min(first + tiles["block_v"], count)]]
+
+    def column_of(held: Mapping[str, Any], column: int) -> int:
+        return picked[column] if column < len(picked) else -1
+
+    rows = min(tiles["block_n"], n_valid - n0)
+    layout = Layout(
+        left=Shown("e", "e"),
+        top=Shown("c", "c", turned=True),
+        result=("G, of what survives", "g"),
+        sums=_sums(tiles, lambda held: n0, column_of),
+        stored=Shown("g", "g", turned=True),
+        decimals=2,
+        shared=[Shown("e_smem", "e", words=1), Shown("c_smem", "c", words=1)],
+        tile=lambda held: [(n0, v, rows, 1) for v in picked],
+        begins="The rows of c that survive are looked up in the block's list",
+        say={
+            "e_smem": _STAGED.format("e", "c"),
+            "g": "The sums are logits; from each follows its element of G, which is stored",
+        },
+    )
+    return drawn(record, layout)
+
+
+def gradient_of_e(
+    e: np.ndarray, c: np.ndarray, targets: np.ndarray, *, tiles: Mapping[str, int] = TINY, n_block: int = 0, d_tile: int = 0,
+    **options: Any,
+) -> Walk:  # fmt: skip
+    """dE += G @ C: a tile of `block_n` tokens by `block_v` hidden dimensions. Each term of the sum is a surviving column."""
+    record = _backward("d_e_kernel", (e, c, targets), tiles, (n_block, d_tile), options)
+    n0, d0 = n_block * tiles["block_n"], d_tile * tiles["block_v"]
+    layout = Layout(
+        left=Shown("g", "g", turned=True, title="G"),
+        top=Shown("c", "c"),
+        result=("dE", "e"),
+        sums=_sums(tiles, lambda held: n0, lambda held, column: d0 + column),
+        stored=Shown("sum", "e"),
+        decimals=2,
+        shared=[Shown("g_smem", "g", words=1), Shown("c_smem", "c", words=1)],
+        tile=lambda held: [(n0, d0, tiles["block_n"], tiles["block_v"])],
+        begins="The next surviving columns are looked up",
+        say={
+            "c_rows": "The next surviving columns are looked up",
+            "g_smem": _STAGED.format("G", "c"),
+            "sum": "Each thread writes its elements of dE; nobody else does",
+        },
+    )
+    return drawn(record, layout)
+
+
+def gradient_of_c(
+    e: np.ndarray, c: np.ndarray, targets: np.ndarray, *, tiles: Mapping[str, int] = TINY, v_tile: int = 0, d_tile: int = 0,
+    **options: Any,
+) -> Walk:  # fmt: skip
+    """dC = G.T @ E: a tile of `block_n` entries by `block_v` hidden dimensions. Each term of the sum is a token."""
+    record = _backward("d_c_kernel", (e, c, targets), tiles, (v_tile, d_tile), options)
+    v0, d0 = v_tile * tiles["block_n"], d_tile * tiles["block_v"]
+    layout = Layout(
+        left=Shown("g", "g", title="G, on its side"),
+        top=Shown("e", "e"),
+        result=("dC", "c"),
+        sums=_sums(tiles, lambda held: v0, lambda held, column: d0 + column),
+        stored=Shown("d_c", "c"),
+        decimals=2,
+        shared=[Shown("g_smem", "g", words=1), Shown("e_smem", "e", words=1)],
+        tile=lambda held: [(v0, d0, tiles["block_n"], tiles["block_v"])],
+        begins="Which of the tile's entries survive in the next block of tokens",
+        say={
+            "any_kept": "Which of the tile's entries survive in the next block of tokens",
+            "e_rows": "The next tokens are looked up",
+            "g_smem": _STAGED.format("G", "e"),
+            "d_c": "Each thread writes its elements of dC; nobody else does",
         },
     )
     return drawn(record, layout)
 
 
 def _sums(
-    tiles: Mapping[str, int], n0: int, v0: str, held: Mapping[str, Any], x: int, y: int
-) -> Iterable[tuple[int, int, float]]:
-    """Where a thread's accumulators stand in the result; see `product.py` of the package."""
-    if v0 not in held or "acc" not in held:
-        return
+    tiles: Mapping[str, int], row_0: Callable[[Mapping[str, Any]], int], column: Callable[[Mapping[str, Any], int], int]
+) -> Callable[[Mapping[str, Any], int, int], Iterable[tuple[int, int, float]]]:
+    """Where a thread's accumulators stand in the result: see `cce_numba/simt/product.py`."""
     thread_n, thread_v = tiles["thread_n"], tiles["thread_v"]
-    vector = min(4, thread_v)
-    across = tiles["block_v"] // thread_v
-    for i in range(thread_n):
-        for j in range(thread_v):
-            column = (j // vector * across + x) * vector + j % vector
-            yield n0 + y * thread_n + i, held[v0] + column, float(held["acc"][i, j])
+    vector, across = min(4, thread_v), tiles["block_v"] // thread_v
+
+    def sums(held: Mapping[str, Any], x: int, y: int) -> Iterable[tuple[int, int, float]]:
+        if "acc" in held and not np.isnan(held["acc"]).all():
+            for i in range(thread_n):
+                for j in range(thread_v):
+                    of_tile = (j // vector * across + x) * vector + j % vector
+                    yield row_0(held) + y * thread_n + i, column(held, of_tile), float(held["acc"][i, j])
+
+    return sums
+
+
+def _backward(
+    kernel: str, arrays: Sequence[np.ndarray], tiles: Mapping[str, int], block: tuple[int, int], options: dict[str, Any]
+) -> Record:
+    return _record("linear_cross_entropy_with_grad", kernel, tuple(arrays), tiles, block, options, 1)
 
 
 def _record(
-    call: str, kernel: str, arrays: tuple[np.ndarray, ...], tiles: Mapping[str, int], splits: int, block: tuple[int, int],
-    options: dict[str, Any], turn: int = 0,
+    call: str, kernel: str, arrays: tuple[np.ndarray, ...], tiles: Mapping[str, int], block: tuple[int, int],
+    options: dict[str, Any], splits: int,
 ) -> Record:  # fmt: skip
-    return worker.run(_run, call, kernel, arrays, dict(tiles), splits, block, options, turn)
+    return worker.run(_run, call, kernel, arrays, dict(tiles), block, options, splits)
 
 
 def _run(
-    call: str, kernel: str, arrays: tuple[np.ndarray, ...], tiles: dict[str, int], splits: int, block: tuple[int, int],
-    options: dict[str, Any], turn: int,
+    call: str, kernel: str, arrays: tuple[np.ndarray, ...], tiles: dict[str, int], block: tuple[int, int],
+    options: dict[str, Any], splits: int,
 ) -> Record:  # fmt: skip
     """Runs in the worker, where the simulator is."""
     import cce_numba
@@ -98,7 +205,7 @@ def _run(
         mock.patch.object(forward, "count_splits", lambda n_blocks, v_tiles: min(splits, v_tiles)),
     ):
         do = functools.partial(getattr(cce_numba, call), *arrays, backend="simt", **options)
-        record, _ = recording.of_call(do, kernel, turn, block, sources)
+        record, _ = recording.of_call(do, kernel, 0, block, sources)
     return record
 
 

@@ -65,9 +65,11 @@ class Layout:
         shared: arrays in shared memory.
         rows: the table of the running state of rows.
         bits: an array of bytes of which each bit is a column of the result, and the row of it that this block writes.
-        tile: variables of thread 0 -> (row, column, rows, columns) of the result that the block works on, None if unknown.
-        say: array -> what it means when it is written; captions are made of these.
+        tile: variables of thread 0 -> (row, column, rows, columns) of each part of the result that the block works on; always as
+            many.
+        say: array -> what it means when it is written; of several, the first is the caption.
         begins: the caption of the first step, where all of them may be written.
+        decimals: of the numbers in the result.
     """
 
     left: Shown
@@ -79,9 +81,10 @@ class Layout:
     shared: Sequence[Shown] = ()
     rows: Rows | None = None
     bits: tuple[str, int] | None = None
-    tile: Callable[[Mapping[str, Any]], tuple[int, int, int, int]] | None = None
+    tile: Callable[[Mapping[str, Any]], Sequence[tuple[int, int, int, int]]] | None = None
     say: Mapping[str, str] = field(default_factory=dict)
     begins: str = ""
+    decimals: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +230,8 @@ class _Drawing:
                 words[name] = _numbers(self._turned(record.values(shown.array, step), shown), shown.words)
         held = record.registers[step]
         if layout.sums or layout.stored:
-            states["result"], words["result"] = self._result(step, states.get("result"))
+            states["result"], words["result"], own = self._result(step, states.get("result"))
+            touched["result"] = {**own, **touched.get("result", {})}
         if layout.rows:
             states["rows"], words["rows"] = self._rows(step)
         if layout.bits:
@@ -240,8 +244,7 @@ class _Drawing:
             (h for rows in reversed(record.registers[: step + 1]) for h in rows if h), None
         )
         if layout.tile and known is not None:
-            row, column, rows, columns = layout.tile(known)
-            outlines = self._outlines(row, column, rows, columns)
+            outlines = [outline for part in layout.tile(known) for outline in self._outlines(*part)]
         ends = next((line for line in record.barriers[step] if line is not None), None)
         return Frame(states, words, touched, outlines, self._caption(step, ends), record.lines[step], ends)
 
@@ -275,8 +278,10 @@ class _Drawing:
         columns, rows = self._shape(shown)  # of the array itself
         return elements % columns * rows + elements // columns
 
-    def _result(self, step: int, stored: str | None) -> tuple[str, list[str]]:
+    def _result(self, step: int, stored: str | None) -> tuple[str, list[str], dict[int, tuple[int, int]]]:
+        """Letters and words of the result's cells, and which threads hold them."""
         panel, layout = self.panels["result"], self.layout
+        own: dict[int, tuple[int, int]] = {}
         letters, words = list(stored or "." * panel.cells), [""] * panel.cells
         sums: dict[tuple[int, int], float] = {}
         if layout.sums:
@@ -286,6 +291,7 @@ class _Drawing:
                     for row, column, value in layout.sums(held, thread % across, thread // across):
                         if 0 <= row < panel.rows and 0 <= column < panel.columns:
                             sums[row, column] = value
+                            own[row * panel.columns + column] = 0, 1 << thread
             if not any(self.record.registers[step]) and layout.stored:
                 sums = self.before
             for row, column in self.before:
@@ -295,13 +301,13 @@ class _Drawing:
                 cell = row * panel.columns + column
                 if letters[cell] == ".":
                     letters[cell] = "s" if self.before.get((row, column)) == value else "w"
-                words[cell] = _short(value, 1)
+                words[cell] = _short(value, layout.decimals)
             self.before = {**self.before, **sums}
         if layout.stored:
             a = self.record.of(layout.stored.array, write=True)
             for element, value in zip(a.element[a.step <= step], a.value[a.step <= step], strict=True):
-                words[self._cells(layout.stored, np.array([element]))[0]] = _short(value, 1)
-        return "".join(letters), words
+                words[self._cells(layout.stored, np.array([element]))[0]] = _short(value, layout.decimals)
+        return "".join(letters), words, own if self.record.threads <= MOST_PICKED else {}
 
     def _rows(self, step: int) -> tuple[str, list[str]]:
         panel, rows = self.panels["rows"], self.layout.rows
@@ -353,12 +359,7 @@ class _Drawing:
         record = self.record
         said = [self.layout.begins] if step == 0 and self.layout.begins else []
         for array, phrase in self.layout.say.items():
-            if (
-                not (step == 0 and said)
-                and array in record.arrays
-                and len(record.of(array, write=True, step=step))
-                and phrase not in said
-            ):
+            if not said and array in record.arrays and len(record.of(array, write=True, step=step)):
                 said.append(phrase)
         counts = []
         seen = dict.fromkeys(shown.array for shown in self.shown.values())

@@ -38,7 +38,7 @@ def layout(shape):
         sums=lambda held, x, y: [(held["n"], held["v"], held["total"])],
         stored=Shown("z", "z"),
         shared=[Shown("e_smem", "e", words=1), Shown("c_smem", "c", words=1)],
-        tile=lambda held: (held["n"] - held["y"], held["v"] - held["x"], T, T),
+        tile=lambda held: [(held["n"] - held["y"], held["v"] - held["x"], T, T)],
     )
 
 
