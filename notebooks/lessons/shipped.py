@@ -5,11 +5,14 @@ What is known: the names of kernels, of their parameters, and of the variables a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib
 import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -22,6 +25,7 @@ from .stepper import Layout, Rows, Shown, Walk, drawn
 TINY = {"block_n": 4, "block_v": 8, "block_k": 4, "thread_n": 2, "thread_v": 4}  # 2 x 2 threads: a picture's tiles
 ON_GPU = {"block_n": 128, "block_v": 128, "block_k": 8, "thread_n": 8, "thread_v": 8}  # as on a GPU: 16 x 16 threads
 
+_NOT_SHOWN = "composed.py", "numbers.py"  # what passes calls and numbers on
 _STAGED = "A slice of {} and one of {}, fetched before, land in shared memory"
 
 
@@ -42,19 +46,19 @@ def forward(
         shape=(len(e), len(c)),
         sums=_sums(tiles, lambda held: n0, lambda held, column: held.get("v0", -len(c)) + column),
         shared=[Shown("e_smem", "e", words=1), Shown("c_smem", "c", words=1)],
-        rows=Rows({"largest": "max", "total": "sum", "bound": "bound"}, first=lambda held: n0),
-        bits=("bits", n_block),
+        rows=Rows({"row_max": "max", "row_sum": "sum", "row_bound": "bound"}, first=lambda held: n0),
+        bits=("survivor_bits", n_block),
         tile=lambda held: [(n0, held.get("v0", held.get("first", 0)), tiles["block_n"], tiles["block_v"])],
         begins="Each token begins with max −∞ and sum 0; its bound is the target's logit",
         say={
             "c_rows": "Which rows of c belong to the tile",
             "e_smem": _STAGED.format("e", "c"),
-            "largest": "The running max of each token moves, and its sum is rescaled",
-            "total": "The tile's exponentials join the running sums",
-            "bound": "The log-sum-exp so far is a better bound",
+            "row_max": "The running max of each token moves, and its sum is rescaled",
+            "row_sum": "The tile's exponentials join the running sums",
+            "row_bound": "The log-sum-exp so far is a better bound",
             "hits": "Each thread marks the columns that may matter",
-            "bits": "Survivor bits are written: one for each column of the tile",
-            "parts_0_0": "The (max, sum) of each token are written: all that is left of the logits",
+            "survivor_bits": "Survivor bits are written: one for each column of the tile",
+            "part_max": "The (max, sum) of each token are written: all that is left of the logits",
         },
     )
     return drawn(record, layout)
@@ -64,8 +68,17 @@ def record_forward(
     e: np.ndarray, c: np.ndarray, targets: np.ndarray, *, tiles: Mapping[str, int] = TINY, n_block: int = 0, split: int = 0,
     splits: int = 1, **options: Any,
 ) -> Record:  # fmt: skip
-    """What `forward` draws."""
-    return _record("forward", "lse_kernel", (e, c, targets), tiles, (n_block, split), options, splits)
+    """What `forward` draws. part_max, part_sum: (splits, N), what each split leaves; survivor_bits: (blocks, bytes)."""
+    return _renamed(
+        _record("forward", "lse_kernel", (e, c, targets), tiles, (n_block, split), options, splits),
+        largest="row_max", total="row_sum", bound="row_bound", bits="survivor_bits", parts_0_0="part_max", parts_0_1="part_sum",
+    )  # fmt: skip
+
+
+def _renamed(record: Record, **names: str) -> Record:
+    """With other names for arrays."""
+    arrays, results = ({names.get(name, name): value for name, value in of.items()} for of in (record.arrays, record.results))
+    return dataclasses.replace(record, arrays=arrays, results=results)
 
 
 def gradient_of_logits(
@@ -199,7 +212,8 @@ def _run(
     from . import recording
 
     chosen = SimtTiles(**tiles)
-    sources = (str(next(iter(cce_numba.simt.__path__))),)
+    folder = Path(next(iter(cce_numba.simt.__path__)))
+    sources = tuple(str(path) for path in folder.rglob("*.py") if path.name not in _NOT_SHOWN)
     with (
         mock.patch.object(backend, "choose_tiles", return_value=chosen),
         mock.patch.object(forward, "count_splits", lambda n_blocks, v_tiles: min(splits, v_tiles)),
@@ -209,12 +223,11 @@ def _run(
     return record
 
 
-def source(function: str) -> str:
-    """A device function of `cce_numba/simt/product.py` as it stands there, without the indentation of its factory."""
-    from cce_numba.simt import product
-
-    text = inspect.getsource(product)
-    found = re.search(rf"^( *)@cuda\.jit[^\n]*\n\1def {function}\(.*?(?=\n\1\S|\n\S|\Z)", text, re.MULTILINE | re.DOTALL)
+def source(function: str, module: str = "product") -> str:
+    """A kernel or device function of a module of `cce_numba/simt` as it stands there, without its factory's indentation."""
+    text = inspect.getsource(importlib.import_module(f"cce_numba.simt.{module}"))
+    start = rf"^( *)(?:@cuda\.jit[^\n]*\n\1)?def {function}\("
+    found = re.search(start + r"[\s\S]*?(?=\n\1[^\s)]|\n\S|\Z)", text, re.MULTILINE)
     if found is None:
-        raise ValueError(f"product.py has no device function {function}")
+        raise ValueError(f"{module}.py has no function {function}")
     return textwrap.dedent(found[0]).rstrip()

@@ -1,8 +1,8 @@
 """Numba's simulator made steady: threads take turns quickly, and a block's shared arrays are really shared.
 
 It runs each thread of a block as a Python thread. Turns every 0.1 ms instead of Python's 5 ms make it about eight times faster.
-But it finds a shared array by the line that asks for one, and makes it there if need be, without a lock: now and then two threads
-get one each.
+But it finds a shared array by the line that asks for one, and makes it there if need be, without a lock: now and then two
+threads get one each.
 """
 
 from __future__ import annotations

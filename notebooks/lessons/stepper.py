@@ -65,8 +65,7 @@ class Layout:
         shared: arrays in shared memory.
         rows: the table of the running state of rows.
         bits: an array of bytes of which each bit is a column of the result, and the row of it that this block writes.
-        tile: variables of thread 0 -> (row, column, rows, columns) of each part of the result that the block works on; always as
-            many.
+        tile: variables of thread 0 -> (row, column, rows, columns) of each part of the result that the block works on.
         say: array -> what it means when it is written; of several, the first is the caption.
         begins: the caption of the first step, where all of them may be written.
         decimals: of the numbers in the result.
