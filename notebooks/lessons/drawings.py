@@ -181,3 +181,30 @@ def sharing(T: int = 4) -> Picture:
     parts.append(svg.arrow(60 + 4 * size + 4, y0 + 1.5 * size, x0 - 4, y0 + 1.5 * size, "e"))
     parts.append(svg.arrow(x0 + 2.5 * size, 44 + 4 * size + 4, x0 + 2.5 * size, y0 - 4, "c"))
     return Picture(x0 + T * size + 190, y0 + T * size + 20, "".join(parts), "An element of e serves all columns of a tile")
+
+
+def tiles_and_columns(large: np.ndarray, first: int, tile: int = 128) -> Picture:
+    """Which entries of a softmax (tokens, columns) are `large`, and what a filter of tiles computes, and one of columns."""
+    rows, columns = large.shape
+    cell, x0, y0 = 1.8, 16.0, 44.0
+    parts = [text(x0, 18, f"{rows} tokens by {columns} vocabulary entries, from {first} on; a dot is p ≥ 2⁻¹²", "bold")]
+    kept = large.any(axis=0)
+    for start in range(0, columns, tile):
+        left, wide = x0 + start * cell, min(tile, columns - start) * cell
+        some = large[:, start : start + tile].any()
+        parts.append(rect(left, y0, wide, rows * cell, "f-z l-line", extra=f'fill-opacity="{0.16 if some else 0}"'))
+        count = int(kept[start : start + tile].sum())
+        told = f"tile: {'computed whole' if some else 'skipped'}; columns: {count} of {tile}"
+        parts.append(text(left + 2, y0 - 5, told, "small quiet"))
+    edges = np.flatnonzero(np.diff(np.r_[False, kept, False].astype(int)))
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):  # runs of neighbours
+        left, wide = x0 + start * cell, (stop - start) * cell
+        parts.append(rect(left, y0, wide, rows * cell, "f-survivor", extra='fill-opacity=".35"'))
+        parts.append(rect(left, y0 + rows * cell + 4, wide, 9, "f-survivor"))
+    dots = (
+        f"M{svg.number(x0 + column * cell - 0.6)} {svg.number(y0 + (row + 0.5) * cell)}h3" for row, column in np.argwhere(large)
+    )
+    parts.append(svg.path("".join(dots), "l-z", width=3))
+    bottom = y0 + rows * cell + 30
+    parts.append(text(x0, bottom, "green: columns that survive", "survivor"))
+    return Picture(x0 + columns * cell + 16, bottom + 10, "".join(parts), "Large entries of a softmax in tiles and in columns")
