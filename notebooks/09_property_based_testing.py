@@ -19,6 +19,7 @@ from random import Random
 import hypothesis.strategies as st
 import numpy as np
 from hypothesis import HealthCheck, find, given, settings
+from hypothesis.errors import NoSuchExample
 from hypothesis.extra.numpy import arrays
 from numba import cuda
 
@@ -220,7 +221,7 @@ print("last failure: ", failures[-1].tolist())
 # * Sums of $V$ positive terms, one by one: at most $V u$, relative. The logarithm makes an absolute error of a relative one.
 # * $m + \log s$ is rounded: $u\,|\text{lse}|$.
 #
-# All together: about $u\,(20 + V + |\text{lse}|)$. Here are a thousand random rows, their true errors, and that bound:
+# All together: about $u\,(20 + V + |\text{lse}|)$. Here are 24 random rows, their true errors, and that bound:
 
 # %%
 u, V = 2.0**-24, 64
@@ -291,8 +292,8 @@ print("8 problems, and the shipped kernels agree with the reference for each")
 # %% [markdown]
 # ## Exercises
 #
-# 1. Write a property that needs no reference: adding a constant to all logits of a row adds it to the log-sum-exp. Which of the
-#    five faults does it find, and which can it not?
+# 1. Write a property that needs no reference: adding a constant to all logits of a row adds it to the log-sum-exp. How many of
+#    the five faults does it find?
 # 2. Here is a sixth fault: entries beyond the sixteenth are ignored. Why does the search above not find it, and what do you
 #    change?
 
@@ -306,14 +307,15 @@ def shifts(kernel, z):
 
 
 tame = arrays(np.float32, st.tuples(st.integers(1, 2), st.integers(1, 9)), elements=st.floats(-90, 90, width=32))
+unseen = []
 for name, kernel in broken.items():
     try:
-        found = find(tame, lambda z, kernel=kernel: not shifts(kernel, z), settings=calm, random=Random(0))
-        print(f"exercise 1: {name}: found, with {found.tolist()}")
-    except Exception as nothing_found:
-        print(f"exercise 1: {name}: not found ({type(nothing_found).__name__})")
-# What forgets, skips or does not rescale shifts just as well: the property holds for many wrong functions. It is a good
-# companion of a reference, not a substitute.
+        find(tame, lambda z, kernel=kernel: not shifts(kernel, z), settings=calm, random=Random(0))
+    except NoSuchExample:
+        unseen.append(name)
+print(f"exercise 1: the property finds {len(broken) - len(unseen)} of {len(broken)} faults")
+# What forgets, does not rescale or subtracts the first logit instead of the largest shifts just as well: the property holds for
+# many wrong functions. It is a good companion of a reference, not a substitute.
 
 sixth = edited(row_kernel, "range(x, z.shape[1], T)", "range(x, min(z.shape[1], 16), T)")
 test = settings(calm, max_examples=60)(given(logits)(lambda z: None if agrees(sixth, z) else 1 / 0))

@@ -16,13 +16,18 @@ if _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
 
 
-def begin() -> Any:
-    """Chooses the machine, says which it is, and returns the module that knows it."""
+def begin(simulator: bool = True) -> Any:
+    """Chooses the machine, says which it is, and returns the module that knows it.
+
+    simulator: False for a lesson whose kernels only a GPU can run; without one it compiles them, and shows what was recorded.
+    """
     from . import machine
 
-    machine.choose()
+    machine.choose(simulator)
     if machine.has_gpu():
         print(f"Kernels run on {machine.name()}.")
-    else:
+    elif simulator:
         print("No GPU here: kernels run in Numba's simulator, and times are those that were recorded on an H100.")
+    else:
+        print("No GPU here: what only a GPU can answer is shown as it was recorded on an H100.")
     return machine

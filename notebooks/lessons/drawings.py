@@ -208,3 +208,90 @@ def tiles_and_columns(large: np.ndarray, first: int, tile: int = 128) -> Picture
     bottom = y0 + rows * cell + 30
     parts.append(text(x0, bottom, "green: columns that survive", "survivor"))
     return Picture(x0 + columns * cell + 16, bottom + 10, "".join(parts), "Large entries of a softmax in tiles and in columns")
+
+
+def fragment(lanes: np.ndarray, elements: np.ndarray, chosen: int = 5) -> Picture:
+    """A tile whose element (row, column) is in lane `lanes[row, column]`, there as number `elements[row, column]`."""
+    rows, columns = lanes.shape
+    wide, high, x0, y0 = 58.0, 19.0, 40.0, 46.0
+    parts = [
+        text(x0, 18, f"a tile of {rows} × {columns} sums: lane, and which of its numbers; lane {chosen} drawn full", "bold")
+    ]
+    for column in range(columns):
+        parts.append(text(x0 + (column + 0.5) * wide, y0 - 5, str(column), "quiet small", anchor="middle"))
+    for row in range(rows):
+        parts.append(text(x0 - 6, y0 + (row + 0.5) * high + 3, str(row), "quiet small", anchor="end"))
+        for column in range(columns):
+            lane = int(lanes[row, column])
+            full = lane == chosen
+            look = f'fill-opacity="{0.9 if full else 0.10 + 0.13 * (lane % 4)}"'
+            x, y = x0 + column * wide, y0 + row * high
+            parts.append(rect(x, y, wide, high, "f-z l-line", extra=look))
+            style = 'style="fill:var(--paper)"' if full else ""
+            told = f"{lane} · {int(elements[row, column])}"
+            parts.append(text(x + wide / 2, y + high / 2 + 3.5, told, "small", anchor="middle", extra=style))
+    return Picture(x0 + columns * wide + 14, y0 + rows * high + 14, "".join(parts), "Which lane of a warp holds which element")
+
+
+def swizzle(place: np.ndarray, column: int = 2) -> Picture:
+    """8 rows of 8 pieces of 16 bytes: where each piece lies plainly, and by `place[row, piece]`; one column drawn full."""
+    size, x0, y0 = 30.0, 34.0, 58.0
+    parts = []
+    for which, (title, where) in enumerate((("as it comes", None), ("swizzled", place))):
+        left = x0 + which * (8 * size + 70)
+        used = [column if where is None else int(where[row, column]) for row in range(8)]
+        turns = max(used.count(slot) for slot in used)
+        parts.append(text(left, 18, title, "bold"))
+        parts.append(text(left, 34, f"reading a column of pieces takes {turns} turn{'s' if turns > 1 else ''}", "quiet"))
+        for slot in range(8):
+            parts.append(text(left + (slot + 0.5) * size, y0 - 6, f"{4 * slot}–{4 * slot + 3}", "tiny quiet", anchor="middle"))
+        for row in range(8):
+            if which == 0:
+                parts.append(text(left - 6, y0 + (row + 0.5) * size + 3, str(row), "quiet small", anchor="end"))
+            for piece in range(8):
+                slot = piece if where is None else int(where[row, piece])
+                x, y = left + slot * size, y0 + row * size
+                full = piece == column
+                parts.append(rect(x, y, size, size, "f-e l-line", extra=f'fill-opacity="{0.85 if full else 0.12}"'))
+                style = 'style="fill:var(--paper)"' if full else ""
+                parts.append(text(x + size / 2, y + size / 2 + 4, str(piece), "", anchor="middle", extra=style))
+        parts.append(text(left + 8 * size, y0 + 8 * size + 14, "banks of a slot stand above it", "tiny quiet", anchor="end"))
+    width = x0 + 2 * 8 * size + 70 + 14
+    return Picture(width, y0 + 8 * size + 24, "".join(parts), "Pieces of 16 bytes in shared memory, plain and swizzled")
+
+
+Spans = Sequence[tuple[float, float, str, str]]  # (start, stop, colour, words) of what somebody does
+
+
+def gantt(rows: Sequence[tuple[str, Spans]], title: str, unit: str, *, width: float = 760, until: float = 0) -> Picture:
+    """Who does what when: for each row its name, and its spans, up to a time."""
+    end = until or max(stop for _, spans in rows for _, stop, _, _ in spans)
+    x0, y0, high, gap = 104.0, 38.0, 20.0, 7.0
+    scale = (width - x0 - 16) / end
+    parts = [text(14, 20, title, "bold")]
+    bottom = y0 + len(rows) * (high + gap)
+    step = 10 ** np.floor(np.log10(end / 4))
+    step *= next(factor for factor in (1, 2, 5, 10) if end / (factor * step) <= 8)
+    for tick in np.arange(0, end + step / 2, step):
+        x = x0 + tick * scale
+        if x <= width - 12:
+            parts.append(svg.line(x, y0 - 6, x, bottom, width=0.7))
+            parts.append(text(x, bottom + 12, f"{tick:,.0f}", "tiny quiet", anchor="middle"))
+    parts.append(text(width - 14, bottom + 24, unit, "small quiet", anchor="end"))
+    for i, (name, spans) in enumerate(rows):
+        y = y0 + i * (high + gap)
+        parts.append(text(x0 - 8, y + high / 2 + 4, name, "", anchor="end"))
+        for start, stop, colour, words in spans:
+            if start >= end:
+                continue
+            stop = min(stop, end)
+            wide = max(0.6, (stop - start) * scale)
+            parts.append(
+                rect(x0 + start * scale, y, wide, high, f"f-{colour} l-paper", extra='fill-opacity=".8" stroke-width=".6"')
+            )
+            if words and wide > 5.5 * len(words) + 2:
+                style = 'style="fill:var(--paper)"'
+                parts.append(
+                    text(x0 + (start + stop) / 2 * scale, y + high / 2 + 3.5, words, "small", anchor="middle", extra=style)
+                )
+    return Picture(width, bottom + 34, "".join(parts), title)

@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,13 @@ _for_good = contextlib.ExitStack()
 
 @functools.cache
 def has_gpu() -> bool:
-    """There is an NVIDIA GPU with a driver, CuPy for its arrays, and nobody has chosen the simulator."""
-    if os.environ.get(_VARIABLE, "0") not in ("", "0") or importlib.util.find_spec("cupy") is None:
+    """There is an NVIDIA GPU with a driver, CuPy for its arrays, and nobody has chosen to do without.
+
+    Who wants to sets NUMBA_ENABLE_CUDASIM=1, or LESSONS_WITHOUT_GPU=1.
+    """
+    if any(os.environ.get(name, "0") not in ("", "0") for name in (_VARIABLE, "LESSONS_WITHOUT_GPU")):
+        return False
+    if importlib.util.find_spec("cupy") is None:
         return False
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
@@ -36,15 +42,16 @@ def has_gpu() -> bool:
     return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
-def choose() -> None:
+def choose(simulator_instead: bool = True) -> None:
     """Sets the simulator where there is no GPU. Raises RuntimeError if Numba came first, and differently."""
-    if not has_gpu():
+    if not has_gpu() and simulator_instead:
         if "numba" in sys.modules and not importlib.import_module("numba").config.ENABLE_CUDASIM:
             raise RuntimeError(
                 "Numba was imported before `lessons`, without its simulator: restart the kernel, import `lessons` first"
             )
         os.environ[_VARIABLE] = "1"
         _for_good.enter_context(simulator.steady())
+        warnings.filterwarnings("ignore", category=RuntimeWarning)  # as on a GPU, which says nothing when a number overflows
 
 
 def array_module() -> Any:
@@ -63,6 +70,14 @@ def name() -> str:
         return "Numba's simulator, on the CPU"
     cupy = array_module()
     return cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
+
+
+def capability() -> tuple[int, int]:
+    """The GPU's compute capability, such as (9, 0) of an H100; (0, 0) without a GPU."""
+    if not has_gpu():
+        return 0, 0
+    digits = array_module().cuda.Device().compute_capability
+    return int(digits[:-1]), int(digits[-1])
 
 
 def gpu_ms(function: Callable[[], Any], runs: int = 20) -> float | None:

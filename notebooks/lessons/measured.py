@@ -88,3 +88,11 @@ class Table:
         widths = [max(len(row[i]) for row in table) for i in range(len(self.head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
         return "\n".join([*lines, *([self.foot] if self.foot else [])])
+
+
+def bfloat16() -> Any:
+    """The dtype that NumPy and CuPy know bfloat16 by."""
+    import ml_dtypes
+    import numpy as np
+
+    return np.dtype(ml_dtypes.bfloat16)
