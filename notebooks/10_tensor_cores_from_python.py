@@ -301,7 +301,7 @@ measured.Table(
     [
         (
             f"{p['N']}, {p['V']}, {p['D']}",
-            p["data"],
+            p["data"].split(" ")[0],
             p["calls"]["cuBLAS e @ c.T"]["median_ms"],
             p["calls"]["loss"]["median_ms"],
             p["calls"]["loss"]["x"]["median"],

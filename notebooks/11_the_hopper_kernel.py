@@ -227,8 +227,8 @@ backward = [
     ("one kernel, jobs off one queue, rows gathered by two warps", 1.50, True),
     ("the next job asked for ahead of time", 1.20, True),
     ("loads with predicates, not branches", 1.15, True),
-    ("tiles leave through shared memory, in rows of 128 bytes", 0.79, True),
-    ("row numbers in registers, two stages ahead; fewer spills", 0.66, True),
+    ("tiles leave through shared memory, in rows of 128 bytes", 1.0, True),
+    ("row numbers in registers, two stages ahead; fewer spills", 0.78, True),
     ("sums of dE are added in the L2 cache", 0.59, True),
 ]
 ladder(backward, 0.35, "The backward's gradients, step by step", "time in X; the green line is the floor")
@@ -265,7 +265,7 @@ measured.Table(
     [
         (
             f"{p['N']}, {p['V']}, {p['D']}",
-            p["data"],
+            p["data"].split(" ")[0],
             p["calls"]["loss"]["x"]["median"],
             p["calls"]["loss and survivor bits"]["x"]["median"],
         )
