@@ -74,13 +74,13 @@ assert np.allclose(sums, a @ b.T)
 # %%
 def make_blocked_kernel(T, R, K):
     """Tiles of T * R x T * R, K terms a slice; launched with blocks of T x T threads, each of which has R x R results."""
-    B = T * R
+    B, width = T * R, T * R + 1
 
     @cuda.jit
     def blocked_kernel(e, c, z):
         """z (N, V) = e (N, D) @ c (V, D).T"""
-        e_smem = cuda.shared.array((K, B + 1), np.float32)
-        c_smem = cuda.shared.array((K, B + 1), np.float32)
+        e_smem = cuda.shared.array((K, width), np.float32)
+        c_smem = cuda.shared.array((K, width), np.float32)
         sums = cuda.local.array((R, R), np.float32)
         a = cuda.local.array(R, np.float32)
         b = cuda.local.array(R, np.float32)
