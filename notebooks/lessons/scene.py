@@ -106,15 +106,9 @@ _numbers = itertools.count(1)
 _HERE = Path(__file__).parent
 _SCRIPT = (_HERE / "slider.js").read_text(encoding="utf-8")
 _PAGE = (_HERE / "slider.css").read_text(encoding="utf-8").replace("FONT", FONT).replace("MONO", MONO)
-_RULES = (
-    "SCOPE .k{fill:none;pointer-events:all;stroke-width:.8;stroke:#c9d1d9;stroke:var(--line)}"
-    "SCOPE text.word{text-anchor:middle}"
-    "SCOPE .k.s{fill-opacity:.16}SCOPE .k.r{fill-opacity:.5}SCOPE .k.h{fill-opacity:.6}SCOPE .k.w,SCOPE .k.b{fill-opacity:.92}"
-    "SCOPE .k.o{stroke-dasharray:1.5 2.5}SCOPE .k.x{fill:#cf222e!important;fill:var(--trouble)!important;fill-opacity:.85}"
-    "SCOPE .outline{fill:none;stroke-width:1.8}"
-    "SCOPE text.word{pointer-events:none}SCOPE .over{fill:#fff;fill:var(--paper)}"
-) + "".join(
-    ",".join(f"SCOPE .p-{name}.{state}" for state in "rwbsh") + f"{{fill:{light(name)};fill:var(--{name})}}"
+_FILLED = "rwbsh"  # states in which a cell has its panel's colour
+_RULES = (_HERE / "cells.css").read_text(encoding="utf-8") + "".join(
+    ",".join(f"SCOPE .p-{name}.{state}" for state in _FILLED) + f"{{fill:{light(name)};fill:var(--{name})}}"
     for name in ("e", "c", "z", "g", "survivor", "row", "thread")
 )
 

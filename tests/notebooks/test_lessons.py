@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from numba import cuda
 
+pytest.importorskip("matplotlib", reason="the notebooks extra is not installed: pip install '.[notebooks]'")
+
 from lessons import counters, drawings, figures, measured, sources, style, texts
 from lessons.svg import Picture, text
 from tests.helpers import offline

@@ -6,10 +6,14 @@ import importlib.util
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
 
 from tests.helpers.harness import SimulatorHarness
+
+WHY = "the notebooks extra is not installed: pip install '.[notebooks]'"
+nbformat = pytest.importorskip("nbformat", reason=WHY)
+for package in ("jupytext", "nbclient", "matplotlib"):
+    pytest.importorskip(package, reason=WHY)
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SOURCES = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.py"))

@@ -62,8 +62,8 @@ def test_its_picture_shows_logits_rows_and_bits():
     assert not words[:, 8:].any()
     rows = np.array(frame.words["rows"]).reshape(6, 3)
     np.testing.assert_allclose([float(word.replace("−", "-")) for word in rows[:4, 0]], z[:4, :8].max(axis=1), atol=0.0051)
-    # In the end the logits are gone. Bits stand for all that survives, and for no more than the reference flags, whose bound does
-    # not know the tile itself.
+    # In the end the logits are gone. Bits stand for all that survives, and for no more than the reference flags, whose bound
+    # does not know the tile itself.
     last = walk.scene.frames[-1]
     result = last.states["result"]
     assert {result[n * 17 + v] for n in range(4) for v in range(17)} == {"o"}
