@@ -188,7 +188,8 @@ figures.show(figure, "Relative error of float32 sums by length, added in three w
 #
 # A **kernel** is a function that very many threads of a GPU run at the same time. `@cuda.jit` makes one out of a Python
 # function. Here each thread takes one row, and asks for its own number with `cuda.grid(1)`. Lesson 3 explains how threads are
-# launched; for now read it as the body of a loop over rows.
+# launched; for now read it as the body of a loop over rows. (`[1, 8]` launches one block of eight threads, of which five have a
+# row.)
 
 
 # %%

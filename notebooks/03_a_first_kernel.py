@@ -163,8 +163,8 @@ def turned_kernel(e, c_turned, z):
 warp_z = np.zeros((1, 32), np.float32)
 plain = record(naive_kernel, (1, 1), (32, 1), {"e": warp_e, "c": warp_c, "z": warp_z})
 turned = record(turned_kernel, (1, 1), (32, 1), {"e": warp_e, "c_turned": warp_c.T.copy(), "z": warp_z})
-of_c, _ = next(plain.requests("c"))
-of_c_turned, _ = next(turned.requests("c_turned"))
+of_c = next(plain.requests("c"))
+of_c_turned = next(turned.requests("c_turned"))
 drawings.requests(
     [
         ("c (V, D): a request of naive_kernel", "c", (32, 16), of_c.element),
@@ -208,6 +208,7 @@ measured.Table(
 
 # %% [markdown]
 # cuBLAS is NVIDIA's library for matrix products, and the measure of this project: a forward cannot take less than its product.
+# (A dash stands for what has not been measured.)
 #
 # ## Exercises
 #

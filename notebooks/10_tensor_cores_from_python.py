@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 10 · Tensor cores from Python: one instruction, one function
 #
-# The portable kernels use the GPU's ordinary arithmetic. Beside it sits hardware that multiplies small matrices whole, ten
-# times as fast. In this lesson you will
+# The portable kernels use the GPU's ordinary arithmetic. Beside it sits hardware that multiplies small matrices whole, more
+# than ten times as fast. In this lesson you will
 #
 # * make a Python function out of one machine instruction,
 # * find out which thread holds which element of a tile, by asking the hardware,

@@ -44,6 +44,7 @@ def has_gpu() -> bool:
 
 def choose(simulator_instead: bool = True) -> None:
     """Sets the simulator where there is no GPU. Raises RuntimeError if Numba came first, and differently."""
+    os.environ.setdefault("NUMBA_CUDA_LOW_OCCUPANCY_WARNINGS", "0")  # tiny grids are on purpose here
     if not has_gpu() and simulator_instead:
         if "numba" in sys.modules and not importlib.import_module("numba").config.ENABLE_CUDASIM:
             raise RuntimeError(

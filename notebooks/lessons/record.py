@@ -178,8 +178,8 @@ class Record:
         """Steps that threads ended at different barriers, which a GPU may answer by hanging."""
         return [step for step, row in enumerate(self.barriers) if len({line for line in row if line is not None}) > 1]
 
-    def requests(self, array: str, *, write: bool | None = None) -> Iterator[tuple[Accesses, np.ndarray]]:
-        """The accesses of an array grouped as warps issue them: one (accesses, their warp) for each warp and instruction.
+    def requests(self, array: str, *, write: bool | None = None) -> Iterator[Accesses]:
+        """The accesses of an array grouped as warps issue them: those of one warp at one instruction.
 
         Threads of a warp are taken to be in step: a thread's i-th access at an instruction between two barriers goes with the
         other threads' i-th.
@@ -197,13 +197,13 @@ class Record:
         keys = np.stack([a.step, a.place, turn, warp], axis=1)[order]
         edges = np.flatnonzero(np.r_[True, np.any(np.diff(keys, axis=0), axis=1), True])
         for first, last in itertools.pairwise(edges):
-            yield a.where(order[first:last]), warp[order[first:last]]
+            yield a.where(order[first:last])
 
     def bank_conflicts(self, array: str, *, write: bool | None = None) -> Conflicts:
         """How a shared array's requests fall on the 32 banks of 4 bytes."""
         itemsize = self.arrays[array].itemsize
         requests = wavefronts = worst = 0
-        for a, _ in self.requests(array, write=write):
+        for a in self.requests(array, write=write):
             together = WARP * BANK_BYTES // max(itemsize, BANK_BYTES)  # threads whose words are served at once
             needed = 0
             for half in np.unique(a.thread % WARP // together):
@@ -216,7 +216,7 @@ class Record:
     def sectors(self, array: str, *, write: bool | None = None) -> int:
         """Pieces of 32 bytes that a global array's requests touch: one request of a warp asks for each piece once."""
         itemsize = self.arrays[array].itemsize
-        return sum(len(np.unique(a.element * itemsize // SECTOR_BYTES)) for a, _ in self.requests(array, write=write))
+        return sum(len(np.unique(a.element * itemsize // SECTOR_BYTES)) for a in self.requests(array, write=write))
 
 
 @dataclass(frozen=True)

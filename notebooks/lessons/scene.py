@@ -39,7 +39,7 @@ class Panel:
     Attributes:
         title: stands above it.
         words: a size in pixels, if cells hold words; 0 if not.
-        row_names, column_names: stand beside it; empty for none.
+        column_names: stand above it; empty for none.
         note: stands after the title, in a quiet colour.
     """
 
@@ -53,7 +53,6 @@ class Panel:
     width: float
     height: float
     words: float = 0
-    row_names: Sequence[str] = ()
     column_names: Sequence[str] = ()
     note: str = ""
     below: bool = False  # the title stands below
@@ -169,8 +168,6 @@ class Scene:
         note = f'<tspan class="quiet" dx="6">{escape(panel.note)}</tspan>' if panel.note else ""
         where = panel.bottom + 14 if panel.below else panel.y - (16 if panel.column_names else 6)
         parts.append(f'<text x="{x}" y="{svg.number(where)}">{title}{note}</text>')
-        for row, name in enumerate(panel.row_names):
-            parts.append(text(panel.x - 4, panel.corner(row + 0.5, 0)[1] + 3, name, "quiet small", anchor="end"))
         for column, name in enumerate(panel.column_names):
             parts.append(text(panel.corner(0, column + 0.5)[0], panel.y - 4, name, "quiet small", anchor="middle"))
         if moves and panel.only_moving:

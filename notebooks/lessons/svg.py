@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
@@ -56,15 +55,6 @@ def arrow(x1: float, y1: float, x2: float, y2: float, classes: str = "quiet", *,
     corners = " ".join(f"{number(x)},{number(y)}" for x, y in ((x2, y2), left, right))
     shaft = line(x1, y1, x2 - 5 * ux, y2 - 5 * uy, f"l-{classes}", width=width)
     return shaft + f'<polygon points="{corners}" class="f-{classes}"/>'
-
-
-def grid(x: float, y: float, rows: int, columns: int, width: float, height: float, classes: Iterable[str]) -> str:
-    """Cells of a table, row by row, each with its classes."""
-    cells = (
-        rect(x + (i % columns) * width, y + (i // columns) * height, width, height, kind)
-        for i, kind in zip(range(rows * columns), classes, strict=True)
-    )
-    return "".join(cells)
 
 
 @dataclass
