@@ -65,8 +65,8 @@ assert np.allclose(tile_of_logits(e, c, 4, 0, T=4), reference.logits(e, c)[4:8, 
 # seen by all threads of a block. `cuda.syncthreads()` is a **barrier**: no thread goes on before all threads of the block have
 # come there.
 #
-# Tiles at the edge of $z$ are not full. Where there is nothing to fetch, a thread stages a zero, which adds nothing to the
-# sums.
+# In this project, names that end in `_smem` stand for shared memory. Tiles at the edge of $z$ are not full. Where there is
+# nothing to fetch, a thread stages a zero, which adds nothing to the sums.
 
 
 # %%

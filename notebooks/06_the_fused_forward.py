@@ -56,7 +56,8 @@ assert np.allclose(fused_lse(e, c), reference.forward(e, c, targets).lse)
 #
 # This is the forward's kernel as it is shipped, in `cce_numba/simt/forward.py`. You know nearly all of it. `products_tile` is
 # the blocked product of lesson 5, for rows that are picked by number. Then products become logits: a bias, a scale, a softcap,
-# and $-\infty$ for columns beyond the last. And `step` folds the tile into the running state.
+# and $-\infty$ for columns beyond the last. And `step` folds the tile into the running state. (`tokens.listed` are the numbers
+# of the tokens that count, so that ignored tokens cost nothing.)
 
 # %%
 print(shipped.source("lse_kernel", "forward"))

@@ -132,16 +132,16 @@ for name, place in (("table", (int(context[5, 2]), 7)), ("layer", (3, 4)), ("c",
 # %% [markdown]
 # ## Training
 #
-# Adam, batches of 256 tokens, 150 steps. Three runs, from the same beginning, with the same batches:
+# Adam, batches of 128 tokens, 120 steps. Three runs, from the same beginning, with the same batches:
 #
 # * logits stored,
 # * this package, exact,
 # * this package with a filter that is too coarse for a beginner. A model that knows nothing gives each entry a probability near
-#   $1/5401 = 2^{-12.4}$, and with a threshold of $2^{-9}$ all but the targets fall through (lesson 7).
+#   $1/5401 = 2^{-12.4}$, and with a threshold of $2^{-7}$ all but the targets fall through (lesson 7).
 
 
 # %%
-def train(cross_entropy, steps=150, size=256, rate=5e-3, seed=0):
+def train(cross_entropy, steps=120, size=128, rate=5e-3, seed=0):
     """Losses of each step, the model, and seconds."""
     model, rng = new_model(), np.random.default_rng(seed)
     moments = {name: [xp.zeros_like(value), xp.zeros_like(value)] for name, value in model.items()}
@@ -161,7 +161,7 @@ def train(cross_entropy, steps=150, size=256, rate=5e-3, seed=0):
 runs = {
     "logits stored": train(stored),
     "cce_numba, exact": train(lambda e, c, t: cut(e, c, t, filter_eps=None)),
-    "cce_numba, filter_eps = 2^-9": train(lambda e, c, t: cut(e, c, t, filter_eps=2.0**-9)),
+    "cce_numba, filter_eps = 2^-7": train(lambda e, c, t: cut(e, c, t, filter_eps=2.0**-7)),
 }
 for name, (losses, _, seconds) in runs.items():
     print(f"{name:30s} loss {losses[0]:.3f} -> {losses[-20:].mean():.3f}, {seconds:.1f} s")
@@ -181,10 +181,10 @@ axes.legend()
 figures.show(figure, "Training loss with stored logits, without, and with a filter that is too coarse")
 
 # %%
-exact, plain, coarse = (runs[name][0] for name in ("cce_numba, exact", "logits stored", "cce_numba, filter_eps = 2^-9"))
+exact, plain, coarse = (runs[name][0] for name in ("cce_numba, exact", "logits stored", "cce_numba, filter_eps = 2^-7"))
 assert np.abs(exact[:20] - plain[:20]).max() < 1e-3  # the same to rounding, which grows from step to step
 assert abs(exact[-20:].mean() - plain[-20:].mean()) < 0.05
-assert coarse[-20:].mean() > exact[-20:].mean() + 0.4
+assert coarse[-20:].mean() > exact[-20:].mean() + 0.3
 print(f"largest difference of the first 20 losses: {np.abs(exact[:20] - plain[:20]).max():.1e}")
 
 # %% [markdown]
@@ -210,7 +210,7 @@ def write(model, count=40, seed=2):
 print(write(runs["cce_numba, exact"][1]))
 
 # %% [markdown]
-# Congress would not pass it, after 150 steps, but it has found spaces, commas and "of the".
+# Congress would not pass it, after 120 steps, but it has found spaces, commas and "of the".
 #
 # ## Memory
 #

@@ -7,6 +7,7 @@ source, build, commit both. `--check` runs nothing: it says which notebooks are 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = Path(__file__).parent
 MOST_BYTES = 400 * 1024  # of a notebook with its outputs
+# Small products gain nothing by more threads, and those of several notebooks at a time keep each other waiting.
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
 
 
 def sources() -> list[Path]:
@@ -40,7 +43,7 @@ def execute(notebook: nbformat.NotebookNode, timeout_s: int = 600) -> nbformat.N
     client = NotebookClient(
         notebook, timeout=timeout_s, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
     )
-    client.execute()
+    client.execute(env={**ONE_THREAD, **os.environ})
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran
     notebook.metadata.language_info = {"name": "python"}
