@@ -151,7 +151,8 @@ class _Drawing:
         turned = ", drawn on its side" if layout.top.turned else ""
         self._add("top", layout.top, x0, _TOP, note=f"{columns} × {inner}{turned}" if turned else f"{inner} × {columns}")
         title, colour = layout.result
-        self._panel("result", title, colour, x0, y0, rows, columns, words=7.5 if layout.sums or layout.stored else 0)
+        words = (7.5 if layout.decimals < 2 else 6.6) if layout.sums or layout.stored else 0
+        self._panel("result", title, colour, x0, y0, rows, columns, words=words)
         self.panels["result"].below = True
         if layout.stored:
             self.shown["result"] = layout.stored
