@@ -1,118 +1,74 @@
-"""What callers may pass, made canonical: every check that needs no kernel, each with a message that says what must come."""
+"""The arrays that callers may pass, made canonical. Every check that needs no kernel is made here, and says what must come.
+
+`options.py` has the options that are not arrays.
+"""
 
 from __future__ import annotations
 
-import difflib
-import functools
 import math
 import numbers
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, cast
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from cce_numba import interchange
 from cce_numba.interchange import BFLOAT16, Kind
+from cce_numba.options import DEFAULTS, Options, compute_dtype_of, positive
 
 DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
-REDUCTIONS = ("mean", "sum", "none")
 GRADIENTS = ("e", "c", "bias")
 NO_TARGETS = object()  # in place of targets, where only the log-sum-exp is wanted
 
-_ELSEWHERE = {"weight": ["class_weights"], "temperature": ["logit_scale"]}  # what other functions call them
 
-Reduction = Literal["mean", "sum", "none"]
+class _Sized:
+    """What follows from `N`, `V`, `dtype` and `options`, which a problem has with its arrays or without."""
 
+    @property
+    def compute_dtype(self: Any) -> np.dtype:
+        """The dtype of logits, loss and accumulators: float64 for float64 inputs, float32 for all others."""
+        return compute_dtype_of(self.dtype)
 
-class LossOptions(TypedDict, total=False):
-    """The options that the public functions take by name; `linear_cross_entropy` tells what they mean."""
+    @property
+    def logits_bytes(self: Any) -> int:
+        """What the logits would take if they were stored once."""
+        return self.N * self.V * self.compute_dtype.itemsize
 
-    bias: Any
-    ignore_index: int
-    softcap: float | None
-    logit_scale: Any
-    reduction: Reduction
-    shift: int | bool
-    label_smoothing: float
-    z_loss: float
-    class_weights: Any
-    token_weights: Any
-    filter_eps: float | str | None
-    filter_e_grad: bool
-    filter_c_grad: bool
-    accum_e_fp32: bool
-    accum_c_fp32: bool
-    check_targets: bool | None
-    backend: str | None
+    @property
+    def grad_e_dtype(self: Any) -> np.dtype:
+        """The dtype of `dE`."""
+        return self.compute_dtype if self.options.accum_e_fp32 else self.dtype
 
-
-DEFAULTS: dict[str, Any] = {
-    "bias": None,
-    "ignore_index": -100,
-    "softcap": None,
-    "logit_scale": None,
-    "reduction": "mean",
-    "shift": 0,
-    "label_smoothing": 0.0,
-    "z_loss": 0.0,
-    "class_weights": None,
-    "token_weights": None,
-    "filter_eps": "auto",
-    "filter_e_grad": True,
-    "filter_c_grad": True,
-    "accum_e_fp32": False,
-    "accum_c_fp32": False,
-    "check_targets": None,
-    "backend": None,
-}
+    @property
+    def grad_c_dtype(self: Any) -> np.dtype:
+        """The dtype of `dC`."""
+        return self.compute_dtype if self.options.accum_c_fp32 else self.dtype
 
 
 @dataclass(frozen=True)
-class Options:
-    """The options of the loss that are not arrays, checked. `filter_eps` is a probability, or None for exact gradients.
+class Outline(_Sized):
+    """A problem without its arrays: all that decides which backend takes it, and what shapes its statistics have.
 
-    filter_is_auto: it was not the caller's choice, so a backend may leave out more where that costs no accuracy to speak of.
+    Attributes:
+        N, V, D: sizes; under a compiler that leaves them open, its symbols for them.
+        dtype: the dtype of e and c.
+        on_device: whether the arrays are on a GPU.
+        device: `"cpu"` or `"cuda:<index>"`.
+        options: the checked options.
     """
 
-    ignore_index: int
-    softcap: float | None
-    reduction: Reduction
-    shift: int
-    label_smoothing: float
-    z_loss: float
-    filter_eps: float | None
-    filter_is_auto: bool
-    filter_e_grad: bool
-    filter_c_grad: bool
-    accum_e_fp32: bool
-    accum_c_fp32: bool
-
-    @property
-    def filter_eps_e(self) -> float | None:
-        """The threshold for `dE`, or None where it is exact."""
-        return self.filter_eps if self.filter_e_grad else None
-
-    @property
-    def filter_eps_c(self) -> float | None:
-        """The threshold for `dC` and `dbias`, or None where they are exact."""
-        return self.filter_eps if self.filter_c_grad else None
-
-    @property
-    def filters(self) -> bool:
-        """Whether any gradient is filtered: then a forward whose backward will come records survivors."""
-        return self.filter_eps is not None and (self.filter_e_grad or self.filter_c_grad)
-
-    @property
-    def smooths_capped(self) -> bool:
-        """Whether label smoothing meets a softcap: its uniform term is then not linear in e and c, so kernels take it."""
-        return self.label_smoothing > 0 and self.softcap is not None
+    N: int
+    V: int
+    D: int
+    dtype: np.dtype
+    on_device: bool
+    device: str
+    options: Options
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(_Sized):
     """One call's inputs in the one form that backends take: NumPy or CuPy arrays, flattened, checked.
 
     Attributes:
@@ -162,26 +118,6 @@ class Problem:
         return np.dtype(self.e.dtype)
 
     @property
-    def compute_dtype(self) -> np.dtype:
-        """The dtype of logits, loss and accumulators: float64 for float64 inputs, float32 for all others."""
-        return np.dtype(np.float64 if self.dtype == np.float64 else np.float32)
-
-    @property
-    def logits_bytes(self) -> int:
-        """What the logits would take if they were stored once."""
-        return self.N * self.V * self.compute_dtype.itemsize
-
-    @property
-    def grad_e_dtype(self) -> np.dtype:
-        """The dtype of `dE`."""
-        return self.compute_dtype if self.options.accum_e_fp32 else self.dtype
-
-    @property
-    def grad_c_dtype(self) -> np.dtype:
-        """The dtype of `dC`."""
-        return self.compute_dtype if self.options.accum_c_fp32 else self.dtype
-
-    @property
     def on_device(self) -> bool:
         """True for CuPy arrays."""
         return interchange.is_on_device(self.e)
@@ -201,51 +137,9 @@ class Problem:
         batch = flat.reshape(self.token_shape)
         return batch[..., : batch.shape[-1] - min(self.options.shift, batch.shape[-1])] if self.options.shift else batch
 
-
-def options(dtype: np.dtype, given: Mapping[str, Any], only: Iterable[str] = DEFAULTS) -> Options:
-    """Checks each option by name; see `cce_numba.linear_cross_entropy` for what they mean.
-
-    Raises TypeError or ValueError, naming the option; an unknown one is told from its likely neighbour.
-    """
-    if not given:
-        return _default_options(dtype)
-    for name in given:
-        if name not in DEFAULTS:
-            close = _ELSEWHERE.get(name) or difflib.get_close_matches(name, DEFAULTS, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; options are {', '.join(DEFAULTS)}"
-            raise TypeError(f"{name}: is not an option{hint}")
-        if name not in only:
-            raise TypeError(f"{name}: means nothing here; this function takes {', '.join(only)}")
-    return _checked_options(dtype, DEFAULTS | dict(given))
-
-
-@functools.cache
-def _default_options(dtype: np.dtype) -> Options:
-    return _checked_options(dtype, DEFAULTS)
-
-
-def _checked_options(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
-    if not isinstance(value["reduction"], str) or value["reduction"] not in REDUCTIONS:
-        raise ValueError(f"reduction: must be one of {', '.join(map(repr, REDUCTIONS))}, got {value['reduction']!r}")
-    if value["check_targets"] is not None:
-        flag("check_targets", value["check_targets"])
-    softcap, filter_eps = _softcap(value["softcap"], dtype), _filter_eps(value["filter_eps"], dtype)
-    label_smoothing = _number("label_smoothing", value["label_smoothing"], "a number in [0, 1)", lambda x: 0 <= x < 1)
-    return Options(
-        ignore_index=_integer("ignore_index", value["ignore_index"]),
-        softcap=softcap,
-        reduction=cast(Reduction, value["reduction"]),
-        shift=_shift(value["shift"]),
-        label_smoothing=label_smoothing,
-        z_loss=_number("z_loss", value["z_loss"], "a finite number >= 0", lambda x: 0 <= x <= float(_computed(dtype).max)),
-        # Under a softcap the uniform term of label smoothing reaches all entries, and no sum over them is known beforehand.
-        filter_eps=None if label_smoothing and softcap is not None else filter_eps,
-        filter_is_auto=isinstance(value["filter_eps"], str),
-        filter_e_grad=flag("filter_e_grad", value["filter_e_grad"]),
-        filter_c_grad=flag("filter_c_grad", value["filter_c_grad"]),
-        accum_e_fp32=flag("accum_e_fp32", value["accum_e_fp32"]),
-        accum_c_fp32=flag("accum_c_fp32", value["accum_c_fp32"]),
-    )
+    def exported(self, flat: Any) -> Any:
+        """(N,) as `per_token` has it, and as an array of the caller's kind."""
+        return self.kind.export(self.per_token(flat))
 
 
 def problem(
@@ -265,7 +159,7 @@ def problem(
     dtype = np.dtype(native_e.dtype)
     if dtype not in DTYPES:
         raise TypeError(f"e: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
-    checked = options(dtype, given, only)
+    checked = Options.of(dtype, given, only)
     _check_classifier(native_c, dtype)
     if native_e.ndim < 1:
         raise ValueError("e: must have shape (..., D), got a 0-d array")
@@ -403,13 +297,13 @@ def _bias(bias: Any, e: Any, c: Any) -> Any:
 def _logit_scale(logit_scale: Any, e: Any) -> Any:
     """(N,) of the compute dtype, or None where it would change nothing."""
     dtype = np.dtype(e.dtype)
-    wide, xp, N = _computed(dtype).dtype, interchange.array_module(e), math.prod(e.shape[:-1])
+    wide, xp, N = compute_dtype_of(dtype), interchange.array_module(e), math.prod(e.shape[:-1])
     if logit_scale is None:
         return None
     if isinstance(logit_scale, np.ndarray) and not logit_scale.ndim:
         logit_scale = logit_scale[()]
     if isinstance(logit_scale, numbers.Real | str):
-        value = _positive("logit_scale", logit_scale, dtype, "a positive number, an array of one for each token")
+        value = positive("logit_scale", logit_scale, dtype, "a positive number, an array of one for each token")
         return None if value == 1 else xp.full(N, value, wide)
     native = _real("logit_scale", logit_scale, e)
     if native.shape not in ((), e.shape[:-1]):
@@ -440,76 +334,4 @@ def _real(name: str, array: Any, e: Any, *, booleans: bool = False) -> Any:
     if native.dtype.kind not in ("fiub" if booleans else "fiu") and native.dtype != BFLOAT16:
         raise TypeError(f"{name}: must be real numbers{' or booleans' if booleans else ''}, got dtype {native.dtype}")
     _check_same_device(name, native, e)
-    return native.astype(_computed(np.dtype(e.dtype)).dtype, copy=False)
-
-
-def _computed(dtype: np.dtype) -> np.finfo:
-    """Of the dtype that a problem is computed in, whose arrays are of `dtype`."""
-    return np.finfo(np.float64 if dtype == np.float64 else np.float32)
-
-
-def _integer(name: str, value: Any) -> int:
-    try:
-        integer = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: must be an integer, got {value!r}") from None
-    if not -(2**63) <= integer < 2**63:
-        raise ValueError(f"{name}: must fit in 64 bits, got {value!r}")
-    return integer
-
-
-def flag(name: str, value: Any) -> bool:
-    """`value` if it is True or False; raises TypeError, naming the argument, if it is anything else."""
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name}: must be True or False, got {value!r}")
-    return bool(value)
-
-
-def _shift(shift: Any) -> int:
-    value = int(shift) if isinstance(shift, bool | np.bool_) else _integer("shift", shift)
-    if value < 0:
-        raise ValueError(f"shift: must be False, True or an integer >= 0, got {shift!r}")
-    return value
-
-
-def _softcap(softcap: Any, dtype: np.dtype) -> float | None:
-    return None if softcap is None else _positive("softcap", softcap, dtype, "a positive number")
-
-
-def _positive(name: str, value: Any, dtype: np.dtype, what: str) -> float:
-    """A number that is positive and finite in the compute dtype; "`what` or None" tells what may come."""
-    computed = _computed(dtype)
-    number = _float(name, value, f"{what} or None")
-    if not float(computed.smallest_normal) <= number <= float(computed.max):
-        raise ValueError(f"{name}: must be positive and finite in {computed.dtype}, or None, got {value!r}")
-    return number
-
-
-def _number(name: str, value: Any, what: str, fits: Callable[[float], bool]) -> float:
-    number = _float(name, value, what)
-    if not fits(number):  # nor does NaN
-        raise ValueError(f"{name}: must be {what}, got {value!r}")
-    return number
-
-
-def _float(name: str, value: Any, what: str) -> float:
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name}: must be {what}, got {value!r}")
-    try:
-        return float(value)
-    except OverflowError:  # an integer
-        return math.inf
-
-
-def _filter_eps(filter_eps: Any, dtype: np.dtype) -> float | None:
-    if filter_eps is None:
-        return None
-    if isinstance(filter_eps, str):
-        if filter_eps != "auto":
-            raise ValueError(f"filter_eps: must be 'auto', a number in (0, 1) or None, got {filter_eps!r}")
-        return float(ml_dtypes.finfo(dtype).eps) * 2.0**-9
-    if not isinstance(filter_eps, numbers.Real) or isinstance(filter_eps, bool):
-        raise TypeError(f"filter_eps: must be 'auto', a number in (0, 1) or None, got {filter_eps!r}")
-    if not 0 < float(filter_eps) < 1:
-        raise ValueError(f"filter_eps: must be 'auto', a number in (0, 1) or None (exact), got {filter_eps!r}")
-    return float(filter_eps)
+    return native.astype(compute_dtype_of(np.dtype(e.dtype)), copy=False)

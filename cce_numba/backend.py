@@ -1,4 +1,7 @@
-"""What a backend is: the functions that it offers, what its forward leaves behind, and where it writes gradients."""
+"""What a backend is: the functions that it offers, what its forward leaves behind, what its backward takes.
+
+`driver.py` calls these functions; backends do not call each other.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from cce_numba.arguments import Problem
+import numpy as np
+
+from cce_numba.arguments import Outline, Problem
 
 if TYPE_CHECKING:
     from cce_numba.plan import Plan
@@ -32,8 +37,7 @@ class Statistics:
         target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets.
         survivors: (at least ceil(n_valid / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
             consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive: then all do.
-            Further rows are the backend's own: "hopper", if `Plan.coarse_eps` is a number, has 2 * ceil(N / block), of which
-            the second half are the same bits at that threshold.
+            Further rows, and memory between rows, are the backend's own: `StatisticsForm` says what there is.
         survivor_block: tokens in a block of `survivors`.
         mean_logit: (N,) mean over the vocabulary of class weight times logit, 0 where ignored, of the compute dtype; None
             unless `Options.smooths_capped`: else it follows from e and c (`terms.py`).
@@ -48,6 +52,68 @@ class Statistics:
     survivor_block: int
     mean_logit: Any = None
     folded: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StatisticsForm:
+    """The dtypes and shapes of what a backend's forward leaves, known without running it: for compilers, which run nothing.
+
+    What it does not say is the same for all backends: see `Statistics`.
+
+    Attributes:
+        tokens: dtype of `Statistics.tokens`.
+        survivor_block: tokens in a block of survivors.
+        planes: rows of survivor bits for each block. Row b of plane i is row i * ceil(N / survivor_block) + b. Plane 0 holds
+            the filter's bits; plane 1 of "hopper" the same at a higher threshold (`survivors.coarse_eps_of`).
+        row_unit_bytes: the memory of a row is a whole number of so many bytes.
+    """
+
+    tokens: np.dtype
+    survivor_block: int
+    planes: int = 1
+    row_unit_bytes: int = 1
+
+    def survivors_shape(self, N: int, V: int) -> tuple[int, int]:
+        """(rows, bytes of a row) of the survivor bits of N tokens and V entries, all memory included.
+
+        >>> StatisticsForm(np.dtype(np.int32), survivor_block=128, planes=2, row_unit_bytes=24).survivors_shape(129, 1000)
+        (4, 144)
+        """
+        n_blocks = (N + self.survivor_block - 1) // self.survivor_block
+        units = (V + 8 * self.row_unit_bytes - 1) // (8 * self.row_unit_bytes)
+        return self.planes * n_blocks, units * self.row_unit_bytes
+
+    def survivor_bytes(self, N: int, V: int) -> int:
+        """Memory of the survivor bits."""
+        rows, row_bytes = self.survivors_shape(N, V)
+        return rows * row_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """What flows back into each token's logits: the factors of G, the gradient of the loss with respect to the logits.
+
+        G[n, v] = softmax[n] * p[n, v] - target[n] * (v == targets[n]) - uniform[n] * class_weights[v]
+
+    where p is the softmax of token n's logits, and class weights are 1 if there are none. Arrays are (N,) of the compute dtype,
+    on e's device. Logit scales are in them. The softcap's derivative is not: a backend multiplies G by it. All terms of the
+    loss come down to these (`terms.py`). A token whose weights are all 0 takes no part, whatever stands in its row; nor does
+    one that does not count, whatever its weights are.
+
+    Attributes:
+        softmax: weight of the softmax.
+        target: weight of the one-hot target.
+        uniform: weight of the class weights; None unless `Options.smooths_capped`, and then nothing is filtered.
+    """
+
+    softmax: Any
+    target: Any
+    uniform: Any = None  # or an array
+
+    def taking_part(self, tokens: Any) -> Any:
+        """Those of the `tokens` (integers) with a weight that is not 0."""
+        takes_part = (self.softmax[tokens] != 0) | (self.target[tokens] != 0)
+        return tokens[takes_part if self.uniform is None else takes_part | (self.uniform[tokens] != 0)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +131,18 @@ class Gradients:
 class Backend(Protocol):
     """What a module must offer to be a backend. Arrays are those of `Problem`; nothing here synchronises with the host."""
 
-    def why_not(self, p: Problem) -> str | None:
+    def why_not(self, p: Outline | Problem) -> str | None:
         """Why it cannot take this problem on this machine, or None if it can.
 
         A backend knows a `logit_scale`, and what `Options.smooths_capped` asks for. All other terms of the loss are made of
-        what it gives (`terms.py`).
+        what it gives (`terms.py`). So sizes, dtype and device decide, and no array is looked at.
+        """
+
+    def statistics_form(self, p: Outline | Problem) -> StatisticsForm:
+        """What its forward's statistics look like, for a problem that it can take.
+
+        Under a compiler sizes may be symbols. A form that does not look at a size goes for all of them; one that does is made
+        anew for others.
         """
 
     def plan(self, p: Problem) -> Plan:
@@ -82,39 +155,31 @@ class Backend(Protocol):
         """Log-sum-exp and target logit per token; with `record_survivors`, also what the backward must look at.
 
         A column survives in a block if a token of the block has it as its target, or may give it a probability of at
-        least `filter_eps`; "may", since the rule compares with a lower bound of the final log-sum-exp. NaN survives.
-        Also the mean logit, if the problem `smooths_capped`.
+        least `filter_eps`: `survivors.py` has the rule. Also the mean logit, if the problem `smooths_capped`.
         """
 
     def reduced_nll(self, p: Problem, statistics: Statistics) -> Any:
         """0-d, of the compute dtype: sum or mean (as the options say) of lse - target_logit over the tokens that count.
 
         The sum of none is 0, the mean of none is nan. It is the loss where this has no other terms and no weights.
+        `terms.reduced_nll` does it with array operations.
         """
 
-    def backward(
-        self,
-        p: Problem,
-        plan: Plan,
-        statistics: Statistics,
-        softmax_weight: Any,
-        target_weight: Any,
-        uniform_weight: Any,
-        into: Gradients,
-        accumulate: bool,
-    ) -> None:
-        """Gradients from G[n, v] = softmax_weight[n] * softmax[n, v] - target_weight[n] * (v == targets[n]).
+    def backward(self, p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
+        """Writes the gradients that follow from G (see `Weights`), or adds them to what is there.
 
-        Weights are (N,) of the compute dtype. The softcap's derivative multiplies G; that of the logit scale is in the weights.
-        Tokens that do not count, or whose weights are zero, take no part. Whole loss terms are made of these weights (see
-        `terms.py`).
+        dE[n] = sum over v of G[n, v] * c[v]; dC[v] = sum over n of G[n, v] * e[n]; dbias[v] = sum over n of G[n, v]. Tokens
+        that do not count, or whose weights are all 0, take no part. N is at least 1.
 
-        uniform_weight: None, unless the problem `smooths_capped`: then G[n, v] is less by uniform_weight[n] * class_weights[v]
-            (1 without class weights), and nothing is filtered.
+        into: e (N, D), c (V, D), bias (V,), None where not wanted; each of its input's dtype or the compute dtype, and strided,
+            on a device with contiguous rows.
+        adds: whether gradients are added to what is in the arrays; the sum is of the compute dtype, and rounded at its end
+            alone. It is what the caller asked for, and also True where the driver has written a part of the gradients already.
 
-        into: e (N, D), c (V, D), bias (V,) to write, None where not wanted; each of its input's dtype or the compute dtype,
-            and strided, on a device with contiguous rows. What is in there may be anything: every element is written.
-        accumulate: adds to what is in there instead; the sum is of the compute dtype, and rounded at its end alone.
+        Who writes zeros: without `adds`, `into.e` is all zeros when it comes, since only the device may know which tokens take
+        part; a backend writes (or adds to) the rows of those that do, and leaves the others. `into.c` and `into.bias` may hold
+        anything when they come; a backend writes every element of them, zeros where no token takes part. With `adds` nobody
+        writes zeros.
         """
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cce_numba import arguments, interchange
+from cce_numba import interchange
 from cce_numba.arguments import GRADIENTS, Problem
 from cce_numba.backend import Gradients
+from cce_numba.options import flag
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,7 @@ class Destination:
     @staticmethod
     def of(out: Any, accumulate: Any, wanted: frozenset[str], p: Problem) -> Destination:
         """Checks what the caller gave; raises TypeError or ValueError, naming the argument, before anything is computed."""
-        accumulate = arguments.flag("accumulate", accumulate)
+        accumulate = flag("accumulate", accumulate)
         if out is None:
             out = Gradients()
         elif not isinstance(out, Gradients):

@@ -9,10 +9,6 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from numba import config
-
-SIMULATED = bool(config.ENABLE_CUDASIM)  # NUMBA_ENABLE_CUDASIM: kernels run in Python, on NumPy arrays
-
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # cudaDeviceAttr
 
 
@@ -22,6 +18,16 @@ class Gpu:
 
     compute_capability: tuple[int, int]
     multiprocessors: int
+
+
+def __getattr__(name: str) -> Any:
+    """`SIMULATED`: whether kernels run in Python, on NumPy arrays (NUMBA_ENABLE_CUDASIM).
+
+    Numba knows, and is imported when somebody asks: `import cce_numba` would take half a second longer with it.
+    """
+    if name != "SIMULATED":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, bool(importlib.import_module("numba").config.ENABLE_CUDASIM))
 
 
 @functools.cache

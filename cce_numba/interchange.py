@@ -21,11 +21,11 @@ from cce_numba import gpu
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _LIBRARIES = ("numpy", "cupy", "torch", "numba", "numba_cuda")
-_TORCH_DTYPES = {
+TORCH_DTYPES = {
     f"torch.{x}": np.dtype(x)
     for x in ("float16", "float32", "float64", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
-_TORCH_DTYPES["torch.bfloat16"] = BFLOAT16
+TORCH_DTYPES["torch.bfloat16"] = BFLOAT16
 _DLPACK_HOST = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
@@ -128,7 +128,7 @@ def take_writable(name: str, array: Any) -> Any:
 def of_cuda_tensor(tensor: Any) -> Any:
     """The CuPy array in the memory of a PyTorch tensor on CUDA, which it keeps; unlike `take`, whoever may record it."""
     cupy, device = gpu.cupy(), tensor.get_device()
-    if (dtype := _TORCH_DTYPES.get(str(tensor.dtype))) is None:
+    if (dtype := TORCH_DTYPES.get(str(tensor.dtype))) is None:
         with cupy.cuda.Device(device), _torch_stream(device):
             return cupy.from_dlpack(tensor)
     # What DLPack does, without what it takes: 60 us a tensor. Work goes to PyTorch's stream if e is a tensor, too.

@@ -1,28 +1,23 @@
-"""The public functions: check the arguments, plan, call the backend, and make the loss out of its statistics.
-
-The algebra of the loss lives here and in `terms.py`, once for all backends: a backend gives each token's log-sum-exp and
-target logit, and takes two weights per token back (`backend.Backend`). A new loss term changes how these are combined, not the
-kernels.
-"""
+"""The public functions, and what `forward` returns. `driver.py` has the way that all of them take."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
 import numpy as np
 
-from cce_numba import arguments, dropped, interchange, terms
-from cce_numba import plan as planning
-from cce_numba.arguments import LossOptions, Problem
-from cce_numba.backend import Gradients, Statistics, backend_module
+from cce_numba import arguments, driver, survivors
+from cce_numba.arguments import GRADIENTS, Problem
+from cce_numba.backend import Gradients, Statistics
 from cce_numba.destination import Destination
+from cce_numba.driver import ForwardPass
+from cce_numba.integers import ceil_div
+from cce_numba.options import LossOptions, flag
 from cce_numba.plan import Plan
-from cce_numba.survivors import unpack_survivors
-from cce_numba.terms import Terms
+from cce_numba.terms import Nll, Terms
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +41,13 @@ class Result:
     plan: Plan
     _problem: Problem
     _statistics: Statistics
-    _terms: Terms | None
+    _terms: Nll | Terms
 
     @functools.cached_property
     def nll(self) -> Any:
         """Computed when it is first asked for."""
         with self._problem.kind.current():
-            return _exported(self._problem, self._statistics.lse - self._statistics.target_logit)
+            return self._problem.exported(self._statistics.lse - self._statistics.target_logit)
 
     def survivor_counts(self) -> np.ndarray:
         """(n_blocks,) how many vocabulary entries each block of counting tokens keeps in the backward.
@@ -64,9 +59,9 @@ class Result:
         array([4])
         """
         if self._statistics.survivors is None:
-            n_blocks = -(-int(self._statistics.n_valid) // self._statistics.survivor_block)
+            n_blocks = ceil_div(int(self._statistics.n_valid), self._statistics.survivor_block)
             return np.full(n_blocks, self._problem.V)
-        return unpack_survivors(self._statistics, self._problem.V).sum(axis=1)
+        return survivors.unpack_survivors(self._statistics, self._problem.V).sum(axis=1)
 
     def dropped_mass(self) -> Any:
         """Per token, the probability that the filter drops: the sum of the softmax over the entries that its block leaves out.
@@ -84,7 +79,7 @@ class Result:
         array([0.243, 0.243])
         """
         with self._problem.kind.current():
-            return _exported(self._problem, dropped.mass(self._problem, self._statistics))
+            return self._problem.exported(survivors.dropped_mass(self._problem, self._statistics))
 
 
 def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = False, **options: Unpack[LossOptions]) -> Any:
@@ -104,10 +99,10 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         softcap: logits become `softcap * tanh(logits / softcap)`, after the bias.
         logit_scale: multiplies the logits, after the bias, before the softcap: 1 / temperature. A positive number, or an array
             of e's shape without its last dimension, one for each token of `e`; an element that is not positive and finite
-            may make its token's loss and gradient NaN, and no other's. A scale that is not 1 leaves out "hopper".
+            may make its token's loss and gradient NaN, and no other's.
         label_smoothing: in [0, 1), this part of the target's probability is spread over all V entries. It is never filtered:
             without a softcap it is computed apart, with one rounding more of 16-bit gradients; with one, all gradients are
-            exact, as with `filter_eps=None`, and "hopper" is left out.
+            exact, as with `filter_eps=None`.
         z_loss: >= 0, adds `z_loss * lse**2` to each token's loss; class weights do not multiply it.
         class_weights: (V,) numbers that multiply a token's loss, by its target; with label smoothing, each entry's share of it.
         token_weights: numbers or booleans, of targets' shape (they shift with the targets), that multiply a token's whole loss.
@@ -140,11 +135,11 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
     >>> linear_cross_entropy(e, c, np.array([1, 2, 3])).round(4)  # log(8): all of 8 entries are as likely
     np.float32(2.0794)
     """
-    return_lse = arguments.flag("return_lse", return_lse)
-    with _prepared(e, c, targets, options) as (problem, plan):
-        statistics = _statistics(problem, plan, with_grad=False)
-        loss = _loss(problem, plan, statistics, Terms.of(problem, statistics))
-        return (loss, _exported(problem, statistics.lse)) if return_lse else loss
+    return_lse = flag("return_lse", return_lse)
+    with driver.prepared(e, c, targets, options) as (problem, plan):
+        done = driver.forward(problem, plan)
+        loss = done.loss()
+        return (loss, problem.exported(done.statistics.lse)) if return_lse else loss
 
 
 def linear_cross_entropy_with_grad(
@@ -182,14 +177,13 @@ def linear_cross_entropy_with_grad(
     >>> grads.e
     array([[0., 0.]])
     """
-    return_lse = arguments.flag("return_lse", return_lse)
-    with _prepared(e, c, targets, options) as (problem, plan):
+    return_lse = flag("return_lse", return_lse)
+    with driver.prepared(e, c, targets, options) as (problem, plan):
         destination = Destination.of(out, accumulate, arguments.wanted(wrt, problem), problem)
-        statistics = _statistics(problem, plan, with_grad=True)
-        parts = Terms.of(problem, statistics)
-        loss = _loss(problem, plan, statistics, parts)
-        grads = _backward(problem, plan, statistics, parts, None, None, destination)
-        return (loss, _exported(problem, statistics.lse), grads) if return_lse else (loss, grads)
+        done = driver.forward(problem, plan, GRADIENTS)  # all of them: so the loss has the same bits whichever are wanted
+        loss = done.loss()
+        grads = done.backward(None, None, destination)
+        return (loss, problem.exported(done.statistics.lse), grads) if return_lse else (loss, grads)
 
 
 def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Result:
@@ -201,18 +195,18 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
     >>> result.nll.round(4), int(result.n_valid)
     (array([2.0794, 0.    ]), 1)
     """
-    with _prepared(e, c, targets, options) as (problem, plan):
-        statistics = _statistics(problem, plan, with_grad=True)
-        parts = Terms.of(problem, statistics)
+    with driver.prepared(e, c, targets, options) as (problem, plan):
+        done = driver.forward(problem, plan, GRADIENTS)
+        statistics = done.statistics
         return Result(
-            loss=_loss(problem, plan, statistics, parts),
-            lse=_exported(problem, statistics.lse),
-            target_logit=_exported(problem, statistics.target_logit),
+            loss=done.loss(),
+            lse=problem.exported(statistics.lse),
+            target_logit=problem.exported(statistics.target_logit),
             n_valid=problem.kind.export(statistics.n_valid),
             plan=plan,
             _problem=problem,
             _statistics=statistics,
-            _terms=parts,
+            _terms=done.terms,
         )
 
 
@@ -247,7 +241,8 @@ def backward(
     gradients = arguments.wanted(wrt, problem)
     with problem.kind.current():
         destination = Destination.of(out, accumulate, gradients, problem)
-        return _backward(problem, result.plan, result._statistics, result._terms, d_loss, d_lse, destination)
+        done = ForwardPass(problem, result.plan, result._statistics, result._terms)
+        return done.backward(d_loss, d_lse, destination)
 
 
 def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Any:
@@ -262,8 +257,8 @@ def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) ->
     array([11.])
     """
     only = ("bias", "ignore_index", "softcap", "logit_scale", "shift", "check_targets", "backend")
-    with _prepared(e, c, targets, options, only) as (problem, plan):
-        return _exported(problem, backend_module(plan.backend).indexed_dot(problem, plan))
+    with driver.prepared(e, c, targets, options, only) as (problem, plan):
+        return problem.exported(driver.indexed_dot(problem, plan))
 
 
 def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
@@ -277,9 +272,8 @@ def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
     array([1.3863])
     """
     only = ("bias", "softcap", "logit_scale", "shift", "backend")
-    with _prepared(e, c, arguments.NO_TARGETS, options, only) as (problem, plan):
-        statistics = backend_module(plan.backend).forward(problem, plan, record_survivors=False)
-        return _exported(problem, statistics.lse)
+    with driver.prepared(e, c, arguments.NO_TARGETS, options, only) as (problem, plan):
+        return problem.exported(driver.forward(problem, plan).statistics.lse)
 
 
 def explain(e: Any, c: Any, targets: Any = arguments.NO_TARGETS, **options: Unpack[LossOptions]) -> Plan:
@@ -290,72 +284,5 @@ def explain(e: Any, c: Any, targets: Any = arguments.NO_TARGETS, **options: Unpa
     >>> explain(np.ones((2, 4)), np.ones((8, 4)), np.array([1, 2]), backend="cpu").backend
     'cpu'
     """
-    with _prepared(e, c, targets, options) as (_, plan):
+    with driver.prepared(e, c, targets, options) as (_, plan):
         return plan
-
-
-@contextlib.contextmanager
-def _prepared(
-    e: Any, c: Any, targets: Any, options: LossOptions, only: Iterable[str] = arguments.DEFAULTS
-) -> Iterator[tuple[Problem, Plan]]:
-    """Checked inputs and the plan, with the caller's device and stream current."""
-    native_e = interchange.take("e", e)
-    kind = interchange.kind_of(e, native_e)
-    with kind.current():
-        problem = arguments.problem(native_e, c, targets, options, only, kind)
-        yield problem, planning.choose(problem, options.get("backend"))
-
-
-def _statistics(problem: Problem, plan: Plan, *, with_grad: bool) -> Statistics:
-    record = with_grad and problem.options.filters
-    return backend_module(plan.backend).forward(problem, plan, record_survivors=record)
-
-
-def _loss(problem: Problem, plan: Plan, statistics: Statistics, parts: Terms | None) -> Any:
-    if problem.options.reduction == "none":
-        return _exported(problem, statistics.lse - statistics.target_logit if parts is None else parts.per_token())
-    if parts is not None:
-        return problem.kind.export(parts.reduced())
-    return problem.kind.export(backend_module(plan.backend).reduced_nll(problem, statistics))
-
-
-def _exported(problem: Problem, flat: Any) -> Any:
-    """(N,) as an array of the caller's kind and shape."""
-    return problem.kind.export(problem.per_token(flat))
-
-
-def _backward(
-    problem: Problem,
-    plan: Plan,
-    statistics: Statistics,
-    parts: Terms | None,
-    d_loss: Any,
-    d_lse: Any,
-    destination: Destination,
-) -> Gradients:
-    per_token_shape = tuple(problem.per_token(statistics.lse).shape)
-    loss_shape = per_token_shape if problem.options.reduction == "none" else ()
-    d_token = arguments.upstream("d_loss", 1.0 if d_loss is None else d_loss, problem, loss_shape)
-    if parts is not None:
-        softmax_weight, target_weight, smooth_weight = parts.gradient_weights(d_token)
-    else:
-        if problem.options.reduction == "mean":
-            with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: then no backend reads this
-                d_token /= statistics.n_valid
-        softmax_weight, target_weight, smooth_weight = d_token, d_token, None  # nll = lse - target_logit
-    if d_lse is not None:  # it reaches the log-sum-exp alone, whose gradient is the softmax
-        softmax_weight = softmax_weight + arguments.upstream("d_lse", d_lse, problem, per_token_shape)
-    if problem.logit_scale is not None:  # what flows into a logit flows on through its scale
-        softmax_weight = terms.times(softmax_weight, problem.logit_scale)
-        target_weight = terms.times(target_weight, problem.logit_scale)
-        smooth_weight = None if smooth_weight is None else terms.times(smooth_weight, problem.logit_scale)
-    into, accumulate, uniform_weight = destination.arrays(problem), destination.accumulate, None
-    if parts is not None and smooth_weight is not None:
-        if problem.options.smooths_capped:
-            uniform_weight = smooth_weight / problem.compute_dtype.type(problem.V)
-        else:
-            parts.write_uniform(smooth_weight, into, accumulate)
-            accumulate = True
-    module = backend_module(plan.backend)
-    module.backward(problem, plan, statistics, softmax_weight, target_weight, uniform_weight, into, accumulate)
-    return destination.returned(problem, into)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cce_numba.arguments import Problem
+from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import BACKENDS, BackendUnavailable, backend_module
 
 
@@ -53,7 +53,16 @@ class Plan:
 
 
 def choose(p: Problem, backend: str | None) -> Plan:
-    """The plan of the forced backend, or of the first in `BACKENDS` that can take the problem.
+    """The plan of the forced backend, or of the first in `BACKENDS` that can take the problem; errors of `choose_backend`."""
+    name, rejected = choose_backend(p, backend)
+    plan = backend_module(name).plan(p)
+    if p.options.smooths_capped:
+        plan = replace(plan, how=f"{plan.how}; nothing is filtered, since labels are smoothed under a softcap")
+    return replace(plan, rejected=rejected) if rejected else plan
+
+
+def choose_backend(p: Outline | Problem, backend: str | None) -> tuple[str, dict[str, str]]:
+    """The name of the forced backend, or of the first in `BACKENDS` that can take the problem, and why not those before it.
 
     Raises ValueError for a name that is none, BackendUnavailable if the forced one (or every one) cannot.
     """
@@ -61,13 +70,9 @@ def choose(p: Problem, backend: str | None) -> Plan:
         raise ValueError(f"backend: must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     rejected: dict[str, str] = {}
     for name in (backend,) if backend else BACKENDS:
-        module = backend_module(name)
-        reason = module.why_not(p)
+        reason = backend_module(name).why_not(p)
         if reason is None:
-            plan = module.plan(p)
-            if p.options.smooths_capped:
-                plan = replace(plan, how=f"{plan.how}; nothing is filtered, since labels are smoothed under a softcap")
-            return replace(plan, rejected=rejected) if rejected else plan
+            return name, rejected
         rejected[name] = reason
     if backend:
         raise BackendUnavailable(f"backend: {backend!r} cannot run this: {rejected[backend]}")

@@ -1,6 +1,6 @@
-"""The terms of the loss beyond the negative log-likelihood, and the weights, as array operations: once for all backends.
+"""The terms of the loss, once for all backends: array operations that make it of what a backend gives, and the way back.
 
-The loss of a token is made of what a backend gives, its log-sum-exp and target logit, and of its mean logit:
+A backend gives each token's log-sum-exp and target logit. The loss of the token is made of these and of its mean logit:
 
     loss = nll_weight * (lse - target_logit) + smooth_weight * (mean_class_weight * lse - mean_logit) + z_weight * lse**2
 
@@ -9,10 +9,13 @@ The loss of a token is made of what a backend gives, its log-sum-exp and target 
     z_weight       token weight * z_loss
 
 with means over the vocabulary: that of the class weights, and that of class weight times logit. Label smoothing is that of
-`torch.nn.functional.cross_entropy`. So each token's gradient with respect to its logits is a multiple of the softmax, less one
-of the one-hot target, less one of the class weights. The last of them is not small anywhere, so no filter could take it; but
-without a softcap it is of rank one, and known without any logit: (N,) times (V,). It is written to the gradients before the
-backend adds the rest to them.
+`torch.nn.functional.cross_entropy`. So each token's gradient with respect to its logits is a multiple of the softmax, less a
+multiple of the one-hot target, less a multiple of the class weights (`backend.Weights`). The last part is not small anywhere,
+so no filter could leave it out. Without a softcap it is of rank one, a factor per token times a factor per entry, and known
+without any logit: it is written to the gradients before the backend adds the rest to them.
+
+`terms_of` says which of two classes a problem's loss is: `Nll`, the negative log-likelihood alone, or `Terms`, all of the
+above. Both have `per_token`, `reduced` and `gradient_weights`.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ import numpy as np
 
 from cce_numba import interchange
 from cce_numba.arguments import Problem
-from cce_numba.backend import Gradients, Statistics
+from cce_numba.backend import Gradients, Statistics, Weights, backend_module
+from cce_numba.plan import Plan
 
 # Of e, c and their gradients at a time, in the compute dtype; there are up to three such pieces at once.
 _HOST_BYTES, _DEVICE_BYTES = 4 * 2**20, 32 * 2**20
@@ -34,12 +38,52 @@ _HOST_BYTES, _DEVICE_BYTES = 4 * 2**20, 32 * 2**20
 _quiet = np.errstate(all="ignore")  # inf and nan speak for themselves
 
 
+def terms_of(p: Problem, plan: Plan, statistics: Statistics) -> Nll | Terms:
+    """The loss of a problem whose forward has left these statistics."""
+    options = p.options
+    if options.label_smoothing or options.z_loss or p.class_weights is not None or p.token_weights is not None:
+        return Terms.of(p, statistics)
+    return Nll(p, plan, statistics)
+
+
+@dataclass(frozen=True, eq=False)
+class Nll:
+    """The loss that is the negative log-likelihood alone, in which each token that counts counts as one."""
+
+    problem: Problem
+    plan: Plan
+    statistics: Statistics
+
+    def per_token(self) -> Any:
+        """(N,) the loss of each token, 0 where ignored."""
+        return self.statistics.lse - self.statistics.target_logit
+
+    def reduced(self) -> Any:
+        """0-d, of the compute dtype: the sum or the mean of the tokens' losses; the mean of none is nan."""
+        return backend_module(self.plan.backend).reduced_nll(self.problem, self.statistics)
+
+    def gradient_weights(self, d_loss: Any) -> tuple[Weights, None]:
+        """See `Terms`. Spoils d_loss."""
+        if self.problem.options.reduction == "mean":
+            with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: then no backend reads this
+                d_loss /= self.statistics.n_valid
+        return Weights(softmax=d_loss, target=d_loss), None
+
+
+def reduced_nll(p: Problem, statistics: Statistics) -> Any:
+    """`backend.Backend.reduced_nll`, for backends that have no kernel for it."""
+    total = (statistics.lse - statistics.target_logit).sum(dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: 0 / 0 = nan, as PyTorch has it
+        loss = total / statistics.n_valid if p.options.reduction == "mean" else total
+    return p.xp.asarray(loss, dtype=p.compute_dtype)
+
+
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """The loss of each token of a problem by its weights, which are (N,) of the compute dtype, 0 where ignored.
+    """The loss of each token by the weights of its terms, which are (N,) of the compute dtype, 0 where ignored.
 
     Attributes:
-        problem: its loss has other terms than the negative log-likelihood, or weights.
+        problem: whose loss it is.
         statistics: what the backend found.
         nll_weight: of the negative log-likelihood.
         smooth_weight: of the label smoothing, or None without.
@@ -56,11 +100,9 @@ class Terms:
 
     @staticmethod
     @_quiet
-    def of(p: Problem, statistics: Statistics) -> Terms | None:
-        """The terms of this problem; None if its loss is the negative log-likelihood alone, each token counting as one."""
+    def of(p: Problem, statistics: Statistics) -> Terms:
+        """The terms of this problem."""
         options, xp, real = p.options, p.xp, p.compute_dtype.type
-        if not (options.label_smoothing or options.z_loss or p.class_weights is not None or p.token_weights is not None):
-            return None
         counts = p.targets != options.ignore_index
         of_token = counts.astype(p.compute_dtype)
         if p.token_weights is not None:
@@ -100,8 +142,12 @@ class Terms:
         return p.xp.asarray(total, dtype=p.compute_dtype)
 
     @_quiet
-    def gradient_weights(self, d_loss: Any) -> tuple[Any, Any, Any]:
-        """What d_loss (N,) gives each log-sum-exp, takes from the target logit and, or None, from the mean logit: (N,) each."""
+    def gradient_weights(self, d_loss: Any) -> tuple[Weights, Any]:
+        """What flows back from d_loss (N,), the upstream gradient of each token's loss (of the loss, for "mean" and "sum").
+
+        Returns the weights of the softmax and of the target, without logit scales; and (N,), what is taken from each token's
+        mean logit, or None without label smoothing.
+        """
         p = self.problem
         if p.options.reduction == "mean":  # over a total weight of 0 it is nan, and has no gradient, as the mean of no token
             per_weight = p.xp.where(self.total_weight == 0, 0.0, 1 / self.total_weight)
@@ -115,28 +161,28 @@ class Terms:
             # One that is lost needs no factor to be so, and weights that are finite can be scaled.
             lse = p.xp.nan_to_num(self.statistics.lse, nan=0.0, posinf=0.0, neginf=0.0)
             softmax_weight = softmax_weight + times(self.z_weight, d_loss) * (lse + lse)
-        return softmax_weight, target_weight, smooth_weight
+        return Weights(softmax_weight, target_weight), smooth_weight
 
     @_quiet
-    def write_uniform(self, smooth_weight: Any, into: Gradients, accumulate: bool) -> None:
-        """Writes to gradients, or adds to them, what comes from the mean logits, which are linear in e, c and bias.
+    def write_uniform(self, smooth_weight: Any, into: Gradients, adds: bool) -> None:
+        """Writes to every element of the gradients what comes from the mean logits, which are linear in e, c and bias.
 
-        smooth_weight (N,): what is taken from each token's mean logit, times its logit scale. In a 16-bit gradient this is
-        rounded once, and once more when the backend adds the rest.
+        smooth_weight (N,): what is taken from each token's mean logit, times its logit scale. adds: adds it to what is there
+        instead. In a 16-bit gradient this is rounded once, and once more when the backend adds the rest.
         """
         p, xp = self.problem, self.problem.xp
         if into.e is not None:
-            _write_outer(p, into.e, -smooth_weight, self._mean_row[0], accumulate)
+            _write_outer(p, into.e, -smooth_weight, self._mean_row[0], adds)
         if into.c is not None:
             total = xp.zeros(p.D, np.float64)
             for n0, n1 in _pieces(p, p.N):
                 e, weight = p.e[n0:n1].astype(p.compute_dtype, copy=False), smooth_weight[n0:n1]
                 # Zero times a NaN in a row that takes no part would be NaN.
                 total += weight @ xp.where((weight == 0)[:, None], xp.zeros((), e.dtype), e)
-            _write_outer(p, into.c, p.class_weights, (-total / p.V).astype(p.compute_dtype), accumulate)
+            _write_outer(p, into.c, p.class_weights, (-total / p.V).astype(p.compute_dtype), adds)
         if into.bias is not None:
             mean = (-smooth_weight.sum(dtype=np.float64) / p.V).astype(p.compute_dtype)
-            _write_outer(p, into.bias[:, None], p.class_weights, mean.reshape(1), accumulate)
+            _write_outer(p, into.bias[:, None], p.class_weights, mean.reshape(1), adds)
 
     @functools.cached_property
     def _mean_class_weight(self) -> Any:
@@ -184,18 +230,18 @@ def _mean(p: Problem, array: Any) -> Any:
     return array.mean(dtype=np.float64).astype(p.compute_dtype)
 
 
-def _write_outer(p: Problem, gradient: Any, column: Any, row: Any, accumulate: bool) -> None:
+def _write_outer(p: Problem, gradient: Any, column: Any, row: Any, adds: bool) -> None:
     """Writes column[:, None] * row to a gradient (k, d), a piece at a time, or adds it; column (k,) None is of ones.
 
     Rounded in the array's own dtype, and stored by bits, so that CuPy need not know how to copy bfloat16 between strides.
     """
     bits = gradient.view(f"u{gradient.itemsize}")
-    if column is None and not accumulate:
+    if column is None and not adds:
         bits[...] = row.astype(gradient.dtype).view(bits.dtype)
         return
     for start, stop in _pieces(p, len(gradient)):
         value = row[None, :] if column is None else times(column[start:stop, None], row)
-        if accumulate:
+        if adds:
             value = value + gradient[start:stop].astype(value.dtype, copy=False)
         bits[start:stop] = value.astype(gradient.dtype).view(bits.dtype)
 

@@ -217,17 +217,3 @@ class TestBackward:
 
     def test_survivors_of_an_exact_result(self):
         assert cce.forward(e, c, targets, filter_eps=None).survivor_counts().tolist() == [5]
-
-
-def test_auto_eps_is_the_reference_s():
-    import reference
-
-    for dtype in arguments.DTYPES:
-        options = arguments.options(dtype, {})
-        assert options.filter_eps == reference.auto_eps(dtype)
-        assert options.filter_is_auto
-        assert not arguments.options(dtype, {"filter_eps": options.filter_eps}).filter_is_auto
-
-
-def test_defaults_name_every_option():
-    assert set(arguments.DEFAULTS) == set(arguments.LossOptions.__annotations__)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from cce_numba.arguments import DEFAULTS
+from cce_numba.options import DEFAULTS
 from tests.helpers.harness import SimulatorHarness
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -47,12 +45,3 @@ def test_every_option_is_told_with_its_default():
     for name, default in DEFAULTS.items():
         (row,) = [line for line in README.splitlines() if line.startswith("|") and f"`{name}`" in line.split("|")[1]]
         assert f"`{default!r}`".replace("'", '"') in row.split("|")[2] or f"`{default}`" in row.split("|")[2], row
-
-
-def test_the_table_of_the_forward_is_what_was_measured():
-    benchmarks = Path(__file__).parent.parent / "benchmarks"
-    told = subprocess.run(
-        [sys.executable, "readme_table.py"], cwd=benchmarks, capture_output=True, text=True, check=True
-    ).stdout
-    assert told.count("\n") > 4
-    assert told in README, "python benchmarks/readme_table.py prints it"

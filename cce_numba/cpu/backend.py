@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from cce_numba import reduction
-from cce_numba.arguments import Problem
-from cce_numba.backend import Gradients, Statistics
+from cce_numba import terms
+from cce_numba.arguments import Outline, Problem
+from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.cpu import backward as backward_loops
 from cce_numba.cpu import forward as forward_loops
 from cce_numba.cpu.tiles import choose_tiles
 from cce_numba.plan import Plan
-from cce_numba.survivors import survivor_bytes
+from cce_numba.survivors import SURVIVOR_BLOCK
+
+_LARGEST_USUAL_D = 2**14  # up to which tiles have whole blocks of survivors, whatever the other sizes are
+_USUAL_FORM = StatisticsForm(tokens=np.dtype(np.int64), survivor_block=SURVIVOR_BLOCK)
 
 _quiet = np.errstate(over="ignore", under="ignore", invalid="ignore", divide="ignore")  # inf and nan speak for themselves
 
 
-def why_not(p: Problem) -> str | None:
+def why_not(p: Outline | Problem) -> str | None:
     """It takes every problem whose arrays are on the host."""
     return f"the arrays are on {p.device}; this backend takes NumPy arrays" if p.on_device else None
+
+
+def statistics_form(p: Outline | Problem) -> StatisticsForm:
+    """See `backend.Backend`. Rows and tokens are those that count; the form has room for all."""
+    if p.D <= _LARGEST_USUAL_D:
+        return _USUAL_FORM
+    return replace(_USUAL_FORM, survivor_block=choose_tiles(p).survivor_block)
 
 
 def plan(p: Problem) -> Plan:
@@ -35,7 +46,7 @@ def plan(p: Problem) -> Plan:
         how=f"blocks of {tiles.block_v} vocabulary entries through the BLAS in {p.compute_dtype}{separate}",
         tiles=tiles,
         forward_bytes=blocks,
-        survivor_bytes=survivor_bytes(p, tiles.survivor_block) if p.options.filters else 0,
+        survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if p.options.filters else 0,
         backward_bytes=blocks + accumulator,
         stored_logits_bytes=p.logits_bytes,
     )
@@ -56,19 +67,9 @@ def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
 @_quiet
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     """See `backend.Backend`."""
-    return reduction.reduced_nll(p, statistics)
+    return terms.reduced_nll(p, statistics)
 
 
-def backward(
-    p: Problem,
-    plan: Plan,
-    statistics: Statistics,
-    softmax_weight: Any,
-    target_weight: Any,
-    uniform_weight: Any,
-    into: Gradients,
-    accumulate: bool,
-) -> None:
+def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
-    upstream = backward_loops.Upstream(softmax_weight, target_weight, uniform_weight)
-    backward_loops.backward(p, plan.tiles, statistics, upstream, into, accumulate)
+    backward_loops.backward(p, plan.tiles, statistics, weights, into, adds)

@@ -5,15 +5,14 @@ Vocabulary blocks are the outer loop, so that a block of `dC` is complete, and r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cce_numba.arguments import Problem
-from cce_numba.backend import Gradients, Statistics
+from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, threads
-from cce_numba.cpu.fold import add_rows, gradient_block
+from cce_numba.cpu.elements import add_rows, gradient_block
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.progress import advance
 
@@ -25,14 +24,12 @@ def backward(
     p: Problem,
     tiles: CpuTiles,
     statistics: Statistics,
-    upstream: Upstream,
+    weights: Weights,
     into: Gradients,
-    accumulate: bool,
+    adds: bool,
 ) -> None:
     """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`."""
     tokens = statistics.tokens
-    if into.e is not None and not accumulate:
-        into.e[...] = 0  # tokens that do not count stay so
     if into.e is None or into.e.dtype == p.compute_dtype or tiles.dE_group >= len(tokens):
         sweeps = [(0, len(tokens), into.e, into.c, into.bias)]
     else:
@@ -40,30 +37,16 @@ def backward(
         sweeps += [(0, len(tokens), None, into.c, into.bias)]
     steps = -(-p.V // tiles.block_v)
     for done, (first, last, *gradients) in enumerate(sweeps):
-        for step in _sweep(p, tiles, statistics, upstream, accumulate, first, last, *gradients):
+        for step in _sweep(p, tiles, statistics, weights, adds, first, last, *gradients):
             advance("backward", done * steps + step, len(sweeps) * steps)
-
-
-@dataclass(frozen=True)
-class Upstream:
-    """(N,) weights of the softmax, of the one-hot target and of the class weights in G, of the compute dtype."""
-
-    softmax_weight: Any
-    target_weight: Any
-    uniform_weight: Any  # or None
-
-    def alive(self, tokens: Any) -> Any:
-        """Those of the tokens that any gradient comes from."""
-        alive = (self.softmax_weight[tokens] != 0) | (self.target_weight[tokens] != 0)
-        return tokens[alive if self.uniform_weight is None else alive | (self.uniform_weight[tokens] != 0)]
 
 
 def _sweep(
     p: Problem,
     tiles: CpuTiles,
     statistics: Statistics,
-    upstream: Upstream,
-    accumulate: bool,
+    weights: Weights,
+    adds: bool,
     first: int,
     last: int,
     d_e: Any,
@@ -83,7 +66,7 @@ def _sweep(
     step = tiles.survivor_block if filter_e or filter_c else tiles.block_n
     d_e_sum = d_e if d_e is None or d_e.dtype == dtype else np.zeros((last - first, p.D), dtype)
     # The BLAS writes to contiguous rows alone; and a sum that does not begin with what it is added to loses less.
-    d_c_sums_itself = d_c is not None and d_c.dtype == dtype and d_c.flags.c_contiguous and not accumulate
+    d_c_sums_itself = d_c is not None and d_c.dtype == dtype and d_c.flags.c_contiguous and not adds
     for v_block, (v0, v1) in enumerate(ranges(p.V, tiles.block_v)):
         c = np.ascontiguousarray(p.c[v0:v1], dtype)
         d_c_sum = None if d_c is None else d_c[v0:v1] if d_c_sums_itself else np.zeros((v1 - v0, p.D), dtype)
@@ -91,13 +74,13 @@ def _sweep(
             d_c[v0:v1] = 0
         d_bias_sum = np.zeros(v1 - v0)
         for n0, n1 in ranges(last - first, step):
-            tokens = upstream.alive(statistics.tokens[first + n0 : first + n1])
+            tokens = weights.taking_part(statistics.tokens[first + n0 : first + n1])
             kept = _kept_columns(statistics, first + n0, v0, v1) if filter_e or filter_c else None
             if len(tokens) == 0 or (filter_all and kept is not None and len(kept) == 0):
                 continue
             columns = kept if filter_all else None
             e = rows(p.e, tokens, dtype)
-            g = _gradient_of_logits(p, statistics, upstream, tokens, e, c, v0, columns)
+            g = _gradient_of_logits(p, statistics, weights, tokens, e, c, v0, columns)
             if d_e is not None:
                 partial = _columns(g, columns, kept if filter_e else None) @ _rows(c, kept if filter_e else None)
                 d_e_sum[tokens if d_e_sum is d_e else np.searchsorted(statistics.tokens[first:last], tokens)] += partial
@@ -113,19 +96,19 @@ def _sweep(
             if d_bias is not None:
                 d_bias_sum[slice(None) if not filter_c or kept is None else kept] += g.sum(axis=0, dtype=np.float64)
         if d_c is not None and not d_c_sums_itself:
-            _finish(d_c[v0:v1], None, d_c_sum, accumulate)
+            _finish(d_c[v0:v1], None, d_c_sum, adds)
         if d_bias is not None:
-            _finish(d_bias[v0:v1], None, d_bias_sum, accumulate)
+            _finish(d_bias[v0:v1], None, d_bias_sum, adds)
         yield v_block + 1
     if d_e is not None and d_e_sum is not d_e:
-        _finish(d_e, statistics.tokens[first:last], d_e_sum, accumulate)
+        _finish(d_e, statistics.tokens[first:last], d_e_sum, adds)
 
 
-def _finish(gradient: Any, tokens: Any, total: Any, accumulate: bool) -> None:
+def _finish(gradient: Any, tokens: Any, total: Any, adds: bool) -> None:
     """Rounds `total` to the gradient's rows of these tokens (None: to all), or adds it to them; it is spoilt."""
     for start, stop in ranges(len(total), _ROWS_TO_FINISH):
         rows, part = slice(start, stop) if tokens is None else tokens[start:stop], total[start:stop]
-        if accumulate:
+        if adds:
             part += gradient[rows].astype(total.dtype, copy=False)
         gradient[rows] = part
 
@@ -147,7 +130,7 @@ def _columns(g: Any, present: Any, wanted: Any) -> Any:
 
 
 def _gradient_of_logits(
-    p: Problem, statistics: Statistics, upstream: Upstream, tokens: Any, e: Any, c: Any, v0: int, columns: Any
+    p: Problem, statistics: Statistics, weights: Weights, tokens: Any, e: Any, c: Any, v0: int, columns: Any
 ) -> Any:
     """G (n, k) of these tokens and columns (counted from v0; None means all of c's block), from recomputed logits."""
     z = e @ _rows(c, columns).T
@@ -159,18 +142,17 @@ def _gradient_of_logits(
         found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
         target_column = np.where(columns[found] == wanted, found, -1)
     inverse_softcap = z.dtype.type(0 if p.options.softcap is None else 1 / p.options.softcap)
-    uniform_weight = upstream.uniform_weight
     # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
-    softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, upstream.softmax_weight[tokens])
+    softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, weights.softmax[tokens])
     per_token = (
         statistics.lse[tokens],
         softmax_weight.astype(z.dtype, copy=False),
-        upstream.target_weight[tokens],
-        (upstream.target_weight if uniform_weight is None else uniform_weight)[tokens],
+        weights.target[tokens],
+        (weights.target if weights.uniform is None else weights.uniform)[tokens],
         target_column,
     )
     # Nothing is filtered where there is such a term: all columns of the block are here.
-    of_class = np.empty(0, z.dtype) if uniform_weight is None else class_weights(p, slice(v0, v0 + len(c)))
+    of_class = np.empty(0, z.dtype) if weights.uniform is None else class_weights(p, slice(v0, v0 + len(c)))
 
     def fill(span: tuple[int, int]) -> None:
         some = slice(*span)

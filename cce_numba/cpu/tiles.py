@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cce_numba.arguments import Problem
+from cce_numba.arguments import Outline, Problem
 from cce_numba.survivors import SURVIVOR_BLOCK
 
 WORKSPACE_BYTES = 56 * 2**20  # all block buffers together; the promise is 64 MiB with what libraries take for themselves
@@ -34,7 +34,7 @@ class CpuTiles:
         return itemsize * (2 * self.block_n * self.block_v + 4 * self.block_v * D + 3 * self.block_n * D)
 
 
-def choose_tiles(p: Problem) -> CpuTiles:
+def choose_tiles(p: Outline | Problem) -> CpuTiles:
     """The largest blocks, up to where larger ones stop paying, that fit `WORKSPACE_BYTES`."""
     itemsize = p.compute_dtype.itemsize
     group, budget = max(1, p.N), WORKSPACE_BYTES

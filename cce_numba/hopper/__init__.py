@@ -1,15 +1,11 @@
-"""Tensor-core kernels for NVIDIA Hopper (sm_90a): tensor maps, bulk copies, warpgroup products, specialised warps.
+"""Kernels for NVIDIA Hopper (sm_90a): tensor maps, bulk copies, warpgroup products, specialised warps.
 
-Read in this order:
+    tiles        sizes, and the shared memory that follows from them
+    ring         how tiles travel through shared memory, from the producer to the consumers
+    tensor_map   what the bulk copy engine is told of a matrix
+    forward/     log-sum-exp, survivors, and what else is folded from tiles of logits
+    backward/    the gradients
+    backend      what `cce_numba.backend` asks for
 
-    tiles, schedule        sizes; who computes which tiles
-    ring                   how tiles travel through shared memory
-    producer, consumer     the two kinds of warpgroup
-    fragment, fold         what happens to a tile of logits in registers
-    forward                the kernel that these make, and all launches of a forward
-    prepare, indexed_dot, merge, reduction    the small kernels before and after
-    workspace, tensor_map, launch, cubin_cache, backend    the host's side
-    backward/              the gradients
-
-Instructions come from `cce_numba.ptx`.
+What kernels for other tensor cores could use as well is in `cce_numba.tensor_core`, instructions are in `cce_numba.ptx`.
 """

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from cce_numba import gpu
-from cce_numba.arguments import Problem
-from cce_numba.backend import Gradients, Statistics
+from cce_numba.arguments import Outline, Problem
+from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.interchange import BFLOAT16
 from cce_numba.plan import Plan
@@ -21,9 +21,11 @@ from cce_numba.tensor_core import matrices
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10
 _TILES = HopperTiles()
+_FORM = StatisticsForm(np.dtype(np.int32), _TILES.survivor_block, planes=1, row_unit_bytes=_TILES.block_v // 8)
+_FORM_WITH_COARSE_PLANE = replace(_FORM, planes=2)
 
 
-def why_not(p: Problem) -> str | None:
+def why_not(p: Outline | Problem) -> str | None:
     """It takes 16-bit CuPy arrays on a GPU of compute capability 9.x."""
     if gpu.SIMULATED:
         return "Numba's simulator knows no tensor cores"
@@ -37,6 +39,11 @@ def why_not(p: Problem) -> str | None:
     if max(p.N, p.V, p.D) > _LARGEST:
         return f"it numbers tokens, entries and terms with 32 bits: N, V and D must be at most {_LARGEST:,}"
     return None
+
+
+def statistics_form(p: Outline | Problem) -> StatisticsForm:
+    """See `backend.Backend`. A row has the bits of whole tiles of the vocabulary."""
+    return _FORM if coarse_eps_of(p.options) is None else _FORM_WITH_COARSE_PLANE
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +79,8 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         how += f"; for the backward whole copies: {' and '.join(by_rows)}"
     how += f"; {2 * p.N * p.V * p.D / 1e12:.3g} TFLOP of products in the forward, in the backward three times as many, "
     how += "less what the filter leaves out"
-    coarse_eps, planes = coarse_eps_of(p.options), 1
+    coarse_eps = coarse_eps_of(p.options)
     if coarse_eps is not None:
-        planes = 2
         how += "; the gradients of c and of the bias leave out 128 sorted entries for 128 tokens at once where all are below "
         how += f"{coarse_eps:.3g}"
     return HopperPlan(
@@ -84,9 +90,9 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         layout=layout,
         stored_logits_bytes=p.logits_bytes,
         # Smoothing adds up logits as well.
-        forward_bytes=layout.scratch_bytes + layout.copy_bytes + 12 * p.N + (layout.part_bytes + 4 * p.N if smoothed else 0),
-        survivor_bytes=planes * layout.survivor_bytes if p.options.filters else 0,
-        backward_bytes=_module("hopper.backward.host").workspace_bytes(p) + (4 * p.N if smoothed else 0),
+        forward_bytes=layout.scratch_bytes(1 + smoothed) + layout.copy_bytes + (12 + 4 * smoothed) * p.N,
+        survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if p.options.filters else 0,
+        backward_bytes=_module("hopper.backward.workspace").workspace_bytes(p) + (4 * p.N if smoothed else 0),
         coarse_eps=coarse_eps,
     )
 
@@ -106,18 +112,9 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     return _module("tensor_core.reduction").reduced_nll(p, statistics)
 
 
-def backward(
-    p: Problem,
-    plan: Plan,
-    statistics: Statistics,
-    softmax_weight: Any,
-    target_weight: Any,
-    uniform_weight: Any,
-    into: Gradients,
-    accumulate: bool,
-) -> None:
+def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
-    _module("hopper.backward.host").backward(p, statistics, softmax_weight, target_weight, uniform_weight, into, accumulate)
+    _module("hopper.backward.host").backward(p, statistics, weights, into, adds)
 
 
 @functools.cache

@@ -32,6 +32,7 @@ class HopperTiles:
     cluster: int = 2
 
     consumers = 2
+    row_numbers = 4  # float32 that the consumers may tell each other of a row when they merge their states
     gatherers = 2  # warps that fetch rows of e one by one, where tokens are scattered
     producer_registers = 40
     consumer_registers = 232
@@ -92,9 +93,19 @@ class HopperTiles:
         return self.e_bytes + self.c_bytes
 
     @property
+    def scales_offset_bytes(self) -> int:
+        """From the end of the ring to the tokens' logit scales: past what the consumers tell each other of each row."""
+        return 4 * self.block_n * self.row_numbers
+
+    @property
+    def columns_offset_bytes(self) -> int:
+        """From the end of the ring to the numbers that a consumer may keep of each column of its tile."""
+        return self.scales_offset_bytes + 4 * self.block_n
+
+    @property
     def smem_bytes(self) -> int:
-        """All shared memory of a CTA: alignment, the ring, one float a token for the merge of the consumers."""
-        return _ALIGNMENT_BYTES + self.ring_bytes + 4 * self.block_n
+        """All shared memory of a CTA: alignment, the ring, float32 numbers of rows and of columns."""
+        return _ALIGNMENT_BYTES + self.ring_bytes + self.columns_offset_bytes + 4 * self.consumers * self.block_v
 
     @property
     def ring_bytes(self) -> int:

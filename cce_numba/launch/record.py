@@ -31,6 +31,8 @@ class _Declaration(type):
 class Record(metaclass=_Declaration):
     """Base of all records. Its subclasses are named tuples; numba types, or other records, declare their fields.
 
+    What declares a field may also be an object that knows more of it, and has its numba type as attribute `kind`.
+
     >>> from numba.cuda import types
     >>> class Matrix(Record):
     ...     address = types.uint64  # of (rows, columns) 16-bit numbers
@@ -43,18 +45,21 @@ class Record(metaclass=_Declaration):
 
     declared: dict[str, Any]
 
-    def __init__(self, *values: Any, **fields: Any) -> None:
-        """For type checkers: subclasses have a named tuple's own."""
+    # For type checkers: subclasses have a named tuple's own.
+    def __init__(self, *values: Any, **fields: Any) -> None: ...
+    def _replace(self, **fields: Any) -> Any: ...
 
 
 def kind_of(declared: Any) -> Any:
-    """The numba type of what was declared: of a record the named tuple of its fields' types, else the type itself.
+    """The numba type of what was declared: a type itself; of a record, the named tuple of its fields' types; else its `kind`.
 
     It names a kernel's parameters in a signature: `types.void(kind_of(Matrix), types.int32)`.
     """
-    if isinstance(declared, type) and hasattr(declared, "declared"):
+    if isinstance(declared, types.Type):
+        return declared
+    if isinstance(declared, type):
         return types.NamedTuple([kind_of(field) for field in cast(Any, declared).declared.values()], declared)
-    return declared
+    return declared.kind
 
 
 def flattened(values: Any) -> list[Any]:

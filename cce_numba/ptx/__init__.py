@@ -6,6 +6,7 @@ https://docs.nvidia.com/cuda/parallel-thread-execution/.
 
     instruction  the factory; checks operand types when a kernel is compiled
     memory       shared-memory addresses, loads, asynchronous copies, reductions
+    pointers     addresses of pointers, and views of what they point to
     mbarrier     barriers in shared memory that count arrivals and bytes
     tma          tensor maps and the bulk copies that they describe
     wgmma        matrix products of a warpgroup on tensor cores

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-from cce_numba import gpu, reduction
-from cce_numba.arguments import Problem
-from cce_numba.backend import Gradients, Statistics
+import numpy as np
+
+from cce_numba import gpu, terms
+from cce_numba.arguments import Outline, Problem
+from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.gpu import SIMULATED
 from cce_numba.integers import ceil_div
 from cce_numba.plan import Plan
 from cce_numba.simt import backward as backward_kernels
 from cce_numba.simt import forward as forward_kernels
 from cce_numba.simt import indexed_dot as indexed_dot_kernels
+from cce_numba.simt.records import LogitTerms
 from cce_numba.simt.tiles import choose_tiles
 from cce_numba.simt.tokens import list_tokens
-from cce_numba.survivors import survivor_bytes
 
 
-def why_not(p: Problem) -> str | None:
+def why_not(p: Outline | Problem) -> str | None:
     """It takes CuPy arrays on a GPU, or NumPy arrays in the simulator."""
     return None if SIMULATED else gpu.why_not(p.on_device)
+
+
+def statistics_form(p: Outline | Problem) -> StatisticsForm:
+    """See `backend.Backend`."""
+    return _form(p.compute_dtype)
+
+
+@functools.cache
+def _form(compute_dtype: np.dtype) -> StatisticsForm:
+    return StatisticsForm(tokens=np.dtype(np.int64), survivor_block=choose_tiles(compute_dtype, SIMULATED).survivor_block)
 
 
 def plan(p: Problem) -> Plan:
@@ -37,7 +50,7 @@ def plan(p: Problem) -> Plan:
         tiles=tiles,
         # Up to twice the splits (see forward_kernels._HEAD); or once, and float64 totals of logits beside them.
         forward_bytes=p.N * (4 * splits * itemsize + 8),
-        survivor_bytes=survivor_bytes(p, tiles.survivor_block) if p.options.filters else 0,
+        survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if p.options.filters else 0,
         backward_bytes=backward_bytes(p),
         stored_logits_bytes=p.logits_bytes,
     )
@@ -54,7 +67,7 @@ def backward_bytes(p: Problem) -> int:
 
 def indexed_dot(p: Problem, plan: Plan) -> Any:
     """See `backend.Backend`."""
-    return indexed_dot_kernels.indexed_dot(p, *list_tokens(p))
+    return indexed_dot_kernels.indexed_dot(p, list_tokens(p), LogitTerms.of(p))
 
 
 def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
@@ -64,18 +77,9 @@ def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     """See `backend.Backend`."""
-    return reduction.reduced_nll(p, statistics)
+    return terms.reduced_nll(p, statistics)
 
 
-def backward(
-    p: Problem,
-    plan: Plan,
-    statistics: Statistics,
-    softmax_weight: Any,
-    target_weight: Any,
-    uniform_weight: Any,
-    into: Gradients,
-    accumulate: bool,
-) -> None:
+def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
-    backward_kernels.backward(p, plan.tiles, statistics, softmax_weight, target_weight, uniform_weight, into, accumulate)
+    backward_kernels.backward(p, plan.tiles, statistics, weights, into, adds)

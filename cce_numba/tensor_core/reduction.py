@@ -50,7 +50,7 @@ def make_reduce_kernel() -> Kernel:
             loss[0] = np.float32(total)
 
     p_i64, p_i32, p_f32 = pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
-    return Kernel(reduce_kernel, types.void(p_i32, p_i64, p_f32, p_f32, types.int32, p_f32), threads=_THREADS)
+    return Kernel(reduce_kernel, (p_i32, p_i64, p_f32, p_f32, types.int32, p_f32), threads=_THREADS)
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:

@@ -1,4 +1,4 @@
-"""What the other kernels need, made on the device in one launch: the list of tokens that count, and tensor maps in memory."""
+"""The list of tokens that count, made on the device: kernels take their rows from it, so ignored tokens cost nothing."""
 
 from __future__ import annotations
 
@@ -10,38 +10,55 @@ from numba import cuda
 from numba.cuda import types
 
 from cce_numba.arguments import Problem
-from cce_numba.hopper.tensor_map import WORDS
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
+from cce_numba.ptx import memory
+from cce_numba.survivors import SURVIVOR_BLOCK
+from cce_numba.tensor_core.records import I32, I64, U64, Found
 
 _THREADS = 1024
 _TOKENS = 8  # neighbours, of each thread
 
 
-@kernel_factory
-def make_prepare_kernel() -> Kernel:
-    """One CTA."""
-    threads, tokens_per_thread, warps, words = _THREADS, _TOKENS, _THREADS // 32, WORDS
+@cuda.jit(device=True, forceinline=True)
+def token_at(tokens: Any, position: Any) -> Any:
+    """The row of e at a position of the list; tokens: the address of a list of int32."""
+    return memory.load_global_i32(tokens + np.uint64(4 * position))
 
-    def prepare_kernel(
-        e_map: Any,  # 16 words
-        c_map: Any,
-        maps: Any,  # (32,) words
+
+@cuda.jit(device=True, forceinline=True)
+def are_neighbours(tokens: Any, n0: Any, listed: Any) -> Any:
+    """Whether the block of 128 tokens from position n0 on (or as many as are listed) are consecutive rows of e.
+
+    tokens: the address of a list of int32.
+    """
+    last = np.int32(min(n0 + SURVIVOR_BLOCK - 1, listed - 1))
+    first_row, last_row = token_at(tokens, n0), token_at(tokens, last)
+    return last_row - first_row == last - n0
+
+
+@kernel_factory
+def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
+    """The kernel: one CTA. On its way it writes `n_constants` 64-bit words to memory, for kernels that must read them there."""
+    threads, tokens_per_thread, warps = _THREADS, _TOKENS, _THREADS // 32
+
+    def list_tokens_kernel(
+        constants: Any,  # n_constants words
+        constants_to: Any,  # (n_constants,)
         targets: Any,  # (N,)
         has_targets: Any,
         ignore_index: Any,
         N: Any,
         tokens: Any,  # (N,)
         n_valid: Any,  # (1,)
-        target_logit: Any,  # (N,)
-        lse: Any,  # (N,)
+        found: Found,
+        n_results: Any,
     ) -> None:
-        """maps = e_map, c_map; tokens[:n_valid[0]] = those with target != ignore_index, ascending; 0 for results of others."""
+        """tokens[:n_valid[0]] = those whose target is not ignore_index, ascending. Results of all others become 0."""
         warp_counts = cuda.shared.array(warps, np.int32)
         t = cuda.threadIdx.x
         lane, warp = t & 31, t >> 5
-        if t < words:
-            maps[t] = e_map[t]
-            maps[words + t] = c_map[t]
+        if n_constants > 0 and t < n_constants:
+            constants_to[t] = constants[t]
         listed = np.int32(0)  # so far
         for first in range(0, N, threads * tokens_per_thread):
             n0 = first + t * tokens_per_thread
@@ -68,34 +85,25 @@ def make_prepare_kernel() -> Kernel:
                     tokens[position] = n
                     position += np.int32(1)
                     if not has_targets:
-                        target_logit[n] = np.float32(-math.inf)  # as a bound of the log-sum-exp
+                        found.target_logit[n] = np.float32(-math.inf)  # as a bound of the log-sum-exp
                 else:
-                    lse[n] = np.float32(0)
-                    target_logit[n] = np.float32(0)
+                    found.target_logit[n] = np.float32(0)
+                    for k in range(n_results):
+                        found.results[k * found.pitch + n] = np.float32(0)
             cuda.syncthreads()
         if t == 0:
             n_valid[0] = listed
 
-    p_i64, p_i32, p_f32 = pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
-    i32, i64, tensor_map = types.int32, types.int64, types.UniTuple(types.uint64, WORDS)
-    signature = types.void(
-        tensor_map, tensor_map, pointer_to(np.uint64), p_i64, i32, i64, i32, p_i32, p_i64, p_f32, p_f32
-    )  # fmt: skip
-    return Kernel(prepare_kernel, signature, threads=_THREADS)
+    p_i64, p_i32 = pointer_to(np.int64), pointer_to(np.int32)
+    parameters = types.UniTuple(U64, n_constants), pointer_to(np.uint64), p_i64, I32, I64, I32, p_i32, p_i64, Found, I32
+    return Kernel(list_tokens_kernel, parameters, threads=_THREADS)
 
 
-def launch_prepare(
-    p: Problem,
-    e_map: tuple[int, ...],
-    c_map: tuple[int, ...],
-    maps: int,
-    tokens: int,
-    n_valid: int,
-    target_logit: int,
-    lse: int,
+def list_tokens(
+    p: Problem, tokens: int, n_valid: int, found: Found, n_results: int, constants: tuple[int, ...] = (), constants_to: int = 0
 ) -> None:
-    """Lists the tokens of p, and writes the maps; all but the maps themselves are addresses."""
+    """Lists the tokens of p that count; tokens (N,) int32, n_valid (1,) int64 and constants_to are addresses."""
     targets = 0 if p.targets is None else p.targets.data.ptr
-    make_prepare_kernel().launch(
-        1, *e_map, *c_map, maps, targets, targets != 0, p.options.ignore_index, p.N, tokens, n_valid, target_logit, lse
+    make_list_tokens_kernel(len(constants)).launch(
+        1, constants, constants_to, targets, targets != 0, p.options.ignore_index, p.N, tokens, n_valid, found, n_results
     )

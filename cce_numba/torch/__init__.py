@@ -1,8 +1,8 @@
 """PyTorch: `cut_cross_entropy`'s interface on these kernels, with autograd, `torch.compile` and autocast.
 
 Tensors on the CPU go through the NumPy path, tensors on CUDA through CuPy, neither with a copy; see `functional` for what the
-functions do, `autograd` for who records them, `operators` and `fakes` for how compilers see them, `call` for what they compute,
-`memory` for whose memory they take.
+functions do, `checks` for what they refuse, `autograd` for who records them, `operators` and `fakes` for how compilers see
+them, `call` for what they compute, `memory` for whose memory they take.
 
 >>> import torch
 >>> e, weight = torch.zeros(2, 4, requires_grad=True), torch.ones(8, 4, requires_grad=True)

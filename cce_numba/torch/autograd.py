@@ -25,14 +25,10 @@ def apply(
     optional = {name: x for name, x in options.items() if isinstance(x, torch.Tensor)}
     tensors = e, c, targets, bias, *(optional.get(name) for name in TENSORS[4:])
     numbers = {**options, **dict.fromkeys(optional)}
-    needs_c = c.requires_grad or (bias is not None and bias.requires_grad)
-    with_grad = torch.is_grad_enabled() and (e.requires_grad or needs_c)
-    filters = (options["filter_e_grad"] and e.requires_grad) or (options["filter_c_grad"] and needs_c)
-    all_survive = options["filter_eps"] is None or (options["softcap"] is not None and options["label_smoothing"])
-    record = bool(with_grad and filters and not all_survive)
+    wrt = call.wanted(tensors)
     if is_watched(tensors):
-        return operators.forward(tensors, numbers, record)
-    return CutCrossEntropy.apply(*tensors, numbers, record, with_grad)
+        return operators.forward(tensors, numbers, wrt)
+    return CutCrossEntropy.apply(*tensors, numbers, wrt)
 
 
 def is_watched(tensors: Iterable[torch.Tensor | None]) -> bool:
@@ -51,13 +47,13 @@ class CutCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Takes `call.TENSORS`, the options that are no tensors, and whether a backward will want survivors, or is to come."""
-        *tensors, options, record, with_grad = inputs
+        """Takes `call.TENSORS`, the options that are no tensors, and the names of the gradients that a backward is to give."""
+        *tensors, options, wrt = inputs
         e, c, targets = tensors[:3]
         with call.prepared(e, c, targets, call.given(tensors, options)) as (problem, plan):
-            loss, arrays = call.forward(problem, plan, record)
-            lse, *others = (memory.tensor_of(array) for array in (arrays if with_grad else arrays[:1]))
-        if with_grad:
+            loss, arrays = call.forward(problem, plan, wrt)
+            lse, *others = (memory.tensor_of(array) for array in (arrays if wrt else arrays[:1]))
+        if wrt:
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*tensors, lse, *others)
             # The large ones are for autograd to keep, which frees them, and notices changes. The rest is small.
@@ -78,4 +74,4 @@ class CutCrossEntropy(torch.autograd.Function):
                 grads = call.gradients_like(dict(zip(TENSORS, tensors, strict=True)), names)
                 with call.resumed(ctx.problem, *tensors[:2]) as problem:
                     call.backward(problem, ctx.plan, saved, d_loss, d_lse, grads)
-        return *(grads.get(name) for name in TENSORS), None, None, None
+        return *(grads.get(name) for name in TENSORS), None, None

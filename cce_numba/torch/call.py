@@ -1,30 +1,30 @@
 """What a call computes, apart from who records it: the checked problem, the forward, and the backward of what that left.
 
-What a forward leaves (`backend.Statistics`) becomes tensors whose shapes follow from those of the arguments, since operators
-must have it so; and tensors are what autograd frees, offloads and recomputes.
+`driver.py` computes; here its statistics (`backend.Statistics`) become tensors and come back from them. Operators need tensors
+whose shapes follow from those of the arguments, as the backend's `StatisticsForm` says; and tensors are what autograd frees,
+offloads and recomputes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from cce_numba import arguments, interchange
-from cce_numba import loss as losses
-from cce_numba import plan as planning
-from cce_numba.arguments import DEFAULTS, Problem
-from cce_numba.backend import Gradients, Statistics
+from cce_numba import driver, interchange
+from cce_numba.arguments import GRADIENTS, Problem
+from cce_numba.backend import Gradients, Statistics, StatisticsForm, backend_module
 from cce_numba.destination import Destination
+from cce_numba.driver import ForwardPass
 from cce_numba.integers import ceil_div
 from cce_numba.interchange import Kind
+from cce_numba.options import DEFAULTS
 from cce_numba.plan import Plan
-from cce_numba.terms import Terms
 from cce_numba.torch import memory
 
 TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights")  # all but the first three may be None
@@ -37,15 +37,24 @@ def given(tensors: Iterable[torch.Tensor | None], options: Mapping[str, Any]) ->
     return others | {name: x for name, x in zip(TENSORS, tensors, strict=True) if x is not None and name in DEFAULTS}
 
 
+def wanted(tensors: Iterable[torch.Tensor | None]) -> list[str]:
+    """The names of the gradients that a backward would be asked for, of `TENSORS`, if autograd records."""
+    if not torch.is_grad_enabled():
+        return []
+    return [name for name, x in zip(TENSORS, tensors, strict=True) if name in GRADIENTS and x is not None and x.requires_grad]
+
+
 @contextlib.contextmanager
 def prepared(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, given: dict[str, Any]) -> Iterator[tuple[Problem, Plan]]:
-    """The checked problem and its plan, as `loss` prepares them; inside, PyTorch's device, stream and memory are current."""
+    """The checked problem and its plan, as in `driver.prepared`; inside, PyTorch's device, stream and memory are current."""
     native_e = interchange.take("e", e)
     kind = Kind("torch", native_e.device.id if interchange.is_on_device(native_e) else None, memory.tensor_of)
-    backend = given.get("backend") or ("cpu" if e.device.type == "cpu" else None)  # no need to ask those for GPUs
-    with memory.from_pytorch(e.device), kind.current():
-        problem = arguments.problem(native_e, c, targets, given, kind=kind)
-        yield problem, planning.choose(problem, backend)
+    backend = "cpu" if e.device.type == "cpu" else None  # no need to ask those for GPUs
+    with (
+        memory.from_pytorch(e.device),
+        driver.prepared(native_e, c, targets, given, kind=kind, backend=backend) as (problem, plan),
+    ):
+        yield problem, plan
 
 
 @contextlib.contextmanager
@@ -56,11 +65,11 @@ def resumed(problem: Problem, e: torch.Tensor, c: torch.Tensor) -> Iterator[Prob
         yield replace(problem, e=flat, c=interchange.take("c", c))
 
 
-def forward(problem: Problem, plan: Plan, record: bool) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    """The loss and the arrays `SAVED`, inside `prepared`. `record`: whether the backward will want survivors."""
-    statistics = losses._statistics(problem, plan, with_grad=record)
-    loss = losses._loss(problem, plan, statistics, Terms.of(problem, statistics))
-    return loss, _saved(problem, statistics, record)
+def forward(problem: Problem, plan: Plan, wrt: Collection[str]) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    """The loss and the arrays `SAVED`, inside `prepared`. `wrt`: the gradients that a backward is to give."""
+    done = driver.forward(problem, plan, wrt)
+    form = backend_module(plan.backend).statistics_form(problem)
+    return done.loss(), _saved(problem, form, done.statistics, problem.options.records_survivors(wrt))
 
 
 def backward(
@@ -74,11 +83,11 @@ def backward(
     """Writes the gradients of `sum(d_loss * loss) + sum(d_lse * lse)`, lse being flat, to `grads`, made by `gradients_like`."""
     flat = {name: interchange.take(name, grad).reshape(getattr(problem, name).shape) for name, grad in grads.items()}
     destination = Destination(frozenset(grads), Gradients(**grads), Gradients(**flat), False)  # fresh: nothing to check
-    statistics = _statistics(problem, plan, saved)
+    form = backend_module(plan.backend).statistics_form(problem)
     if d_lse is not None:
         d_lse = problem.per_token(interchange.take("d_lse", d_lse))
-    parts, d_loss_or_0 = Terms.of(problem, statistics), 0.0 if d_loss is None else d_loss
-    losses._backward(problem, plan, statistics, parts, d_loss_or_0, d_lse, destination)
+    done = ForwardPass.of(problem, plan, _statistics(problem, form, saved))
+    done.backward(0.0 if d_loss is None else d_loss, d_lse, destination)
 
 
 def gradients_like(inputs: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -86,25 +95,25 @@ def gradients_like(inputs: Mapping[str, torch.Tensor], names: Iterable[str]) -> 
     return {name: torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in names}
 
 
-def _saved(p: Problem, statistics: Statistics, record: bool) -> tuple[Any, ...]:
+def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: bool) -> tuple[Any, ...]:
     """The arrays `SAVED`, in the shapes that the fake of the operator tells; two may lie in one block of memory.
 
-    The CPU's tokens and blocks are only those that count: zeros follow. Zeros alone are what it did not record after all,
-    since nearly everything survives: a block that counts keeps its targets at least. A device has a row for each block, or two
-    (see `backend.Statistics.survivors`), of which all are kept.
+    The CPU's tokens and blocks are only those that count: zeros follow. Zeros alone stand for bits that it did not record after
+    all, since nearly everything survives: a block in which a token counts keeps its targets at least. A device has all rows.
+    They go on after the last entry, where the backward may read, so all of their memory is kept.
     """
     tokens, bits, mean_logit = statistics.tokens, statistics.survivors, statistics.mean_logit
-    n_blocks = ceil_div(p.N, statistics.survivor_block)
     if len(tokens) < p.N:
         tokens = np.concatenate([tokens, np.zeros(p.N - len(tokens), tokens.dtype)])
-    if not record or p.N == 0:
-        bits = p.xp.empty((0, 0), np.uint8)
+    shape = rows, row_bytes = form.survivors_shape(p.N, p.V) if recorded and p.N else (0, 0)
+    if rows == 0:
+        bits = p.xp.empty(shape, np.uint8)
     elif bits is None:
-        bits = np.zeros((n_blocks, ceil_div(p.V, 8)), np.uint8)
-    elif len(bits) < n_blocks:
-        bits = np.concatenate([bits, np.zeros((n_blocks - len(bits), bits.shape[1]), np.uint8)])
-    elif bits.strides[0] != bits.shape[1]:  # a device's rows go on after the last entry, a single one too, and it may read that
-        bits = interchange.array_module(bits).ndarray((len(bits), bits.strides[0]), bits.dtype, bits.data)
+        bits = np.zeros(shape, np.uint8)
+    elif len(bits) < rows:
+        bits = np.concatenate([bits, np.zeros((rows - len(bits), row_bytes), np.uint8)])
+    elif bits.shape[1] < row_bytes:
+        bits = interchange.array_module(bits).ndarray(shape, bits.dtype, bits.data)
     if mean_logit is None:
         mean_logit = statistics.lse[:0]
     return statistics.lse, statistics.target_logit, statistics.n_valid, tokens, bits, mean_logit
@@ -120,7 +129,7 @@ def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(tokens if name == "tokens" else array for name, array in zip(SAVED, saved, strict=True))
 
 
-def _statistics(p: Problem, plan: Plan, saved: Sequence[torch.Tensor]) -> Statistics:
+def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor]) -> Statistics:
     """What `_saved` was made of, out of tensors of it."""
     *others, mean_logit = saved
     lse, target_logit, n_valid, tokens, bits = map(memory.array_of, others)
@@ -133,6 +142,6 @@ def _statistics(p: Problem, plan: Plan, saved: Sequence[torch.Tensor]) -> Statis
         lse=lse,
         target_logit=target_logit,
         survivors=bits[:, : ceil_div(p.V, 8)] if recorded else None,
-        survivor_block=plan.tiles.survivor_block,
+        survivor_block=form.survivor_block,
         mean_logit=memory.array_of(mean_logit) if p.options.smooths_capped else None,
     )

@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 import enum
-import functools
-import numbers
 import re
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from cce_numba import arguments
-from cce_numba import loss as losses
+from cce_numba import driver
+from cce_numba.arguments import GRADIENTS
 from cce_numba.backend import Gradients
 from cce_numba.destination import Destination
-from cce_numba.interchange import BFLOAT16
-from cce_numba.terms import Terms
-from cce_numba.torch import autograd, call, fakes
+from cce_numba.options import DEFAULTS, PRESETS, REDUCTIONS
+from cce_numba.torch import autograd, call, checks
 
-# What each name of `impl` makes of the options that choose a filter; those that it does not name are the caller's.
-PRESETS: dict[str, dict[str, Any]] = {
-    "cce": {},
-    "cce_exact": {"filter_eps": None},
-    "cce_kahan": {},
-    "cce_kahan_full": {"filter_eps": None},
-    "cce_kahan_full_c": {"filter_eps": "auto", "filter_e_grad": True, "filter_c_grad": False},
-    "cce_kahan_full_e": {"filter_eps": "auto", "filter_e_grad": False, "filter_c_grad": True},
-    "cce_kahan_full_c_full_e": {"filter_eps": None},
-}
 STORED_LOGITS = "torch_compile"
 _TENSOR_OPTIONS = ("logit_scale", "class_weights", "token_weights")
-_INSTEAD = {  # of a tensor that requires grad, what gives it one
-    "logit_scale": ", or e * logit_scale[..., None] in place of e, which has one (and leaves a bias as it is)",
-    "token_weights": ", or multiply the loss of reduction='none' by them, which has one",
-}
-
-_DTYPES = {
-    torch.float16: np.dtype(np.float16),
-    torch.bfloat16: BFLOAT16,
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-}
+_DEFAULTS = DEFAULTS | {"impl": "cce", "return_lse": False}
+_NOT_IN_BASELINE = (*_TENSOR_OPTIONS, "label_smoothing", "z_loss")
 
 
 def linear_cross_entropy(
@@ -131,9 +108,9 @@ def linear_cross_entropy(
     (torch.Size([2, 2]), torch.Size([2, 3, 4]))
     """
     name = _impl(impl)
-    tensors = {"bias": bias, "logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
-    _check_tensors(e, c, targets, tensors)
-    e, c, bias = _cast(e, c, bias)
+    tensors = {"logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
+    checks.check_tensors(e, c, targets, {"bias": bias, **tensors})
+    e, c, bias = checks.cast(e, c, bias)
     options = {
         "ignore_index": ignore_index,
         "softcap": softcap,
@@ -148,12 +125,10 @@ def linear_cross_entropy(
         "backend": backend,
     }
     unused = {"accum_e_fp32": accum_e_fp32, "accum_c_fp32": accum_c_fp32}
-    _check_options(e.dtype, options | unused, return_lse)
-    options |= {"logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
+    checks.check_options(e.dtype, options | unused, return_lse)
+    options |= tensors
     if name == STORED_LOGITS:
-        extra = {"logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
-        extra |= {"label_smoothing": label_smoothing or None, "z_loss": z_loss or None}
-        if given := [term for term, value in extra.items() if value is not None]:
+        if given := [term for term in _NOT_IN_BASELINE if _is_given(term, options[term])]:
             raise ValueError(f"{given[0]}: is not in the baseline, impl {STORED_LOGITS!r}; take another impl, or leave it out")
         loss, lse = _from_stored_logits(e, c, targets, bias, ignore_index, softcap, reduction, int(shift))
         return (loss, lse) if return_lse else loss
@@ -192,7 +167,7 @@ class LinearCrossEntropy(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        checked = {
+        given = {
             "ignore_index": ignore_index,
             "softcap": softcap,
             "reduction": reduction,
@@ -206,9 +181,9 @@ class LinearCrossEntropy(torch.nn.Module):
         if "bias" in options:
             raise TypeError("bias: is given when the module is called, not when it is made")
         tensors = {name: x for name, x in options.items() if name in _TENSOR_OPTIONS and isinstance(x, torch.Tensor)}
-        _check_options(torch.float32, {name: x for name, x in checked.items() if name not in tensors}, return_lse)
-        self._names = (*checked, "impl", "return_lse")
-        for name, value in (checked | {"impl": _impl(impl), "return_lse": return_lse}).items():
+        checks.check_options(torch.float32, {name: x for name, x in given.items() if name not in tensors}, return_lse)
+        self._names = (*given, "impl", "return_lse")
+        for name, value in (given | {"impl": _impl(impl), "return_lse": return_lse}).items():
             if name in tensors:
                 self.register_buffer(name, value, persistent=False)
             else:
@@ -220,10 +195,8 @@ class LinearCrossEntropy(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """The options that are not at their defaults."""
-        defaults = arguments.DEFAULTS | {"impl": "cce", "return_lse": False}
         options = {name: getattr(self, name) for name in self._names}
-        given = {name: x for name, x in options.items() if isinstance(x, torch.Tensor) or x != defaults[name]}
-        return ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if _is_given(name, value))
 
 
 def compute_z_loss(
@@ -249,17 +222,17 @@ def compute_z_loss(
     >>> compute_z_loss(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([5, 6, -100]))
     tensor(5.)
     """
-    _check_tensor("lse", lse)
+    checks.check_tensor("lse", lse)
     if not lse.is_floating_point():
         raise TypeError(f"lse: must be of a floating-point dtype, got {lse.dtype}")
-    if reduction not in arguments.REDUCTIONS:
-        raise ValueError(f"reduction: must be one of {', '.join(map(repr, arguments.REDUCTIONS))}, got {reduction!r}")
-    _check_options(torch.float32, {"shift": shift, "ignore_index": ignore_index}, False)
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
+    checks.check_options(torch.float32, {"shift": shift, "ignore_index": ignore_index}, False)
     squared = lse * lse
     if targets is None:
         return squared.mean() if reduction == "mean" else squared.sum() if reduction == "sum" else squared
-    _check_tensor("targets", targets)
-    _check_integers("targets", targets)
+    checks.check_tensor("targets", targets)
+    checks.check_integers("targets", targets)
     counts = (targets[..., shift:] if shift else targets) != ignore_index
     if counts.shape != lse.shape:
         raise ValueError(
@@ -301,21 +274,20 @@ def linear_cross_entropy_backward(
     >>> weight.grad[3]
     tensor([-0.1875, -0.1875, -0.1875, -0.1875])
     """
-    _check_tensors(e, c, targets, {"bias": bias} | {name: options.get(name) for name in _TENSOR_OPTIONS})
+    checks.check_tensors(e, c, targets, {"bias": bias} | {name: options.get(name) for name in _TENSOR_OPTIONS})
     inputs = {name: x for name, x in (("e", e), ("c", c), ("bias", bias)) if x is not None and x.requires_grad}
     with torch.no_grad():
-        cast_e, cast_c, cast_bias = _cast(e, c, bias)
+        cast_e, cast_c, cast_bias = checks.cast(e, c, bias)
         with call.prepared(cast_e, cast_c, targets, {"bias": cast_bias, **options}) as (problem, plan):
             grads = {name: _accumulator(name, x) for name, x in inputs.items()}
             try:
                 destination = Destination.of(Gradients(**grads), True, frozenset(grads), problem)
             except (TypeError, ValueError) as error:
                 raise type(error)(re.sub(r"\bout\.(\w+)", r"\1.grad", str(error))) from None
-            statistics = losses._statistics(problem, plan, with_grad=bool(grads))
-            parts = Terms.of(problem, statistics)
-            loss = losses._loss(problem, plan, statistics, parts)
+            done = driver.forward(problem, plan, GRADIENTS if grads else ())
+            loss = done.loss()
             if grads:
-                losses._backward(problem, plan, statistics, parts, d_loss, None, destination)
+                done.backward(d_loss, None, destination)
     onward = [name for name, x in inputs.items() if not x.is_leaf]
     if onward:
         torch.autograd.backward([inputs[name] for name in onward], [grads[name] for name in onward])
@@ -328,8 +300,13 @@ def _accumulator(name: str, tensor: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(tensor, memory_format=torch.contiguous_format)
     if tensor.grad is None:
         tensor.grad = torch.zeros_like(tensor)
-    _check_tensor(f"{name}.grad", tensor.grad)
+    checks.check_tensor(f"{name}.grad", tensor.grad)
     return tensor.grad
+
+
+def _is_given(name: str, value: Any) -> bool:
+    """Whether an option is not at its default."""
+    return isinstance(value, torch.Tensor) or value != _DEFAULTS[name]
 
 
 def _impl(impl: str | enum.Enum) -> str:
@@ -337,83 +314,6 @@ def _impl(impl: str | enum.Enum) -> str:
     if name not in (*PRESETS, STORED_LOGITS):
         raise ValueError(f"impl: must be one of {', '.join(map(repr, (*PRESETS, STORED_LOGITS)))}, got {impl!r}")
     return name
-
-
-def _check_tensor(name: str, tensor: Any) -> None:
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(
-            f"{name}: must be a torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__} "
-            "(cce_numba.linear_cross_entropy takes other arrays)"
-        )
-    if hasattr(tensor, "full_tensor"):
-        raise TypeError(f"{name}: must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
-    if tensor.is_nested or tensor.layout is not torch.strided:
-        layout = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
-        raise TypeError(f"{name}: must be a strided tensor, got {layout}")
-    if not torch.compiler.is_compiling() and tensor.is_neg():
-        raise TypeError(f"{name}: is a view that negates another's elements when they are read; pass {name}.resolve_neg()")
-
-
-def _check_integers(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise TypeError(f"{name}: must be integers, got dtype {str(tensor.dtype).removeprefix('torch.')}")
-
-
-def _check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> None:
-    """That they are tensors on e's device; `optional` ones may be None, and a logit scale a number."""
-    for name, tensor in {"e": e, "c": c, "targets": targets, **optional}.items():
-        if tensor is None and name in optional:
-            continue
-        if name == "logit_scale" and not isinstance(tensor, torch.Tensor):
-            if not isinstance(tensor, numbers.Real):
-                raise TypeError(f"logit_scale: must be a number or a torch.Tensor, got {tensor!r}")
-            continue
-        _check_tensor(name, tensor)
-        if name in arguments.GRADIENTS:
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name}: must be of a floating-point dtype, got {tensor.dtype}")
-        elif tensor.requires_grad and torch.is_grad_enabled():
-            instead = _INSTEAD.get(name, "")
-            raise ValueError(f"{name}: requires grad, but gets no gradient here; pass {name}.detach(){instead}")
-        if tensor.device != e.device:
-            raise ValueError(f"{name}: must be on the device of e, {e.device}, got a tensor on {tensor.device}")
-    if e.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"e: must be on the CPU or on CUDA, got a tensor on {e.device}")
-
-
-def _cast(
-    e: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Under autocast e in its dtype, as for a linear layer; c in e's dtype; bias too, unless it may stay in float32."""
-    kind = e.device.type
-    if torch.is_autocast_enabled(kind) and e.dtype != torch.float64:
-        e = e.to(torch.get_autocast_dtype(kind))
-    if e.dtype not in _DTYPES:
-        raise TypeError(f"e: dtype must be one of {', '.join(map(str, _DTYPES))}, got {e.dtype}")
-    if bias is not None and (bias.dtype != torch.float32 or e.dtype == torch.float64):
-        bias = bias.to(e.dtype)
-    return e, c.to(e.dtype), bias
-
-
-def _check_options(dtype: torch.dtype, options: dict[str, Any], return_lse: Any) -> None:
-    """Raises what `arguments.options` does; under `torch.compile`, which cannot look there, the operator will when it runs."""
-    if torch.compiler.is_compiling():
-        return
-    arguments.flag("return_lse", return_lse)
-    try:
-        _checked(dtype, **options)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        arguments.options(_DTYPES[dtype], options)
-
-
-@functools.lru_cache(maxsize=256, typed=True)
-def _checked(dtype: torch.dtype, **options: Any) -> None:
-    arguments.options(_DTYPES[dtype], options)
-    for name, value in options.items():
-        if isinstance(value, torch.Tensor):  # which passes for an integer there
-            raise TypeError(f"{name}: must be an integer, not a tensor, got {value!r}")
 
 
 def _from_stored_logits(
@@ -427,8 +327,8 @@ def _from_stored_logits(
     shift: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(loss, lse)` as one writes it without these kernels: logits of e's dtype, stored, and again in float32 (float64)."""
-    fakes.check_shapes(e, c, targets, bias)
-    _check_integers("targets", targets)
+    checks.check_shapes(e, c, targets, bias)
+    checks.check_integers("targets", targets)
     if shift:
         e, targets = e[..., : max(0, e.shape[-2] - shift), :], targets[..., shift:]
     logits = e @ c.T

@@ -10,12 +10,12 @@ import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 
 from cce_numba import gpu, interchange
 
-DTYPES = {np.dtype(name): getattr(torch, name) for name in ("float32", "float64", "uint8", "int32", "int64")}
+NUMPY_DTYPES = {getattr(torch, name.removeprefix("torch.")): dtype for name, dtype in interchange.TORCH_DTYPES.items()}
+TORCH_DTYPES = {dtype: of_torch for of_torch, dtype in NUMPY_DTYPES.items()}
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def tensor_of(native: Any) -> torch.Tensor:
     if not isinstance(block, torch.Tensor) or not native.flags.c_contiguous:
         return torch.from_dlpack(native).clone(memory_format=torch.contiguous_format)
     first = (native.data.ptr - block.data_ptr()) // native.itemsize
-    tensor = torch.empty(0, dtype=DTYPES[native.dtype], device=block.device)
+    tensor = torch.empty(0, dtype=TORCH_DTYPES[native.dtype], device=block.device)
     return tensor.set_(block.untyped_storage(), first, native.shape)
 
 

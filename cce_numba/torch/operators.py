@@ -27,11 +27,14 @@ _OPTIONS = "int[] integers, float[] reals, str words"
 
 
 def forward(
-    tensors: Sequence[torch.Tensor | None], options: Mapping[str, Any], record: bool
+    tensors: Sequence[torch.Tensor | None], options: Mapping[str, Any], wrt: Iterable[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(loss, lse)` by the operator, which autograd records. `tensors`: `call.TENSORS`; `options`: all others by name."""
+    """`(loss, lse)` by the operator, which autograd records.
+
+    `tensors`: `call.TENSORS`; `options`: all others by name; `wrt`: the gradients that a backward is to give.
+    """
     _check_transforms(tensors)
-    loss, lse, *_ = forward_op(*tensors, *_encoded(options), record)
+    loss, lse, *_ = forward_op(*tensors, *_encoded(options), ",".join(wrt))
     return loss, lse
 
 
@@ -88,14 +91,14 @@ def _decoded(integers: list[int], reals: list[float], words: str) -> dict[str, A
 @torch.library.custom_op(
     "cce_numba::linear_cross_entropy",
     mutates_args=(),
-    schema=f"({_INPUTS}, {_OPTIONS}, bool record) -> ({', '.join(['Tensor'] * (1 + len(SAVED)))})",
+    schema=f"({_INPUTS}, {_OPTIONS}, str wrt) -> ({', '.join(['Tensor'] * (1 + len(SAVED)))})",
 )
 def forward_op(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, *other: Any) -> tuple[torch.Tensor, ...]:
-    """`call.forward`."""
-    *tensors, integers, reals, words, record = other
+    """`call.forward`; `wrt`: the names of the gradients that a backward is to give, separated by commas."""
+    *tensors, integers, reals, words, wrt = other
     given = call.given((e, c, targets, *tensors), _decoded(integers, reals, words))
     with call.prepared(e, c, targets, given) as (problem, plan):
-        loss, arrays = call.forward(problem, plan, record)
+        loss, arrays = call.forward(problem, plan, wrt.split(","))
         return loss, *memory.tensors_of(call.defined(problem, arrays))
 
 
@@ -117,9 +120,8 @@ def backward_op(d_loss: torch.Tensor | None, d_lse: torch.Tensor | None, *other:
 
 @forward_op.register_fake
 def _(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, *other: Any) -> tuple[torch.Tensor, ...]:
-    bias, scale, _, _, integers, reals, words, record = other
-    options = _decoded(integers, reals, words)
-    return fakes.forward(e, c, targets, bias, options if scale is None else options | {"logit_scale": scale}, record)
+    bias, *_, integers, reals, words, wrt = other
+    return fakes.forward(e, c, targets, bias, _decoded(integers, reals, words), wrt.split(","))
 
 
 @backward_op.register_fake

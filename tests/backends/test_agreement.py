@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import cce_numba as cce
 import reference
-from cce_numba.arguments import options as checked_options
+from cce_numba.options import Options
 from tests.helpers.cases import DTYPES, Case, cases, filters, make_case
 from tests.helpers.checks import check_forward, check_gradients, check_survivors, expect
 
@@ -17,7 +17,7 @@ GIVES = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the simulator's 
 
 
 def eps_of(case: Case) -> float | None:
-    return checked_options(case.e.dtype, {"filter_eps": case.options.get("filter_eps", "auto")}).filter_eps
+    return Options.of(case.e.dtype, {"filter_eps": case.options.get("filter_eps", "auto")}).filter_eps
 
 
 @GIVES

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from cce_numba import dropped
+from cce_numba import survivors
 from tests.helpers.cases import DTYPES, Case, cases, filters, make_case
 from tests.helpers.checks import assert_within, compute_unit, expect
 
@@ -37,7 +37,7 @@ def test_any_problem(harness, edges, data):
     case = case.with_options(**data.draw(filters()))
     rows = data.draw(st.sampled_from([8, 16, 1024]), label="rows at a time")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dropped, "_MOST_ROWS", rows)
+        patch.setattr(survivors, "_MOST_ROWS", rows)
         check_mass(harness, case, harness.forward(case))
 
 
@@ -46,7 +46,7 @@ def test_any_problem(harness, edges, data):
 def test_peaked_logits_drop_a_part(harness, edges, monkeypatch, dtype, rows):
     """Each block of tokens keeps other entries than the next one."""
     harness.skip_unless_it_takes(dtype)
-    monkeypatch.setattr(dropped, "_MOST_ROWS", rows)
+    monkeypatch.setattr(survivors, "_MOST_ROWS", rows)
     N = edges.n[-1] + 1
     case = make_case(5, (N,), edges.v[-1] + 1, edges.d[-1] + 1, np.dtype(np.float64), ignored=0.2)
     targets = np.arange(N) * 7 // N

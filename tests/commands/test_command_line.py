@@ -25,7 +25,6 @@ from rich.console import Console
 
 import cce_numba as cce
 import reference
-from benchmarks import make_demo_file
 from cce_numba.__main__ import main
 from cce_numba.backend import BACKENDS
 from cce_numba.commands import DTYPES, machine
@@ -483,7 +482,7 @@ def test_a_backend_that_cannot_run_here() -> None:
 
 def test_help_version_and_what_they_import() -> None:
     """Neither needs a GPU library, or is slowed down by one."""
-    for argv in (["--help"], ["demo", "--help"]):
+    for argv in (["--help"], ["demo", "--help"], ["precompile", "--help"]):
         code, out, err = run_process(*argv)
         assert (code, err) == (0, "")
         assert "exit codes:" in out
@@ -585,61 +584,43 @@ def test_info_tells_how_to_get_what_is_missing(run: Run, monkeypatch: pytest.Mon
     assert "none: CuPy, which GPU arrays need, is not installed" in out
 
 
-# ---------------------------------------------------------------- benchmarks/make_demo_file.py
-
-
-def archive(path: Path, **changes: Any) -> tuple[Path, np.ndarray, np.ndarray, np.ndarray]:
-    """What a quantised model's last layer is stored in; also e, c and each token's loss."""
-    rng = np.random.default_rng(0)
-    q, scale = rng.integers(-8, 8, (60, 2, 4), np.int8), rng.uniform(0.05, 0.1, (60, 2)).astype(np.float16)
-    c = np.concatenate([q[:, group] * scale[:, group, None].astype(np.float32) for group in range(2)], axis=1)
-    e, targets = rng.standard_normal((30, 8)).astype(ml_dtypes.bfloat16), rng.integers(0, 60, 30)
-    nll = reference.forward(e, c, targets).nll
-    arrays = {
-        "classifier_q": q,
-        "classifier_scale": scale,
-        "embeddings_bf16": e.view(np.uint16),
-        "targets": targets,
-        "loss_fp32": nll.astype(np.float32),
+def test_info_shows_the_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where it is, how large, of which backends, and what in it is of other versions of the package."""
+    cubin_cache = pytest.importorskip("cce_numba.launch.cubin_cache")
+    monkeypatch.setenv("CCE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cubin_cache, "_sources", lambda: "now")
+    found = json.loads(run("info", "--json")[1])["cache"]
+    assert found == {
+        "directory": str(tmp_path / "cache"),
+        "why_unusable": None,
+        "bytes": 0,
+        "most_bytes": 256 * 2**20,
+        "kernels": {},
+        "of_other_sources": {"number": 0, "bytes": 0},
     }
-    np.savez(path, **{name: array for name, array in (arrays | changes).items() if array is not None})
-    return path, e, c, nll
+    assert "precompile fills it" in run("info")[1]
 
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_make_demo_file(tmp_path: Path, run_json: Callable[..., dict[str, Any]], dtype: str) -> None:
-    """In float32 everything is exact, so the demo finds the loss that the archive tells."""
-    source, e, c, nll = archive(tmp_path / "archive.npz")
-    out = tmp_path / "demo.npz"
-    assert make_demo_file.main([str(source), str(out), "--tokens", "20", "--dtype", dtype]) == 0
-    with np.load(out) as file:
-        made = dict(file)
-    if dtype == "bfloat16":
-        assert made["e"].dtype == made["c"].dtype == np.uint16
-        made |= {name: made[name].view(ml_dtypes.bfloat16) for name in ("e", "c")}
-    assert np.array_equal(made["e"].astype(np.float32), e[:20].astype(np.float32))
-    assert np.array_equal(made["c"].astype(np.float32), c.astype(made["c"].dtype).astype(np.float32))
-    found = run_json("demo", "--backend", "cpu", "--data", out)
-    assert found["problem"]["tokens"] == 20
-    assert found["known_loss"] == pytest.approx(nll[:20].mean(), rel=1e-6)
-    assert found["loss"] == pytest.approx(nll[:20].mean(), rel=1e-5 if dtype == "float32" else 1e-2)
-
-
-def test_make_demo_file_refuses_what_it_cannot_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, *_ = archive(tmp_path / "archive.npz")
-    other, *_ = archive(tmp_path / "other.npz", classifier_scale=None)
-    np.save(tmp_path / "single.npy", ONES)
-    for argv, part in (
-        ([tmp_path / "absent.npz"], "No such file"),
-        ([other], "lacks classifier_scale"),
-        ([tmp_path / "single.npy"], "is no npz file"),
-        ([source, "--tokens", "31"], "--tokens must lie in [1, 30]"),
-        ([source, "--tokens", "0"], "--tokens must lie in [1, 30]"),
+    for name, kernel, cc in (("a", "simt.forward", (9, 0)), ("b", "simt.tokens", (8, 0)), ("c", "hopper.ring", (9, 0))):
+        cubin_cache.store(tmp_path / "cache" / f"{name}.cce-cubin", "symbol", bytes(10**6), f"cce_numba.{kernel}.make()", cc)
+    monkeypatch.setattr(cubin_cache, "_sources", lambda: "later")
+    cubin_cache.store(tmp_path / "cache" / "d.cce-cubin", "symbol", bytes(10**6), "cce_numba.simt.forward.make()", (9, 0))
+    monkeypatch.setattr(cubin_cache, "_sources", lambda: "now")
+    found = json.loads(run("info", "--json")[1])["cache"]
+    assert {name: (group["number"], group["compute_capabilities"]) for name, group in found["kernels"].items()} == {
+        "simt": (2, ["8.0", "9.0"]),
+        "hopper": (1, ["9.0"]),
+    }
+    assert found["of_other_sources"]["number"] == 1
+    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) > 4 * 10**6
+    out = run("info")[1]
+    assert max(map(len, out.splitlines())) == 100
+    for part in (
+        "3.8 MiB of at most 256.0 MiB",
+        "2 kernels, 1.9 MiB, compute capability 8.0, 9.0",
+        "1 kernels, 1.0 MiB, of other",
     ):
-        path, *options = map(str, argv)
-        assert make_demo_file.main([path, str(tmp_path / "out.npz"), *options]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("make_demo_file: error: ")
-        assert path in err
-        assert part in err
-    assert not (tmp_path / "out.npz").exists()
+        assert part in out
+
+    monkeypatch.setenv("CCE_CACHE_DIR", "")
+    assert json.loads(run("info", "--json")[1])["cache"]["directory"] is None
+    assert "no: CCE_CACHE_DIR is empty" in run("info")[1]

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from numba import njit
 
 import cce_numba as cce
+from cce_numba.arguments import Outline
 from cce_numba.cpu import backend
-from cce_numba.cpu.fold import exp_float32
-from cce_numba.cpu.tiles import CpuTiles
+from cce_numba.cpu.elements import exp_float32
+from cce_numba.cpu.tiles import CpuTiles, choose_tiles
+from cce_numba.options import Options
 from cce_numba.progress import reported_to
 from tests.helpers.cases import DTYPES, Edges, cases, filters, make_case, with_terms
 from tests.helpers.checks import check_forward, check_gradients, expect
@@ -41,6 +43,23 @@ def test_any_blocks(data):
         expected, result = expect(case), harness.forward(case)
         check_forward(expected, harness.numbers(result))
         check_gradients(expected, harness.backward(result), harness.kept(result, len(case.c)))
+
+
+@given(
+    N=st.integers(0, 10**6),
+    V=st.integers(1, 10**6),
+    D=st.integers(1, 2**15),
+    dtype=st.sampled_from(DTYPES),
+    accum_e_fp32=st.booleans(),
+)
+def test_only_a_huge_D_makes_blocks_of_survivors_smaller(N, V, D, dtype, accum_e_fp32):
+    """So their form is known where N and V are not."""
+    options = Options.of(dtype, {"accum_e_fp32": accum_e_fp32})
+    p = Outline(N, V, D, dtype, False, "cpu", options)
+    tiles = choose_tiles(p)
+    assert backend.statistics_form(p).survivor_block == tiles.survivor_block
+    if D <= 2**14:
+        assert tiles.survivor_block == 128
 
 
 def test_where_nearly_everything_survives_all_does():

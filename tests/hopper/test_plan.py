@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 from cce_numba import gpu
-from cce_numba.arguments import options
 from cce_numba.interchange import BFLOAT16
+from cce_numba.options import Options
 from tests.helpers.harness import SimulatorHarness
 
 if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
 from cce_numba.hopper import backend
-from cce_numba.hopper.backward.host import workspace_bytes
+from cce_numba.hopper.backward.workspace import workspace_bytes
+from cce_numba.hopper.forward.layout import Layout
+from cce_numba.hopper.tiles import HopperTiles
 
 N, V = 1000, 50_000
 
@@ -36,7 +38,7 @@ def matrix(rows, columns, apart=None):
 def problem(D, bias=None, apart=None, **given):
     return SimpleNamespace(
         N=N, V=V, D=D, e=matrix(N, D, apart), c=matrix(V, D, apart), bias=bias, dtype=BFLOAT16, device="cuda:0",
-        options=options(BFLOAT16, given), logits_bytes=4 * N * V,
+        options=Options.of(BFLOAT16, given), logits_bytes=4 * N * V,
     )  # fmt: skip
 
 
@@ -73,6 +75,21 @@ def test_a_filter_that_nobody_chose_is_coarser_for_the_classifier(given, coarse_
     assert plan.coarse_eps == coarse_eps
     assert ("128 tokens at once where all are below 6.1e-05" in plan.how) == (coarse_eps is not None)
     assert plan.survivor_bytes == planes * 8 * 261 * 24, "8 blocks of tokens, 261 tiles of entries"
+    form = backend.statistics_form(problem(64, **given))
+    assert (form.tokens, form.survivor_block, form.planes) == (np.int32, plan.tiles.survivor_block, max(1, planes))
+
+
+@pytest.mark.parametrize("N", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("V", [1, 191, 192, 193, 256, 50_000])
+@pytest.mark.parametrize("given", [{}, {"filter_c_grad": False}], ids=str)
+def test_the_form_of_survivors_is_that_of_the_layout(N, V, given):
+    """Of which the forward makes them: a row for each block, and words for whole tiles."""
+    p = problem(64, **given)
+    p.N, p.V, p.e, p.c = N, V, matrix(N, 64), matrix(V, 64)
+    layout, form = Layout.of(p, HopperTiles()), backend.statistics_form(p)
+    assert form.planes == (1 if given else 2)
+    assert form.survivors_shape(N, V) == (form.planes * layout.blocks, 4 * layout.pitch_words)
+    assert backend.plan(p).survivor_bytes == form.survivor_bytes(N, V) == form.planes * layout.survivor_bytes
 
 
 @pytest.mark.parametrize("apart", [None, 72], ids=["contiguous", "a view that the copy engine reads"])

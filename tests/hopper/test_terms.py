@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cce_numba as cce
-from cce_numba import arguments, gpu
+from cce_numba import gpu
 from cce_numba import plan as planning
 from cce_numba.interchange import BFLOAT16
+from cce_numba.options import Options
 from tests.helpers import offline
 from tests.helpers.cases import DTYPES, cases, filters, make_case, with_terms
 from tests.helpers.checks import check_forward, check_gradients, check_survivors, expect
@@ -25,17 +27,19 @@ from cce_numba import survivors
 from cce_numba.hopper import backend
 from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.tiles import BackwardTiles
-from cce_numba.hopper.forward.kernel import make_lse_kernel
+from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
+from cce_numba.tensor_core.folds import MAX_SUM, MEAN_LOGIT, SURVIVORS
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
-from cce_numba.tensor_core.survey.columns import make_list_kernel
+from cce_numba.tensor_core.survey.listing import make_list_kernel
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 on_gpu = pytest.mark.gpu
 
 FLOAT16, FLOAT32 = DTYPES[0], np.dtype(np.float32)
 TILES = HopperTiles()
+PLAIN, RECORDING, SMOOTHED = (MAX_SUM,), (MAX_SUM, SURVIVORS), (MAX_SUM, MEAN_LOGIT)
 # Of what consumers keep from tile to tile; none of it is in the loop over the stages.
 FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 128, 3072
 
@@ -45,18 +49,18 @@ FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 128, 3072
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
-    ("dtype", "bias", "capped", "record", "scaled", "smoothed"),
+    ("dtype", "bias", "capped", "scaled", "folds"),
     [
-        (BFLOAT16, None, False, True, True, False),
-        (BFLOAT16, FLOAT32, True, True, True, False),
-        (FLOAT16, FLOAT16, False, False, True, False),
-        (FLOAT16, None, True, False, False, True),
-        (BFLOAT16, BFLOAT16, True, False, True, True),
-        (BFLOAT16, None, True, False, True, True),
+        (BFLOAT16, None, False, True, RECORDING),
+        (BFLOAT16, FLOAT32, True, True, RECORDING),
+        (FLOAT16, FLOAT16, False, True, PLAIN),
+        (FLOAT16, None, True, False, SMOOTHED),
+        (BFLOAT16, BFLOAT16, True, True, SMOOTHED),
+        (BFLOAT16, None, True, True, SMOOTHED),
     ],
 )
-def test_the_forward(dtype, bias, capped, record, scaled, smoothed):
-    kernel = make_lse_kernel(TILES, dtype, bias, capped, record, scaled, smoothed)
+def test_the_forward(dtype, bias, capped, scaled, folds):
+    kernel = make_forward_kernel(TILES, dtype, bias, capped, scaled, folds)
     compiled = offline.compile_hopper(kernel)
     assert compiled.notices == []
     assert compiled.registers == 65536 // 384 // 8 * 8 == 168
@@ -65,9 +69,9 @@ def test_the_forward(dtype, bias, capped, record, scaled, smoothed):
     assert compiled.count(r"call(\.uni)?") == 0
     assert compiled.count(r"wgmma\.mma_async\S+") == 8
     assert compiled.smem_bytes == 0
-    assert TILES.smem_bytes < kernel.smem_bytes <= MAX_SMEM_BYTES
+    assert kernel.smem_bytes == TILES.smem_bytes <= MAX_SMEM_BYTES
     # Totals: of each row of a thread, to a slot of its own.
-    assert compiled.count(r"st\.global\.f32") >= (8 if smoothed else 4)
+    assert compiled.count(r"st\.global\.f32") >= (8 if folds is SMOOTHED else 4)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -92,7 +96,7 @@ def test_the_backward(dtype, capped, with_sums, scaled, smoothed):
     [
         make_indexed_dot_kernel(BFLOAT16, FLOAT32, True, True),
         make_indexed_dot_kernel(FLOAT16, None, False, True),
-        make_merge_kernel(TILES, True),
+        make_merge_kernel(TILES.group_n, SMOOTHED),
         make_list_kernel(True),
     ],
     ids=["dot", "dot of rows that are not aligned", "merge", "list"],
@@ -107,21 +111,19 @@ def test_what_is_small(kernel):
 @pytest.mark.parametrize(
     ("make", "told", "more"),
     [
-        (make_lse_kernel, (TILES, BFLOAT16, None, True, False), [(), (True,), (False, True), (True, True)]),
+        (make_forward_kernel, (TILES, BFLOAT16, None, True), list(itertools.product((False, True), (PLAIN, SMOOTHED)))),
         (make_backward_kernel, (BackwardTiles(), BFLOAT16, True, False), [(), (True,), (False, True), (True, True)]),
         (make_indexed_dot_kernel, (BFLOAT16, None, True), [(), (True,)]),
-        (make_merge_kernel, (TILES,), [(), (True,)]),
+        (make_merge_kernel, (TILES.group_n,), [(PLAIN,), (SMOOTHED,)]),
         (make_list_kernel, (), [(), (True,)]),
     ],
 )
-def test_kernels_without_a_term_take_nothing_for_it(make, told, more):
-    """Not an argument more; and each has a name of its own where compiled ones are kept."""
+def test_each_choice_of_terms_is_kept_under_a_name_of_its_own(make, told, more):
     kernels = [make(*told, *terms) for terms in more]
-    sizes = [kernel._arguments.size for kernel in kernels]
-    assert sizes[0] < min(sizes[1:])
-    assert len({kernel.identity for kernel in kernels}) == len(kernels)
-    with_nothing = make(*told, *(False for _ in more[-1]))
-    assert with_nothing.signature == kernels[0].signature
+    identities = {kernel.identity for kernel in kernels}
+    assert None not in identities
+    assert len(identities) == len(kernels)
+    assert len({str(kernel.signature) for kernel in kernels}) == 1, "a term that is not there is an address of 0"
 
 
 # ---- the plan
@@ -147,7 +149,7 @@ def problem(**given):
     N, V, D, scale = 1000, 50_000, 64, given.pop("logit_scale", None)
     return SimpleNamespace(
         N=N, V=V, D=D, e=_OnDevice((N, D), BFLOAT16), c=_OnDevice((V, D), BFLOAT16), bias=None, dtype=BFLOAT16, device="cuda:0",
-        options=arguments.options(BFLOAT16, given), on_device=True, logits_bytes=4 * N * V, logit_scale=scale,
+        options=Options.of(BFLOAT16, given), on_device=True, logits_bytes=4 * N * V, logit_scale=scale,
         class_weights=None,
     )  # fmt: skip
 
@@ -164,7 +166,7 @@ def test_it_is_planned_for_tensor_cores(given):
 @pytest.mark.usefixtures("an_h100")
 def test_adding_up_logits_takes_memory():
     plain, smoothed = (backend.plan(problem(softcap=30.0, label_smoothing=x)) for x in (0.0, 0.1))
-    assert smoothed.forward_bytes == plain.forward_bytes + plain.layout.part_bytes + 4 * 1000
+    assert smoothed.forward_bytes == plain.forward_bytes + 4 * plain.layout.part_numbers + 4 * 1000
     assert smoothed.survivor_bytes == 0 < plain.survivor_bytes
 
 

@@ -16,7 +16,8 @@ if SimulatorHarness.is_active():
 from numba.cuda import types
 
 from cce_numba.launch import kernel as launch
-from cce_numba.launch.kernel import Kernel, pointer_to
+from cce_numba.launch.kernel import Kernel, pointer_to, recorded
+from cce_numba.launch.record import Record
 
 
 class Arguments(ctypes.Structure):
@@ -32,6 +33,7 @@ class Arguments(ctypes.Structure):
     )
 
 
+_INNER = types.float32, pointer_to("f4")
 SIGNATURE = types.void(types.int32, pointer_to("f4"), types.float32, types.int64, types.int32, types.UniTuple(types.uint64, 3))
 
 
@@ -60,16 +62,40 @@ def launched(monkeypatch):
 
 def test_arguments_lie_where_c_would_put_them(launched):
     kernel = Kernel(lambda: None, SIGNATURE, threads=96, smem_bytes=4096, cluster=2)
-    kernel.launch(8, -5, 2**40 + 3, 1.5, -(2**40), True, 1, 2, 2**64 - 1)
+    kernel.launch(8, -5, 2**40 + 3, 1.5, -(2**40), True, (1, 2, 2**64 - 1))
     ((shape, arguments),) = launched
     assert shape == (1234, (8, 1, 1), (96, 1, 1), 4096, 77, 0)
     assert (arguments.a, arguments.b, arguments.c, arguments.d, arguments.e) == (-5, 2**40 + 3, 1.5, -(2**40), 1)
     assert list(arguments.f) == [1, 2, 2**64 - 1]
 
 
-def test_an_empty_grid_launches_nothing(launched):
-    Kernel(lambda: None, SIGNATURE, threads=32).launch(0, 1, 2, 3.0, 4, 5, 6, 7, 8)
+def test_grids_and_blocks_may_have_several_dimensions(launched):
+    kernel = Kernel(lambda: None, SIGNATURE, threads=(16, 8))
+    assert (kernel.threads, kernel.block) == (128, (16, 8, 1))
+    kernel.launch((3, 5), *range(5), (5, 6, 7))
+    kernel.launch((2, 3, 4), *range(5), (5, 6, 7))
+    assert [shape[1:3] for shape, _ in launched] == [((3, 5, 1), (16, 8, 1)), ((2, 3, 4), (16, 8, 1))]
+
+
+@pytest.mark.parametrize("grid", [0, (0, 3), (3, 0)])
+def test_an_empty_grid_launches_nothing(launched, grid):
+    Kernel(lambda: None, SIGNATURE, threads=32).launch(grid, 1, 2, 3.0, 4, 5, (6, 7, 8))
     assert launched == []
+
+
+def test_recorded_launches_run_nothing_and_only_in_their_thread(launched):
+    kernel, other = (Kernel(lambda: None, SIGNATURE, threads=32) for _ in range(2))
+    with recorded() as kernels:
+        kernel.launch(1, *range(8))
+        other.launch(0, *range(8))
+        thread = threading.Thread(target=lambda: other.launch(1, *range(8)))
+        thread.start()
+        thread.join()
+        kernel.launch(2, *range(8))
+    assert kernels == [kernel, kernel]
+    assert len(launched) == 1
+    kernel.launch(1, *range(8))
+    assert len(launched) == 2
 
 
 def test_threads_do_not_mix_their_arguments(launched):
@@ -77,7 +103,7 @@ def test_threads_do_not_mix_their_arguments(launched):
 
     def work(mark):
         for _ in range(500):
-            kernel.launch(1, mark, mark, mark, mark, mark, mark, mark, mark)
+            kernel.launch(1, mark, mark, mark, mark, mark, (mark, mark, mark))
 
     threads = [threading.Thread(target=work, args=(mark,)) for mark in range(1, 5)]
     for thread in threads:
@@ -89,7 +115,26 @@ def test_threads_do_not_mix_their_arguments(launched):
         assert {x.a, x.b, int(x.c), x.d, x.e, *x.f} == {x.a}
 
 
-@pytest.mark.parametrize("kind", [types.uint32, types.float64, types.boolean, types.int8])
-def test_other_types_are_refused_before_anything_is_compiled(kind):
-    with pytest.raises(TypeError, match="kernels here take int32, int64, uint64, float32, pointers"):
-        Kernel(lambda: None, types.void(kind), threads=32)
+class Inner(Record):
+    number = types.float32
+    address = pointer_to("f4")
+
+
+class Outer(Record):
+    inner = Inner
+    count = types.int32
+
+
+def test_records_lie_as_their_fields_would():
+    kernel = Kernel(lambda: None, (types.int32, Inner, Outer), threads=32)
+    flat = Kernel(lambda: None, types.void(types.int32, *_INNER, *_INNER, types.int32), threads=32)
+    assert kernel._layout.format == flat._layout.format
+    assert kernel._numbers((1, Inner(2.0, 3), Outer(inner=Inner(4.0, 5), count=6))) == [1, 2.0, 3, 4.0, 5, 6]
+
+
+def test_values_that_are_not_the_parameters_are_refused(launched):
+    kernel = Kernel(lambda: None, (types.int32, Inner), threads=32)
+    for values in ((1, 2.0, 3), (1,), (1, Inner(2.0, 3), 4)):
+        with pytest.raises((TypeError, ValueError)):
+            kernel.launch(1, *values)
+    assert launched == []

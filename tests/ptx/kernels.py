@@ -9,6 +9,7 @@ from numba.cuda import types
 from cce_numba.launch.kernel import Kernel, pointer_to
 from cce_numba.ptx import arithmetic, cluster, control, mbarrier, memory, tma, wgmma
 from cce_numba.ptx import fragment as fragments
+from cce_numba.ptx.pointers import address_of, view_as
 
 F32_ARRAY, I32_ARRAY, U32_ARRAY = pointer_to(np.float32), pointer_to(np.int32), pointer_to(np.uint32)
 BOX_ROWS, ROW_BYTES = 128, 128  # of a swizzled box: 64 16-bit numbers a row
@@ -382,6 +383,19 @@ def make_load_global():
 
     out = pointer_to(np.uint64), F32_ARRAY, pointer_to(np.int32), U32_ARRAY
     return Kernel(load_global_kernel, types.void(*[types.uint64] * 4, *out), threads=32)
+
+
+def make_pointers():
+    """Element i of x: read at its address, its bits through a view; and its bits stored through a view of `out`."""
+    as_bits = view_as(types.uint32)
+
+    def pointers_kernel(x, by_address, bits, out):
+        i = cuda.threadIdx.x
+        by_address[i] = memory.load_global_f32(address_of(x) + np.uint64(4 * i))
+        bits[i] = as_bits(x)[i]
+        as_bits(out)[i] = bits[i]
+
+    return Kernel(pointers_kernel, types.void(F32_ARRAY, F32_ARRAY, U32_ARRAY, F32_ARRAY), threads=32)
 
 
 def make_handover(rounds):

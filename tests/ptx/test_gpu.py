@@ -359,6 +359,14 @@ def test_loads_from_global_memory(cupy, rng):
         np.testing.assert_array_equal(got.get(), expected)
 
 
+def test_pointers_are_addresses_and_views(cupy, rng):
+    x = rng.standard_normal(32).astype(np.float32)
+    given, out = cupy.asarray(x), [cupy.empty(32, dtype) for dtype in (np.float32, np.uint32, np.float32)]
+    kernels.make_pointers().launch(1, *(array.data.ptr for array in (given, *out)))
+    for expected, got in zip((x, x.view(np.uint32), x), out, strict=True):
+        np.testing.assert_array_equal(got.get(), expected)
+
+
 def test_loads_on_a_condition(cupy, rng):
     """Without it nothing is touched, not even an address that is nobody's."""
     x, wanted = rng.integers(1, 2**32, 32, np.uint32), (np.arange(32) % 3 == 0).astype(np.uint32)

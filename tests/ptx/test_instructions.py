@@ -155,10 +155,8 @@ TABLE = [
     Row("wgmma.mma", _PRODUCT + r"\.bf16\.bf16", (FRAGMENT, U64, U64, U32), FRAGMENT, (64, "bf16")),
     Row("wgmma.mma", _PRODUCT + r"\.f16\.f16", (FRAGMENT, U64, U64, U32), FRAGMENT, (64, "f16")),
 ]
-NO_INSTRUCTIONS = {
-    "fragment.fragment_type",
-    "fragment.zeros",
-}  # a type, and a constant
+# A type, a constant, and other names for a pointer.
+NO_INSTRUCTIONS = {"fragment.fragment_type", "fragment.zeros", "pointers.address_of", "pointers.view_as"}
 
 
 def compile_call(function: Any, operands: tuple[Any, ...], result: Any = VOID) -> offline.Compiled:

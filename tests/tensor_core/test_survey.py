@@ -14,9 +14,10 @@ from tests.helpers.harness import SimulatorHarness
 if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
-from cce_numba.launch.kernel import Kernel
-from cce_numba.tensor_core.survey import survey as survey_module
-from cce_numba.tensor_core.survey.survey import survey
+from cce_numba.launch.kernel import Kernel, pointer_to
+from cce_numba.launch.record import flattened, kind_of
+from cce_numba.tensor_core.records import SurvivorBits, WeightedTokens
+from cce_numba.tensor_core.survey import Products, host, survey
 from cce_numba.tensor_core.survey.tables import SurveyLayout, Tables
 
 KERNELS = ("weigh", "list", "order", "sort", "rounds", "slots", "phases")
@@ -69,7 +70,7 @@ def keys_of(survives: np.ndarray, patterns: np.ndarray) -> np.ndarray:
 
 def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
     """All tables, those of rounds only as far as there are rounds."""
-    blocks, n_ctiles, V, n_valid = layout.blocks, layout.n_ctiles, layout.V, len(x.tokens)
+    blocks, column_tiles, V, n_valid = layout.blocks, layout.column_tiles, layout.V, len(x.tokens)
     weights = np.stack([x.softmax_weight, x.target_weight])[:, x.tokens]
     found = {}
 
@@ -77,7 +78,7 @@ def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
     sizes = np.abs(weights[np.isfinite(weights)])
     largest = sizes.max(initial=0)
     power = 0 if largest == 0 else np.clip(13 - (np.frexp(largest)[1] - 1), -100, 100)
-    found["scale"] = np.array([2.0**power, 2.0**-power], np.float32)
+    found["weight_scale"] = np.array([2.0**power, 2.0**-power], np.float32)
     has_weight = (weights != 0).any(0)
     row_of = np.full(blocks * 128, -1, np.int32)
     row_of[:n_valid][has_weight] = x.tokens[has_weight]
@@ -86,19 +87,19 @@ def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
     for p, n in enumerate(row_of):
         if n >= 0:
             lost = np.isnan(x.target_logit[n])
-            rows[p, 0] = np.nan if lost else x.softmax_weight[n] * found["scale"][0]
-            rows[p, 1] = x.target_weight[n] * found["scale"][0]
+            rows[p, 0] = np.nan if lost else x.softmax_weight[n] * found["weight_scale"][0]
+            rows[p, 1] = x.target_weight[n] * found["weight_scale"][0]
             rows[p, 2] = x.lse[n] * np.float32(math.log2(math.e))
             if abs(x.targets[n]) < 2**31:
                 rows.view(np.int32)[p, 3] = x.targets[n]
     found["rows"], found["row_of"] = rows, row_of
     in_blocks = row_of.reshape(blocks, 128)
-    alive = (in_blocks >= 0).any(1)
+    active = (in_blocks >= 0).any(1)
     whole = (in_blocks >= 0).all(1) & (np.diff(in_blocks, axis=1) == 1).all(1)
-    found["alive"], found["whole"] = words(alive), words(whole)
+    found["active"], found["whole"] = words(active), words(whole)
 
     # Columns.
-    kept = np.repeat(alive[:, None], V, axis=1)
+    kept = np.repeat(active[:, None], V, axis=1)
     dense = x.survivors is None
     if x.survivors is not None:
         dense = float((kept & x.survivors).sum()) > float(np.float32(x.dense_share)) * float(kept.sum())
@@ -114,16 +115,16 @@ def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
         for b in range(n_blocks):
             patterns |= needed[b].astype(int) << (7 - b * 8 // n_blocks)
         order = np.argsort(-keys_of(kept.any(0), patterns), kind="stable")
-    found["order"] = np.full(n_ctiles * 128, -1, np.int32)
+    found["order"] = np.full(column_tiles * 128, -1, np.int32)
     found["order"][:V] = order
-    in_order = np.zeros((blocks, n_ctiles * 128), bool)
+    in_order = np.zeros((blocks, column_tiles * 128), bool)
     in_order[:, :V] = kept[:, order]
     found["bits"] = words(in_order)
-    counts = in_order.reshape(blocks, n_ctiles, 128).sum(2)
+    counts = in_order.reshape(blocks, column_tiles, 128).sum(2)
     needed_in_order = np.zeros_like(in_order)
     needed_in_order[:, :V] = needed[:, order]
-    found["live"] = words(needed_in_order.reshape(blocks, n_ctiles, 128).any(2).T)
-    before = np.zeros((blocks, n_ctiles + 1), np.int32)
+    found["needed"] = words(needed_in_order.reshape(blocks, column_tiles, 128).any(2).T)
+    before = np.zeros((blocks, column_tiles + 1), np.int32)
     before[:, 1:] = np.cumsum(counts, axis=1)
     found["before"] = before
 
@@ -136,20 +137,20 @@ def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
         first_tile[:rounds] = np.searchsorted(round_of, np.arange(rounds))
     found["n_live_tiles"], found["n_rounds"] = np.array([n_live], np.int32), np.array([rounds], np.int32)
     found["first_tile"] = first_tile
-    for name, size in (("slot0", lambda count: -(-count // 64) * 64), ("first_g", lambda count: -(-count // 192))):
+    for name, size in (("first_slot", lambda count: -(-count // 64) * 64), ("first_job", lambda count: -(-count // 192))):
         found[name] = np.zeros((rounds, blocks + 1), np.int32)
         for r in range(rounds):
             found[name][r, 1:] = np.cumsum(size(before[:, first_tile[r + 1]] - before[:, first_tile[r]]))
 
-    found["first_g"][:, blocks] += found["first_g"][:, blocks] % 2  # pairs of CTAs take jobs
+    found["first_job"][:, blocks] += found["first_job"][:, blocks] % 2  # pairs of CTAs take jobs
 
     # Phases.
     def products(r):
-        dead = n_ctiles - n_live if x.zero_fill else 0
+        dead = column_tiles - n_live if x.zero_fill else 0
         tiles = first_tile[r + 1] - first_tile[r] + (r + 1) * dead // rounds - r * dead // rounds
         return tiles * x.jobs[0] + -(-n_valid // 128) * x.jobs[1]
 
-    logits = found["first_g"][:, blocks]
+    logits = found["first_job"][:, blocks]
     jobs = [logits[0]]
     for r in range(1, rounds):
         jobs += [logits[r], products(r - 1)]
@@ -274,14 +275,14 @@ def test_columns_that_survive_in_the_same_blocks_lie_together():
     found = model(SurveyLayout(256, 6, 256), replace(plain(256), survivors=survivors))
     assert found["order"][:8].tolist() == [4, 1, 2, 0, 3, 5, -1, -1]
     assert found["bits"].tolist() == [[0b011, 0, 0, 0], [0b110, 0, 0, 0]]
-    assert found["live"].tolist() == [[0b11]]
+    assert found["needed"].tolist() == [[0b11]]
     assert found["before"].tolist() == [[0, 2], [0, 2]]
     assert found["first_tile"].tolist() == [0, 1]
-    assert found["slot0"].tolist() == [[0, 64, 128]]
-    assert found["first_g"].tolist() == [[0, 1, 2]]
+    assert found["first_slot"].tolist() == [[0, 64, 128]]
+    assert found["first_job"].tolist() == [[0, 1, 2]]
     assert found["phase_end"].tolist() == [2, 2 + 3 + 2 * 2], "two lists of logits; one tile of dC, two blocks of dE"
-    assert found["whole"].tolist() == found["alive"].tolist() == [0b11]
-    assert found["scale"].tolist() == [2.0**13, 2.0**-13]
+    assert found["whole"].tolist() == found["active"].tolist() == [0b11]
+    assert found["weight_scale"].tolist() == [2.0**13, 2.0**-13]
 
 
 def test_columns_are_sorted_by_what_dc_needs():
@@ -295,14 +296,14 @@ def test_columns_are_sorted_by_what_dc_needs():
     order = [*range(60, 160), *range(160, 200), *range(50, 60), *range(200, 350), *range(50), *range(350, 400)]
     order = [*range(60, 150), *range(150, 160), *order[100:]]  # 0x80, 0x88, 0x08, 0 that survive, 0 that do not
     assert found["order"].tolist() == [*order, *[-1] * 112]
-    assert found["live"].tolist() == [[0b11], [0b10], [0b00], [0b00]]
+    assert found["needed"].tolist() == [[0b11], [0b10], [0b00], [0b00]]
     assert found["n_live_tiles"] == [3]
     assert found["before"].tolist() == [[0, 128, 256, 300, 300], [0, 128, 250, 250, 250]]
     in_order = survivors[:, order]
     np.testing.assert_array_equal(found["bits"], words(np.pad(in_order, ((0, 0), (0, 112)))))
     everything = model(SurveyLayout(256, 400, 256), replace(inputs, dense_share=0.5))
     assert everything["dense"] == [1]
-    assert everything["live"].tolist() == [[0b11]] * 4
+    assert everything["needed"].tolist() == [[0b11]] * 4
 
 
 def test_rounds_and_phases():
@@ -312,7 +313,7 @@ def test_rounds_and_phases():
     assert found["order"].tolist() == list(range(512))
     assert found["n_rounds"] == [4]
     assert found["first_tile"].tolist() == [0, 1, 2, 3, 4]
-    assert found["slot0"].tolist() == [[0, 128]] * 4
+    assert found["first_slot"].tolist() == [[0, 128]] * 4
     #                      G(0), G(1), P(0), G(2), P(1), G(3), P(2), P(3)
     jobs = np.cumsum([2, 2, 3, 2, 3, 2, 3, 3])
     assert found["phase_end"].tolist() == jobs.tolist()
@@ -326,7 +327,7 @@ def test_tiles_without_survivors_are_shared_out():
     assert found["order"][:202].tolist() == [*range(7, 207), 0, 1]
     assert (found["n_live_tiles"], found["n_rounds"]) == ([2], [2])
     assert found["before"].tolist() == [[0, 128, 200, 200, 200, 200]]
-    assert found["slot0"].tolist() == [[0, 128], [0, 128]]
+    assert found["first_slot"].tolist() == [[0, 128], [0, 128]]
     assert found["phase_end"].tolist() == np.cumsum([2, 2, 1 + 1, 1 + 2]).tolist()
 
 
@@ -339,14 +340,14 @@ def test_rows_of_tokens():
     x.lse[4] = 1
     tokens = np.delete(x.tokens, 100)
     found = model(SurveyLayout(256, 512, 256), replace(x, tokens=tokens))
-    assert found["scale"].tolist() == [2.0**15, 2.0**-15]
+    assert found["weight_scale"].tolist() == [2.0**15, 2.0**-15]
     assert found["rows"][4, :3].tolist() == [2.0**13, 0, np.float32(math.log2(math.e))]
     assert found["rows"].view(np.int32)[:8, 3].tolist() == [0, 0, -1, 0, 77, -1, 0, 0]
     assert found["rows"][[2, 255], :3].tolist() == [[0, 0, np.inf]] * 2
     assert np.isnan(found["rows"][5, 0])
     assert found["row_of"][[0, 2, 99, 100, 254, 255]].tolist() == [0, -1, 99, 101, 255, -1]
     assert found["whole"] == [0], "one token has no weight, one is not listed"
-    assert found["alive"] == [0b11]
+    assert found["active"] == [0b11]
 
 
 # ---- the host's side
@@ -359,7 +360,7 @@ def test_tables_hold_what_the_model_says(name):
     assert int(found["n_rounds"][0]) <= layout.rounds_max
     survives = np.flatnonzero(np.diff(found["before"], axis=1).any(0))
     assert np.array_equal(survives, np.arange(found["n_live_tiles"][0])), "tiles with survivors are first"
-    needed = np.flatnonzero(found["live"].any(1))
+    needed = np.flatnonzero(found["needed"].any(1))
     assert np.array_equal(needed, np.arange(len(needed))), "and of these, what dC needs"
     assert len(needed) <= len(survives)
     assert len(needed) == len(survives) or x.coarse is not None
@@ -367,7 +368,7 @@ def test_tables_hold_what_the_model_says(name):
         dtype, shape = layout.tables[table]
         assert expected.dtype == dtype
         assert all(have <= room for have, room in zip(expected.shape, shape, strict=True))
-    counts = np.diff(found["slot0"], axis=1).sum(1)
+    counts = np.diff(found["first_slot"], axis=1).sum(1)
     assert counts.max() <= layout.cap + layout.blocks * (128 + 63), "a round's last tile may pass the capacity"
 
 
@@ -383,20 +384,21 @@ def test_cases_are_what_they_are_called():
     for name in ("none listed", "none has weight", "no survivors", "keep all, none listed"):
         assert found[name]["n_live_tiles"][0] == 0
     for name in ("dead blocks", "coarse, dead blocks"):
-        assert 0 < found[name]["alive"][0] < 2**6 - 1
-    needed = {name: found[name]["live"].any(1).sum() / found[name]["n_live_tiles"][0] for name in CASES if "coarse" in name}
+        assert 0 < found[name]["active"][0] < 2**6 - 1
+    needed = {name: found[name]["needed"].any(1).sum() / found[name]["n_live_tiles"][0] for name in CASES if "coarse" in name}
     assert {name for name in needed if 0 < needed[name] < 0.9} == set(needed) - {"coarse, dense", "coarse, nothing"}
     assert needed["coarse, nothing"] == 0
     for name in ("coarse", "coarse, many blocks", "coarse, dead blocks", "coarse, all patterns"):
         layout, x = make_case(name)
-        plain_live = model(layout, replace(x, coarse=None))["live"]
-        assert np.bitwise_count(found[name]["live"]).sum() < np.bitwise_count(plain_live).sum()
+        plain_live = model(layout, replace(x, coarse=None))["needed"]
+        assert np.bitwise_count(found[name]["needed"]).sum() < np.bitwise_count(plain_live).sum()
     assert any(table["whole"].any() for table in found.values())
 
 
 def test_places_of_tables():
     layout = SurveyLayout(1000, 5000, 8 * 128)
     assert list(layout.tables) == list(Tables._fields)
+    assert kind_of(Tables).types == tuple(pointer_to(dtype) for dtype, _ in layout.tables.values())
     ends = [0]
     for (dtype, shape), offset in zip(layout.tables.values(), layout.offsets, strict=True):
         assert offset % 256 == 0
@@ -411,22 +413,22 @@ def test_a_round_holds_a_tile():
         SurveyLayout(1000, 5000, 1023)
 
 
-ADDRESSES = dict.fromkeys(("tokens", "n_valid", "softmax_weight", "target_weight", "lse", "target_logit", "targets"), 2**40)
-
-
 @pytest.mark.parametrize(("keep_all", "coarse_rows"), [(False, 0), (False, 1024), (True, 0)])
 def test_launches_are_few_and_take_these_arguments(monkeypatch, keep_all, coarse_rows):
     grids = {}
 
     def launch(kernel, ctas, *values):
-        kernel._arguments.pack(*values)  # raises if they are too many, too few, or too large
+        kernel._arguments.pack(*flattened(values))  # raises if they are too many, too few, or too large
         grids[kernel.function.__name__] = ctas
 
     monkeypatch.setattr(Kernel, "launch", launch)
     layout = SurveyLayout(131_072, 500_000, 2**24)
-    where = ADDRESSES | {"survivors_pointer": 0 if keep_all else 2**40, "pitch_words": 0 if keep_all else 15_630}
-    where |= {"coarse_rows": coarse_rows} if coarse_rows else {}
-    survey(layout, 2**41, **where, keep_all=keep_all, dense_share=0.7, d_tiles_c=9, d_tiles_e=9, zero_fill=True)
+    tokens = WeightedTokens(**dict.fromkeys(WeightedTokens.declared, 2**40))
+    survivors = None
+    if not keep_all:
+        survivors = SurvivorBits(words=2**40, pitch_words=15_630, coarse_words=15_630 * coarse_rows)
+    products = Products(d_tiles_c=9, d_tiles_e=9, zero_fill=True)
+    survey(layout, 2**41, tokens=tokens, survivors=survivors, dense_share=0.7, products=products)
     assert list(grids) == [f"{name}_kernel" for name in KERNELS]
     assert grids["list_kernel"] == 1024 // 8 + (0 if keep_all else -(-500_000 // 4096))
 
@@ -434,7 +436,7 @@ def test_launches_are_few_and_take_these_arguments(monkeypatch, keep_all, coarse
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile(name):
-    kernel = getattr(survey_module, f"make_{name}_kernel")()
+    kernel = getattr(host, f"make_{name}_kernel")()
     compiled = offline.compile_hopper(kernel)
     assert compiled.spilled_bytes == compiled.stack_bytes == 0
     assert compiled.notices == []
@@ -461,30 +463,29 @@ def survey_on_gpu(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
     import cupy
 
     base = cupy.full(layout.nbytes, 0xFF, np.uint8)
-    arrays = {name: getattr(x, name) for name in ADDRESSES if name not in ("tokens", "n_valid")}
-    arrays["tokens"] = np.pad(x.tokens, (0, layout.N - len(x.tokens)), constant_values=2**30)  # nobody reads those
+    named = ("softmax_weight", "target_weight", "lse", "target_logit")
+    arrays = {name: getattr(x, name) for name in named}
+    arrays["listed"] = np.pad(x.tokens, (0, layout.N - len(x.tokens)), constant_values=2**30)  # nobody reads those
     arrays["n_valid"], arrays["targets"] = np.array([len(x.tokens)]), x.targets.astype(np.int64)
     arrays = {name: cupy.asarray(array) for name, array in arrays.items()}
-    pointer, pitch_words = 0, 0
+    pointers = {name: array.data.ptr for name, array in arrays.items()}
+    bits = None
     if x.survivors is not None:
         planes = [words(plane) for plane in (x.survivors, x.coarse) if plane is not None]
         for plane in planes:
             plane[-(-len(x.tokens) // 128) :] = 0x55555555  # nor these
-        bits = np.concatenate(planes)
-        survivors = cupy.asarray(np.pad(bits, ((0, 0), (0, 3)), constant_values=2**32 - 1))  # nor what is past the last
-        pointer, pitch_words = survivors.data.ptr, survivors.shape[1]
+        both = np.concatenate(planes)
+        survivors = cupy.asarray(np.pad(both, ((0, 0), (0, 3)), constant_values=2**32 - 1))  # nor what is past the last
+        pitch_words = survivors.shape[1]
+        coarse_words = 0 if x.coarse is None else layout.blocks * pitch_words
+        bits = SurvivorBits(words=survivors.data.ptr, pitch_words=pitch_words, coarse_words=coarse_words)
     survey(
         layout,
         base.data.ptr,
-        survivors_pointer=pointer,
-        pitch_words=pitch_words,
-        coarse_rows=0 if x.coarse is None else layout.blocks,
-        keep_all=x.survivors is None,
+        tokens=WeightedTokens(**pointers, largest_weight=pointers["softmax_weight"]),
+        survivors=bits,
         dense_share=x.dense_share,
-        d_tiles_c=x.jobs[0],
-        d_tiles_e=x.jobs[1],
-        zero_fill=x.zero_fill,
-        **{name: array.data.ptr for name, array in arrays.items()},
+        products=Products(*x.jobs, x.zero_fill),
     )
     return tables_of(layout, base.get())
 
@@ -502,7 +503,7 @@ def check_tables(layout: SurveyLayout, found: dict[str, np.ndarray], x: Inputs) 
     """Every table is the model's, to the bit; log-sum-exps in base 2 to the last but one."""
     for name, expected in model(layout, x).items():
         got = found[name]
-        if name in ("slot0", "first_g", "phase_end"):  # as far as there are rounds
+        if name in ("first_slot", "first_job", "phase_end"):  # as far as there are rounds
             got = got[: len(expected)]
         if name == "rows":
             np.testing.assert_array_max_ulp(got[:, 2], expected[:, 2], 1)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import cce_numba as cce
+from cce_numba import driver
+from cce_numba.backend import backend_module
+from cce_numba.driver import ForwardPass
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 cct = pytest.importorskip("cce_numba.torch")
@@ -45,10 +49,8 @@ def test_only_what_requires_grad(inputs, needed, monkeypatch):
     cct.linear_cross_entropy(*tensors, filter_eps=2.0**-4).backward()
     expected = dict(zip("ecb", grads_of(tensors), strict=True))
     asked = []
-    from cce_numba.torch import call
-
-    original = call.losses._backward
-    monkeypatch.setattr(call.losses, "_backward", lambda *args: asked.append(args[-1].wanted) or original(*args))
+    original = ForwardPass.backward
+    monkeypatch.setattr(ForwardPass, "backward", lambda *args: asked.append(args[-1].wanted) or original(*args))
     some = leaves(inputs)
     for name, x in zip("ecb", [some[0], some[1], some[3]], strict=True):
         x.requires_grad_(name in needed)
@@ -66,15 +68,18 @@ def test_nothing_requires_grad(inputs):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_grad_nothing_is_kept_and_no_survivors_are_made(inputs, mode, monkeypatch):
-    from cce_numba.torch import call
-
     recorded = []
-    original = call.losses._statistics
-    monkeypatch.setattr(
-        call.losses,
-        "_statistics",
-        lambda *args, with_grad: recorded.append(with_grad) or original(*args, with_grad=with_grad),
-    )
+
+    def watched(name):
+        module = backend_module(name)
+
+        def forward(p, plan, *, record_survivors):
+            recorded.append(record_survivors)
+            return module.forward(p, plan, record_survivors=record_survivors)
+
+        return SimpleNamespace(**(vars(module) | {"forward": forward}))
+
+    monkeypatch.setattr(driver, "backend_module", watched)
     tensors = leaves(inputs)
     with mode():
         loss = cct.linear_cross_entropy(*tensors)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cce_numba as cce
-from cce_numba.arguments import DEFAULTS
+from cce_numba.options import DEFAULTS
 from tests.torch.stored_logits import stored_logits_loss
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")

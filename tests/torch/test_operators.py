@@ -70,14 +70,15 @@ def test_opcheck(device, options, dtype, used, monkeypatch):
 @pytest.mark.parametrize("filter_eps", ["auto", 2.0**-16, None])
 def test_options_are_the_same_once_decoded(filter_eps):
     """So a filter that nobody chose is not taken for one of the same threshold."""
-    from cce_numba import arguments
+    from cce_numba.interchange import BFLOAT16
+    from cce_numba.options import DEFAULTS, Options
     from cce_numba.torch import call, operators
 
-    numbers = {name: value for name, value in arguments.DEFAULTS.items() if name in operators._INTEGERS + operators._REALS}
+    numbers = {name: value for name, value in DEFAULTS.items() if name in operators._INTEGERS + operators._REALS}
     options = numbers | {"reduction": "sum", "backend": "cpu", "filter_eps": filter_eps, "filter_c_grad": False, "shift": 3}
     decoded = operators._decoded(*operators._encoded(options | {"softcap": 5.0, "check_targets": True}))
     assert decoded == options | {"softcap": 5.0, "check_targets": True}
-    checked = arguments.options(arguments.DTYPES[1], call.given([None] * len(call.TENSORS), decoded))
+    checked = Options.of(BFLOAT16, call.given([None] * len(call.TENSORS), decoded))
     assert checked.filter_eps == (2.0**-16 if filter_eps else None)
     assert checked.filter_is_auto == (filter_eps == "auto")
 
@@ -86,13 +87,15 @@ def test_options_are_the_same_once_decoded(filter_eps):
 def two_rows(monkeypatch):
     """The CPU's forward leaves two rows of survivors for each block, as Hopper's does: its own, then others. Counts them."""
     from cce_numba.cpu import backend
-    from cce_numba.torch import fakes
 
-    forward, made = backend.forward, []
+    forward, form, made = backend.forward, backend.statistics_form, []
+
+    def has_two(p):
+        return p.options.filter_is_auto and p.options.filter_c_grad
 
     def with_others(p, plan, *, record_survivors):
         statistics = forward(p, plan, record_survivors=record_survivors)
-        if not (record_survivors and p.options.filter_is_auto and p.options.filter_c_grad):
+        if not (record_survivors and has_two(p)):
             return statistics
         bits = statistics.survivors
         if bits is None:
@@ -101,9 +104,8 @@ def two_rows(monkeypatch):
         return dataclasses.replace(statistics, survivors=np.concatenate([bits, np.full_like(bits, 0x55)]))
 
     monkeypatch.setattr(backend, "forward", with_others)
-    fakes._Form.of.cache_clear()
-    yield made
-    fakes._Form.of.cache_clear()
+    monkeypatch.setattr(backend, "statistics_form", lambda p: dataclasses.replace(form(p), planes=2 if has_two(p) else 1))
+    return made
 
 
 @pytest.mark.parametrize("options", [{}, {"filter_c_grad": False}, {"filter_e_grad": False}, {"filter_eps": 2.0**-16}], ids=str)
@@ -141,7 +143,7 @@ def test_rows_of_a_device_are_kept_whole(block_rows, monkeypatch):
     """They go on after the last entry. With a tensor of the CPU that says that it is on a device; nothing reads it."""
     pytest.importorskip("cupy", reason="CuPy is not installed")
     from cce_numba import interchange
-    from cce_numba.plan import Statistics
+    from cce_numba.backend import Statistics, StatisticsForm
     from cce_numba.torch import call, memory
 
     monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor: 0)
@@ -149,13 +151,13 @@ def test_rows_of_a_device_are_kept_whole(block_rows, monkeypatch):
     per_token, n_valid, tokens = torch.zeros(300), torch.tensor(300), torch.arange(300, dtype=torch.int32)
     lse, count, listed, bits = map(interchange.of_cuda_tensor, (per_token, n_valid, tokens, given))
     p = SimpleNamespace(N=300, V=1000, on_device=True, options=SimpleNamespace(smooths_capped=False))
-    plan = SimpleNamespace(tiles=SimpleNamespace(survivor_block=128))
-    arrays = call._saved(p, Statistics(listed, count, lse, lse, bits[:, :125], 128), True)
+    form = StatisticsForm(np.dtype(np.int32), survivor_block=128, planes=block_rows, row_unit_bytes=24)
+    arrays = call._saved(p, form, Statistics(listed, count, lse, lse, bits[:, :125], 128), True)
     saved = [memory.tensor_of(array) for array in arrays]
     kept = saved[call.SAVED.index("survivors")]
     assert kept.data_ptr() == given.data_ptr()
     assert torch.equal(kept, given)
-    survivors = call._statistics(p, plan, saved).survivors
+    survivors = call._statistics(p, form, saved).survivors
     np.testing.assert_array_equal(survivors, given.numpy()[:, :125])
     assert survivors.strides == (144, 1)
 

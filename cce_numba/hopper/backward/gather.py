@@ -1,7 +1,7 @@
-"""Rows that are not neighbours on their way to shared memory, one by one, 16 bytes a lane, swizzled by hand.
+"""The gathering warps: copy rows that are not neighbours in memory, one by one, to the operands that `bulk_copy` describes.
 
-By two warps, into the stages and panels that `load` describes: rows of c that a list names, rows of e where tokens are
-scattered, columns of G that a tile has in a block. Rows of nobody become zeros.
+These are rows of c, by a list of columns; rows of e, in blocks that are not whole; and columns of G, which are rows of the
+workspace, of the columns of a tile that survive in a block. Rows that are nobody's become zeros.
 """
 
 from __future__ import annotations
@@ -12,159 +12,108 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.backward.jobs import D0, D_E, END, K_STEPS, KIND, LOGITS, PLACE, ROUND, SLOT, make_job_ring
-from cce_numba.hopper.backward.load import has_bit
+from cce_numba.hopper.backward.bulk_copy import has_bit
+from cce_numba.hopper.backward.jobs import D_E, END, LOGITS, make_job_ring
+from cce_numba.hopper.backward.records import WORD, Piece
+from cce_numba.hopper.backward.rows import (
+    PANEL_SMEM_BYTES,
+    ROW_BYTES,
+    copy_rows,
+    copy_rows_across,
+    copy_rows_or_zeros,
+    copy_rows_or_zeros_across,
+    copy_rows_to_two,
+    ids_in_list,
+    ids_in_smem,
+    ids_in_table,
+    ids_of_lanes,
+    is_some,
+)
 from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PANEL, BackwardTiles
 from cce_numba.hopper.ring import make_ring
 from cce_numba.ptx import arithmetic, control, mbarrier, memory
-from cce_numba.ptx.wgmma import PANEL_BYTES
+from cce_numba.ptx.pointers import address_of
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP
 
-_PANEL_BYTES, _ROW_BYTES = np.uint32(PANEL_BYTES), 2 * PANEL
+# In this file `tables` is the survey's `Tables`, `dims` a `records.Dimensions`, and `piece` a `records.Piece`.
+
+
+@cuda.jit(device=True, forceinline=True)
+def slots_in_32_blocks(word: Any, lane: Any, r: Any, tile: Any, tables: Any, dims: Any) -> Any:
+    """`(bits, first)` of a tile of columns and the block 32 * word + lane: what `slots_of` needs of them.
+
+    bits: four words, whose bits say which of the tile's 128 columns survive in the block. first: twice the slot of the first of
+    these columns, counted from the buffer's first slot; and 1 more if the block is whole. r: the round.
+    """
+    column_tiles, first_tile, wholes = dims.column_tiles, tables.first_tile[r], np.uint32(tables.whole[word])
+    slots = np.int64(r) * (dims.blocks + 1)
+    block = np.int64(min(np.int32(32 * word + lane), np.int32(dims.blocks - 1)))
+    one, row = np.uint32(1), np.uint64(address_of(tables.before) + np.uint64(4 * (block * (column_tiles + 1))))
+    bits = memory.load_if_4_u32(np.uint64(address_of(tables.bits) + np.uint64(16 * (block * column_tiles + tile))), one)
+    of_block = memory.load_if_u32(np.uint64(address_of(tables.first_slot) + np.uint64(4 * (slots + block))), one)
+    of_tile = memory.load_if_u32(row + np.uint64(4 * tile), one)
+    of_round = memory.load_if_u32(row + np.uint64(4 * first_tile), one)
+    return bits, np.int32(2 * np.int32(of_block + of_tile - of_round) + np.int32((wholes >> np.uint32(lane)) & one))
+
+
+@cuda.jit(device=True, forceinline=True)
+def slots_of(bits: Any, first: Any, block: Any, slot: Any, thread: Any) -> Any:
+    """By a warp: `(is_whole, upper, lower)`: whether a block is whole, and the slots that the thread copies rows of.
+
+    upper and lower are eight slots each, of every eighth of a tile's first and last 64 columns, -1 where the column does not
+    survive in the block. Eight threads share these rows; each computes two of the slots, and tells them to the others.
+
+    bits, first: what `slots_in_32_blocks` gave each lane. slot: the buffer's first. thread: as in `Piece`.
+    """
+    shuffle, holder = control.shuffle_i32, np.uint32(block & 31)
+    word_0, word_1 = np.uint32(shuffle(np.int32(bits[0]), holder)), np.uint32(shuffle(np.int32(bits[1]), holder))
+    word_2, word_3 = np.uint32(shuffle(np.int32(bits[2]), holder)), np.uint32(shuffle(np.int32(bits[3]), holder))
+    first = shuffle(np.int32(first), holder)
+    is_whole, first = first & 1 != 0, np.int32(slot + (first >> 1))
+    sharer, bit = np.uint32(thread & 7), np.uint32((thread >> 3) + 8 * (thread & 3))
+    below = np.uint32((np.uint32(1) << bit) - np.uint32(1))
+    before_1, before_3 = cuda.popc(word_0), cuda.popc(word_2)
+    before_2 = np.int32(before_1 + cuda.popc(word_1))
+    is_second = sharer >= np.uint32(4)
+    upper, lower = word_1 if is_second else word_0, word_3 if is_second else word_2
+    own = np.int32(first + (before_1 if is_second else 0) + cuda.popc(np.uint32(upper & below)))
+    own = own if (upper >> bit) & np.uint32(1) != 0 else np.int32(-1)
+    next_own = np.int32(first + before_2 + (before_3 if is_second else 0) + cuda.popc(np.uint32(lower & below)))
+    next_own = next_own if (lower >> bit) & np.uint32(1) != 0 else np.int32(-1)
+    lane = np.uint32(thread & 24)
+    return is_whole, ids_of_lanes(own, lane), ids_of_lanes(next_own, lane)
+
+
+@cuda.jit(device=True, forceinline=True)
+def piece_of(thread: Any, D: Any) -> Any:
+    """The `Piece` of a gathering thread, one of 64, for rows of D 16-bit numbers."""
+    lane, sharer, row = np.int32(thread & 31), np.uint32(thread & 7), np.uint32(thread >> 3)
+    return Piece(
+        thread=thread,
+        lane=lane,
+        row=row,
+        offset_bytes=np.uint64(np.uint32(16) * sharer),
+        smem_bytes=np.uint32(np.uint32(ROW_BYTES) * row + ((sharer ^ row) << np.uint32(4))),
+        row_bytes=np.int32(16 * ((D + 7) // 8 - sharer)),
+    )
 
 
 @functools.cache
 def make_gather(tiles: BackwardTiles) -> Any:
-    """The device function of the warps that copy rows one by one, and swizzle them by hand.
-
-    Eight threads share a row, 16 bytes each; so a thread's rows are 8 apart, and it copies eight of them at a time.
-    """
+    """The device function of the gathering warps."""
     ring_, jobs_ = make_ring(tiles), make_job_ring(tiles)
     wait_empty, stage_of, full, a_smem, b_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem, ring_.c_smem
     field, wait_job, job_empty, columns_smem = jobs_.field, jobs_.wait_full, jobs_.empty, jobs_.columns_smem
-    load_id, opaque, load_if = memory.load_shared_i32_freely, arithmetic.opaque_u32, memory.load_if_u32
-    load_if_4, shuffle = memory.load_if_4_u32, control.shuffle_i32
-    copy_16, copy_16_of_row = memory.copy_async_16_or_zeros, memory.copy_async_16_of_row
+    opaque = arithmetic.opaque_u32
 
-    @cuda.jit(device=True, forceinline=True)
-    def copy_row(smem: Any, id: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
-        """16 bytes of a row, or zeros if they are not `present`. smem and source are those of this thread's part of a row."""
-        # One instruction, as factors of 32 bits.
-        offset = np.uint64(np.uint32(id)) * np.uint64(np.uint32(pitch_bytes))
-        copy_16(np.uint32(smem), np.uint64(source + offset), np.uint32(present))
-
-    @cuda.jit(device=True, forceinline=True)
-    def copy_row_or_zeros(smem: Any, id: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
-        """The same; zeros for row -1, which is nobody's."""
-        copy_16_of_row(np.uint32(smem), source, np.int32(id) if present != 0 else np.int32(-1), np.uint32(pitch_bytes))
-
-    def make_copy_rows(copy_one: Any) -> Any:
-        """Eight rows to a panel."""
-
-        @cuda.jit(device=True, forceinline=True)
-        def copy_eight(smem: Any, ids: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
-            step = np.uint32(8 * _ROW_BYTES)
-            copy_one(smem, ids[0], source, pitch_bytes, present)
-            copy_one(smem + step, ids[1], source, pitch_bytes, present)
-            copy_one(smem + np.uint32(2) * step, ids[2], source, pitch_bytes, present)
-            copy_one(smem + np.uint32(3) * step, ids[3], source, pitch_bytes, present)
-            copy_one(smem + np.uint32(4) * step, ids[4], source, pitch_bytes, present)
-            copy_one(smem + np.uint32(5) * step, ids[5], source, pitch_bytes, present)
-            copy_one(smem + np.uint32(6) * step, ids[6], source, pitch_bytes, present)
-            copy_one(smem + np.uint32(7) * step, ids[7], source, pitch_bytes, present)
-
-        return copy_eight
-
-    copy_rows, copy_rows_or_zeros = make_copy_rows(copy_row), make_copy_rows(copy_row_or_zeros)
-
-    @cuda.jit(device=True, forceinline=True)
-    def ids_in_smem(address: Any) -> Any:
-        """Eight of a list, 8 apart; past its end any row will do, since what comes of it is not looked at."""
-        step = np.uint32(32)
-        return (
-            max(np.int32(load_id(address)), np.int32(0)),
-            max(np.int32(load_id(address + step)), np.int32(0)),
-            max(np.int32(load_id(address + np.uint32(2) * step)), np.int32(0)),
-            max(np.int32(load_id(address + np.uint32(3) * step)), np.int32(0)),
-            max(np.int32(load_id(address + np.uint32(4) * step)), np.int32(0)),
-            max(np.int32(load_id(address + np.uint32(5) * step)), np.int32(0)),
-            max(np.int32(load_id(address + np.uint32(6) * step)), np.int32(0)),
-            max(np.int32(load_id(address + np.uint32(7) * step)), np.int32(0)),
-        )
-
-    @cuda.jit(device=True, forceinline=True)
-    def ids_in_list(address: Any, wanted: Any) -> Any:
-        """Eight of a list that other CTAs have written, which lie together (`jobs.listed_place`), if they are wanted."""
-        wanted = np.uint32(1) if wanted else np.uint32(0)
-        return load_if_4(address, wanted) + load_if_4(address + np.uint64(16), wanted)
-
-    @cuda.jit(device=True, forceinline=True)
-    def ids_in_table(table: Any, first: Any) -> Any:
-        """Eight of a table that is older than this kernel, 8 apart."""
-        return (
-            table[first], table[first + 8], table[first + 16], table[first + 24],
-            table[first + 32], table[first + 40], table[first + 48], table[first + 56],
-        )  # fmt: skip
-
-    @cuda.jit(device=True, forceinline=True)
-    def slots_of(words: Any, first: Any, block: Any, slot: Any, thread: Any) -> Any:
-        """Whether a block is whole; sixteen of a tile's columns' slots in it, 8 apart, -1 for what does not survive.
-
-        Out of what `in_32_blocks` gives. The eight threads that share a row compute two of its slots each, and tell each other.
-        """
-        holder = np.uint32(block & 31)
-        word_0, word_1 = np.uint32(shuffle(np.int32(words[0]), holder)), np.uint32(shuffle(np.int32(words[1]), holder))
-        word_2, word_3 = np.uint32(shuffle(np.int32(words[2]), holder)), np.uint32(shuffle(np.int32(words[3]), holder))
-        first = shuffle(np.int32(first), holder)
-        is_whole, first = first & 1 != 0, np.int32(slot + (first >> 1))
-        part, bit = np.uint32(thread & 7), np.uint32((thread >> 3) + 8 * (thread & 3))
-        below = np.uint32((np.uint32(1) << bit) - np.uint32(1))
-        before_1, before_3 = cuda.popc(word_0), cuda.popc(word_2)
-        before_2 = np.int32(before_1 + cuda.popc(word_1))
-        is_second = part >= np.uint32(4)
-        upper, lower = word_1 if is_second else word_0, word_3 if is_second else word_2
-        own = np.int32(first + (before_1 if is_second else 0) + cuda.popc(np.uint32(upper & below)))
-        own = own if (upper >> bit) & np.uint32(1) != 0 else np.int32(-1)
-        next_own = np.int32(first + before_2 + (before_3 if is_second else 0) + cuda.popc(np.uint32(lower & below)))
-        next_own = next_own if (lower >> bit) & np.uint32(1) != 0 else np.int32(-1)
-        lane = np.uint32(thread & 24)
-        return is_whole, slots_told(own, lane), slots_told(next_own, lane)
-
-    @cuda.jit(device=True, forceinline=True)
-    def slots_told(own: Any, lane: Any) -> Any:
-        one = np.uint32(1)
-        return (
-            shuffle(own, lane),
-            shuffle(own, lane + one),
-            shuffle(own, lane + np.uint32(2)),
-            shuffle(own, lane + np.uint32(3)),
-            shuffle(own, lane + np.uint32(4)),
-            shuffle(own, lane + np.uint32(5)),
-            shuffle(own, lane + np.uint32(6)),
-            shuffle(own, lane + np.uint32(7)),
-        )
-
-    def make_copy_across(copy_eight: Any) -> Any:
-        """Eight rows of each of three panels beside each other; row_bytes are left in a row from source on."""
-
-        @cuda.jit(device=True, forceinline=True)
-        def copy_across(smem: Any, ids: Any, source: Any, pitch_bytes: Any, row_bytes: Any) -> None:
-            copy_eight(smem, ids, source, pitch_bytes, is_some(row_bytes))
-            smem, source = np.uint32(smem + _PANEL_BYTES), np.uint64(source + np.uint64(_ROW_BYTES))
-            copy_eight(smem, ids, source, pitch_bytes, is_some(row_bytes - _ROW_BYTES))
-            smem, source = np.uint32(smem + _PANEL_BYTES), np.uint64(source + np.uint64(_ROW_BYTES))
-            copy_eight(smem, ids, source, pitch_bytes, is_some(row_bytes - 2 * _ROW_BYTES))
-
-        return copy_across
-
-    @cuda.jit(device=True, forceinline=True)
-    def in_32_blocks(
-        group: Any, lane: Any, bits: Any, before: Any, slot0: Any, slots: Any, tile: Any, first: Any, n_ctiles: Any,
-        blocks: Any, wholes: Any,
-    ) -> Any:  # fmt: skip
-        """What tells a tile's slots in 32 blocks, one a lane: four words of bits; twice its first slot, 1 more if whole."""
-        block = np.int64(min(np.int32(32 * group + lane), np.int32(blocks - 1)))
-        one, row = np.uint32(1), np.uint64(before + np.uint64(4 * (block * (n_ctiles + 1))))
-        words = load_if_4(np.uint64(bits + np.uint64(16 * (block * n_ctiles + tile))), one)
-        of_block = load_if(np.uint64(slot0 + np.uint64(4 * (slots + block))), one)
-        of_tile, of_round = load_if(row + np.uint64(4 * tile), one), load_if(row + np.uint64(4 * first), one)
-        return words, np.int32(2 * np.int32(of_block + of_tile - of_round) + np.int32((wholes >> np.uint32(lane)) & one))
+    # Below, `smem` is a `records.SharedMemory`, `ring` the address of the ring of stages, `s` the number of a job of this CTA,
+    # and `use` the number of a use of the ring. Functions that fill stages begin with this use, and return the next one.
 
     @cuda.jit(device=True, forceinline=True)
     def pass_by(ring: Any, use: Any, stages: Any, lane: Any) -> Any:
-        """Arrives, for its warp, in stages in which nothing is gathered; the next use.
+        """Arrives, for its warp, at so many stages that have nothing to gather.
 
-        It must not be left out: a thread that does not keep up with the ring takes one of its phases for another.
+        These must not be left out: a thread that falls behind the ring takes a phase of a barrier for an earlier one.
         """
         if lane == 0:
             for i in range(stages):
@@ -174,189 +123,179 @@ def make_gather(tiles: BackwardTiles) -> Any:
         return np.uint32(use + np.uint32(stages))
 
     @cuda.jit(device=True, forceinline=True)
-    def is_some(left_bytes: Any) -> Any:
-        """Whether a row has anything left; if so, it is 16 bytes at least."""
-        return np.uint32(1) if left_bytes > 0 else np.uint32(0)
+    def gather_tokens(
+        ring: Any, use: Any, piece: Any, row_of: Any, token: Any, source: Any, pitch_bytes: Any, left_bytes: Any
+    ) -> None:  # fmt: skip
+        """Copies the thread's part of A of a stage for LOGITS: rows of e of a block that is not whole.
 
-    copy_across, copy_across_or_zeros = make_copy_across(copy_rows), make_copy_across(copy_rows_or_zeros)
+        row_of: pointer to the survey's table. token: the first of the thread's listed tokens. source, pitch_bytes, left_bytes:
+        of e, see `rows`.
+        """
+        smem, present = np.uint32(a_smem(ring, stage_of(use)) + piece.smem_bytes), is_some(left_bytes)
+        copy_rows_or_zeros(smem, ids_in_table(row_of, token), source, pitch_bytes, present)
+        smem = np.uint32(smem + PANEL_SMEM_BYTES)
+        copy_rows_or_zeros(smem, ids_in_table(row_of, token + PANEL), source, pitch_bytes, present)
 
     @cuda.jit(device=True, forceinline=True)
-    def gather_stage(ring: Any, use: Any, mine: Any, ids: Any, source: Any, pitch_bytes: Any, left_bytes: Any) -> Any:
-        """B for D_E; the next use."""
+    def gather_logits(
+        smem: Any, s: Any, use: Any, piece: Any, k_steps: Any, block: Any, is_dense: Any, e: Any, c: Any, tables: Any
+    ) -> Any:  # fmt: skip
+        """Gathers A, in a block that is not whole, and B, unless the problem is dense, for a job LOGITS. e, c: `Matrix`."""
+        ring, row_of = smem.ring, tables.row_of
+        is_whole = has_bit(tables.whole, block)
+        if is_dense and is_whole:
+            return pass_by(ring, use, k_steps, piece.lane)
+        ids = opaque(np.uint32(columns_smem(smem.jobs, s) + np.uint32(4) * piece.row))
+        ids_0 = ids_in_smem(ids)
+        ids_1 = ids_in_smem(np.uint32(ids + np.uint32(4 * PANEL)))
+        ids_2 = ids_in_smem(np.uint32(ids + np.uint32(8 * PANEL)))
+        token, source = np.int32(block * COLUMN_TILE + piece.row), np.uint64(c.address + piece.offset_bytes)
+        k = np.int32(0)
+        while k + 1 < k_steps:
+            # Two stages are filled at a time, since the address of a row is then computed once for both.
+            left_bytes, next_use = np.int32(piece.row_bytes - ROW_BYTES * k), np.uint32(use + np.uint32(1))
+            wait_empty(ring, use)
+            wait_empty(ring, next_use)
+            if not is_whole:
+                e_source = np.uint64(e.address + piece.offset_bytes + np.uint64(ROW_BYTES * k))
+                gather_tokens(ring, use, piece, row_of, token, e_source, e.pitch_bytes, left_bytes)
+                e_source, next_bytes = np.uint64(e_source + np.uint64(ROW_BYTES)), np.int32(left_bytes - ROW_BYTES)
+                gather_tokens(ring, next_use, piece, row_of, token, e_source, e.pitch_bytes, next_bytes)
+            if not is_dense:
+                to = b_smem(ring, stage_of(use)) + piece.smem_bytes
+                next_to = b_smem(ring, stage_of(next_use)) + piece.smem_bytes
+                # `opaque` hides the pitch from LLVM, which would otherwise hoist its products with the ids out of the loop and
+                # spill them.
+                pitch = opaque(np.uint32(c.pitch_bytes))
+                copy_rows_to_two(to, next_to, ids_0, source, pitch, left_bytes)
+                to, next_to = np.uint32(to + PANEL_SMEM_BYTES), np.uint32(next_to + PANEL_SMEM_BYTES)
+                copy_rows_to_two(to, next_to, ids_1, source, pitch, left_bytes)
+                to, next_to = np.uint32(to + PANEL_SMEM_BYTES), np.uint32(next_to + PANEL_SMEM_BYTES)
+                copy_rows_to_two(to, next_to, ids_2, source, pitch, left_bytes)
+            source = np.uint64(source + np.uint64(2 * ROW_BYTES))
+            memory.copy_async_arrive(full(ring, stage_of(use)))
+            memory.copy_async_arrive(full(ring, stage_of(next_use)))
+            use, k = np.uint32(use + np.uint32(2)), np.int32(k + 2)
+        if k < k_steps:
+            left_bytes = np.int32(piece.row_bytes - ROW_BYTES * k)
+            wait_empty(ring, use)
+            if not is_whole:
+                e_source = np.uint64(e.address + piece.offset_bytes + np.uint64(ROW_BYTES * k))
+                gather_tokens(ring, use, piece, row_of, token, e_source, e.pitch_bytes, left_bytes)
+            if not is_dense:
+                to, present = np.uint32(b_smem(ring, stage_of(use)) + piece.smem_bytes), is_some(left_bytes)
+                copy_rows(to, ids_0, source, c.pitch_bytes, present)
+                copy_rows(np.uint32(to + PANEL_SMEM_BYTES), ids_1, source, c.pitch_bytes, present)
+                copy_rows(np.uint32(to + np.uint32(2) * PANEL_SMEM_BYTES), ids_2, source, c.pitch_bytes, present)
+            memory.copy_async_arrive(full(ring, stage_of(use)))
+            use = np.uint32(use + np.uint32(1))
+        return use
+
+    @cuda.jit(device=True, forceinline=True)
+    def gather_listed(ring: Any, use: Any, piece: Any, ids: Any, source: Any, pitch_bytes: Any, left_bytes: Any) -> Any:
+        """Gathers B of a stage for D_E: rows of c. source, pitch_bytes, left_bytes: of c, see `rows`."""
         wait_empty(ring, use)
-        copy_across(np.uint32(b_smem(ring, stage_of(use)) + mine), ids, source, pitch_bytes, left_bytes)
+        to = np.uint32(b_smem(ring, stage_of(use)) + piece.smem_bytes)
+        copy_rows_across(to, ids, source, pitch_bytes, left_bytes)
         memory.copy_async_arrive(full(ring, stage_of(use)))
         return np.uint32(use + np.uint32(1))
 
     @cuda.jit(device=True, forceinline=True)
-    def gather_e(
-        ring: Any, use: Any, mine: Any, row_of: Any, token: Any, source: Any, pitch_bytes: Any, left_bytes: Any
-    ) -> None:  # fmt: skip
-        """A for LOGITS, of tokens that are not neighbours."""
-        smem, present = np.uint32(a_smem(ring, stage_of(use)) + mine), is_some(left_bytes)
-        copy_rows_or_zeros(smem, ids_in_table(row_of, token), source, pitch_bytes, present)
-        smem = np.uint32(smem + _PANEL_BYTES)
-        copy_rows_or_zeros(smem, ids_in_table(row_of, token + PANEL), source, pitch_bytes, present)
+    def gather_d_e(
+        ring: Any, use: Any, piece: Any, k_steps: Any, slot: Any, d0: Any, is_dense: Any, c: Any, lists: Any
+    ) -> Any:  # fmt: skip
+        """Gathers B, unless the problem is dense, for a job D_E: rows of c, from hidden entry d0 on.
+
+        slot: the first slot of the block's list. c: a `Matrix`. lists: address of `Workspace.lists`.
+        """
+        if is_dense:
+            return pass_by(ring, use, k_steps, piece.lane)
+        listed, one_step = lists + np.uint64(4 * (np.int64(slot) + 8 * piece.row)), np.uint64(4 * K_STEP)
+        source, left_bytes = (
+            np.uint64(c.address + piece.offset_bytes + np.uint64(2 * d0)),
+            np.int32(piece.row_bytes - 2 * d0),
+        )
+        # Ids are loaded two stages ahead, since they take that long to come. Ids of even and of odd stages have registers of
+        # their own: moving ids from one register to another would wait for them.
+        even, odd = ids_in_list(listed, k_steps > 0), ids_in_list(listed + one_step, k_steps > 1)
+        k = np.int32(0)
+        while k < k_steps:
+            use = gather_listed(ring, use, piece, even, source, c.pitch_bytes, left_bytes)
+            listed += np.uint64(2) * one_step
+            even = ids_in_list(listed, k + 2 < k_steps)
+            if k + 1 < k_steps:
+                use = gather_listed(ring, use, piece, odd, source, c.pitch_bytes, left_bytes)
+                odd = ids_in_list(listed + one_step, k + 3 < k_steps)
+            k = np.int32(k + 2)
+        return use
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_row_to_two(
-        smem: Any, next_smem: Any, id: Any, source: Any, pitch_bytes: Any, present: Any, next_present: Any
-    ) -> None:  # fmt: skip
-        row = np.uint64(source + np.uint64(np.uint32(id)) * np.uint64(np.uint32(pitch_bytes)))
-        copy_16(np.uint32(smem), row, present)
-        copy_16(np.uint32(next_smem), np.uint64(row + np.uint64(_ROW_BYTES)), next_present)
+    def gather_d_c(
+        smem: Any, s: Any, use: Any, piece: Any, slot: Any, d0: Any, is_dense: Any, e: Any, g: Any, tables: Any, dims: Any
+    ) -> Any:  # fmt: skip
+        """Gathers A, unless the problem is dense, and B, in blocks that are not whole, for a job D_C, from hidden entry d0 on.
+
+        slot: the buffer's first. e: a `Matrix`. g: address of `Workspace.g`.
+        """
+        jobs, ring, block_words = smem.jobs, smem.ring, dims.block_words
+        for word in range(block_words):
+            # The fields are read again for each word. Otherwise LLVM would hoist what follows from them out of the loop and
+            # spill it.
+            r, tile = field(jobs, s, WORD.round), field(jobs, s, WORD.block_or_tile)
+            bits, first = slots_in_32_blocks(word, piece.lane, r, tile, tables, dims)
+            left = np.uint32(tables.needed[np.int64(tile) * block_words + word])
+            while left != 0:
+                block = np.int32(32 * word + cuda.ffs(np.int32(left)) - 1)
+                left = np.uint32(left & (left - np.uint32(1)))
+                is_whole, upper, lower = slots_of(bits, first, block, slot, piece.thread)
+                if is_dense and is_whole:
+                    use = pass_by(ring, use, 2, piece.lane)
+                else:
+                    half = np.int32(0)
+                    while half < 2:
+                        wait_empty(ring, use)
+                        if not is_dense:
+                            to = np.uint32(a_smem(ring, stage_of(use)) + piece.smem_bytes)
+                            source = g + piece.offset_bytes + np.uint64(ROW_BYTES * half)
+                            # As above, `opaque` keeps products with the pitch in the loop.
+                            pitch, present = opaque(np.uint32(G_ROW_BYTES)), np.uint32(1)
+                            copy_rows_or_zeros(to, upper, source, pitch, present)
+                            copy_rows_or_zeros(np.uint32(to + PANEL_SMEM_BYTES), lower, source, pitch, present)
+                        if not is_whole:
+                            to = np.uint32(b_smem(ring, stage_of(use)) + piece.smem_bytes)
+                            ids = ids_in_table(tables.row_of, np.int32(block * COLUMN_TILE + piece.row + PANEL * half))
+                            source = np.uint64(e.address + piece.offset_bytes + np.uint64(2 * d0))
+                            copy_rows_or_zeros_across(to, ids, source, e.pitch_bytes, piece.row_bytes - 2 * d0)
+                        memory.copy_async_arrive(full(ring, stage_of(use)))
+                        use, half = np.uint32(use + np.uint32(1)), np.int32(half + 1)
+        return use
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_rows_to_two(
-        smem: Any, next_smem: Any, ids: Any, source: Any, pitch_bytes: Any, left_bytes: Any
-    ) -> None:  # fmt: skip
-        """Eight rows' 16 bytes to a panel, and those that are 128 bytes further on to another."""
-        step, here, there = np.uint32(8 * _ROW_BYTES), is_some(left_bytes), is_some(left_bytes - _ROW_BYTES)
-        copy_row_to_two(smem, next_smem, ids[0], source, pitch_bytes, here, there)
-        smem, next_smem = smem + step, next_smem + step
-        copy_row_to_two(smem, next_smem, ids[1], source, pitch_bytes, here, there)
-        smem, next_smem = smem + step, next_smem + step
-        copy_row_to_two(smem, next_smem, ids[2], source, pitch_bytes, here, there)
-        smem, next_smem = smem + step, next_smem + step
-        copy_row_to_two(smem, next_smem, ids[3], source, pitch_bytes, here, there)
-        smem, next_smem = smem + step, next_smem + step
-        copy_row_to_two(smem, next_smem, ids[4], source, pitch_bytes, here, there)
-        smem, next_smem = smem + step, next_smem + step
-        copy_row_to_two(smem, next_smem, ids[5], source, pitch_bytes, here, there)
-        smem, next_smem = smem + step, next_smem + step
-        copy_row_to_two(smem, next_smem, ids[6], source, pitch_bytes, here, there)
-        smem, next_smem = smem + step, next_smem + step
-        copy_row_to_two(smem, next_smem, ids[7], source, pitch_bytes, here, there)
+    def gather(smem: Any, thread: Any, e: Any, c: Any, tables: Any, workspace: Any, dims: Any) -> None:
+        """By the gathering warps, threads 0 to 63: copies, for each job of this CTA, what the bulk copy engine cannot fetch.
 
-    @cuda.jit(device=True, forceinline=True)
-    def gather(
-        jobs: Any, ring: Any, thread: Any, e: Any, e_pitch_bytes: Any, c: Any, c_pitch_bytes: Any, g: Any, lists: Any,
-        row_of: Any, whole: Any, live: Any, bits_at: Any, before_at: Any, slot0_at: Any, n_ctiles: Any,
-        block_words: Any, first_tile: Any, blocks: Any, dense: Any, D: Any,
-    ) -> None:  # fmt: skip
-        is_dense = dense[0] != 0
+        e, c: `Matrix`. workspace: a `records.Workspace`.
+        """
+        jobs, ring, is_dense = smem.jobs, smem.ring, tables.dense[0] != 0
         s, use = np.uint32(0), np.uint32(0)
         while True:
             wait_job(jobs, s)
-            kind = field(jobs, s, KIND)
+            kind = field(jobs, s, WORD.kind)
             if kind == END:
                 break
-            # Unknown in each job, or all that follows from it would be kept in registers that are not there.
-            own = arithmetic.opaque_i32(thread)
-            lane, part, row = np.int32(own & 31), np.uint32(own & 7), np.uint32(own >> 3)
-            part_bytes = np.uint64(np.uint32(16) * part)
-            row_bytes = np.int32(16 * ((D + 7) // 8 - part))
-            # Rows that are 8 apart have the same place in the swizzle.
-            mine = np.uint32(np.uint32(_ROW_BYTES) * row + ((part ^ row) << np.uint32(4)))
-            k_steps, place, d0 = field(jobs, s, K_STEPS), field(jobs, s, PLACE), field(jobs, s, D0)
-            slot = field(jobs, s, SLOT)
+            # `opaque_i32` hides the thread's number from LLVM, which would otherwise compute what follows from it once for all
+            # jobs, and spill it.
+            piece = piece_of(arithmetic.opaque_i32(thread), dims.D)
+            k_steps, block_or_tile = field(jobs, s, WORD.k_steps), field(jobs, s, WORD.block_or_tile)
+            d0, slot = field(jobs, s, WORD.d0), field(jobs, s, WORD.slot)
             if kind == LOGITS:
-                is_whole = has_bit(whole, place)
-                if is_dense and is_whole:
-                    use = pass_by(ring, use, k_steps, lane)
-                else:
-                    ids = opaque(np.uint32(columns_smem(jobs, s) + np.uint32(4) * row))
-                    ids_0 = ids_in_smem(ids)
-                    ids_1 = ids_in_smem(np.uint32(ids + np.uint32(4 * PANEL)))
-                    ids_2 = ids_in_smem(np.uint32(ids + np.uint32(8 * PANEL)))
-                    token, source = np.int32(place * COLUMN_TILE + row), np.uint64(c + part_bytes)
-                    k = np.int32(0)
-                    while k + 1 < k_steps:
-                        # Two stages at a time: a row is found once for both.
-                        left_bytes, next_use = np.int32(row_bytes - _ROW_BYTES * k), np.uint32(use + np.uint32(1))
-                        wait_empty(ring, use)
-                        wait_empty(ring, next_use)
-                        if not is_whole:
-                            e_source = np.uint64(e + part_bytes + np.uint64(_ROW_BYTES * k))
-                            gather_e(ring, use, mine, row_of, token, e_source, e_pitch_bytes, left_bytes)
-                            e_source, next_bytes = (
-                                np.uint64(e_source + np.uint64(_ROW_BYTES)),
-                                np.int32(left_bytes - _ROW_BYTES),
-                            )
-                            gather_e(ring, next_use, mine, row_of, token, e_source, e_pitch_bytes, next_bytes)
-                        if not is_dense:
-                            smem, next_smem = b_smem(ring, stage_of(use)) + mine, b_smem(ring, stage_of(next_use)) + mine
-                            # Unknown in each step, or products with it would be kept in registers that are not there.
-                            pitch = opaque(np.uint32(c_pitch_bytes))
-                            copy_rows_to_two(smem, next_smem, ids_0, source, pitch, left_bytes)
-                            smem, next_smem = np.uint32(smem + _PANEL_BYTES), np.uint32(next_smem + _PANEL_BYTES)
-                            copy_rows_to_two(smem, next_smem, ids_1, source, pitch, left_bytes)
-                            smem, next_smem = np.uint32(smem + _PANEL_BYTES), np.uint32(next_smem + _PANEL_BYTES)
-                            copy_rows_to_two(smem, next_smem, ids_2, source, pitch, left_bytes)
-                        source = np.uint64(source + np.uint64(2 * _ROW_BYTES))
-                        memory.copy_async_arrive(full(ring, stage_of(use)))
-                        memory.copy_async_arrive(full(ring, stage_of(next_use)))
-                        use, k = np.uint32(use + np.uint32(2)), np.int32(k + 2)
-                    if k < k_steps:
-                        left_bytes = np.int32(row_bytes - _ROW_BYTES * k)
-                        wait_empty(ring, use)
-                        if not is_whole:
-                            e_source = np.uint64(e + part_bytes + np.uint64(_ROW_BYTES * k))
-                            gather_e(ring, use, mine, row_of, token, e_source, e_pitch_bytes, left_bytes)
-                        if not is_dense:
-                            smem, present = np.uint32(b_smem(ring, stage_of(use)) + mine), is_some(left_bytes)
-                            copy_rows(smem, ids_0, source, c_pitch_bytes, present)
-                            copy_rows(np.uint32(smem + _PANEL_BYTES), ids_1, source, c_pitch_bytes, present)
-                            copy_rows(np.uint32(smem + np.uint32(2) * _PANEL_BYTES), ids_2, source, c_pitch_bytes, present)
-                        memory.copy_async_arrive(full(ring, stage_of(use)))
-                        use = np.uint32(use + np.uint32(1))
+                use = gather_logits(smem, s, use, piece, k_steps, block_or_tile, is_dense, e, c, tables)
             elif kind == D_E:
-                if is_dense:
-                    use = pass_by(ring, use, k_steps, lane)
-                else:
-                    listed, one_step = lists + np.uint64(4 * (np.int64(slot) + 8 * row)), np.uint64(4 * K_STEP)
-                    source, left_bytes = np.uint64(c + part_bytes + np.uint64(2 * d0)), np.int32(row_bytes - 2 * d0)
-                    # Two stages ahead, since it takes them that long to come; and each in its place, since to move it would be
-                    # to wait for it.
-                    even, odd = ids_in_list(listed, k_steps > 0), ids_in_list(listed + one_step, k_steps > 1)
-                    k = np.int32(0)
-                    while k < k_steps:
-                        use = gather_stage(ring, use, mine, even, source, c_pitch_bytes, left_bytes)
-                        listed += np.uint64(2) * one_step
-                        even = ids_in_list(listed, k + 2 < k_steps)
-                        if k + 1 < k_steps:
-                            use = gather_stage(ring, use, mine, odd, source, c_pitch_bytes, left_bytes)
-                            odd = ids_in_list(listed + one_step, k + 3 < k_steps)
-                        k = np.int32(k + 2)
+                use = gather_d_e(ring, use, piece, k_steps, slot, d0, is_dense, c, workspace.lists)
             elif k_steps > 0:
-                for group in range(block_words):
-                    # Asked for again each time, or all that follows from it would be kept in registers that are not there.
-                    r, place = field(jobs, s, ROUND), field(jobs, s, PLACE)
-                    words, first = in_32_blocks(
-                        group, lane, bits_at, before_at, slot0_at, np.int64(r) * (blocks + 1), place, first_tile[r], n_ctiles,
-                        blocks, np.uint32(whole[group]),
-                    )  # fmt: skip
-                    left = np.uint32(live[np.int64(place) * block_words + group])
-                    while left != 0:
-                        block = np.int32(32 * group + cuda.ffs(np.int32(left)) - 1)
-                        left = np.uint32(left & (left - np.uint32(1)))
-                        is_whole, upper, lower = slots_of(words, first, block, slot, own)
-                        if is_dense and is_whole:
-                            use = pass_by(ring, use, 2, lane)
-                        else:
-                            half = np.int32(0)
-                            while half < 2:
-                                wait_empty(ring, use)
-                                if not is_dense:
-                                    smem, source = (
-                                        np.uint32(a_smem(ring, stage_of(use)) + mine),
-                                        g + part_bytes + np.uint64(_ROW_BYTES * half),
-                                    )
-                                    # As above.
-                                    pitch, present = opaque(np.uint32(G_ROW_BYTES)), np.uint32(1)
-                                    copy_rows_or_zeros(smem, upper, source, pitch, present)
-                                    copy_rows_or_zeros(np.uint32(smem + _PANEL_BYTES), lower, source, pitch, present)
-                                if not is_whole:
-                                    smem = np.uint32(b_smem(ring, stage_of(use)) + mine)
-                                    ids, source = (
-                                        ids_in_table(row_of, np.int32(block * COLUMN_TILE + row + PANEL * half)),
-                                        np.uint64(e + part_bytes + np.uint64(2 * d0)),
-                                    )
-                                    copy_across_or_zeros(smem, ids, source, e_pitch_bytes, row_bytes - 2 * d0)
-                                memory.copy_async_arrive(full(ring, stage_of(use)))
-                                use, half = np.uint32(use + np.uint32(1)), np.int32(half + 1)
+                use = gather_d_c(smem, s, use, piece, slot, d0, is_dense, e, workspace.g, tables, dims)
             cuda.syncwarp()
-            if lane == 0:
+            if piece.lane == 0:
                 mbarrier.arrive(job_empty(jobs, s))
             s = np.uint32(s + np.uint32(1))
 

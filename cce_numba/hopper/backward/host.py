@@ -1,226 +1,150 @@
-"""Gradients on tensor cores: the survey of what survives, then one persistent kernel."""
+"""The launches of a backward: the survey of what survives, then one persistent kernel."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from numba import cuda
-from numba.cuda import types
 
 from cce_numba import gpu, survivors, terms
 from cce_numba.arguments import Problem
-from cce_numba.backend import Gradients, Statistics
+from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.hopper import tensor_map
+from cce_numba.hopper.backward.begin import make_begin_kernel
 from cce_numba.hopper.backward.kernel import make_backward_kernel
+from cce_numba.hopper.backward.records import Outputs, Shape
 from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
-from cce_numba.hopper.backward.workspace import Workspace
+from cce_numba.hopper.backward.workspace import layout_of
 from cce_numba.integers import ceil_div
-from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
-from cce_numba.tensor_core.survey.survey import survey
+from cce_numba.tensor_core.problem import matrix_of, terms_of
+from cce_numba.tensor_core.records import Output, SurvivorBits, WeightedTokens
+from cce_numba.tensor_core.survey import Products, survey
 
-TILES, PAIRED_TILES = BackwardTiles(cluster=1), BackwardTiles(cluster=2)
-_THREADS = 1024
-
-
-@kernel_factory
-def make_begin_kernel() -> Kernel:
-    """One CTA."""
-    threads, words = _THREADS, tensor_map.WORDS
-
-    def begin_kernel(e_map: Any, c_map: Any, g_map: Any, maps: Any, counters: Any, n_counters: Any) -> None:
-        """maps (48,) = e_map, c_map, g_map of 16 words each; counters[:n_counters] = 0."""
-        t = cuda.threadIdx.x
-        if t < words:
-            maps[t] = e_map[t]
-            maps[words + t] = c_map[t]
-            maps[2 * words + t] = g_map[t]
-        for i in range(t, n_counters, threads):
-            counters[i] = np.int32(0)
-
-    a_map = types.UniTuple(types.uint64, tensor_map.WORDS)
-    signature = types.void(a_map, a_map, a_map, pointer_to(np.uint64), pointer_to(np.int32), types.int32)
-    return Kernel(begin_kernel, signature, threads=_THREADS)
+TILES, CLUSTER_TILES = BackwardTiles(cluster=1), BackwardTiles(cluster=2)
 
 
-def backward(
-    p: Problem,
-    statistics: Statistics,
-    softmax_weight: Any,
-    target_weight: Any,
-    uniform_weight: Any,
-    into: Gradients,
-    accumulate: bool,
-) -> None:
+def backward(p: Problem, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`. Where dE and dC have filters of their own, each takes a pass of its own."""
-    if not accumulate and into.e is not None:
-        into.e[...] = 0  # tokens that take no part
-    if p.N == 0:
-        for array in (into.c, into.bias):
-            if array is not None and not accumulate:
-                array[...] = 0
-        return
     e, c = matrices.aligned(p.e), matrices.aligned(p.c)
     filtered = statistics.survivors is not None
     e_filtered, c_filtered = filtered and p.options.filter_eps_e is not None, filtered and p.options.filter_eps_c is not None
-    weights = softmax_weight, target_weight, uniform_weight
     if e_filtered == c_filtered or into.e is None or (into.c is None and into.bias is None):
         keep_all = not (c_filtered if into.e is None else e_filtered)
-        _pass(p, statistics, weights, e, c, into, accumulate, keep_all)
+        _pass(p, statistics, weights, e, c, into, adds, keep_all)
     else:
-        _pass(p, statistics, weights, e, c, Gradients(e=into.e), accumulate, not e_filtered)
-        _pass(p, statistics, weights, e, c, Gradients(c=into.c, bias=into.bias), accumulate, not c_filtered)
+        _pass(p, statistics, weights, e, c, Gradients(e=into.e), adds, not e_filtered)
+        _pass(p, statistics, weights, e, c, Gradients(c=into.c, bias=into.bias), adds, not c_filtered)
 
 
 def _pass(
     p: Problem,
     statistics: Statistics,
-    weights: tuple[Any, Any, Any],
+    weights: Weights,
     e: Any,
     c: Any,
     into: Gradients,
-    accumulate: bool,
+    adds: bool,
     keep_all: bool,
 ) -> None:
-    xp: Any = p.xp
+    """Makes gradients that share a filter.
+
+    Args:
+        p: the problem.
+        statistics: of its forward.
+        weights: of its tokens.
+        e: (N, D) as the kernel reads it: p.e, or a copy in rows that can be copied 16 bytes at a time.
+        c: (V, D) as the kernel reads it.
+        into: where the gradients go. The rows of `into.e` of tokens that take no part are left as they are.
+        adds: whether they are added to what is in there.
+        keep_all: whether all columns survive, whatever the forward recorded.
+    """
     d_e = None if into.e is None else matrices.whole_chunks(into.e, with_values=True)
-    d_c = None if into.c is None else matrices.whole_chunks(into.c, with_values=accumulate)
-    d_bias = None if into.bias is None else xp.zeros(p.V, np.float32)
-    e_in_float32, c_in_float32 = (x is not None and x.dtype == np.float32 for x in (d_e, d_c))
-    workspace = workspace_of(p, into, keep_all)
-    scratch = xp.empty(workspace.nbytes, np.uint8)
-    base = scratch.data.ptr
-    at = {name: base + offset for name, offset in workspace.offsets.items()}
-    box = PANEL, PANEL
-    make_begin_kernel().launch(
-        1,
-        *tensor_map.encode(e, *box),
-        *tensor_map.encode(c, *box),
-        *workspace.g_map(at["g"], p.dtype),
-        at["maps"],
-        at["counters"],
-        workspace.counters,
+    d_c = None if into.c is None else matrices.whole_chunks(into.c, with_values=adds)
+    d_bias = None if into.bias is None else p.xp.zeros(p.V, np.float32)
+    tiles_of_row = ceil_div(p.D, TILES.block_v)
+    d_tiles_e = 0 if d_e is None else tiles_of_row
+    # The bias alone takes one job for each tile of columns.
+    d_tiles_c = int(d_bias is not None) if d_c is None else tiles_of_row
+    outputs = Outputs(
+        e=_output(d_e, d_tiles_e), c=_output(d_c, d_tiles_c), bias=0 if d_bias is None else d_bias.data.ptr, adds=adds
     )
-    d_tiles = ceil_div(p.D, TILES.block_v)
-    d_tiles_c = d_tiles if d_c is not None else int(d_bias is not None)
-    d_tiles_e = d_tiles if d_e is not None else 0
-    bits = statistics.survivors
-    scale: tuple[int, ...] = () if p.logit_scale is None else (p.logit_scale.data.ptr,)
-    smoothing: tuple[int, ...] = ()
-    marks = None
-    if weights[2] is not None:
-        smoothing = weights[2].data.ptr, 0 if p.class_weights is None else p.class_weights.data.ptr
-        marks = _marks(p, weights[0], weights[2])
-    survey(
-        workspace.survey,
-        at["survey"],
-        survivors_pointer=0 if keep_all else bits.data.ptr,
-        pitch_words=0 if keep_all else bits.strides[0] // 4,
-        coarse_rows=0 if keep_all or coarse_eps_of(p.options) is None else workspace.blocks,
-        keep_all=keep_all,
-        dense_share=survivors.DENSE_SHARE,
-        tokens=statistics.tokens.data.ptr,
+    layout = layout_of(p, into, keep_all)
+    scratch = p.xp.empty(layout.nbytes, np.uint8)
+    base = scratch.data.ptr
+    maps, counters, tables = (base + layout.offsets[part] for part in ("maps", "counters", "survey"))
+    a_map = tensor_map.encode(e, PANEL, PANEL), tensor_map.encode(c, PANEL, PANEL), layout.g_map(base, p.dtype)
+    make_begin_kernel().launch(1, *a_map, maps, counters, layout.counters)
+    _survey(p, statistics, weights, layout.survey, tables, keep_all, Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds))
+    scaled, smoothed = p.logit_scale is not None, weights.uniform is not None
+    # The neighbouring jobs of a cluster must take equally many stages, so those of dE and dC must be tiles of the same rows.
+    tiles = CLUSTER_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
+    kernel = make_backward_kernel(tiles, p.dtype, p.options.softcap is not None, d_bias is not None, scaled, smoothed)
+    kernel.launch(
+        gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
+        maps,
+        matrix_of(e),
+        matrix_of(c),
+        terms_of(p, weights.uniform),
+        statistics.n_valid.data.ptr,
+        layout.survey.at(tables),
+        layout.at(base),
+        outputs,
+        Shape(blocks=layout.blocks, V=p.V, D=p.D),
+    )
+    for made, wanted in ((d_e, into.e), (d_c, into.c)):
+        if wanted is not None and made is not wanted:
+            wanted[...] = made
+    if into.bias is not None:
+        into.bias[...] = d_bias + into.bias.astype(np.float32) if adds else d_bias
+
+
+def _survey(
+    p: Problem, statistics: Statistics, weights: Weights, layout: Any, base: int, keep_all: bool, products: Products
+) -> None:
+    """Launches the survey, whose tables begin at address `base`."""
+    smoothed, bits, largest = weights.uniform is not None, statistics.survivors, weights.softmax
+    if smoothed:
+        largest = _largest_weight(p, weights)
+    tokens = WeightedTokens(
+        listed=statistics.tokens.data.ptr,
         n_valid=statistics.n_valid.data.ptr,
-        softmax_weight=weights[0].data.ptr,
-        target_weight=weights[1].data.ptr,
+        softmax_weight=weights.softmax.data.ptr,
+        target_weight=weights.target.data.ptr,
+        largest_weight=largest.data.ptr,
         lse=statistics.lse.data.ptr,
         target_logit=statistics.target_logit.data.ptr,
         targets=p.targets.data.ptr,
-        d_tiles_c=d_tiles_c,
-        d_tiles_e=d_tiles_e,
-        zero_fill=d_tiles_c > 0 and not accumulate,
-        marks=0 if marks is None else marks.data.ptr,
     )
-    t = workspace.survey.at(at["survey"])
-    capped, with_sums = p.options.softcap is not None, d_bias is not None
-    # A pair's jobs must have equally many stages: those of dE and dC, which are neighbours, must be tiles of one row.
-    tiles = PAIRED_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
-    kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, bool(scale), bool(smoothing))
-    kernel.launch(
-        gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
-        at["maps"],
-        e.data.ptr,
-        matrices.pitch_bytes(e),
-        c.data.ptr,
-        matrices.pitch_bytes(c),
-        0 if p.bias is None else p.bias.data.ptr,
-        0 if p.bias is None else p.bias.itemsize,
-        p.options.softcap or 0.0,
-        statistics.n_valid.data.ptr,
-        t.rows,
-        t.row_of,
-        t.whole,
-        t.scale,
-        t.order,
-        t.dense,
-        t.bits,
-        t.live,
-        t.before,
-        t.n_live_tiles,
-        t.n_rounds,
-        t.first_tile,
-        t.slot0,
-        t.first_g,
-        t.phase_end,
-        t.bits,
-        t.before,
-        t.slot0,
-        at["counters"],
-        at["counters"] + 4,
-        at["lists"],
-        at["g"],
-        at["sums"],
-        workspace.buffers,
-        workspace.buffer_slots,
-        0 if d_e is None else d_e.data.ptr,
-        0 if d_e is None else matrices.pitch_bytes(d_e),
-        e_in_float32,
-        at["sums_e"],
-        0 if d_c is None else d_c.data.ptr,
-        0 if d_c is None else matrices.pitch_bytes(d_c),
-        c_in_float32,
-        0 if d_bias is None else d_bias.data.ptr,
-        d_tiles_c,
-        d_tiles_e,
-        accumulate,
-        workspace.blocks,
-        p.V,
-        p.D,
-        *scale,
-        *smoothing,
+    kept = None
+    if not keep_all:
+        pitch_words = bits.strides[0] // 4
+        coarse_words = 0 if coarse_eps_of(p.options) is None else layout.blocks * pitch_words  # dC's bits follow the filter's
+        kept = SurvivorBits(words=bits.data.ptr, pitch_words=pitch_words, coarse_words=coarse_words)
+    survey(
+        layout,
+        base,
+        tokens=tokens,
+        survivors=kept,
+        dense_share=survivors.DENSE_SHARE,
+        products=products,
+        smoothed=smoothed,
     )
-    for mine, theirs in ((d_e, into.e), (d_c, into.c)):
-        if theirs is not None and mine is not theirs:
-            theirs[...] = mine
-    if into.bias is not None:
-        into.bias[...] = d_bias + into.bias.astype(np.float32) if accumulate else d_bias
 
 
-def _marks(p: Problem, softmax_weight: Any, uniform_weight: Any) -> Any:
-    """(N,) see `survey`: the larger of the softmax weight and of what is uniform, times the largest class weight above 1."""
+def _largest_weight(p: Problem, weights: Weights) -> Any:
+    """(N,): the larger magnitude of a token's softmax weight and of its uniform weight times the largest class weight.
+
+    The largest class weight is taken to be at least 1.
+    """
     largest = 1 if p.class_weights is None else p.xp.maximum(p.class_weights.max(), 1)
-    return p.xp.maximum(abs(softmax_weight), terms.times(abs(uniform_weight), largest))
+    return p.xp.maximum(abs(weights.softmax), terms.times(abs(weights.uniform), largest))
 
 
-def workspace_of(p: Problem, into: Gradients, keep_all: bool) -> Workspace:
-    """For these gradients, of a pass."""
-    return _workspace(p, with_e=into.e is not None, with_sums=into.bias is not None, keep_all=keep_all)
-
-
-def workspace_bytes(p: Problem) -> int:
-    """For all gradients, in arrays of the backward's own: with copies of what the copy engine cannot read as it lies."""
-    copied = (x for x in (p.e, p.c) if matrices.why_not_by_rows(x) is not None)
-    copies = sum(2 * x.shape[0] * matrices.padded_columns(p.D) for x in copied)
-    if matrices.padded_columns(p.D) != p.D:  # and of gradients that cannot be stored 16 bytes at a time
-        itemsizes = 4 if p.options.accum_e_fp32 else 2, 4 if p.options.accum_c_fp32 else 2
-        copies += sum(n * rows * matrices.padded_columns(p.D) for n, rows in zip(itemsizes, (p.N, p.V), strict=True))
-    modes = {eps is None for eps in (p.options.filter_eps_e, p.options.filter_eps_c)}
-    passes = (_workspace(p, with_e=True, with_sums=p.bias is not None, keep_all=keep_all).nbytes for keep_all in modes)
-    return copies + max(passes) if p.N else 0
-
-
-def _workspace(p: Problem, *, with_e: bool, with_sums: bool, keep_all: bool) -> Workspace:
-    columns = matrices.padded_columns(p.D)
-    return Workspace.of(p.N, p.V, columns, with_e=with_e, with_sums=with_sums, keep_all=keep_all)
+def _output(gradient: Any, tiles: int) -> Any:
+    """The `Output` of a gradient, or of None."""
+    if gradient is None:
+        return Output(address=0, pitch_bytes=0, is_float32=False, tiles=tiles)
+    pitch_bytes, is_float32 = matrices.pitch_bytes(gradient), gradient.dtype == np.float32
+    return Output(address=gradient.data.ptr, pitch_bytes=pitch_bytes, is_float32=is_float32, tiles=tiles)

@@ -1,36 +1,45 @@
-"""What a backward takes besides its inputs and the gradients, and how it is cut into rounds."""
+"""The memory that a backward takes besides its inputs and the gradients, and how that cuts the backward into rounds."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from cce_numba.arguments import Problem
+from cce_numba.backend import Gradients
 from cce_numba.hopper import tensor_map
-from cce_numba.hopper.backward.epilogues import PARTS
-from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PANEL
+from cce_numba.hopper.backward.records import Workspace
+from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PANEL, PARTS
 from cce_numba.integers import ceil_div
 from cce_numba.survivors import SURVIVOR_BLOCK
+from cce_numba.tensor_core import matrices
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE, SurveyLayout
 
-BUFFERS = 3  # at least 2: rounds whose G is there at a time: one is written, one is read, one gives time to finish
-BUFFERS_FOR_ALL = 2  # where all columns are kept for both gradients: jobs are many, so bigger rounds are worth more than time
-_SHARE = 0.115  # of the gradients' bytes, that the workspace is to stay below
-_G_BYTES = 40 * 2**20, 96 * 2**20  # at least (rounds that are too small wait for each other), and at most
+# Rounds whose G is there at a time, at least 2: one is written, one is read, and a third gives both time to finish.
+BUFFERS = 3
+# The same where all columns survive for both gradients. Jobs are many there, so bigger rounds are worth more than time to
+# finish.
+BUFFERS_FOR_ALL = 2
+_SHARE = 0.115  # of the gradients' bytes: the workspace is to stay below it
+_G_BYTES = 40 * 2**20, 96 * 2**20  # bytes of G, at least (rounds that are too small wait for each other) and at most
 _ALIGNMENT_BYTES = 256
 
 
 @dataclass(frozen=True)
-class Workspace:
-    """One allocation.
+class WorkspaceLayout:
+    """The parts of the workspace, in one allocation.
 
     Attributes:
-        N, V, D: of the problem.
+        N: tokens.
+        V: vocabulary entries.
+        D: hidden size.
         with_e: sums of dE are kept from round to round.
         with_sums: sums of G's columns are kept, for the gradient of the bias.
-        keep_all: nothing is filtered.
-        g_bytes: for G, about; it becomes less where there is little to do, and more where blocks are many.
+        keep_all: all columns survive.
+        g_bytes: for G, about; G takes less where there is little to do, and more where blocks are many.
     """
 
     N: int
@@ -42,8 +51,8 @@ class Workspace:
     g_bytes: int
 
     @classmethod
-    def of(cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool, keep_all: bool) -> Workspace:
-        """With as much room for G as leaves all of it within the share of the gradients' bytes, if that is enough."""
+    def of(cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool, keep_all: bool) -> WorkspaceLayout:
+        """The layout with as much room for G as keeps the whole within its share of the gradients' bytes, if that is enough."""
         allowed = int(_SHARE * 2 * D * (N + V))
         without_g = _known(cls(N, V, D, with_e, with_sums, keep_all, 0))
         others = without_g.nbytes - without_g.buffers * without_g.buffer_slots * without_g.slot_bytes
@@ -57,17 +66,17 @@ class Workspace:
 
     @property
     def buffers(self) -> int:
-        """Rounds whose G is there at a time."""
+        """Buffers for G, each of one round."""
         return BUFFERS_FOR_ALL if self.keep_all and self.with_e else BUFFERS
 
     @property
     def slot_bytes(self) -> int:
-        """A column of G for a block, its place in the list, and its sums."""
+        """Bytes of a slot: a column of G for a block, the column's vocabulary entry, and its sums."""
         return G_ROW_BYTES + 4 + (4 * PARTS if self.with_sums else 0)
 
     @functools.cached_property
     def buffer_slots(self) -> int:
-        """Columns of G that a round has room for."""
+        """Slots of a buffer."""
         least = 2 * COLUMN_TILE + self._overhead
         most = ceil_div(self.V, COLUMN_TILE) * COLUMN_TILE + self._overhead
         wanted = self.g_bytes // (self.buffers * self.slot_bytes) // max(1, self.blocks)
@@ -75,18 +84,18 @@ class Workspace:
 
     @property
     def _overhead(self) -> int:
-        """Columns of a block by which a round may exceed what the survey cuts at: part of a tile, and of a step of the sum."""
+        """Slots of a block that a round may take beyond what the survey cuts at: part of a tile, and of a step of the sum."""
         return COLUMN_TILE + K_STEP
 
     @property
     def sums_e_bytes(self) -> int:
-        """Tiles of dE, in float32, if there may be more than one round."""
+        """Bytes of dE's sums that are not complete, in float32, in whole tiles; none if there is only one round."""
         tiles = self.blocks * ceil_div(self.D, LIST_TILE)
         return 4 * SURVIVOR_BLOCK * LIST_TILE * tiles if self.with_e and self.survey.rounds_max > 1 else 0
 
     @functools.cached_property
     def survey(self) -> SurveyLayout:
-        """Tables, for rounds that fit."""
+        """The survey's tables, for rounds that fit the buffers."""
         return SurveyLayout(self.N, self.V, self.buffer_slots - self.blocks * self._overhead)
 
     @functools.cached_property
@@ -115,15 +124,57 @@ class Workspace:
 
     @property
     def nbytes(self) -> int:
-        """Of all parts."""
+        """Bytes of all parts."""
         return self.offsets["end"]
 
-    def g_map(self, g: int, dtype: np.dtype) -> tuple[int, ...]:
-        """The tensor map of G at an address: a row of 128 tokens for each slot."""
-        return tensor_map.encode_matrix(g, self.buffers * self.buffer_slots, SURVIVOR_BLOCK, G_ROW_BYTES, PANEL, dtype)
+    def at(self, base: int) -> Any:
+        """The kernel's record of a workspace that begins at address `base`."""
+        counters, offsets = base + self.offsets["counters"], self.offsets
+        return Workspace(
+            next_job=counters,
+            done=counters + 4,
+            lists=base + offsets["lists"],
+            g=base + offsets["g"],
+            sums=base + offsets["sums"],
+            sums_e=base + offsets["sums_e"],
+            buffers=self.buffers,
+            buffer_slots=self.buffer_slots,
+        )
+
+    def g_map(self, base: int, dtype: np.dtype) -> tuple[int, ...]:
+        """The tensor map of G in a workspace that begins at address `base`: a row of 128 tokens for each slot."""
+        g, slots = base + self.offsets["g"], self.buffers * self.buffer_slots
+        return tensor_map.encode_matrix(g, slots, SURVIVOR_BLOCK, G_ROW_BYTES, PANEL, dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def _known(workspace: Workspace) -> Workspace:
-    """The one of equal workspaces that came first, and so knows already what follows from it."""
-    return workspace
+def _known(layout: WorkspaceLayout) -> WorkspaceLayout:
+    """The one of equal layouts that came first, and so knows already what follows from it."""
+    return layout
+
+
+def layout_of(p: Problem, into: Gradients, keep_all: bool) -> WorkspaceLayout:
+    """The layout for these gradients of a problem, made in one pass."""
+    return _layout(p, with_e=into.e is not None, with_sums=into.bias is not None, keep_all=keep_all)
+
+
+def workspace_bytes(p: Problem) -> int:
+    """The bytes that a backward takes for all gradients, if it makes the arrays for them.
+
+    There are the workspace of the larger pass, copies of inputs whose rows cannot be copied 16 bytes at a time as they lie, and
+    copies of gradients that cannot be stored so.
+    """
+    columns = matrices.padded_columns(p.D)
+    copied = (x for x in (p.e, p.c) if matrices.why_not_by_rows(x) is not None)
+    copies = sum(2 * x.shape[0] * columns for x in copied)
+    if columns != p.D:
+        itemsizes = 4 if p.options.accum_e_fp32 else 2, 4 if p.options.accum_c_fp32 else 2
+        copies += sum(n * rows * columns for n, rows in zip(itemsizes, (p.N, p.V), strict=True))
+    modes = {eps is None for eps in (p.options.filter_eps_e, p.options.filter_eps_c)}
+    passes = (_layout(p, with_e=True, with_sums=p.bias is not None, keep_all=keep_all).nbytes for keep_all in modes)
+    return copies + max(passes) if p.N else 0
+
+
+def _layout(p: Problem, *, with_e: bool, with_sums: bool, keep_all: bool) -> WorkspaceLayout:
+    columns = matrices.padded_columns(p.D)
+    return WorkspaceLayout.of(p.N, p.V, columns, with_e=with_e, with_sums=with_sums, keep_all=keep_all)

@@ -2,123 +2,154 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cce_numba import folds as fold_names
 from cce_numba.arguments import Problem
 from cce_numba.backend import Statistics
 from cce_numba.hopper import tensor_map
-from cce_numba.hopper.forward.kernel import make_lse_kernel
+from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.forward.layout import Layout, copy_rows
 from cce_numba.survivors import coarse_eps_of, log_threshold
-from cce_numba.tensor_core import matrices, merge
+from cce_numba.tensor_core.folds import FOLDS, Fold, number_count, result_names
 from cce_numba.tensor_core.indexed_dot import launch_indexed_dot
-from cce_numba.tensor_core.merge import make_merge_kernel
-from cce_numba.tensor_core.tokens import launch_prepare
+from cce_numba.tensor_core.merge import Split, ctas_for, make_merge_kernel
+from cce_numba.tensor_core.problem import matrix_of, terms_of
+from cce_numba.tensor_core.records import Found, Parts, Survivors, Tokens, Vocabulary
+from cce_numba.tensor_core.tokens import list_tokens
+
+_NO_SURVIVORS = Survivors(bits=0, pitch_words=0, coarse_words=0, log_eps=0.0, log_coarser=0.0)
 
 
-def forward(p: Problem, layout: Layout, record: bool) -> Statistics:
-    """Log-sum-exp, target logit and survivors of each token, and its mean logit where it is asked for."""
-    xp: Any = p.xp
-    N, V, D, tiles = p.N, p.V, p.D, layout.tiles
-    smoothed = p.options.smooths_capped
-    record = record and not smoothed  # nothing is filtered
-    lse, target_logit = xp.empty((2, N), np.float32)
-    listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
-    n_valid, tokens = listing[0], listing[1:].view(np.int32)[:N]
-    pitch_words = layout.pitch_words if record else 0
-    coarse_eps, coarse_words = coarse_eps_of(p.options) if record else None, 0
-    if coarse_eps is not None:
-        coarse_words = layout.blocks * pitch_words
+def forward(p: Problem, layout: Layout, record: bool, folds: tuple[Fold, ...] | None = None) -> Statistics:
+    """What the folds find of each token; by default those that the problem wants, with survivors if `record`."""
+    folds = folds or tuple(FOLDS[name] for name in fold_names.wanted(p, record))
+    arrays = _Arrays.of(p, layout, folds)
+    if p.N:
+        _launch(p, layout, folds, arrays)
+    return arrays.statistics(p, layout)
+
+
+@dataclass(frozen=True, eq=False)
+class _Arrays:
+    """What a forward leaves behind, on the device.
+
+    Attributes:
+        listing: (1 + ceil(N / 2),) int64: how many tokens count, then their rows of e as int32.
+        numbers: (1 + results of all folds, N) float32: target logits, then the results.
+        names: of the results.
+        bits: (blocks, pitch_words) uint32 survivor bits, twice as many rows if dC has its own; None if not recorded.
+        n_valid, tokens, found, survivors: addresses of the same, as kernels take them.
+    """
+
+    listing: Any
+    numbers: Any
+    names: tuple[str, ...]
+    bits: Any
+    n_valid: int
+    tokens: int
+    found: Found
+    survivors: Survivors
+
+    @staticmethod
+    def of(p: Problem, layout: Layout, folds: tuple[Fold, ...]) -> _Arrays:
+        xp: Any = p.xp
+        N, names = p.N, result_names(folds)
+        numbers = xp.empty((1 + len(names), N), np.float32)
+        listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
+        bits, survivors = None, _NO_SURVIVORS
+        if any(fold.name == fold_names.SURVIVORS for fold in folds):
+            bits, survivors = _survivor_bits(p, layout)
+        n_valid, first_number = listing.data.ptr, numbers.data.ptr
+        found = Found(first_number, first_number + 4 * N, N)
+        return _Arrays(listing, numbers, names, bits, n_valid, n_valid + 8, found, survivors)
+
+    def statistics(self, p: Problem, layout: Layout) -> Statistics:
+        """As the rest of the package takes it."""
+        results = {name: self.numbers[1 + place] for place, name in enumerate(self.names)}
+        lse, total_logit = results.pop("lse"), results.pop("total_logit", None)
+        return Statistics(
+            tokens=self.listing[1:].view(np.int32)[: p.N],
+            n_valid=self.listing[0],
+            lse=lse,
+            target_logit=None if p.targets is None else self.numbers[0],
+            survivors=None if self.bits is None else self.bits.view(np.uint8)[:, : -(-p.V // 8)],
+            survivor_block=layout.tiles.survivor_block,
+            mean_logit=None if total_logit is None else total_logit / np.float32(p.V),
+            folded=results,
+        )
+
+
+def _survivor_bits(p: Problem, layout: Layout) -> tuple[Any, Survivors]:
+    """Zeroed bits, those of dC after those of the filter; and where they are."""
+    coarse_eps = coarse_eps_of(p.options)
+    planes = 1 if coarse_eps is None else 2
+    bits = p.xp.zeros((planes * layout.blocks, layout.pitch_words), np.uint32)
     log_eps, log_coarse_eps = log_threshold(p.options.filter_eps), log_threshold(coarse_eps)
-    rows = layout.blocks * (2 if coarse_words else 1)  # dC's bits follow the filter's
-    survivors = xp.zeros((rows, pitch_words), np.uint32) if record else None
-    survivors_pointer = survivors.data.ptr if survivors is not None and N else 0
-    bits = None if survivors is None else survivors.view(np.uint8)[:, : -(-V // 8)]
-    mean_logit = xp.zeros(N, np.float32) if smoothed else None
-    of_targets = None if p.targets is None else target_logit
-    statistics = Statistics(tokens, n_valid, lse, of_targets, bits, tiles.survivor_block, mean_logit)
-    if N == 0:
-        return statistics
+    survivors = Survivors(
+        bits=bits.data.ptr if p.N else 0,
+        pitch_words=layout.pitch_words,
+        coarse_words=0 if coarse_eps is None else layout.blocks * layout.pitch_words,
+        log_eps=log_eps,
+        log_coarser=0.0 if coarse_eps is None else log_coarse_eps - log_eps,
+    )
+    return bits, survivors
+
+
+def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: _Arrays) -> None:
+    tiles, survivors, found = layout.tiles, arrays.survivors, arrays.found
     e, c = layout.e_in_reach(p), layout.c_in_reach(p)
-    scratch = xp.empty(layout.scratch_bytes, np.uint8)  # tensor maps, then partial results
-    maps, part = scratch.data.ptr, scratch.data.ptr + layout.map_bytes
-    scale: tuple[int, ...] = () if p.logit_scale is None else (p.logit_scale.data.ptr,)
-    smoothing: tuple[int, ...] = ()
-    totals: tuple[int, ...] = ()
-    if mean_logit is not None:
-        part_total = xp.empty(layout.part_bytes, np.uint8)
-        smoothing = 0 if p.class_weights is None else p.class_weights.data.ptr, part_total.data.ptr
-        totals = part_total.data.ptr, mean_logit.data.ptr
-    pointers = tokens.data.ptr, n_valid.data.ptr, target_logit.data.ptr, lse.data.ptr
+    scratch = p.xp.empty(layout.scratch_bytes(number_count(folds)), np.uint8)  # tensor maps, then partial results
+    maps, parts = scratch.data.ptr, Parts(scratch.data.ptr + layout.map_bytes, layout.part_numbers)
     e_map = tensor_map.encode(e, tiles.block_n, tiles.block_d)
-    launch_prepare(p, e_map, tensor_map.encode(c, tiles.block_v // tiles.cluster, tiles.block_d), maps, *pointers)
+    c_map = tensor_map.encode(c, tiles.block_v // tiles.cluster, tiles.block_d)
+    tokens, n_valid = arrays.tokens, arrays.n_valid
+    list_tokens(p, tokens, n_valid, found, len(arrays.names), (*e_map, *c_map), maps)
+    terms, e_rows = terms_of(p), matrix_of(e)
     if p.targets is not None:
-        launch_indexed_dot(p, e, *pointers[:3], survivors_pointer, pitch_words, coarse_words)
+        launch_indexed_dot(p, e_rows, terms, Tokens(tokens, n_valid, 0, p.N), found.target_logit, survivors)
 
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
-    capped = p.options.softcap is not None
-    lse_kernel = make_lse_kernel(tiles, p.dtype, bias_dtype, capped, record, bool(scale), smoothed)
-    merge_kernel = make_merge_kernel(tiles, smoothed)
-    for first_row, first_tile, last_tile in layout.phases(record):
+    capped, scaled = p.options.softcap is not None, p.logit_scale is not None
+    kernel = make_forward_kernel(tiles, p.dtype, bias_dtype, capped, scaled, folds)
+    merge_kernel = make_merge_kernel(tiles.group_n, folds)
+    for first_row, first_tile, last_tile in layout.phases(arrays.bits is not None):
         if c is not p.c and first_tile * tiles.block_v == first_row:
             copy_rows(p.c[first_row : first_row + layout.c_rows], c)
+        vocabulary = Vocabulary(first_tile, last_tile - first_tile, first_row, p.V)
+        split = Split(layout.workers, layout.per_round, last_tile - first_tile, p.V)
         for first_token, n_tokens in layout.batches():
-            listed = pointers[0] + 4 * first_token, pointers[1], first_token, n_tokens
-            kept = survivors_pointer + 4 * pitch_words * (first_token // tiles.block_n)
-            lse_kernel.launch(
+            batch = Tokens(tokens + 4 * first_token, n_valid, first_token, n_tokens)
+            first_word = survivors.pitch_words * (first_token // tiles.block_n)
+            kept = survivors._replace(bits=survivors.bits + 4 * first_word)
+            kernel.launch(
                 layout.workers * tiles.cluster,
                 maps,
-                e.data.ptr,
-                matrices.pitch_bytes(e),
-                *listed,
+                e_rows,
+                batch,
                 layout.per_round,
-                0 if p.bias is None else p.bias.data.ptr,
-                p.options.softcap or 0.0,
-                *pointers[2:],
+                terms,
+                found,
                 first_tile > 0,
-                part,
+                parts,
                 kept,
-                pitch_words,
-                kept + 4 * coarse_words if coarse_words else 0,
-                log_eps,
-                log_coarse_eps - log_eps if coarse_words else 0.0,
-                first_tile,
-                last_tile - first_tile,
-                first_row,
-                V,
-                D,
-                *scale,
-                *smoothing,
+                vocabulary,
+                p.D,
             )
-            merge_kernel.launch(
-                merge.ctas_for(n_tokens),
-                part,
-                layout.workers,
-                layout.per_round,
-                last_tile - first_tile,
-                *listed,
-                *pointers[2:],
-                kept,
-                pitch_words if last_tile == layout.n_tiles else 0,
-                coarse_words,
-                V,
-                *totals,
-            )
-    if mean_logit is not None:
-        mean_logit /= V
-    return statistics
+            # What is lost is only known once all of the vocabulary is in.
+            at_last = kept if last_tile == layout.n_tiles else _NO_SURVIVORS
+            merge_kernel.launch(ctas_for(n_tokens), parts, split, batch, found, at_last)
 
 
 def indexed_dot(p: Problem, layout: Layout) -> Any:
     """(N,) float32: the target's logit, 0 where ignored, NaN for a target out of range; the very bits of the forward's."""
-    xp: Any = p.xp
-    target_logit, unused = xp.empty(p.N, np.float32), xp.empty(p.N, np.float32)
+    arrays = _Arrays.of(p, layout, (FOLDS[fold_names.MAX_SUM],))
     if p.N:
-        tokens, n_valid, maps = xp.empty(p.N, np.int32), xp.empty((), np.int64), xp.empty(2 * tensor_map.WORDS, np.uint64)
-        e, no_map = layout.e_in_reach(p), (0,) * tensor_map.WORDS
-        pointers = tokens.data.ptr, n_valid.data.ptr, target_logit.data.ptr
-        launch_prepare(p, no_map, no_map, maps.data.ptr, *pointers, unused.data.ptr)
-        launch_indexed_dot(p, e, *pointers, 0, 0, 0)
-    return target_logit
+        e = layout.e_in_reach(p)
+        list_tokens(p, arrays.tokens, arrays.n_valid, arrays.found, len(arrays.names))
+        e_rows, batch = matrix_of(e), Tokens(arrays.tokens, arrays.n_valid, 0, p.N)
+        launch_indexed_dot(p, e_rows, terms_of(p), batch, arrays.found.target_logit, _NO_SURVIVORS)
+    return arrays.numbers[0]

@@ -89,16 +89,15 @@ class Layout:
         """The tensor maps of e and c."""
         return 2 * 8 * tensor_map.WORDS
 
-    @functools.cached_property
-    def scratch_bytes(self) -> int:
-        """Tensor maps and the partial results of a launch."""
-        return self.map_bytes + self.part_bytes
+    def scratch_bytes(self, numbers: int) -> int:
+        """Tensor maps, and the partial results of a launch: so many float32 for each token of each slot."""
+        return self.map_bytes + 4 * numbers * self.part_numbers
 
     @functools.cached_property
-    def part_bytes(self) -> int:
-        """The partial results of a launch: a number for each token of each slot."""
+    def part_numbers(self) -> int:
+        """The tokens of all slots of a launch."""
         groups = ceil_div(min(self.N, self.batch), self.tiles.group_n)
-        return 4 * self.tiles.group_n * count_slots(self.workers, groups, self.per_round)
+        return self.tiles.group_n * count_slots(self.workers, groups, self.per_round)
 
     @property
     def copy_bytes(self) -> int:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.forward.work import are_neighbours, make_who_am_i, token_at
+from cce_numba.hopper.forward.batch import make_who_am_i
 from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.ptx import arithmetic, mbarrier, memory, tma
 from cce_numba.tensor_core.schedule import NO_SLOT, quotient, segment
+from cce_numba.tensor_core.tokens import are_neighbours, token_at
 
 
 @functools.cache
@@ -28,22 +29,23 @@ def make_produce(tiles: HopperTiles) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def produce(
-        ring: Any, e_map: Any, c_map: Any, tokens: Any, n_valid: Any, per_round: Any, first_v: Any, n_tiles: Any, k_steps: Any
+        ring: Any, e_map: Any, c_map: Any, batch: Any, first_v: Any, n_tiles: Any, k_steps: Any
     ) -> None:  # fmt: skip
-        worker, workers, groups, rank = who_am_i(n_valid)
+        worker, workers, groups, rank = who_am_i(batch)
+        tokens, n_listed = batch.tokens, batch.listed
         tma.fence_tensor_map(e_map)
         tma.fence_tensor_map(c_map)
         use, index = np.uint32(0), np.int32(0)
         while True:
-            group, first, last, step, slot = segment(index, worker, workers, groups, per_round, n_tiles)
+            group, first, last, step, slot = segment(index, worker, workers, groups, batch.per_round, n_tiles)
             if slot == NO_SLOT:
                 break
             n0 = np.int32((group * ctas + rank) * block_n)
-            gathered = n0 < n_valid and not are_neighbours(tokens, n0, n_valid)
+            gathered = n0 < n_listed and not are_neighbours(tokens, n0, n_listed)
             first_row = 0
-            if n0 < n_valid:
+            if n0 < n_listed:
                 first_row = token_at(tokens, n0)
-            fetches_e = n0 < n_valid and not gathered
+            fetches_e = n0 < n_listed and not gathered
             expected = c_bytes
             if fetches_e:
                 expected += e_bytes
@@ -88,24 +90,24 @@ def make_gather(tiles: HopperTiles) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def gather(
-        ring: Any, thread: Any, e: Any, e_pitch_bytes: Any, tokens: Any, n_valid: Any, per_round: Any, n_tiles: Any,
-        k_steps: Any, D: Any,
+        ring: Any, thread: Any, e: Any, batch: Any, n_tiles: Any, k_steps: Any, D: Any
     ) -> None:  # fmt: skip
-        worker, workers, groups, rank = who_am_i(n_valid)
+        worker, workers, groups, rank = who_am_i(batch)
+        tokens, n_listed = batch.tokens, batch.listed
         part, first_row = np.int32(thread & 7), np.int32(thread >> 3)
-        e += np.uint64(16 * part)
+        source_0 = e.address + np.uint64(16 * part)
         row_bytes: Any = np.int32(2 * D - 16 * part)
         swizzled = np.uint32((part ^ (first_row & 7)) << 4)  # rows of this thread are 8 apart: the same in all of them
         use, index = np.uint32(0), np.int32(0)
         while True:
-            group, first, last, step, slot = segment(index, worker, workers, groups, per_round, n_tiles)
+            group, first, last, step, slot = segment(index, worker, workers, groups, batch.per_round, n_tiles)
             if slot == NO_SLOT:
                 break
             n0 = np.int32((group * ctas + rank) * block_n)
             uses, k = np.int32(quotient(last - first + step - 1, step) * k_steps), np.int32(0)
             rows, under_way, listed = np.int32(0), np.int32(0), tokens + np.uint64(4 * n0)
-            if n0 < n_valid and not are_neighbours(tokens, n0, n_valid):
-                rows = np.int32(min(block_n, n_valid - n0))
+            if n0 < n_listed and not are_neighbours(tokens, n0, n_listed):
+                rows = np.int32(min(block_n, n_listed - n0))
             while uses > 0:
                 wait_empty(ring, use)
                 if rows > 0:
@@ -114,7 +116,7 @@ def make_gather(tiles: HopperTiles) -> Any:
                     row = first_row
                     while row < rows:
                         token = memory.load_global_i32(listed + np.uint64(4 * row))
-                        source = e + np.uint64(np.int64(token) * e_pitch_bytes + 128 * k)
+                        source = source_0 + np.uint64(np.int64(token) * e.pitch_bytes + 128 * k)
                         memory.copy_async_16(np.uint32(stage_smem + np.uint32(row * 128)), source, present_bytes)
                         # Unrolled, this loop would take more registers than there are.
                         row = arithmetic.opaque_i32(np.int32(row + rows_at_once))

@@ -1,4 +1,4 @@
-"""The survey's second half: rounds that fit the workspace, where each block's columns go in them, each phase's jobs."""
+"""The survey's second half: rounds that fit the workspace, where each list goes in its round, and the jobs of each phase."""
 
 from __future__ import annotations
 
@@ -6,36 +6,44 @@ from typing import Any
 
 import numpy as np
 from numba import cuda
-from numba.cuda import types
 
-from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
+from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.survivors import SURVIVOR_BLOCK
+from cce_numba.tensor_core.records import I32, WeightedTokens
 from cce_numba.tensor_core.sums import THREADS, sum_before
-from cce_numba.tensor_core.survey.tables import K_STEP, LIST_TILE
+from cce_numba.tensor_core.survey.tables import K_STEP, LIST_TILE, Sizes, Tables
 
 
 @kernel_factory
 def make_rounds_kernel() -> Kernel:
-    """A CTA for each block's columns, and one for the rounds."""
+    """A CTA for each block sums the block's counts of columns; one more CTA cuts the rounds."""
     threads = THREADS
 
     @cuda.jit(device=True, forceinline=True)
-    def sum_counts(before: Any, row: Any, n_ctiles: Any, sums: Any) -> None:
-        """In place of a count for each tile of a row, the sum of the counts before it; after the last, the sum of all."""
+    def sum_counts(before: Any, row: Any, column_tiles: Any, sums: Any) -> None:
+        """By a CTA: replaces each count of a row by the sum of the counts before it, and puts the sum of all after the last.
+
+        before: pointer to (blocks, column_tiles + 1) int32. row: where the block's row begins. sums: see `sum_before`.
+        """
         t, so_far = cuda.threadIdx.x, np.int64(0)
-        for first in range(0, n_ctiles, threads):
+        for first in range(0, column_tiles, threads):
             tile = first + t
-            earlier, total = sum_before(np.int64(before[row + tile]) if tile < n_ctiles else np.int64(0), sums)
-            if tile < n_ctiles:
+            earlier, total = sum_before(np.int64(before[row + tile]) if tile < column_tiles else np.int64(0), sums)
+            if tile < column_tiles:
                 before[row + tile] = so_far + earlier
             so_far += total
         if t == 0:
-            before[row + n_ctiles] = so_far
+            before[row + column_tiles] = so_far
 
     @cuda.jit(device=True, forceinline=True)
-    def cut_rounds(tile_pairs: Any, n_live: Any, cap: Any, rounds_max: Any, n_rounds: Any, first_tile: Any, sums: Any) -> None:
-        """A tile is in round T // cap, T the pairs of tiles before it. No tile has more than cap, so no round is empty."""
-        t, so_far = cuda.threadIdx.x, np.int64(0)
+    def cut_rounds(tables: Any, sizes: Any, sums: Any) -> None:
+        """By a CTA: fills n_rounds and first_tile. sums: see `sum_before`.
+
+        A tile is in round p // cap, where p is the number of surviving pairs of the tiles before it. No tile has more pairs
+        than cap, so each round has tiles.
+        """
+        tile_pairs, first_tile, cap = tables.tile_pairs, tables.first_tile, sizes.cap
+        t, so_far, n_live = cuda.threadIdx.x, np.int64(0), tables.n_live_tiles[0]
         for first in range(0, n_live, threads):
             tile = first + t
             earlier, total = sum_before(np.int64(tile_pairs[tile]) if tile < n_live else np.int64(0), sums)
@@ -48,33 +56,21 @@ def make_rounds_kernel() -> Kernel:
         rounds = np.int64(0)
         if n_live > 0:
             rounds = (so_far - tile_pairs[n_live - 1]) // cap + 1
-        for round_ in range(rounds + t, rounds_max + 1, threads):
+        for round_ in range(rounds + t, sizes.rounds_max + 1, threads):
             first_tile[round_] = n_live
         if t == 0:
-            n_rounds[0] = max(rounds, 1)
+            tables.n_rounds[0] = max(rounds, 1)
 
-    def rounds_kernel(
-        blocks: Any,
-        n_ctiles: Any,
-        before: Any,  # (blocks, n_ctiles + 1), counts as `sort` leaves them
-        tile_pairs: Any,  # (n_ctiles,)
-        n_live_tiles: Any,  # (1,)
-        cap: Any,
-        rounds_max: Any,
-        n_rounds: Any,  # (1,)
-        first_tile: Any,  # (rounds_max + 1,)
-    ) -> None:
-        """Fills before, n_rounds and first_tile."""
+    def rounds_kernel(sizes: Any, tables: Any) -> None:
+        """Turns the counts in `before`, which `sort` left there, into sums; fills n_rounds and first_tile."""
         sums = cuda.shared.array(32, np.int64)
         b = cuda.blockIdx.x
-        if b < blocks:
-            sum_counts(before, b * (n_ctiles + 1), n_ctiles, sums)
+        if b < sizes.blocks:
+            sum_counts(tables.before, b * (sizes.column_tiles + 1), sizes.column_tiles, sums)
         else:
-            cut_rounds(tile_pairs, n_live_tiles[0], cap, rounds_max, n_rounds, first_tile, sums)
+            cut_rounds(tables, sizes, sums)
 
-    p_i32, i32 = pointer_to(np.int32), types.int32
-    signature = types.void(i32, i32, p_i32, p_i32, p_i32, types.int64, i32, p_i32, p_i32)
-    return Kernel(rounds_kernel, signature, threads=THREADS)
+    return Kernel(rounds_kernel, (Sizes, Tables), threads=THREADS)
 
 
 @kernel_factory
@@ -82,37 +78,30 @@ def make_slots_kernel() -> Kernel:
     """A CTA for each round."""
     threads, step, list_tile = THREADS, K_STEP, LIST_TILE
 
-    def slots_kernel(
-        blocks: Any,
-        n_ctiles: Any,
-        before: Any,  # (blocks, n_ctiles + 1)
-        n_rounds: Any,  # (1,)
-        first_tile: Any,  # (rounds_max + 1,)
-        slot0: Any,  # (rounds_max, blocks + 1)
-        first_g: Any,  # (rounds_max, blocks + 1)
-    ) -> None:
-        """Fills the rows of slot0 and first_g that are rounds."""
+    def slots_kernel(sizes: Any, tables: Any) -> None:
+        """Fills the rows of first_slot and first_job, as far as there are rounds."""
+        before, first_slot, first_job = tables.before, tables.first_slot, tables.first_job
+        blocks, column_tiles = sizes.blocks, sizes.column_tiles
         sums = cuda.shared.array(32, np.int64)
         t, round_ = cuda.threadIdx.x, cuda.blockIdx.x
-        if round_ >= n_rounds[0]:
+        if round_ >= tables.n_rounds[0]:
             return
-        first, last, row = first_tile[round_], first_tile[round_ + 1], round_ * (blocks + 1)
+        first, last, row = tables.first_tile[round_], tables.first_tile[round_ + 1], round_ * (blocks + 1)
         slots, jobs = np.int64(0), np.int64(0)
         for first_block in range(0, blocks, threads):
             b, count = first_block + t, np.int64(0)
             if b < blocks:
-                count = np.int64(before[b * (n_ctiles + 1) + last] - before[b * (n_ctiles + 1) + first])
+                count = np.int64(before[b * (column_tiles + 1) + last] - before[b * (column_tiles + 1) + first])
             slots_before, slots_here = sum_before((count + step - 1) // step * step, sums)
             jobs_before, jobs_here = sum_before((count + list_tile - 1) // list_tile, sums)
             if b < blocks:
-                slot0[row + b], first_g[row + b] = slots + slots_before, jobs + jobs_before
+                first_slot[row + b], first_job[row + b] = slots + slots_before, jobs + jobs_before
             slots += slots_here
             jobs += jobs_here
         if t == 0:
-            slot0[row + blocks], first_g[row + blocks] = slots, jobs + jobs % 2  # pairs of CTAs take them
+            first_slot[row + blocks], first_job[row + blocks] = slots, jobs + jobs % 2  # pairs of CTAs take jobs
 
-    p_i32, i32 = pointer_to(np.int32), types.int32
-    return Kernel(slots_kernel, types.void(i32, i32, p_i32, p_i32, p_i32, p_i32, p_i32), threads=THREADS)
+    return Kernel(slots_kernel, (Sizes, Tables), threads=THREADS)
 
 
 @kernel_factory
@@ -121,38 +110,32 @@ def make_phases_kernel() -> Kernel:
     threads, block_n = THREADS, SURVIVOR_BLOCK
 
     def phases_kernel(
-        blocks: Any,
-        n_valid: Any,  # (1,)
-        n_ctiles: Any,
-        n_live_tiles: Any,  # (1,)
-        n_rounds: Any,  # (1,)
-        first_tile: Any,  # (rounds_max + 1,)
-        first_g: Any,  # (rounds_max, blocks + 1)
-        d_tiles_c: Any,
-        d_tiles_e: Any,
-        zero_fill: Any,
-        phase_end: Any,  # (2 * rounds_max,)
+        tokens: Any,
+        d_tiles_c: Any,  # jobs for the rows of dC of a tile
+        d_tiles_e: Any,  # jobs for the rows of dE of a block
+        zero_fill: Any,  # whether empty tiles take jobs, too
+        sizes: Any,
+        tables: Any,
     ) -> None:
-        """phase_end = sums of the jobs of G(0), G(1), P(0), G(2), P(1), ..., P(last): logits of a round, its products."""
+        """phase_end = sums of the jobs of the phases, in their order: G(0), G(1), P(0), G(2), P(1), ..., P(last)."""
+        first_tile, first_job, phase_end, blocks = tables.first_tile, tables.first_job, tables.phase_end, sizes.blocks
         sums = cuda.shared.array(32, np.int64)
-        t, rounds = cuda.threadIdx.x, np.int64(n_rounds[0])
-        e_jobs = (n_valid[0] + block_n - 1) // block_n * d_tiles_e
-        n_dead = np.int64(n_ctiles - n_live_tiles[0]) if zero_fill else np.int64(0)
+        t, rounds = cuda.threadIdx.x, np.int64(tables.n_rounds[0])
+        e_jobs = (tokens.n_valid[0] + block_n - 1) // block_n * d_tiles_e
+        n_empty = np.int64(sizes.column_tiles - tables.n_live_tiles[0]) if zero_fill else np.int64(0)
         so_far = np.int64(0)
         for first in range(0, 2 * rounds, threads):
             phase, jobs = first + t, np.int64(0)
             if phase == 0 or (phase % 2 == 1 and phase < 2 * rounds - 1):
-                jobs = np.int64(first_g[(phase + 1) // 2 * (blocks + 1) + blocks])
+                jobs = np.int64(first_job[(phase + 1) // 2 * (blocks + 1) + blocks])
             elif phase < 2 * rounds:
                 r = rounds - 1 if phase == 2 * rounds - 1 else phase // 2 - 1
-                # The zeros of tiles without survivors are shared out evenly.
-                tiles = first_tile[r + 1] - first_tile[r] + (r + 1) * n_dead // rounds - r * n_dead // rounds
+                # Empty tiles are shared out among the rounds evenly.
+                tiles = first_tile[r + 1] - first_tile[r] + (r + 1) * n_empty // rounds - r * n_empty // rounds
                 jobs = tiles * d_tiles_c + e_jobs
             before, total = sum_before(jobs, sums)
             if phase < 2 * rounds:
                 phase_end[phase] = so_far + before + jobs
             so_far += total
 
-    p_i32, p_i64, i32 = pointer_to(np.int32), pointer_to(np.int64), types.int32
-    signature = types.void(i32, p_i64, i32, p_i32, p_i32, p_i32, p_i32, i32, i32, i32, p_i32)
-    return Kernel(phases_kernel, signature, threads=THREADS)
+    return Kernel(phases_kernel, (WeightedTokens, I32, I32, I32, Sizes, Tables), threads=THREADS)

@@ -107,12 +107,12 @@ def test_sizes_around_tiles(hopper, never_dense, dtype, N, V, D, filtered):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_many_rounds(hopper, never_dense, small_rounds, dtype, N, V, D, buffers, filtered):
     """Each adds to what dE is so far; each takes the buffer of one that is done."""
-    from cce_numba.hopper.backward.workspace import Workspace
+    from cce_numba.hopper.backward.workspace import WorkspaceLayout
 
     small_rounds(buffers)
     case = blockwise(N + V + D, N, V, D, dtype, filtered=filtered, bias=True)
     layout, pairs = (
-        Workspace.of(N, V, D, with_e=True, with_sums=True, keep_all=not filtered).survey,
+        WorkspaceLayout.of(N, V, D, with_e=True, with_sums=True, keep_all=not filtered).survey,
         surviving_pairs(hopper, case),
     )
     assert pairs // layout.cap >= (2 if filtered else 5), f"{pairs} pairs, {layout.cap} for a round"

@@ -18,7 +18,7 @@ from tests.helpers.harness import SimulatorHarness
 if SimulatorHarness.is_active():
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
-from cce_numba.hopper.backward.host import make_begin_kernel
+from cce_numba.hopper.backward.begin import make_begin_kernel
 from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.tiles import BackwardTiles
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES

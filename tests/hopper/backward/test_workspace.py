@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cce_numba import gpu
 from cce_numba.interchange import BFLOAT16
 from tests.helpers.harness import SimulatorHarness
 
@@ -18,10 +18,11 @@ if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
 from cce_numba.hopper.backward import workspace as workspace_module
-from cce_numba.hopper.backward.epilogues import SUMS_STEP
-from cce_numba.hopper.backward.jobs import listed_place, phase_of_logits, phase_of_products
+from cce_numba.hopper.backward.lists import listed_place
+from cce_numba.hopper.backward.partial_sums import SUMS_STEP
+from cce_numba.hopper.backward.phases import is_of_products, phase_of_logits, phase_of_products, round_of
 from cce_numba.hopper.backward.tiles import PANEL, STAGING_BYTES, BackwardTiles
-from cce_numba.hopper.backward.workspace import BUFFERS, BUFFERS_FOR_ALL, Workspace
+from cce_numba.hopper.backward.workspace import BUFFERS, BUFFERS_FOR_ALL, WorkspaceLayout
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
 from cce_numba.ptx.wgmma import PANEL_BYTES
 from cce_numba.tensor_core import matrices
@@ -45,7 +46,7 @@ numbers = {
 
 @given(**numbers)
 def test_parts_lie_one_after_the_other(N, V, D, with_e, with_sums, keep_all):
-    w = Workspace.of(N, V, D, with_e=with_e, with_sums=with_sums, keep_all=keep_all)
+    w = WorkspaceLayout.of(N, V, D, with_e=with_e, with_sums=with_sums, keep_all=keep_all)
     assert w.buffers in ({BUFFERS, BUFFERS_FOR_ALL} if keep_all else {BUFFERS})
     assert w.buffers >= 2
     slots, tiles_of_e = w.buffers * w.buffer_slots, -(-N // 128) * -(-D // 192)
@@ -69,7 +70,7 @@ def test_parts_lie_one_after_the_other(N, V, D, with_e, with_sums, keep_all):
 @given(**numbers)
 def test_memory_stays_within_its_share_where_it_can(N, V, D, with_e, with_sums, keep_all):
     """Not where there is little for a share to be of, nor where blocks are so many that each has the least."""
-    w = Workspace.of(N, V, D, with_e=with_e, with_sums=with_sums, keep_all=keep_all)
+    w = WorkspaceLayout.of(N, V, D, with_e=with_e, with_sums=with_sums, keep_all=keep_all)
     assert w.g_bytes <= 96 * MIB
     has_the_least = w.buffer_slots <= w.blocks * (3 * COLUMN_TILE + K_STEP)
     if w.g_bytes > 40 * MIB and not has_the_least:
@@ -82,17 +83,17 @@ def test_memory_stays_within_its_share_where_it_can(N, V, D, with_e, with_sums, 
 def test_the_shape_that_everyone_measures(keep_all):
     """Gemma 2 (2B), 8192 tokens: 1217 MB of gradients, of which the paper's own implementation takes as much again."""
     named = {"with_e": True, "with_sums": False, "keep_all": keep_all}
-    w = Workspace.of(8192, 256_000, 2304, **named)
+    w = WorkspaceLayout.of(8192, 256_000, 2304, **named)
     assert w.nbytes <= 0.115 * 2 * 2304 * (8192 + 256_000)
     assert w.g_bytes >= 40 * MIB
     assert w.sums_e_bytes == 4 * 8192 * 2304
-    assert w is Workspace.of(8192, 256_000, 2304, **named)
+    assert w is WorkspaceLayout.of(8192, 256_000, 2304, **named)
 
 
 def test_rounds_are_bigger_where_nothing_is_filtered():
     """The same memory, for as many columns in fewer buffers."""
     some, all_ = (
-        Workspace.of(8192, 256_000, 2304, with_e=True, with_sums=False, keep_all=keep_all) for keep_all in (False, True)
+        WorkspaceLayout.of(8192, 256_000, 2304, with_e=True, with_sums=False, keep_all=keep_all) for keep_all in (False, True)
     )
     assert BUFFERS_FOR_ALL < BUFFERS
     assert all_.buffer_slots == pytest.approx(some.buffer_slots * BUFFERS / BUFFERS_FOR_ALL, rel=0.05)
@@ -101,14 +102,14 @@ def test_rounds_are_bigger_where_nothing_is_filtered():
 
 
 def test_what_is_small_takes_little():
-    w = Workspace.of(1, 5, 8, with_e=True, with_sums=True, keep_all=False)
+    w = WorkspaceLayout.of(1, 5, 8, with_e=True, with_sums=True, keep_all=False)
     assert w.buffer_slots == COLUMN_TILE + COLUMN_TILE + K_STEP
     assert w.nbytes < MIB
 
 
 def test_sums_of_d_e_are_kept_for_whole_tiles():
     """Of three blocks of tokens and, for 200 hidden entries, two times 192; none if nobody wants dE."""
-    with_e, without = (Workspace.of(300, 100_000, 200, with_e=x, with_sums=False, keep_all=False) for x in (True, False))
+    with_e, without = (WorkspaceLayout.of(300, 100_000, 200, with_e=x, with_sums=False, keep_all=False) for x in (True, False))
     assert with_e.sums_e_bytes == 3 * 2 * 128 * 192 * 4
     assert without.sums_e_bytes == 0
     assert without.nbytes < with_e.nbytes
@@ -116,7 +117,7 @@ def test_sums_of_d_e_are_kept_for_whole_tiles():
 
 def test_a_tile_of_sums_is_what_a_consumers_threads_keep():
     """Two halves of 64 rows: 24 times 16 bytes of each of 128 threads, one thread's beside the next one's."""
-    w = Workspace.of(1, 100_000, 8, with_e=True, with_sums=False, keep_all=False)
+    w = WorkspaceLayout.of(1, 100_000, 8, with_e=True, with_sums=False, keep_all=False)
     assert w.sums_e_bytes == 2 * (LIST_TILE // 8) * SUMS_STEP
     assert SUMS_STEP == 16 * 128
 
@@ -136,7 +137,7 @@ def test_whatever_survives_fits_into_a_round(data):
     blocks, tiles = data.draw(st.integers(1, 40), label="blocks"), data.draw(st.integers(1, 60), label="tiles")
     g_bytes = data.draw(st.sampled_from([0, MIB, 4 * MIB]), label="bytes of G")
     keep_all = data.draw(st.booleans(), label="keep all")
-    w = Workspace(128 * blocks, 128 * tiles, 64, False, False, keep_all, g_bytes)
+    w = WorkspaceLayout(128 * blocks, 128 * tiles, 64, False, False, keep_all, g_bytes)
     kinds = data.draw(st.lists(st.sampled_from([0, 1, 63, 64, 65, 127, 128]), min_size=1), label="survivors of a tile")
     counts = np.random.default_rng(data.draw(st.integers(0, 99), label="seed")).choice(kinds, (blocks, tiles))
     assert max(slots_of_rounds(counts, w.survey.cap)) <= w.buffer_slots
@@ -145,7 +146,7 @@ def test_whatever_survives_fits_into_a_round(data):
 @pytest.mark.parametrize("blocks", [1, 2, 33])
 def test_the_worst_case_fits_with_little_to_spare(blocks):
     """Rounds that are full but for one pair, then a whole tile, and lists that end one past a step of the sum."""
-    w = Workspace(128 * blocks, 128 * 400, 64, False, False, False, 0)
+    w = WorkspaceLayout(128 * blocks, 128 * 400, 64, False, False, False, 0)
     counts = np.full((blocks, 400), 65)
     counts[0] = 64
     counts[:, 100:] = 128
@@ -155,16 +156,16 @@ def test_the_worst_case_fits_with_little_to_spare(blocks):
 
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.9, None])
 def test_the_surveys_rounds_fit(density):
-    w = Workspace(1500, 20_000, 64, False, False, density is None, 0)
+    w = WorkspaceLayout(1500, 20_000, 64, False, False, density is None, 0)
     found = model(w.survey, make_inputs(1, 1500, 20_000, density=density, listed=0.9))
     rounds = int(found["n_rounds"][0])
     assert 2 < rounds <= w.survey.rounds_max
-    assert found["slot0"][:, -1].max() <= w.buffer_slots
-    assert (found["first_g"][:, -1] * LIST_TILE >= found["slot0"][:, -1] - 1500 // 128 * K_STEP).all()
+    assert found["first_slot"][:, -1].max() <= w.buffer_slots
+    assert (found["first_job"][:, -1] * LIST_TILE >= found["first_slot"][:, -1] - 1500 // 128 * K_STEP).all()
 
 
 def test_sums_of_d_e_are_kept_between_rounds_alone():
-    w = Workspace.of(8192, 1000, 2304, with_e=True, with_sums=False, keep_all=True)
+    w = WorkspaceLayout.of(8192, 1000, 2304, with_e=True, with_sums=False, keep_all=True)
     assert (w.survey.rounds_max, w.sums_e_bytes) == (1, 0)
 
 
@@ -172,7 +173,7 @@ def test_rounds_are_cut_by_the_workspaces_numbers(monkeypatch):
     """As tests of the kernel make them: many small ones."""
     monkeypatch.setattr(workspace_module, "_G_BYTES", (0, 0))
     monkeypatch.setattr(workspace_module, "_SHARE", 0.0)
-    w = Workspace.of(300, 3000, 64, with_e=True, with_sums=False, keep_all=False)
+    w = WorkspaceLayout.of(300, 3000, 64, with_e=True, with_sums=False, keep_all=False)
     assert w.buffer_slots == 3 * (2 * 128 + 128 + 64)
     assert w.survey.cap == 3 * 2 * 128
     assert w.survey.rounds_max == 12
@@ -203,6 +204,10 @@ def test_phases_are_in_the_surveys_order(rounds):
     places = {("G", r): int(phase_of_logits.py_func(r)) for r in range(rounds)}
     places |= {("P", r): int(phase_of_products.py_func(r, rounds)) for r in range(rounds)}
     assert places == {phase: place for place, phase in enumerate(order)}
+    for phase, (kind, r) in enumerate(order):
+        is_products = bool(is_of_products.py_func(phase, rounds))
+        assert is_products == (kind == "P")
+        assert int(round_of.py_func(phase, rounds, is_products)) == r
 
 
 @pytest.mark.parametrize("buffers", [2, BUFFERS])
@@ -225,11 +230,11 @@ def test_no_phase_waits_for_a_later_one(buffers):
     ("sizes", "reason"),
     [
         ({"block_n": 64}, "block_n must be 128"),
-        ({"block_v": 128}, "the backward's stages are 2 and 3 panels, and its CTAs work alone or in pairs"),
-        ({"cluster": 3}, "the backward's stages are 2 and 3 panels, and its CTAs work alone or in pairs"),
-        ({"job_slots": 0}, "job_slots must be even"),
-        ({"job_slots": 3}, "job_slots must be even"),
-        ({"job_slots": 24}, f"takes 261120 bytes of shared memory, but a CTA has at most {MAX_SMEM_BYTES}: fewer stages"),
+        ({"block_v": 128}, "the backward's stages are 2 and 3 panels, and its clusters have 1 or 2 CTAs"),
+        ({"cluster": 3}, "the backward's stages are 2 and 3 panels, and its clusters have 1 or 2 CTAs"),
+        ({"known_jobs": 0}, "known_jobs must be even"),
+        ({"known_jobs": 3}, "known_jobs must be even"),
+        ({"known_jobs": 24}, f"takes 261120 bytes of shared memory, but a CTA has at most {MAX_SMEM_BYTES}: fewer stages"),
         ({"stages": 6}, f"takes 269776 bytes of shared memory, but a CTA has at most {MAX_SMEM_BYTES}: fewer stages"),
     ],
 )
@@ -285,7 +290,7 @@ def numpy_for_cupy(monkeypatch):
         array[...] = np.nan
         return array
 
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(empty=empty))
+    monkeypatch.setattr(gpu, "cupy", lambda: SimpleNamespace(empty=empty))
 
 
 GRADIENT_DTYPES = pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16, np.dtype(np.float32)], ids=str)

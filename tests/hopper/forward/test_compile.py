@@ -16,18 +16,20 @@ from tests.helpers.harness import SimulatorHarness
 if SimulatorHarness.is_active():
     pytest.skip("the simulator compiles nothing", allow_module_level=True)
 
-from cce_numba.hopper.forward.kernel import make_lse_kernel
+from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
+from cce_numba.tensor_core.folds import MAX_SUM, SURVIVORS
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
 from cce_numba.tensor_core.reduction import make_reduce_kernel
-from cce_numba.tensor_core.tokens import make_prepare_kernel
+from cce_numba.tensor_core.tokens import make_list_tokens_kernel
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
 DTYPES = {"f16": np.dtype(np.float16), "bf16": BFLOAT16}
 BIASES = {"none": lambda dtype: None, "float32": lambda dtype: np.dtype(np.float32), "same": lambda dtype: dtype}
 TENSOR_COPY = r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.tile\.mbarrier::complete_tx::bytes"
+RECORDING = MAX_SUM, SURVIVORS
 REGISTERS = 65536 // 384 // 8 * 8  # each of the threads' share of a multiprocessor's, in units of 8
 
 
@@ -46,7 +48,9 @@ def check_fits(compiled: offline.Compiled, spilled_bytes: int = 0) -> None:
 def test_the_forward(dtype, bias, capped, record):
     """One test for each configuration, with all that is to be said of it: compiling is what takes time."""
     tiles = HopperTiles()
-    kernel = make_lse_kernel(tiles, DTYPES[dtype], BIASES[bias](DTYPES[dtype]), capped, record)
+    kernel = make_forward_kernel(
+        tiles, DTYPES[dtype], BIASES[bias](DTYPES[dtype]), capped, False, RECORDING if record else (MAX_SUM,)
+    )
     compiled = offline.compile_hopper(kernel)
 
     # Of a tile's fold, not of its products: three registers.
@@ -67,8 +71,8 @@ def test_the_forward(dtype, bias, capped, record):
 
     # Survivor bits cost nothing where they are not wanted.
     words = tiles.block_v // 32
-    assert compiled.count(r"redux\.sync\.or\.b32") == (3 * words if record else 0), "of both halves, and of each for dC"
-    assert compiled.count(r"red\.global\.or\.b32") == (3 if record else 0)
+    assert compiled.count(r"redux\.sync\.or\.b32") == (4 * words if record else 0), "of each half, for the filter and for dC"
+    assert compiled.count(r"red\.global\.or\.b32") == (4 if record else 0)
     # An exponential for each logit of both halves, and some for each row.
     logits = 2 * 64 * tiles.block_v // 128
     assert compiled.count(r"ex2\.approx\.ftz\.f32") >= logits
@@ -86,15 +90,16 @@ def test_the_dot_products_of_targets(dtype, bias, aligned):
     assert compiled.count(r"red\.global\.or\.b32") == 2, "for the filter, and for dC"
 
 
-def test_the_list_of_tokens_and_the_tensor_maps():
-    compiled = offline.compile_hopper(make_prepare_kernel())
+@pytest.mark.parametrize("n_constants", [0, 32])
+def test_the_list_of_tokens_and_constants_beside_it(n_constants):
+    compiled = offline.compile_hopper(make_list_tokens_kernel(n_constants))
     check_fits(compiled)
     assert compiled.registers <= 65536 // 1024
     assert compiled.count(r"atom\S*") == 0, "the order of tokens does not depend on who comes first"
 
 
 def test_the_merge_of_partial_results():
-    compiled = offline.compile_hopper(make_merge_kernel(HopperTiles()))
+    compiled = offline.compile_hopper(make_merge_kernel(HopperTiles().group_n, RECORDING))
     check_fits(compiled)
     assert compiled.count(r"(atom|red)\.\S*") == 0, "sums are in the same order each time"
 
@@ -104,7 +109,7 @@ def test_the_reduction():
 
 
 def test_a_cluster_of_one_fetches_all_of_c_itself():
-    compiled = offline.compile_hopper(make_lse_kernel(HopperTiles(cluster=1), BFLOAT16, None, False, True))
+    compiled = offline.compile_hopper(make_forward_kernel(HopperTiles(cluster=1), BFLOAT16, None, False, False, RECORDING))
     check_fits(compiled)
     assert compiled.count(rf"{TENSOR_COPY}\.multicast::cluster") == 0
     assert compiled.count(TENSOR_COPY) >= 2

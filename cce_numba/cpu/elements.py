@@ -1,0 +1,103 @@
+"""Work on the elements of a block, compiled by Numba for the CPU: exponentials, G, sums of rows. `folds/` has more of it.
+
+The loops are plain so that LLVM turns them into vector instructions. NaN must pass through every one of them, so the only
+liberties taken with floating point are to reorder sums and to fuse multiply-adds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+_LOG2_E = np.float32(1.4426950408889634)
+# ln 2 in two parts, the first exact in few bits, so that x - n ln 2 loses nothing (Cody and Waite's reduction).
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_ROUND = np.float32(1.5 * 2**23)  # adding it rounds to an integer, which then stands in the low bits
+_SMALLEST = np.float32(-87.0)  # exp of less is below the smallest normal float32
+_COEFFICIENTS = tuple(np.float32(1 / math.factorial(k)) for k in range(8))
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
+@njit(cache=True, fastmath={"contract"})
+def exp_float32(x: Any) -> Any:
+    """exp of a float32 <= 88, to 2 units in the last place; 0 below -87; NaN stays NaN. Unlike libm's, it vectorises."""
+    clamped = _SMALLEST if x < _SMALLEST else x
+    shifted = clamped * _LOG2_E + _ROUND
+    n = shifted - _ROUND
+    r = (clamped - n * _LN2_HIGH) - n * _LN2_LOW
+    c0, c1, c2, c3, c4, c5, c6, c7 = _COEFFICIENTS  # Taylor: on |r| <= ln(2) / 2 the first term left out is below 2^-27
+    p = ((((((c7 * r + c6) * r + c5) * r + c4) * r + c3) * r + c2) * r + c1) * r + c0
+    exponent = np.float32(shifted).view(np.int32) + np.int32(127)
+    power_of_two = np.int32(exponent << np.int32(23)).view(np.float32)
+    return _ZERO if x < _SMALLEST else p * power_of_two
+
+
+def exp(x):  # type: ignore[no-untyped-def]  # Numba compares the parameters of these pairs, annotations included
+    """In compiled functions: the vectorised exp for float32, libm's for float64."""
+
+
+def rounded(x, z):  # type: ignore[no-untyped-def]
+    """In compiled functions: x in the dtype of the array z."""
+
+
+@overload(exp)
+def _exp_by_dtype(x):  # type: ignore[no-untyped-def]
+    if x == types.float32:
+        return lambda x: exp_float32(x)
+    return lambda x: math.exp(x)
+
+
+@overload(rounded)
+def _rounded_by_dtype(x, z):  # type: ignore[no-untyped-def]
+    dtype = z.dtype
+    return lambda x, z: dtype(x)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def gradient_block(
+    z: Any,
+    lse: Any,
+    softmax_weight: Any,
+    target_weight: Any,
+    uniform_weight: Any,
+    target_column: Any,
+    class_weights: Any,
+    inverse_softcap: Any,
+) -> None:
+    """Turns logits z (n, v) into G = softmax_weight * softmax - target_weight * onehot - uniform_weight * class_weights.
+
+    Times the softcap's derivative. In place. lse and weights: (n,) of z's dtype; class_weights (v,), or empty for no such term.
+    target_column (n,): where the row's target stands among the columns, or -1. inverse_softcap: 1 / softcap in z's dtype, or 0
+    without one.
+    """
+    for n in range(z.shape[0]):
+        row, column, weight, log_sum_exp = z[n], target_column[n], softmax_weight[n], lse[n]
+        at_target = row[column] if column >= 0 else row[0]
+        if class_weights.shape[0] > 0:
+            uniform = uniform_weight[n]
+            for v in range(row.shape[0]):
+                tanh = row[v] * inverse_softcap
+                row[v] = (weight * exp(row[v] - log_sum_exp) - uniform * class_weights[v]) * (_ONE - tanh * tanh)
+        elif inverse_softcap == _ZERO:
+            for v in range(row.shape[0]):
+                row[v] = weight * exp(row[v] - log_sum_exp)
+        else:
+            for v in range(row.shape[0]):
+                tanh = row[v] * inverse_softcap
+                row[v] = weight * exp(row[v] - log_sum_exp) * (_ONE - tanh * tanh)
+        if column >= 0:
+            tanh = at_target * inverse_softcap
+            row[column] -= target_weight[n] * (_ONE - tanh * tanh)
+
+
+@njit(cache=True, nogil=True)
+def add_rows(destination: Any, rows: Any, source: Any) -> None:
+    """destination[rows[k], d] += source[k, d], rows distinct; one pass over memory."""
+    for k in range(rows.shape[0]):
+        row = rows[k]
+        for d in range(source.shape[1]):
+            destination[row, d] += source[k, d]

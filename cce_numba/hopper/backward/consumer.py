@@ -1,0 +1,207 @@
+"""A consumer warpgroup: multiplies a job's tile while the other consumer stores its own; then they change places."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from cce_numba.hopper.backward.column_sums import sum_of_column
+from cce_numba.hopper.backward.finish_rows import make_finish_rows
+from cce_numba.hopper.backward.jobs import D_E, END, LOGITS, make_job_ring
+from cce_numba.hopper.backward.multiply import ONE_CONSUMER, make_multiply, make_turns
+from cce_numba.hopper.backward.partial_sums import SUMS_STEP, make_add_sums, make_add_to_sums, make_store_sums
+from cce_numba.hopper.backward.records import WORD, GTile, ListColumns, TilePlace
+from cce_numba.hopper.backward.store_g import make_store_g
+from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PARTS, STAGING_BYTES, BackwardTiles
+from cce_numba.ptx import arithmetic, control, mbarrier, memory
+from cce_numba.ptx import fragment as fragments
+from cce_numba.ptx.pointers import address_of
+from cce_numba.tensor_core.records import RowWeights
+from cce_numba.tensor_core.schedule import quotient
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE
+
+_ROW_BYTES = 16  # of a row of the survey's table `rows`
+
+
+@functools.cache
+def make_two_row_weights(scaled: bool, smoothed: bool) -> Any:
+    """The device function that loads the `RowWeights` of two listed tokens; scaled, smoothed: see `gradient.make_gradient`."""
+    load_f32, load_i32 = memory.load_global_f32, memory.load_global_i32
+    has_further = scaled or smoothed
+
+    @cuda.jit(device=True, forceinline=True)
+    def further_of(position: Any, terms: Any, tables: Any) -> Any:
+        """`(scale, uniform)` of a listed token."""
+        scale, uniform = np.float32(1), np.float32(0)
+        if has_further:
+            n = tables.row_of[position]
+            if n >= 0:
+                if scaled:
+                    scale = load_f32(terms.scale + np.uint64(4 * np.int64(n)))
+                if smoothed:
+                    uniform = load_f32(terms.uniform_weight + np.uint64(4 * np.int64(n))) * tables.weight_scale[0]
+        return scale, uniform
+
+    @cuda.jit(device=True, forceinline=True)
+    def row_weights(row: Any, scale: Any, uniform: Any) -> Any:
+        """row: the token's address in the survey's table `rows`."""
+        return RowWeights(
+            softmax=load_f32(row),
+            log_sum=load_f32(row + np.uint64(8)),
+            target_weight=load_f32(row + np.uint64(4)),
+            target=load_i32(row + np.uint64(12)),
+            scale=scale,
+            uniform=uniform,
+        )
+
+    @cuda.jit(device=True, forceinline=True)
+    def two_row_weights(position: Any, row: Any, terms: Any, tables: Any) -> Any:
+        """Of the tokens at `position`, an int64, of the list, and 8 further on. Weights are times the survey's scale.
+
+        row: address of the first of the two in the survey's table `rows`. terms: a `LogitTerms`. tables: the survey's.
+        """
+        scale_0, uniform_0 = further_of(position, terms, tables)
+        scale_1, uniform_1 = further_of(position + 8, terms, tables)
+        next_row = np.uint64(row + np.uint64(8 * _ROW_BYTES))
+        return row_weights(row, scale_0, uniform_0), row_weights(next_row, scale_1, uniform_1)
+
+    return two_row_weights
+
+
+@functools.cache
+def make_consume(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool) -> Any:
+    """The device function of a consumer warpgroup; see `kernel.make_backward_kernel`."""
+    jobs_, turns_ = make_job_ring(tiles), make_turns(tiles)
+    field, wait_job, job_empty = jobs_.field, jobs_.wait_full, jobs_.empty
+    columns_smem, bias_smem = jobs_.columns_smem, jobs_.bias_smem
+    await_turn, hand_over = turns_.await_turn, turns_.hand_over
+    name, block_v = "f16" if dtype == np.float16 else "bf16", tiles.block_v
+    multiply_logits = make_multiply(tiles, name, a_m_major=False, b_n_major=False)
+    multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
+    multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
+    store_g = make_store_g(block_v, dtype, capped, with_sums, scaled, smoothed)
+    two_row_weights = make_two_row_weights(scaled, smoothed)
+    store_sums, add_to_sums, add_sums = make_store_sums(block_v), make_add_to_sums(block_v), make_add_sums(block_v)
+    half_bytes = np.uint64(SUMS_STEP * (block_v // 8))  # of 64 rows of a tile of dE that is not complete
+    finish_rows, zeros, opaque = make_finish_rows(block_v, dtype), fragments.zeros(block_v), arithmetic.opaque_u32
+
+    # Below, `upper` and `lower` are fragments of the first and last 64 rows of a job's tile; `jobs` is the address of the job
+    # ring; `s` is the number of a job of this CTA; `consumer` is 0 or 1; `thread` is 0 to 127; `staging` is the address of this
+    # consumer's shared memory for tiles that leave; `tables` is the survey's `Tables`; `dims`, `workspace` and `outputs` are
+    # of `records`.
+
+    @cuda.jit(device=True, forceinline=True)
+    def store_logits(
+        upper: Any, lower: Any, jobs: Any, s: Any, consumer: Any, thread: Any, staging: Any, terms: Any, tables: Any,
+        workspace: Any,
+    ) -> None:  # fmt: skip
+        """What follows the products of a job LOGITS: they become G in the workspace. terms: a `LogitTerms`."""
+        lane = np.int32(thread & 31)
+        row = np.int32((thread >> 5) * 16 + (lane >> 2))  # the thread's rows are this one, and 8, 64, 72 further down
+        ids, biases, stored = opaque(columns_smem(jobs, s)), opaque(bias_smem(jobs, s)), field(jobs, s, WORD.stored)
+        columns = ListColumns(ids=ids, biases=biases, stored=stored)
+        slot = np.int64(field(jobs, s, WORD.slot))
+        g = np.uint64(workspace.g + np.uint64(slot * G_ROW_BYTES))
+        sums = np.uint64(workspace.sums + np.uint64(4 * (slot * PARTS + (thread >> 5))))
+        position = np.int64(field(jobs, s, WORD.block_or_tile)) * COLUMN_TILE + row
+        to = GTile(g=g, sums=sums, staging=staging, consumer=consumer)
+        row_of_weights = np.uint64(address_of(tables.rows) + np.uint64(_ROW_BYTES * position))
+        row_0, row_1 = two_row_weights(position, row_of_weights, terms, tables)
+        store_g(upper, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
+        to = GTile(g=np.uint64(g + np.uint64(128)), sums=np.uint64(sums + np.uint64(16)), staging=staging, consumer=consumer)
+        row_0, row_1 = two_row_weights(position + 64, np.uint64(row_of_weights + np.uint64(64 * _ROW_BYTES)), terms, tables)
+        store_g(lower, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
+        memory.fence_proxy_async_all()  # the bulk copy engine will read G
+
+    @cuda.jit(device=True, forceinline=True)
+    def store_d_e(
+        upper: Any, lower: Any, jobs: Any, s: Any, thread: Any, staging: Any, unscale: Any, tables: Any, workspace: Any,
+        outputs: Any, dims: Any,
+    ) -> None:  # fmt: skip
+        """What follows the products of a job D_E: they join those of the rounds before, and after the last round are dE.
+
+        unscale: what takes the scale of the weights out of them.
+        """
+        d0, block = field(jobs, s, WORD.d0), np.int64(field(jobs, s, WORD.block_or_tile))
+        is_first, is_last = field(jobs, s, WORD.is_first) != 0, field(jobs, s, WORD.is_last) != 0
+        tile = np.uint64(block * outputs.e.tiles + quotient(d0, np.int32(block_v)))
+        address = np.uint64(workspace.sums_e + tile * np.uint64(2 * half_bytes) + np.uint64(16 * thread))
+        if not is_last:
+            if is_first:
+                store_sums(upper, address)
+                store_sums(lower, address + half_bytes)
+            else:
+                add_to_sums(upper, address)
+                add_to_sums(lower, address + half_bytes)
+        else:
+            if not is_first:
+                upper, lower = add_sums(upper, address), add_sums(lower, address + half_bytes)
+            place = TilePlace(rows=tables.row_of, first=block * COLUMN_TILE, d0=d0, D=dims.D)
+            finish_rows(upper, lower, staging, thread, outputs.e, place, unscale, outputs.adds)
+
+    @cuda.jit(device=True, forceinline=True)
+    def store_d_c(
+        upper: Any, lower: Any, jobs: Any, s: Any, thread: Any, staging: Any, unscale: Any, tables: Any, workspace: Any,
+        outputs: Any, dims: Any,
+    ) -> None:  # fmt: skip
+        """What follows the products of a job D_C: they are a tile of dC.
+
+        The first job of a tile of columns also computes the gradient of their biases. unscale: as in `store_d_e`.
+        """
+        d0, first = field(jobs, s, WORD.d0), np.int64(field(jobs, s, WORD.block_or_tile)) * COLUMN_TILE
+        if outputs.c.address != 0:  # else the gradient of the bias alone is wanted
+            place = TilePlace(rows=tables.order, first=first, d0=d0, D=dims.D)
+            finish_rows(upper, lower, staging, thread, outputs.c, place, unscale, outputs.adds)
+        if with_sums and field(jobs, s, WORD.d0) == 0:
+            tile = np.int64(field(jobs, s, WORD.block_or_tile))
+            v = tables.order[tile * COLUMN_TILE + thread]
+            if v >= 0:
+                r = field(jobs, s, WORD.round)
+                first_tile = tables.first_tile[r]
+                slot = field(jobs, s, WORD.slot)
+                total = sum_of_column(thread, tile, slot, r, first_tile, workspace.sums, tables, dims)
+                outputs.bias[v] = unscale * total
+
+    @cuda.jit(device=True, forceinline=True)
+    def consume(
+        smem: Any, consumer: Any, thread: Any, terms: Any, tables: Any, workspace: Any, outputs: Any, dims: Any
+    ) -> None:  # fmt: skip
+        """By a consumer: computes every other job of this CTA, the first consumer from job 0 on, the second from job 1 on.
+
+        smem: a `SharedMemory`. terms: a `LogitTerms`.
+        """
+        jobs, ring, unscale = smem.jobs, smem.ring, tables.weight_scale[1]
+        staging = np.uint32(smem.staging + np.uint32(consumer) * np.uint32(STAGING_BYTES))
+        s, turns = np.uint32(consumer), np.uint32(0)
+        while True:
+            wait_job(jobs, s)
+            kind = field(jobs, s, WORD.kind)
+            if kind == END:
+                break
+            first_use, k_steps = np.uint32(field(jobs, s, WORD.first_use)), field(jobs, s, WORD.k_steps)
+            if kind == LOGITS:
+                turns = await_turn(ring, consumer, s, turns)
+                upper, lower = multiply_logits(zeros(), zeros(), ring, first_use, k_steps, thread)
+                hand_over(ring, consumer, first_use, k_steps, thread)
+                store_logits(upper, lower, jobs, s, consumer, thread, staging, terms, tables, workspace)
+            elif kind == D_E:
+                turns = await_turn(ring, consumer, s, turns)
+                upper, lower = multiply_d_e(zeros(), zeros(), ring, first_use, k_steps, thread)
+                hand_over(ring, consumer, first_use, k_steps, thread)
+                store_d_e(upper, lower, jobs, s, thread, staging, unscale, tables, workspace, outputs, dims)
+            else:
+                turns = await_turn(ring, consumer, s, turns)
+                upper, lower = multiply_d_c(zeros(), zeros(), ring, first_use, k_steps, thread)
+                hand_over(ring, consumer, first_use, k_steps, thread)
+                store_d_c(upper, lower, jobs, s, thread, staging, unscale, tables, workspace, outputs, dims)
+            phase = field(jobs, s, WORD.phase)
+            control.barrier_sync(np.uint32(1 + consumer), ONE_CONSUMER)
+            if thread == 0:
+                mbarrier.arrive(job_empty(jobs, s))
+                memory.add_release_u32(workspace.done + np.uint64(4 * phase), np.uint32(1))
+            s = np.uint32(s + np.uint32(2))
+
+    return consume

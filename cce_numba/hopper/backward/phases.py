@@ -1,0 +1,57 @@
+"""The order of phases, and how CTAs wait for them:
+
+    G(0)  G(1) P(0)  G(2) P(1)  ...  P(R-1)
+
+G(r) recomputes the logits of round r and writes G to the round's buffer. P(r) multiplies this G, which gives the round's rows
+of dC and adds to dE. A phase waits for the phases that it depends on. Wherever it can be, another phase stands between the two,
+which gives the first time to finish.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from cce_numba.ptx import memory
+
+
+@cuda.jit(device=True, forceinline=True)
+def phase_of_logits(r: Any) -> Any:
+    """The number of the phase G(r)."""
+    return np.int32(max(0, 2 * r - 1))
+
+
+@cuda.jit(device=True, forceinline=True)
+def phase_of_products(r: Any, rounds: Any) -> Any:
+    """The number of the phase P(r)."""
+    return np.int32(2 * rounds - 1 if r == rounds - 1 else 2 * r + 2)
+
+
+@cuda.jit(device=True, forceinline=True)
+def is_of_products(phase: Any, rounds: Any) -> Any:
+    """Whether the phase is P(r) for some r."""
+    return phase == 2 * rounds - 1 or (phase > 0 and phase % 2 == 0)
+
+
+@cuda.jit(device=True, forceinline=True)
+def round_of(phase: Any, rounds: Any, is_products: Any) -> Any:
+    """The r of the phase, which is P(r) if is_products, else G(r)."""
+    r = np.int32(phase // 2 if phase == 2 * rounds - 1 or phase % 2 == 0 else (phase + 1) // 2)
+    if is_products and phase < 2 * rounds - 1:
+        r = np.int32(r - 1)
+    return r
+
+
+@cuda.jit(device=True, forceinline=True)
+def wait_for_phase(phase: Any, phase_end: Any, done: Any) -> None:
+    """By one thread: waits until all jobs of the phase are done and what they wrote is visible.
+
+    phase_end: pointer to the survey's table. done: address of the counters of jobs that are done.
+    """
+    expected = phase_end[phase]
+    if phase > 0:
+        expected -= phase_end[phase - 1]
+    while np.int32(memory.load_acquire_u32(done + np.uint64(4 * phase))) < expected:
+        cuda.nanosleep(np.uint32(100))

@@ -1,0 +1,40 @@
+"""Folds of the tensor-core kernels: what becomes of a tile of logits in registers. See `cce_numba.folds` for what a fold is.
+
+A warp holds 16 rows of a tile, a lane two of them (`ptx.fragment`), and four lanes share a row. A consumer warpgroup folds half
+a tile of 128 rows at a time: a *pair* of rows of each lane. So a fold made for tiles of n columns is these device functions:
+
+    begin(rows, found, at)                      the state of a pair of rows; rows: `RowPair`, found: `records.Found`
+    step(state, z, tile, lse, at)               the state after half a tile z, a fragment of n columns; tile: `Tile`;
+                                                lse: the pair's natural log-sum-exp so far, with this tile
+    numbers(state)                              `(numbers of row 0, numbers of row 1)`, each a tuple of `Fold.numbers` float32:
+                                                what other workers need to know
+    nothing()                                   such a tuple for a row of which nothing has been seen
+    merge(numbers, numbers)                     such a tuple for what both have seen; in which order does not matter
+    store(numbers, lse, row, found, survivors, at)   by all lanes of a warp: writes what the numbers say of a token; row: `Row`
+
+`at` is the place of the fold's first result in `Found.results`. `chain` makes one fold of several: the first is `max_sum`,
+which gives the others the log-sum-exp by two functions more, `lse_of_state` and `lse_of_numbers`.
+"""
+
+from __future__ import annotations
+
+from cce_numba.tensor_core.folds.chain import Fold, Row, RowPair, Tile, chain, number_count, result_names
+from cce_numba.tensor_core.folds.max_sum import MAX_SUM
+from cce_numba.tensor_core.folds.mean_logit import MEAN_LOGIT
+from cce_numba.tensor_core.folds.survivors import SURVIVORS
+
+FOLDS = {fold.name: fold for fold in (MAX_SUM, MEAN_LOGIT, SURVIVORS)}
+
+__all__ = [
+    "FOLDS",
+    "MAX_SUM",
+    "MEAN_LOGIT",
+    "SURVIVORS",
+    "Fold",
+    "Row",
+    "RowPair",
+    "Tile",
+    "chain",
+    "number_count",
+    "result_names",
+]

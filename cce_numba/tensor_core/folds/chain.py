@@ -1,0 +1,182 @@
+"""One fold made of several, which see each tile in turn."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from cce_numba.launch.record import Record
+from cce_numba.tensor_core.records import I32, I64, U32, U64, Survivors
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A fold, of which `make(n)` gives the device functions for tiles of n columns.
+
+    Attributes:
+        name: its name in `cce_numba.folds`.
+        make: see `tensor_core.folds`.
+        numbers: how many float32 of a row workers tell each other.
+        results: names of what it stores for each token, float32 each.
+    """
+
+    name: str
+    make: Callable[[int], SimpleNamespace]
+    numbers: int = 1
+    results: tuple[str, ...] = ()
+
+
+class RowPair(Record):
+    """Two rows of a lane, and how their states begin."""
+
+    position_0 = I32  # of the rows' tokens in the batch
+    position_1 = I32
+    tokens = U64  # address of the batch's tokens, int32
+    listed = I32  # tokens that the batch has: positions from there on are nobody's
+    has_earlier = I32  # whether results of earlier parts of the vocabulary are there
+    resumes = I32  # whether this worker's state goes on from them, which only one of those that share the rows may do
+
+
+class Tile(Record):
+    """Where half a tile of logits is from, and who folds it."""
+
+    v_tile = I32  # the tile's number in the vocabulary
+    V = I32
+    block = I32  # of tokens, in the batch: a row of survivor bits
+    half = I32  # 0 for the upper 64 rows, 1 for the lower
+    consumer = I32  # the warpgroup
+    thread = I32  # of the warpgroup, 0 to 127
+    columns_smem = U32  # shared address of a float32 for each column of the tile, of this consumer's own
+    class_weights = U64  # address of (V,) float32, or 0
+    survivors = Survivors
+
+
+class Row(Record):
+    """A listed token, as a warp merges it."""
+
+    token = I32  # row of e
+    position = I64  # in the batch
+    lane = I32
+    V = I32
+
+
+def number_count(folds: tuple[Fold, ...]) -> int:
+    """How many float32 of a row workers tell each other."""
+    return sum(fold.numbers for fold in folds)
+
+
+def result_names(folds: tuple[Fold, ...]) -> tuple[str, ...]:
+    """What is stored for each token, in the order of `Found.results`."""
+    return tuple(name for fold in folds for name in fold.results)
+
+
+@functools.cache
+def chain(folds: tuple[Fold, ...], n: int) -> SimpleNamespace:
+    """The device functions of all folds as of one: states and numbers of each follow each other in tuples.
+
+    `begin(rows, found)`, `step(states, z, tile)`, `numbers(states)`, `nothing()`, `merge(numbers, numbers)` and
+    `store(numbers, row, found, survivors)`; see `tensor_core.folds`. Raises ValueError if the first fold is not `max_sum`.
+    """
+    if not folds or folds[0].results[:1] != ("lse",):
+        raise ValueError(
+            f"folds: must begin with max_sum, which gives the others the log-sum-exp, got {[x.name for x in folds]}"
+        )
+    every = _chained(folds, n, 0)
+    every_step, every_store, unknown = every.step, every.store, np.float32(math.nan)
+
+    @cuda.jit(device=True, forceinline=True)
+    def step(states: Any, z: Any, tile: Any) -> Any:
+        return every_step(states, z, tile, (unknown, unknown))
+
+    @cuda.jit(device=True, forceinline=True)
+    def store(numbers: Any, row: Any, found: Any, survivors: Any) -> None:
+        every_store(numbers, unknown, row, found, survivors)
+
+    return SimpleNamespace(
+        begin=every.begin, step=step, numbers=every.numbers, nothing=every.nothing, merge=every.merge, store=store
+    )
+
+
+def _chained(folds: tuple[Fold, ...], n: int, at: int) -> SimpleNamespace:
+    """The first fold, then the chain of the others, until none is left. `at`: the place of the first fold's first result."""
+    if not folds:
+        return _no_fold()
+    fold, own = folds[0].make(n), folds[0].numbers
+    rest = _chained(folds[1:], n, at + len(folds[0].results))
+    begin_own, step_own, numbers_own, nothing_own = fold.begin, fold.step, fold.numbers, fold.nothing
+    merge_own, store_own = fold.merge, fold.store
+    begin_rest, step_rest, numbers_rest, nothing_rest = rest.begin, rest.step, rest.numbers, rest.nothing
+    merge_rest, store_rest = rest.merge, rest.store
+    # Only `max_sum` has these two: the log-sum-exp of a pair's state, and of a row's numbers.
+    lse_of_state: Any = getattr(fold, "lse_of_state", None)
+    lse_of_numbers: Any = getattr(fold, "lse_of_numbers", None)
+    gives_lse = lse_of_state is not None
+
+    @cuda.jit(device=True, forceinline=True)
+    def begin(rows: Any, found: Any) -> Any:
+        return (begin_own(rows, found, at), *begin_rest(rows, found))
+
+    @cuda.jit(device=True, forceinline=True)
+    def step(states: Any, z: Any, tile: Any, lse: Any) -> Any:
+        state = step_own(states[0], z, tile, lse)
+        if gives_lse:
+            lse = lse_of_state(state)
+        return (state, *step_rest(states[1:], z, tile, lse))
+
+    @cuda.jit(device=True, forceinline=True)
+    def numbers(states: Any) -> Any:
+        (row_0, row_1), (rest_0, rest_1) = numbers_own(states[0]), numbers_rest(states[1:])
+        return row_0 + rest_0, row_1 + rest_1
+
+    @cuda.jit(device=True, forceinline=True)
+    def nothing() -> Any:
+        return nothing_own() + nothing_rest()
+
+    @cuda.jit(device=True, forceinline=True)
+    def merge(left: Any, right: Any) -> Any:
+        return merge_own(left[:own], right[:own]) + merge_rest(left[own:], right[own:])
+
+    @cuda.jit(device=True, forceinline=True)
+    def store(all_numbers: Any, lse: Any, row: Any, found: Any, survivors: Any) -> None:
+        if gives_lse:
+            lse = lse_of_numbers(all_numbers[:own])
+        store_own(all_numbers[:own], lse, row, found, survivors, at)
+        store_rest(all_numbers[own:], lse, row, found, survivors)
+
+    return SimpleNamespace(begin=begin, step=step, numbers=numbers, nothing=nothing, merge=merge, store=store)
+
+
+@functools.cache
+def _no_fold() -> SimpleNamespace:
+    @cuda.jit(device=True, forceinline=True)
+    def begin(rows: Any, found: Any) -> Any:
+        return ()
+
+    @cuda.jit(device=True, forceinline=True)
+    def step(states: Any, z: Any, tile: Any, lse: Any) -> Any:
+        return ()
+
+    @cuda.jit(device=True, forceinline=True)
+    def numbers(states: Any) -> Any:
+        return (), ()
+
+    @cuda.jit(device=True, forceinline=True)
+    def nothing() -> Any:
+        return ()
+
+    @cuda.jit(device=True, forceinline=True)
+    def merge(left: Any, right: Any) -> Any:
+        return ()
+
+    @cuda.jit(device=True, forceinline=True)
+    def store(all_numbers: Any, lse: Any, row: Any, found: Any, survivors: Any) -> None:
+        return
+
+    return SimpleNamespace(begin=begin, step=step, numbers=numbers, nothing=nothing, merge=merge, store=store)

@@ -1,0 +1,119 @@
+"""Survivor bits: which vocabulary entries the backward must look at for a block of tokens (see `cce_numba.survivors`).
+
+A bit is set if the probability may reach the threshold, judged by a lower bound of the row's final log-sum-exp: the largest of
+the target's logit, what earlier parts of the vocabulary have given, and what this worker has seen so far.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from cce_numba import folds
+from cce_numba.launch.record import Record
+from cce_numba.ptx import arithmetic, control, memory
+from cce_numba.survivors import SURVIVOR_BLOCK, make_threshold
+from cce_numba.tensor_core.folds.chain import Fold
+from cce_numba.tensor_core.fragment import collect_bits
+from cce_numba.tensor_core.records import F32
+from cce_numba.tensor_core.tokens import token_at
+
+maximum = arithmetic.maximum
+threshold_of = cuda.jit(device=True, forceinline=True)(make_threshold(np.float32))
+# A bound whose threshold is NaN, which no logit reaches: a row that is nobody's flags nothing, whatever stands in it.
+OUT_OF_REACH = np.float32(math.inf)
+ALL_BITS = np.uint32(0xFFFFFFFF)
+
+
+class Bounds(Record):
+    """Of a pair of rows: lower bounds of their final log-sum-exp, as known before the first tile."""
+
+    bound_0 = F32
+    bound_1 = F32
+
+
+def may_survive(z: Any, threshold: Any) -> Any:
+    """Whether the probability may reach eps."""
+    return z >= threshold
+
+
+@functools.cache
+def make(n: int) -> SimpleNamespace:
+    """See `tensor_core.folds`."""
+    survivor_words, words = collect_bits(n, may_survive), n // 32
+
+    @cuda.jit(device=True, forceinline=True)
+    def bound_of(position: Any, rows: Any, found: Any) -> Any:
+        if position >= rows.listed:
+            return OUT_OF_REACH
+        token = token_at(rows.tokens, position)
+        bound = found.target_logit[token]
+        if rows.has_earlier:
+            bound = maximum(bound, found.results[token])
+        return bound
+
+    @cuda.jit(device=True, forceinline=True)
+    def begin(rows: Any, found: Any, at: Any) -> Any:
+        return Bounds(bound_of(rows.position_0, rows, found), bound_of(rows.position_1, rows, found))
+
+    @cuda.jit(device=True, forceinline=True)
+    def set_bits(of_lane: Any, tile: Any, coarse_words: Any) -> None:
+        """By a warp: sets the bits of the tile's columns that a lane of it flags."""
+        lane, mine = np.int32(tile.thread & 31), np.uint32(0)
+        for w in range(words):
+            bits = control.or_of_warp(of_lane[w] << np.uint32(2 * (lane & 3)))
+            if lane == w:
+                mine = np.uint32(bits)
+        columns: Any = np.int32(tile.V - tile.v_tile * n - 32 * lane)
+        if columns < 32:
+            mine = np.uint32(mine & ((np.uint32(1) << np.uint32(max(columns, 0))) - np.uint32(1)))
+        if lane < words and mine != 0:
+            # `opaque` hides the block number from LLVM, which would otherwise hoist this address out of the loop and spill it.
+            block = np.int64(arithmetic.opaque_i32(np.int32(tile.block)))
+            word = block * tile.survivors.pitch_words + tile.v_tile * words + lane + coarse_words
+            memory.or_global_u32(tile.survivors.bits + np.uint64(4 * word), mine)
+
+    @cuda.jit(device=True, forceinline=True)
+    def step(state: Any, z: Any, tile: Any, lse: Any) -> Any:
+        threshold_0 = threshold_of(maximum(state.bound_0, lse[0]), tile.survivors.log_eps)
+        threshold_1 = threshold_of(maximum(state.bound_1, lse[1]), tile.survivors.log_eps)
+        if tile.survivors.coarse_words != 0:
+            coarser = tile.survivors.log_coarser
+            set_bits(survivor_words(z, threshold_0 + coarser, threshold_1 + coarser), tile, tile.survivors.coarse_words)
+        set_bits(survivor_words(z, threshold_0, threshold_1), tile, np.int64(0))
+        return state
+
+    @cuda.jit(device=True, forceinline=True)
+    def numbers(state: Any) -> Any:
+        return (), ()
+
+    @cuda.jit(device=True, forceinline=True)
+    def nothing() -> Any:
+        return ()
+
+    @cuda.jit(device=True, forceinline=True)
+    def merge(left: Any, right: Any) -> Any:
+        """Bits of all workers meet in memory."""
+        return ()
+
+    @cuda.jit(device=True, forceinline=True)
+    def store(numbers: Any, lse: Any, row: Any, found: Any, survivors: Any, at: Any) -> None:
+        """The gradient of a token that is lost is NaN in every column, so all columns of its block must survive."""
+        target_logit = found.target_logit[row.token]
+        if survivors.pitch_words > 0 and (lse != lse or target_logit != target_logit):
+            first_word = row.position // SURVIVOR_BLOCK * survivors.pitch_words
+            for word in range(row.lane, (row.V + 31) // 32, 32):
+                all_of_word = ALL_BITS >> np.uint32(max(0, 32 * word + 32 - row.V))
+                at_word = survivors.bits + np.uint64(4 * (first_word + word))
+                memory.store_global_u32(at_word, all_of_word)
+                memory.store_global_u32(at_word + np.uint64(4 * survivors.coarse_words), all_of_word)
+
+    return SimpleNamespace(begin=begin, step=step, numbers=numbers, nothing=nothing, merge=merge, store=store)
+
+
+SURVIVORS = Fold(folds.SURVIVORS, make, numbers=0)

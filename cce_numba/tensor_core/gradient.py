@@ -1,0 +1,59 @@
+"""The gradient of the loss with respect to one logit: what an entry of G is."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+from numba import cuda
+
+from cce_numba.ptx import arithmetic
+from cce_numba.tensor_core.exponentials import LOG2E
+
+exp2, fma = arithmetic.exp2, arithmetic.fma
+
+
+@functools.cache
+def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
+    """The device function `g = gradient(x, entry, token, softcap, class_weight)`, a float32.
+
+    x, float32, is the product of a token's row of e and an entry's row of c, plus the entry's bias. The logit that it becomes,
+    and the gradient of the loss with respect to scale * x, are
+
+        z = cap(token.scale * x)                        cap(y) = softcap * tanh(y / softcap)
+        g = (token.softmax * exp(z - lse)               lse is token.log_sum, which is in base 2
+             - token.target_weight * (entry == token.target)
+             - token.uniform * class_weight) * cap'(token.scale * x)
+
+    The weights contain the derivative with respect to x, which is another token.scale.
+
+    Args:
+        capped: there is a softcap; else cap(y) = y.
+        scaled: logits have a scale; else it is 1.
+        smoothed: there is a uniform weight; else it is 0.
+
+    `token` is a `records.RowWeights`. g is 0 for entry -1, which is nobody's, and for a token all of whose weights are 0,
+    whatever its logits are: not even a NaN gets through.
+    """
+
+    @cuda.jit(device=True, forceinline=True)
+    def gradient(z: Any, entry: Any, token: Any, softcap: Any, class_weight: Any) -> Any:
+        if scaled:
+            z = z * token.scale
+        if capped:
+            z = softcap * math.tanh(z / softcap)
+        g = token.softmax * exp2(fma(z, LOG2E, -token.log_sum))
+        if entry == token.target:
+            g -= token.target_weight
+        if smoothed:
+            g -= token.uniform * class_weight
+        if capped:
+            g *= np.float32(1) - (z / softcap) * (z / softcap)
+        a, b, uniform = token.softmax, token.target_weight, token.uniform
+        if entry < 0 or (a == np.float32(0) and b == np.float32(0) and (not smoothed or uniform == np.float32(0))):
+            g = np.float32(0)
+        return g
+
+    return gradient

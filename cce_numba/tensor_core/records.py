@@ -1,0 +1,120 @@
+"""What the tensor-core kernels take, by name.
+
+There are N tokens, V vocabulary entries, and D is the hidden size. Tokens that count are listed, and blocks of 128 listed
+tokens share survivor bits. An address (`U64`) counts bytes, a pointer is indexed by numbers; both are of device memory.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba.cuda import types
+
+from cce_numba.launch.kernel import pointer_to
+from cce_numba.launch.record import Record
+
+I32, I64, U32, U64, F32 = types.int32, types.int64, types.uint32, types.uint64, types.float32
+
+
+class Matrix(Record):
+    """A matrix of 16-bit numbers whose rows are contiguous."""
+
+    address = U64
+    pitch_bytes = I64  # from one row to the next
+
+
+class LogitTerms(Record):
+    """What makes a logit of a product, and the weights per entry and token that multiply it; 0 for what is absent."""
+
+    bias = U64  # address of (V,), of e's dtype or float32
+    bias_bytes = I32  # of one of its numbers
+    softcap = F32
+    scale = U64  # address of (N,) float32, by row of e
+    uniform_weight = U64  # address of (N,) float32, by row of e: in the backward, what label smoothing takes from each logit
+    class_weights = U64  # address of (V,) float32
+
+
+class Tokens(Record):
+    """The tokens that count, from some place in their list on: a batch."""
+
+    listed = U64  # address of int32: rows of e, ascending
+    n_valid = pointer_to(np.int64)  # (1,) how many count in all
+    first = I64  # the batch's place in the whole list
+    most = I32  # tokens of the batch, at most
+
+
+class Found(Record):
+    """Where the forward's results per token are, each by row of e."""
+
+    target_logit = pointer_to(np.float32)  # (N,); NaN for a target out of range
+    results = pointer_to(np.float32)  # (results of all folds, pitch); the first is the log-sum-exp
+    pitch = I64  # N
+
+
+class Parts(Record):
+    """What workers have found of their parts of the vocabulary, before it is merged."""
+
+    numbers = U64  # address of (numbers of all folds, pitch) float32, each row (slots, tokens of a group)
+    pitch = I64  # slots * tokens of a group
+
+
+class Survivors(Record):
+    """Survivor bits, a row of words for each block of tokens; and what a logit must reach (see `cce_numba.survivors`)."""
+
+    bits = U64  # address of (blocks, pitch_words) uint32, zeroed; 0 if none are recorded
+    pitch_words = I64  # 0 if these bits are to be left alone
+    coarse_words = I64  # from a word to the word of dC's bits, whose threshold is higher; 0 without any
+    log_eps = F32  # natural logarithm of the threshold
+    log_coarser = F32  # how much higher that of dC's bits is
+
+
+class Vocabulary(Record):
+    """The part of the vocabulary that a launch sees."""
+
+    first_tile = I32
+    n_tiles = I32
+    first_row = I32  # of c, which the tensor map of c begins with
+    V = I32  # of the whole vocabulary
+
+
+# ---- backward
+
+
+class Output(Record):
+    """A gradient, dE (N, D) or dC (V, D), in rows that can be stored 16 bytes at a time."""
+
+    address = U64  # 0 if it is not wanted
+    pitch_bytes = I64  # from one row to the next
+    is_float32 = I32  # 1 if it is float32, 0 if it is of the inputs' dtype
+    tiles = I32  # jobs (tiles of 192 hidden entries) that 128 of its rows take, 0 if it takes none
+
+
+class WeightedTokens(Record):
+    """The tokens that count, and what the survey reads of each. All arrays but the first two are by row of e."""
+
+    listed = pointer_to(np.int32)  # (N,) rows of e of the tokens that count, ascending; the first n_valid[0] are there
+    n_valid = pointer_to(np.int64)  # (1,)
+    softmax_weight = pointer_to(np.float32)  # (N,)
+    target_weight = pointer_to(np.float32)  # (N,)
+    largest_weight = pointer_to(np.float32)  # (N,) the largest magnitude of a token's weights but the target's
+    lse = pointer_to(np.float32)  # (N,) log-sum-exp, natural logarithm
+    target_logit = pointer_to(np.float32)  # (N,) NaN for a target out of range
+    targets = pointer_to(np.int64)  # (N,)
+
+
+class SurvivorBits(Record):
+    """What the forward leaves: a bit for each block and column, set if the column survives in the block."""
+
+    words = pointer_to(np.uint32)  # (blocks, pitch_words): bit v & 31 of word v >> 5; 0 if all columns survive
+    pitch_words = I64  # from one block to the next
+    coarse_words = I64  # from a word to the word of the columns that dC needs, whose threshold is higher; 0 if it is the same
+
+
+class RowWeights(Record):
+    """What makes the gradient of the logits of one token out of these logits (`gradient`)."""
+
+    softmax = F32  # weight of the softmax
+    log_sum = F32  # log-sum-exp, in base 2
+    target_weight = F32  # weight of the one-hot target
+    target = I32  # vocabulary entry, -1 for none
+    scale = F32  # of the logits
+    uniform = F32  # what label smoothing takes from the gradient of an entry whose class weight is 1

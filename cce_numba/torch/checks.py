@@ -1,0 +1,110 @@
+"""What the functions for tensors check before `arguments.py` sees arrays: errors in PyTorch's words, dtypes that are cast."""
+
+from __future__ import annotations
+
+import functools
+import numbers
+from typing import Any
+
+import torch
+
+from cce_numba import arguments
+from cce_numba.arguments import GRADIENTS
+from cce_numba.options import Options, flag
+from cce_numba.torch import memory
+
+_DTYPES = [memory.TORCH_DTYPES[dtype] for dtype in arguments.DTYPES]
+_INSTEAD = {  # of a tensor that requires grad, what gives it one
+    "logit_scale": ", or e * logit_scale[..., None] in place of e, which has one (and leaves a bias as it is)",
+    "token_weights": ", or multiply the loss of reduction='none' by them, which has one",
+}
+
+
+def check_tensor(name: str, tensor: Any) -> None:
+    """Raises TypeError, naming the argument, unless it is a tensor whose memory holds its elements, on one device."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(
+            f"{name}: must be a torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__} "
+            "(cce_numba.linear_cross_entropy takes other arrays)"
+        )
+    if hasattr(tensor, "full_tensor"):
+        raise TypeError(f"{name}: must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        layout = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: must be a strided tensor, got {layout}")
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        raise TypeError(f"{name}: is a view that negates another's elements when they are read; pass {name}.resolve_neg()")
+
+
+def check_integers(name: str, tensor: torch.Tensor) -> None:
+    """Raises TypeError, naming the argument, unless it is of an integer dtype (which bool is not)."""
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{name}: must be integers, got dtype {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> None:
+    """That they are tensors on e's device; `optional` ones may be None, and a logit scale a number."""
+    for name, tensor in {"e": e, "c": c, "targets": targets, **optional}.items():
+        if tensor is None and name in optional:
+            continue
+        if name == "logit_scale" and not isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, numbers.Real):
+                raise TypeError(f"logit_scale: must be a number or a torch.Tensor, got {tensor!r}")
+            continue
+        check_tensor(name, tensor)
+        if name in GRADIENTS:
+            if not tensor.is_floating_point():
+                raise TypeError(f"{name}: must be of a floating-point dtype, got {tensor.dtype}")
+        elif tensor.requires_grad and torch.is_grad_enabled():
+            instead = _INSTEAD.get(name, "")
+            raise ValueError(f"{name}: requires grad, but gets no gradient here; pass {name}.detach(){instead}")
+        if tensor.device != e.device:
+            raise ValueError(f"{name}: must be on the device of e, {e.device}, got a tensor on {tensor.device}")
+    if e.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"e: must be on the CPU or on CUDA, got a tensor on {e.device}")
+
+
+def cast(e: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Under autocast e in its dtype, as for a linear layer; c in e's dtype; bias too, unless it may stay in float32."""
+    kind = e.device.type
+    if torch.is_autocast_enabled(kind) and e.dtype != torch.float64:
+        e = e.to(torch.get_autocast_dtype(kind))
+    if e.dtype not in _DTYPES:
+        raise TypeError(f"e: dtype must be one of {', '.join(map(str, _DTYPES))}, got {e.dtype}")
+    if bias is not None and (bias.dtype != torch.float32 or e.dtype == torch.float64):
+        bias = bias.to(e.dtype)
+    return e, c.to(e.dtype), bias
+
+
+def check_options(dtype: torch.dtype, options: dict[str, Any], return_lse: Any) -> None:
+    """Raises what `Options.of` does; under `torch.compile`, which cannot look there, the operator will when it runs."""
+    if torch.compiler.is_compiling():
+        return
+    flag("return_lse", return_lse)
+    try:
+        _checked(dtype, **options)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+        Options.of(memory.NUMPY_DTYPES[dtype], options)
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _checked(dtype: torch.dtype, **options: Any) -> None:
+    Options.of(memory.NUMPY_DTYPES[dtype], options)
+    for name, value in options.items():
+        if isinstance(value, torch.Tensor):  # which passes for an integer there
+            raise TypeError(f"{name}: must be an integer, not a tensor, got {value!r}")
+
+
+def check_shapes(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """What `torch.compile` must know to trace, and the baseline to run; elsewhere `arguments.problem` says it, and more."""
+    if e.ndim < 1 or c.ndim != 2 or e.shape[-1] != c.shape[1]:
+        raise ValueError(f"c: must have shape (V, D) for e (..., D), got {tuple(c.shape)} for e {tuple(e.shape)}")
+    if targets.shape != e.shape[:-1]:
+        expected = tuple(e.shape[:-1])
+        raise ValueError(
+            f"targets: must have the shape of e without its last dimension, {expected}, got {tuple(targets.shape)}"
+        )
+    if bias is not None and bias.shape != c.shape[:1]:
+        raise ValueError(f"bias: must have shape (V,) = ({c.shape[0]},), got {tuple(bias.shape)}")
