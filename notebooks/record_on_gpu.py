@@ -219,10 +219,10 @@ def timeline(N: int = 8192, V: int = 32768, D: int = 2304) -> dict[str, Any]:
 
     def make(*args: Any, **kwargs: Any) -> Any:
         if not made:
-            made.append(kernel.make_lse_kernel.__wrapped__(*args, **kwargs))
+            made.append(kernel.make_forward_kernel.__wrapped__(*args, **kwargs))
         return made[0]
 
-    with stamped(words.data.ptr), mock.patch.object(host, "make_lse_kernel", make):
+    with stamped(words.data.ptr), mock.patch.object(host, "make_forward_kernel", make):
         cce.forward(e, c, targets, backend="hopper", filter_eps=None)  # compiles, and warms up
         cupy.cuda.Device().synchronize()
         words.fill(0)

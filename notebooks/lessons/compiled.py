@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import re
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 
 @functools.cache
@@ -28,11 +25,11 @@ def ptx(function: Any, signature: Any, compute_capability: tuple[int, int]) -> s
     """The PTX of a Python function as a kernel. Raises RuntimeError if nothing can be compiled here."""
     from numba import cuda
 
+    from cce_numba.launch.offline import compiling_for
+
     if reason := why_not():
         raise RuntimeError(reason)
-    dispatcher = importlib.import_module("numba.cuda.dispatcher")
-    device = SimpleNamespace(compute_capability=compute_capability)  # which device functions ask for
-    with mock.patch.object(dispatcher, "get_current_device", return_value=device):
+    with compiling_for(compute_capability):
         code, _ = cuda.compile(function, signature, cc=compute_capability, output="ptx", device=False, abi="numba")
     return code.decode() if isinstance(code, bytes) else code
 

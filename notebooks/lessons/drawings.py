@@ -31,16 +31,17 @@ def bars(
     rows: Sequence[tuple[str, float]], colour: str, title: str, unit: str, *, width: float = 460, marked: str = ""
 ) -> Picture:
     """Horizontal bars with a name before and a number after each; the one that is `marked` is drawn full."""
-    most = max(value for _, value in rows)
+    most, left = max(value for _, value in rows), 24 + 6.6 * max(len(name) for name, _ in rows)
+    room = width - left - 90
     parts = [text(14, 20, title, "bold")]
     for i, (name, value) in enumerate(rows):
-        y = 36 + 20 * i
-        parts.append(text(118, y + 9, name, "", anchor="end"))
-        strong = not marked or name == marked
+        y, wide = 36 + 20 * i, max(1.0, room * value / most)
+        look = "1" if not marked or name == marked else "0.45"
+        parts.append(text(left - 8, y + 9, name, anchor="end"))
+        parts.append(rect(left, y, wide, 12, f"f-{colour}", extra=f'opacity="{look}"'))
         parts.append(
-            rect(126, y, max(1.0, (width - 220) * value / most), 12, f"f-{colour}", extra=f'opacity="{1 if strong else 0.45}"')
+            text(left + wide + 6, y + 9.5, f"{value:,.3g} {unit}" if value < 100 else f"{value:,.0f} {unit}", "quiet small")
         )
-        parts.append(text(132 + (width - 220) * value / most, y + 9.5, f"{value:.3g} {unit}", "quiet small"))
     return Picture(width, 36 + 20 * len(rows) + 8, "".join(parts), title)
 
 

@@ -46,7 +46,8 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_lessons_kernel_compiles_for_a_gpu(name):
     lesson, kernel, parameters = KERNELS[name]
-    compiled = offline.compile_kernel(kernel(sources.definitions(lesson)), cuda.types.void(*parameters), (8, 0))
+    function = kernel(sources.definitions(lesson)).py_func
+    compiled = offline.compile_function(function, cuda.types.void(*parameters), None, (8, 0))
     assert compiled.spilled_bytes == 0
     if name == "5 blocked":
         assert compiled.stack_bytes == 0  # its sums are registers
@@ -68,10 +69,11 @@ def test_the_forwards_kernel_compiles_with_stamps():
     from cce_numba.hopper.forward import kernel
     from cce_numba.hopper.tiles import HopperTiles
     from cce_numba.interchange import BFLOAT16
+    from cce_numba.tensor_core.folds import MAX_SUM
 
     recorder = load_recorder()
     with recorder.stamped(0x7F0000000000):
-        made = kernel.make_lse_kernel.__wrapped__(HopperTiles(), BFLOAT16, None, False, False)
+        made = kernel.make_forward_kernel.__wrapped__(HopperTiles(), BFLOAT16, None, False, False, (MAX_SUM,))
         compiled = offline.compile_hopper(made)
     assert compiled.count(r"mov\.u64 %\w+, %clock64") >= 8  # two of the producer, two of each consumer and of its turns
     assert compiled.spilled_bytes == 0
