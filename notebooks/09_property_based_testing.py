@@ -211,7 +211,7 @@ print("first failure:", failures[0].tolist())
 print("last failure: ", failures[-1].tolist())
 
 # %% [markdown]
-# ## Where tolerances come from
+# ## Measure it: where tolerances come from
 #
 # "$10^{-5}(1 + \max|z|)$" was promised above, not explained. float32 rounds each result to within $u = 2^{-24} = 6 \cdot
 # 10^{-8}$ of itself. Follow the roundings through the kernel:
