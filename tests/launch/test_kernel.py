@@ -86,15 +86,15 @@ def test_an_empty_grid_launches_nothing(launched, grid):
 def test_recorded_launches_run_nothing_and_only_in_their_thread(launched):
     kernel, other = (Kernel(lambda: None, SIGNATURE, threads=32) for _ in range(2))
     with recorded() as kernels:
-        kernel.launch(1, *range(8))
-        other.launch(0, *range(8))
-        thread = threading.Thread(target=lambda: other.launch(1, *range(8)))
+        kernel.launch(1, *range(5), (5, 6, 7))
+        other.launch(0, *range(5), (5, 6, 7))
+        thread = threading.Thread(target=lambda: other.launch(1, *range(5), (5, 6, 7)))
         thread.start()
         thread.join()
-        kernel.launch(2, *range(8))
+        kernel.launch(2, *range(5), (5, 6, 7))
     assert kernels == [kernel, kernel]
     assert len(launched) == 1
-    kernel.launch(1, *range(8))
+    kernel.launch(1, *range(5), (5, 6, 7))
     assert len(launched) == 2
 
 
