@@ -32,7 +32,7 @@ class HopperTiles:
     cluster: int = 2
 
     consumers = 2
-    row_numbers = 4  # float32 that the consumers may tell each other of a row when they merge their states
+    row_numbers = 8  # float32 that the consumers may tell each other of a row when they merge their states
     gatherers = 2  # warps that fetch rows of e one by one, where tokens are scattered
     producer_registers = 40
     consumer_registers = 232

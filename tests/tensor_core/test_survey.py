@@ -15,7 +15,7 @@ if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
 from cce_numba.launch.kernel import Kernel, pointer_to
-from cce_numba.launch.record import flattened, kind_of
+from cce_numba.launch.record import kind_of
 from cce_numba.tensor_core.records import SurvivorBits, WeightedTokens
 from cce_numba.tensor_core.survey import Products, host, survey
 from cce_numba.tensor_core.survey.tables import SurveyLayout, Tables
@@ -418,7 +418,7 @@ def test_launches_are_few_and_take_these_arguments(monkeypatch, keep_all, coarse
     grids = {}
 
     def launch(kernel, ctas, *values):
-        kernel._arguments.pack(*flattened(values))  # raises if they are too many, too few, or too large
+        kernel._layout.pack(*kernel._numbers(values))  # raises if they are too many, too few, or too large
         grids[kernel.function.__name__] = ctas
 
     monkeypatch.setattr(Kernel, "launch", launch)

@@ -9,12 +9,12 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.hopper.forward.batch import make_who_am_i
+from cce_numba.hopper.operands import NEXT_PANEL, descriptor, form_of, step_of
 from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.launch.record import Record
 from cce_numba.ptx import arithmetic, control, mbarrier, memory, wgmma
 from cce_numba.ptx import fragment as fragments
-from cce_numba.ptx.wgmma import SWIZZLE_128B
 from cce_numba.tensor_core.folds import Fold, RowPair, Tile, chain, number_count
 from cce_numba.tensor_core.folds.rows import make_load_shared_numbers, make_store_numbers, make_store_shared_numbers
 from cce_numba.tensor_core.logits import make_bias_fragment, make_finish_logits
@@ -39,28 +39,23 @@ def make_multiply(tiles: HopperTiles, dtype: str) -> Any:
     upper, lower: sums of the tile's first and last 64 tokens. e_smem: shared address of the stage: rows of c follow those of e.
     accumulate: 0 if the sums begin with this stage. The products run on after it returns.
     """
-    mma = wgmma.mma(tiles.block_v, dtype)
-    to_c = np.uint64(tiles.e_bytes >> 4)  # in a descriptor addresses count 16 bytes
-    to_lower = np.uint64(64 * 128 >> 4)  # rows 64 to 127 of e, of 128 bytes each
-    address_bits = np.uint32(0x3FFFF)
-
-    @cuda.jit(device=True, forceinline=True)
-    def descriptor(address: Any) -> Any:
-        return SWIZZLE_128B | np.uint64((np.uint32(address) & address_bits) >> np.uint32(4))
+    mma, form = wgmma.mma(tiles.block_v, dtype), form_of(transposed=False)
+    to_lower, step = NEXT_PANEL, step_of(transposed=False)
+    second, third = np.uint64(2) * step, np.uint64(3) * step
+    e_bytes = np.uint32(tiles.e_bytes)
 
     @cuda.jit(device=True, forceinline=True)
     def multiply(upper: Any, lower: Any, e_smem: Any, accumulate: Any) -> Any:
         """Four products of 16 terms, 32 bytes of a row, for the upper 64 tokens, and for the lower."""
-        one, a = np.uint32(1), descriptor(e_smem)
-        b = a + to_c
+        one, a, b = np.uint32(1), descriptor(form, e_smem), descriptor(form, e_smem + e_bytes)
         upper = mma(upper, a, b, accumulate)
         lower = mma(lower, a + to_lower, b, accumulate)
-        upper = mma(upper, a + np.uint64(2), b + np.uint64(2), one)
-        lower = mma(lower, a + to_lower + np.uint64(2), b + np.uint64(2), one)
-        upper = mma(upper, a + np.uint64(4), b + np.uint64(4), one)
-        lower = mma(lower, a + to_lower + np.uint64(4), b + np.uint64(4), one)
-        upper = mma(upper, a + np.uint64(6), b + np.uint64(6), one)
-        lower = mma(lower, a + to_lower + np.uint64(6), b + np.uint64(6), one)
+        upper = mma(upper, a + step, b + step, one)
+        lower = mma(lower, a + to_lower + step, b + step, one)
+        upper = mma(upper, a + second, b + second, one)
+        lower = mma(lower, a + to_lower + second, b + second, one)
+        upper = mma(upper, a + third, b + third, one)
+        lower = mma(lower, a + to_lower + third, b + third, one)
         return upper, lower
 
     return multiply

@@ -20,7 +20,6 @@ from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward import host
 from cce_numba.hopper.backward.records import Outputs, Shape, Workspace
 from cce_numba.launch.kernel import Kernel
-from cce_numba.launch.record import flattened
 from cce_numba.options import Options
 from cce_numba.tensor_core.records import LogitTerms, Matrix, SurvivorBits, WeightedTokens
 from cce_numba.tensor_core.survey.tables import Sizes, Tables
@@ -49,7 +48,7 @@ def launches(monkeypatch):
     seen = []
 
     def launch(kernel, ctas, *values):
-        kernel._arguments.pack(*flattened(values))  # raises if they are too many, too few, or too large
+        kernel._layout.pack(*kernel._numbers(values))  # raises if they are too many, too few, or too large
         seen.append((kernel.function.__name__.removesuffix("_kernel"), kernel, ctas, values))
 
     monkeypatch.setattr(Kernel, "launch", launch)
