@@ -58,23 +58,6 @@ def test_kernels_compile_within_their_budget(dtype, cc, what):
         assert compiled.count(r"call(\.uni)?") == 0, f"{name}: a function that is called keeps its arrays in memory"
 
 
-def functions():
-    """Each function of the package, with its file."""
-    for path in sorted(Path(inspect.getfile(cce_numba.simt)).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                yield path.name, node
-
-
-def test_no_function_has_more_than_12_parameters():
-    """What belongs together is a record."""
-    found = {
-        f"{file}: {node.name}": len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs) for file, node in functions()
-    }
-    assert {name.partition(": ")[2] for name in found} > LARGE | {"finish_kernel", "step", "merge"}
-    assert not {name: count for name, count in found.items() if count > 12}
-
-
 def test_kernels_say_what_every_parameter_is():
     """Each has a line of its own, with a comment: a record by its name, an array by its shape."""
     for path in sorted(Path(inspect.getfile(cce_numba.simt)).parent.rglob("*.py")):
