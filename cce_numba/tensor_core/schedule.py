@@ -92,6 +92,7 @@ def quotient(a: Any, b: Any) -> Any:
 
 @register_jitable
 def _int32s(a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+    """The five numbers as int32."""
     return np.int32(a), np.int32(b), np.int32(c), np.int32(d), np.int32(e)
 
 

@@ -93,6 +93,7 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def parity_of(s: Any) -> Any:
+        """The parity of the phase that job s has of its entry's barriers."""
         return (np.uint32(s) // entries) & np.uint32(1)
 
     @cuda.jit(device=True, forceinline=True)
@@ -159,6 +160,7 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def set_field(jobs: Any, s: Any, word: Any, value: Any) -> None:
+        """Writes a word of the header of job s, an int32."""
         store(entry_of(jobs, s) + np.uint32(4 * word), np.int32(value))
 
     @cuda.jit(device=True, forceinline=True)

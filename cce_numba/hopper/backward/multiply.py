@@ -42,6 +42,7 @@ def make_multiply(tiles: BackwardTiles, dtype: str, *, a_m_major: bool, b_n_majo
 
     @cuda.jit(device=True, forceinline=True)
     def multiply(upper: Any, lower: Any, ring: Any, first_use: Any, k_steps: Any, thread: Any) -> Any:
+        """See `make_multiply`. Shapes: upper and lower (64, block_v), a stage 64 terms of A (128, 64) and B (block_v, 64)."""
         one = np.uint32(1)
         stage, parity = stage_of(first_use), parity_of(first_use)
         for k in range(k_steps):

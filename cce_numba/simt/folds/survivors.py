@@ -77,6 +77,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
+        """The bounds and targets of the block's rows; a row beyond the last token can flag nothing."""
         target = cuda.shared.array(block_n, np.int64)
         bound = cuda.shared.array(block_n, real)
         hits = cuda.shared.array(hits_shape, np.uint8)
@@ -91,6 +92,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def step(state: Any, first_state: Any, arrays: Any, tile: Any) -> None:
+        """Sets the bits of a tile of (block_n, block_v) logits, with the rows' bounds as far as they are known."""
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         t = y * threads_v + x
         for r in range(t, block_n, threads):
@@ -123,10 +125,12 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def row(state: Any, r: Any) -> Any:
+        """Nothing: there is nothing to merge."""
         return ()
 
     @cuda.jit(device=True)
     def merge(row: Any, later: Any) -> Any:
+        """Nothing: there is nothing to merge."""
         return ()
 
     @cuda.jit(device=True)

@@ -48,6 +48,7 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
+        """The pair's state before the first tile, or the log-sum-exp that it goes on from (as a maximum with a sum of 1)."""
         max_0 = max_1 = NEGATIVE_INFINITY
         sum_0 = sum_1 = np.float32(0)
         if rows.resumes:
@@ -59,6 +60,7 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def step(state: Any, z: Any, tile: Any, lse: Any) -> Any:
+        """Folds half a tile of logits: the maxima of two rows, then the sums of exponentials rescaled to them."""
         zero = np.float32(0)
         max_0, max_1 = row_max(z, state.max_0, state.max_1, zero, zero)
         max_0, max_1 = quad_max(max_0), quad_max(max_1)
@@ -71,26 +73,32 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def lse_of_state(state: Any) -> Any:
+        """`(log-sum-exp of row 0, of row 1)`, natural logarithms."""
         return log_sum_exp(state.max_0, state.sum_0), log_sum_exp(state.max_1, state.sum_1)
 
     @cuda.jit(device=True, forceinline=True)
     def numbers(state: Any) -> Any:
+        """`((log-sum-exp of row 0,), (of row 1,))`, natural logarithms."""
         return (log_sum_exp(state.max_0, state.sum_0),), (log_sum_exp(state.max_1, state.sum_1),)
 
     @cuda.jit(device=True, forceinline=True)
     def nothing() -> Any:
+        """The log-sum-exp of no logit: -inf."""
         return (NEGATIVE_INFINITY,)
 
     @cuda.jit(device=True, forceinline=True)
     def merge(left: Any, right: Any) -> Any:
+        """log(exp(left) + exp(right)), whichever comes first."""
         return (log_add_exp(left[0], right[0]),)
 
     @cuda.jit(device=True, forceinline=True)
     def lse_of_numbers(numbers: Any) -> Any:
+        """The log-sum-exp that a row's numbers are."""
         return numbers[0]
 
     @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, lse: Any, row: Any, found: Any, survivors: Any, at: Any) -> None:
+        """Lane 0 writes the log-sum-exp of a token."""
         if row.lane == 0:
             found.results[at * found.pitch + row.token] = numbers[0]
 
