@@ -1,12 +1,12 @@
 """The ring of stages in shared memory through which tiles travel from the producer to the consumers.
 
-Each stage has two barriers: `full` completes when its bytes have arrived, `empty` when the consumer of each CTA of the cluster
-has let go of it (each CTA's producer writes into all of them). The uses of the ring are numbered; use i is the (i // stages)-th
-of stage i % stages, so it waits for phases of parity (i // stages) % 2.
+Each stage has two barriers. `full` completes when the stage's bytes have arrived. `empty` completes when the consumer of each CTA
+of the cluster has let go of the stage, since each CTA's producer writes into the stages of all. The uses of the ring are
+numbered. Use i is the (i // stages)-th of stage i % stages, so it waits for phases of parity (i // stages) % 2.
 
-The consumers take turns, and a waiting consumer must not look at barriers that are more than a round behind what it waits for
-(it would take an earlier phase of the same parity for its own). So it is told when its turn has come, through a barrier of its
-own.
+The consumers take turns. A waiting consumer must not look at a stage's `full` barrier while an earlier use of that stage is
+still to complete: it would take an earlier phase of the same parity for its own. So each consumer has a barrier of its own,
+which tells it that its turn has come.
 """
 
 from __future__ import annotations

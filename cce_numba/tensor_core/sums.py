@@ -48,6 +48,7 @@ def shuffle_xor(x: Any, mask: Any) -> Any:
 @overload(shuffle_xor, jit_options=_INLINED)
 def _shuffle_xor(x: Any, mask: Any) -> Any:
     """What numba compiles for `shuffle_xor`."""
+
     def shuffle_float(x: Any, mask: Any) -> Any:
         return control.shuffle_xor_f32(x, mask)
 

@@ -14,7 +14,7 @@ class Given:
     """What a forward has before its tiles, for folds to take what they need.
 
     Attributes:
-        problem: it.
+        problem: the checked inputs.
         tiles: sizes.
         tokens: (n_valid,) integers, the tokens that count, ascending.
         target_logit: (N,) of the compute dtype, or None if there are no targets.

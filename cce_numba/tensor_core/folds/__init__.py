@@ -4,7 +4,7 @@ A warp holds 16 rows of a tile, a lane two of them (`ptx.fragment`), and four la
 a tile of 128 rows at a time: a *pair* of rows of each lane. So a fold made for tiles of n columns is these device functions:
 
     begin(rows, found, at)                      the state of a pair of rows; rows: `RowPair`, found: `records.Found`
-    step(state, z, tile, lse, at)               the state after half a tile z, a fragment of n columns; tile: `Tile`;
+    step(state, z, tile, lse)                   the state after half a tile z, a fragment of n columns; tile: `Tile`;
                                                 lse: the pair's natural log-sum-exp so far, with this tile
     numbers(state)                              `(numbers of row 0, numbers of row 1)`, each a tuple of `Fold.numbers` float32:
                                                 what other workers need to know
