@@ -1,7 +1,7 @@
 """The ring of stages in shared memory through which tiles travel from the producer to the consumers.
 
-Each stage has two barriers. `full` completes when the stage's bytes have arrived. `empty` completes when the consumer of each CTA
-of the cluster has let go of the stage, since each CTA's producer writes into the stages of all. The uses of the ring are
+Each stage has two barriers. `full` completes when the stage's bytes have arrived. `empty` completes when the consumer of each
+CTA of the cluster has let go of the stage, since each CTA's producer writes into the stages of all. The uses of the ring are
 numbered. Use i is the (i // stages)-th of stage i % stages, so it waits for phases of parity (i // stages) % 2.
 
 The consumers take turns. A waiting consumer must not look at a stage's `full` barrier while an earlier use of that stage is
