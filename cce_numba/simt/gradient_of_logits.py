@@ -51,6 +51,7 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
 
     @cuda.jit(device=True)
     def read_token(token: Any, found: Any, weights: Any) -> Any:
+        """What G needs of a token, read once for all its columns."""
         softmax_weight = weights.softmax[token]
         if found.target_logit[token] != found.target_logit[token]:
             softmax_weight = real(math.nan)

@@ -40,6 +40,7 @@ def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def gradient(z: Any, entry: Any, token: Any, softcap: Any, class_weight: Any) -> Any:
+        """See `make_gradient`; z, float32, begins as the product x with its bias, and becomes the logit."""
         if scaled:
             z = z * token.scale
         if capped:

@@ -35,13 +35,10 @@ CONFIGURATIONS += zip(DTYPES, [(8, 0)] * 4, ["terms", "plain", "terms", "plain"]
 )
 def test_kernels_compile_within_their_budget(dtype, cc, what):
     _, kernels = kernels_of("simt", dtype.name, TERMS if what == "terms" else ["bias"], cc)
-    assert {kernel.function.__name__ for kernel in kernels} == LARGE | {
-        "list_tokens_kernel",
-        "indexed_dot_kernel",
-        "finish_kernel",
-        "list_columns_kernel",
-        "d_bias_kernel",
-    }
+    small = {"list_tokens_kernel", "finish_kernel", "list_columns_kernel", "d_bias_kernel"}
+    if what == "plain":  # the bound of survivors, of which none are recorded where labels are smoothed under a softcap
+        small.add("indexed_dot_kernel")
+    assert {kernel.function.__name__ for kernel in kernels} == LARGE | small
     tiles = choose_tiles(np.dtype(np.float64 if dtype == np.float64 else np.float32), simulated=False)
     fma = "fma.rn.f64" if dtype == np.float64 else "fma.rn.f32"
     for kernel in kernels:

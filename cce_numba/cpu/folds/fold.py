@@ -16,7 +16,7 @@ class Given:
     """What a forward has before its tiles, for folds to take what they need.
 
     Attributes:
-        problem: it.
+        problem: the checked inputs.
         tiles: sizes.
         tokens: (n_valid,) integers, the tokens that count, ascending.
         bound: (N,) of the compute dtype, the target's logit, a dot product by itself; None where no survivors are recorded.

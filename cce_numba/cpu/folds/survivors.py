@@ -1,8 +1,9 @@
 """Survivors: the vocabulary entries whose logits the backward computes again; one bit for each block of tokens and entry.
 
-An entry survives unless each token of the block is sure that its probability is below eps. A token is sure if the logit is
-below bound + log(eps), where the bound is below the token's log-sum-exp: the target's logit is, and so is the log-sum-exp of
-what was seen so far. The target itself survives in any case, and so does NaN.
+An entry is dropped in a block if its probability is known to be below eps for every token of the block. It is known for a token
+if the logit is below bound + log(eps), where the bound is no larger than the token's log-sum-exp: the larger of the target's
+logit and the log-sum-exp of what was seen so far. A target survives in any case, and so does NaN. `cce_numba/survivors.py` has
+the rule.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _flag(row: Any, threshold: Any, flags: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def _flag_columns(z: Any, largest: Any, total: Any, target_logit: Any, log_eps: float, flags: Any) -> None:
-    """Flags columns of logits z (n, v), in flags (v,) bool, unless every row is sure of them; the others are (n,)."""
+    """Flags, in flags (v,) bool, the columns of logits z (n, v) that some row does not drop; the other arrays are (n,)."""
     for n in range(z.shape[0]):
         bound = np.float64(target_logit[n])
         if total[n] > 0:

@@ -89,6 +89,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
+        """The state before the first tile: -inf, 0 and 0 for each row of the block."""
         largest = cuda.shared.array(block_n, real)
         total = cuda.shared.array(block_n, real)
         lost = cuda.shared.array(block_n, real)
@@ -98,6 +99,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def step(state: Any, first_state: Any, arrays: Any, tile: Any) -> None:
+        """Folds a tile of (block_n, block_v) logits: first the rows' largest logits, then their sums of exponentials."""
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         t = y * threads_v + x
 
@@ -143,10 +145,12 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def row(state: Any, r: Any) -> Any:
+        """The largest logit and the sum of the r-th row."""
         return Row(state.largest[r], state.sum[r] - state.lost[r])
 
     @cuda.jit(device=True)
     def merge(row: Any, later: Any) -> Any:
+        """The rows of two parts of the vocabulary, whose sums are rescaled to the larger of the two largest logits."""
         largest, total = row.largest, row.sum
         if later.largest > largest:
             if largest > minus_infinity:
@@ -160,6 +164,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def store(row: Any, first_row: Any, arrays: Any, place: Any) -> None:
+        """Writes the log-sum-exp of a token."""
         if place.exists:
             arrays.lse[place.token] = log_sum_exp(row.largest, row.sum)
             arrays.max_logit[place.token] = row.largest

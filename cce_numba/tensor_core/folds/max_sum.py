@@ -67,6 +67,7 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
+        """The pair's state before the first tile: nothing, or what earlier parts of the vocabulary have given."""
         max_0 = max_1 = NEGATIVE_INFINITY
         sum_0 = sum_1 = np.float32(0)
         if rows.resumes:
@@ -76,6 +77,7 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
+        """Folds half a tile of logits: the maxima of two rows, then the sums of exponentials rescaled to them."""
         zero = np.float32(0)
         max_0, max_1 = row_max(z, state.max_0, state.max_1, zero, zero)
         max_0, max_1 = quad_max(max_0), quad_max(max_1)
@@ -87,28 +89,34 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def lse_of_state(state: Any) -> Any:
+        """`(log-sum-exp of row 0, of row 1)`, natural logarithms."""
         return log_sum_exp(state.max_0, state.sum_0), log_sum_exp(state.max_1, state.sum_1)
 
     @cuda.jit(device=True, forceinline=True)
     def numbers(state: Any) -> Any:
+        """`((max, sum) of row 0, of row 1)`, the sums with the shifts of their maxima."""
         return (state.max_0, state.sum_0), (state.max_1, state.sum_1)
 
     @cuda.jit(device=True, forceinline=True)
     def nothing() -> Any:
+        """Of no logit: a max of -inf, and a sum of 0."""
         return NEGATIVE_INFINITY, np.float32(0)
 
     @cuda.jit(device=True, forceinline=True)
     def merge(left: Any, right: Any) -> Any:
+        """The larger max, and both sums rescaled to it; whichever comes first."""
         largest = maximum(left[0], right[0])
         shift = shift_of(largest)
         return largest, rescaled(left[1], left[0], shift) + rescaled(right[1], right[0], shift)
 
     @cuda.jit(device=True, forceinline=True)
     def lse_of_numbers(numbers: Any) -> Any:
+        """The log-sum-exp of a row's numbers."""
         return numbers[0] + log_of_sum(numbers[0], numbers[1])
 
     @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, lse: Any, row: Any, found: Any, survivors: Any, at: Any) -> None:
+        """Lane 0 writes the log-sum-exp of a token, and the two parts that it is the sum of."""
         if row.lane == 0:
             found.results[(at + LSE) * found.pitch + row.token] = lse
             found.results[(at + MAX_LOGIT) * found.pitch + row.token] = numbers[0]

@@ -49,6 +49,7 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def bound_of(position: Any, rows: Any, found: Any) -> Any:
+        """The lower bound of the log-sum-exp of the token at a position, a float32; out of reach past the listed tokens."""
         if position >= rows.listed:
             return OUT_OF_REACH
         token = token_at(rows.tokens, position)
@@ -59,6 +60,7 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
+        """Bounds of the pair's log-sum-exp from below: the target's logit, and what earlier parts of the vocabulary gave."""
         return Bounds(bound_of(rows.position_0, rows, found), bound_of(rows.position_1, rows, found))
 
     @cuda.jit(device=True, forceinline=True)
@@ -80,6 +82,7 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
+        """Flags the columns of half a tile: in the plane of the filter, and in that of dC if it has a threshold of its own."""
         threshold_0 = threshold_of(maximum(state.bound_0, lse[0]), tile.survivors.log_eps)
         threshold_1 = threshold_of(maximum(state.bound_1, lse[1]), tile.survivors.log_eps)
         if tile.survivors.coarse_words != 0:
@@ -90,10 +93,12 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def numbers(state: Any) -> Any:
+        """Nothing: the bits are in memory already."""
         return (), ()
 
     @cuda.jit(device=True, forceinline=True)
     def nothing() -> Any:
+        """Nothing."""
         return ()
 
     @cuda.jit(device=True, forceinline=True)
