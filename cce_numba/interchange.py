@@ -125,12 +125,33 @@ def take_writable(name: str, array: Any) -> Any:
     return native
 
 
+class _TensorMemory:
+    """The memory of a PyTorch tensor on the CPU, which it keeps, by NumPy's array interface."""
+
+    def __init__(self, tensor: Any, dtype: np.dtype) -> None:
+        self._tensor = tensor
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tuple(tensor.shape),
+            "typestr": "<i2" if dtype == BFLOAT16 else dtype.str,  # bfloat16 by its bits: the interface does not know it
+            "strides": None if tensor.is_contiguous() else tuple(step * dtype.itemsize for step in tensor.stride()),
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def of_cpu_tensor(tensor: Any) -> Any:
+    """The NumPy array in the memory of a PyTorch tensor on the CPU, which it keeps; unlike `take`, whoever may record it.
+
+    After `tensor.numpy()` PyTorch never resizes the tensor's storage again, but FSDP frees and refills those of parameters.
+    """
+    dtype = TORCH_DTYPES[str(tensor.dtype)]
+    array = np.asarray(_TensorMemory(tensor, dtype))
+    return array.view(BFLOAT16) if dtype == BFLOAT16 else array
+
+
 def of_cuda_tensor(tensor: Any) -> Any:
     """The CuPy array in the memory of a PyTorch tensor on CUDA, which it keeps; unlike `take`, whoever may record it."""
-    cupy, device = gpu.cupy(), tensor.get_device()
-    if (dtype := TORCH_DTYPES.get(str(tensor.dtype))) is None:
-        with cupy.cuda.Device(device), _torch_stream(device):
-            return cupy.from_dlpack(tensor)
+    cupy, device, dtype = gpu.cupy(), tensor.get_device(), TORCH_DTYPES[str(tensor.dtype)]
     # What DLPack does, without what it takes: 60 us a tensor. Work goes to PyTorch's stream if e is a tensor, too.
     memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.nbytes, tensor, device)
     strides = [step * dtype.itemsize for step in tensor.stride()]
@@ -242,19 +263,46 @@ def _take_torch(name: str, tensor: Any) -> Any:
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name}: requires grad, and these functions are not recorded by autograd; pass {name}.detach() and use the "
-            "returned gradients, or call them under torch.no_grad()"
+            "returned gradients, call them under torch.no_grad(), or take cce_numba.torch, whose loss is recorded"
         )
     if tensor.layout is not torch.strided or tensor.is_neg():  # its memory does not hold its elements one by one, as they are
         what = "a view that negates another's elements" if tensor.layout is torch.strided else f"layout {tensor.layout}"
         raise TypeError(f"{name}: must be a strided tensor whose memory holds its values, got {what}")
+    on_cuda = tensor.is_cuda
+    if not (on_cuda or tensor.is_cpu):
+        raise TypeError(f"{name}: must be on the CPU or an NVIDIA GPU, got a tensor on {tensor.device}")
+    if str(tensor.dtype) not in TORCH_DTYPES:
+        raise TypeError(f"{name}: must be real numbers of a dtype that NumPy has too, or bfloat16, got {tensor.dtype}")
+    if tensor.untyped_storage().nbytes() == 0 and tensor.numel():
+        raise ValueError(
+            f"{name}: its memory was freed; of a parameter that FSDP shards there is memory only inside the forward and the "
+            "backward of its module, so call the loss there"
+        )
     tensor = tensor.detach()
-    if tensor.is_cuda:
+    if on_cuda:
         _cupy_for(name, tensor)
         return of_cuda_tensor(tensor)
-    if not tensor.is_cpu:
-        raise TypeError(f"{name}: must be on the CPU or an NVIDIA GPU, got a tensor on {tensor.device}")
-    # bfloat16 by its bits: all versions do
-    return tensor.view(torch.int16).numpy().view(BFLOAT16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return of_cpu_tensor(tensor)
+
+
+class ReadAgain:
+    """An array of the caller's that is read once more later, and must not have changed by then: PyTorch tells for a tensor."""
+
+    def __init__(self, name: str, array: Any) -> None:
+        self._name, self._tensor = name, array if library_of(array) == "torch" else None
+        self._seen = self._state()
+
+    def check(self) -> None:
+        """Raises ValueError, naming the argument, if it was changed in place, or its memory moved or freed."""
+        if self._state() != self._seen:
+            raise ValueError(
+                f"{self._name}: was changed in place, or its memory was freed, after forward read it, and backward reads it "
+                "again; pass a copy to forward, or change it after the last backward"
+            )
+
+    def _state(self) -> Any:
+        tensor = self._tensor
+        return None if tensor is None else (tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
 
 
 def _export_torch(native: Any) -> Any:

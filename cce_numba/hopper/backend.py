@@ -114,6 +114,7 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
 
 def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
+    adds = terms.write_outer(p, weights.outer, into, adds)
     _module("hopper.backward.host").backward(p, statistics, weights, into, adds)
 
 
