@@ -244,27 +244,28 @@ def write_outer(p: Problem, outer: Gradients | None, into: Gradients, adds: bool
     for name, pair in (("e", outer.e), ("c", outer.c), ("bias", outer.bias)):
         if pair is not None:
             gradient = getattr(into, name)
-            _write_outer(p, gradient[:, None] if name == "bias" else gradient, *pair, adds)
+            _write_outer(p, gradient[:, None] if name == "bias" else gradient, pair, adds)
     return True
 
 
-def outer_product(pair: tuple[Any, Any], rows: slice) -> Any:
-    """Rows of an outer product `Weights.outer`, (k, d); (1, d) where all rows are the same."""
+def outer_product(pair: tuple[Any, Any], rows: Any) -> Any:
+    """These rows (a slice, or integers) of an outer product of `Weights.outer`, (k, d); (1, d) where all rows are the same."""
     column, row = pair
     return row[None, :] if column is None else times(column[rows, None], row)
 
 
-def _write_outer(p: Problem, gradient: Any, column: Any, row: Any, adds: bool) -> None:
-    """Writes column[:, None] * row to a gradient (k, d), a piece at a time, or adds it; column (k,) None is of ones.
+def _write_outer(p: Problem, gradient: Any, pair: tuple[Any, Any], adds: bool) -> None:
+    """Writes an outer product to a gradient (k, d), a piece at a time, or adds it.
 
     Rounded in the array's own dtype, and stored by bits, so that CuPy need not know how to copy bfloat16 between strides.
     """
     bits = gradient.view(f"u{gradient.itemsize}")
+    column, row = pair
     if column is None and not adds:
         bits[...] = row.astype(gradient.dtype).view(bits.dtype)
         return
     for start, stop in _pieces(p, len(gradient)):
-        value = outer_product((column, row), slice(start, stop))
+        value = outer_product(pair, slice(start, stop))
         if adds:
             value = value + gradient[start:stop].astype(value.dtype, copy=False)
         bits[start:stop] = value.astype(gradient.dtype).view(bits.dtype)

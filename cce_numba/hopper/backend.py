@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cce_numba import gpu
+from cce_numba import gpu, terms
 from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.hopper.tiles import HopperTiles
