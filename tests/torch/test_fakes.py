@@ -124,10 +124,10 @@ def test_an_operator_on_a_device_that_is_not_there(monkeypatch, backend, dtype, 
         grads = operators.backward_op(found[0], None, *found[1:], e, c, targets, None, None, None, None, *encoded, "c")
     wide = torch.float64 if dtype == "float64" else torch.float32
     mean_logit = N if "label_smoothing" in options else 0
-    expected = [((), wide), ((N,), wide), ((N,), wide), ((), torch.int64), ((N,), tokens), ((rows, row_bytes), torch.uint8)]
+    expected = [((), wide), ((N,), wide), ((N,), wide), ((), torch.int64), ((N,), tokens), ((rows * row_bytes,), torch.uint8)]
     assert shapes(found) == [*expected, ((mean_logit,), wide)]
-    assert shapes(without) == [*expected[:-1], ((0, 0), torch.uint8), ((mean_logit,), wide)]
-    assert shapes(grads) == [((V, D), c.dtype)]
+    assert shapes(without) == [*expected[:-1], ((0,), torch.uint8), ((mean_logit,), wide)]
+    assert shapes(grads) == [((0,), c.dtype), ((V, D), c.dtype), ((0,), c.dtype)]
     assert set(chosen) == {backend}
 
 
@@ -138,7 +138,7 @@ def test_survivors_for_gradients_that_are_filtered(wrt, filter_e, filter_c, reco
     given = {"filter_e_grad": filter_e, "filter_c_grad": filter_c}
     e, c, targets = torch.empty(N, D), torch.empty(V, D), torch.empty(N, dtype=torch.long)
     found = fakes.forward(e, c, targets, torch.empty(V), given, wrt)
-    assert tuple(found[5].shape) == ((3, 625) if recorded else (0, 0))
+    assert tuple(found[5].shape) == ((3 * 625,) if recorded else (0,))
 
 
 def test_shapes_that_do_not_fit_are_told():
