@@ -178,7 +178,7 @@ def problem(
     p = Problem(
         e=native_e.reshape(math.prod(token_shape), native_e.shape[-1]),
         c=native_c,
-        targets=None if native_targets is None else _targets(native_targets, native_e, native_c, checked),
+        targets=None if native_targets is None else _targets(native_targets, native_e, native_c, checked, kind),
         bias=None if bias is None else _bias(bias, native_e, native_c),
         logit_scale=_logit_scale(given.get("logit_scale"), native_e),
         class_weights=None if class_weights is None else _class_weights(class_weights, native_e, native_c),
@@ -260,13 +260,6 @@ def check_shift(shift: int, shape: tuple[int, ...]) -> None:
         )
 
 
-def way_to_integers(shape: tuple[int, ...], e_shape: tuple[int, ...], V: int, cast: str) -> str:
-    """What a message says of targets of this shape that are no ids: how ids are made of them. `cast`: of floats, in code."""
-    if shape == (*e_shape[:-1], V):
-        return "; of one-hot rows pass targets.argmax(-1); probabilities cannot be targets here"
-    return f"; if they are whole numbers, pass {cast}"
-
-
 def _check_classifier(c: Any, e: Any) -> None:
     """Its dtype and shape, which are often those of another argument."""
     if np.dtype(c.dtype) != e.dtype:
@@ -292,9 +285,12 @@ def _check_same_device(name: str, array: Any, e: Any) -> None:
     check_devices({"e": interchange.device_of(e), name: interchange.device_of(array)})
 
 
-def _targets(native: Any, e: Any, c: Any, checked: Options) -> Any:
+def _targets(native: Any, e: Any, c: Any, checked: Options, kind: Kind) -> Any:
     if native.dtype.kind not in "iu":
-        way = way_to_integers(native.shape, e.shape, len(c), "targets.astype(int)")
+        cast = "targets.long()" if kind.library == "torch" else "targets.astype(int)"
+        way = f"; if they are whole numbers, pass {cast}"
+        if native.shape == (*e.shape[:-1], len(c)):
+            way = "; of one-hot rows pass targets.argmax(-1); probabilities cannot be targets here"
         raise TypeError(f"targets: must be integers, the ids of entries, got dtype {native.dtype}{way}")
     if native.shape != e.shape[:-1]:
         hint = ""

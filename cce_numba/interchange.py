@@ -260,6 +260,10 @@ def _take_cuda_array_interface(cupy: Any, array: Any) -> Any:
 
 def _take_torch(name: str, tensor: Any) -> Any:
     torch = sys.modules["torch"]
+    if not isinstance(tensor, torch.Tensor):
+        kind = type(tensor)
+        way = way_to_tensor_of_module(name, tensor) if isinstance(tensor, torch.nn.Module) else ""
+        raise TypeError(f"{name}: must be an array or a tensor, got {kind.__module__}.{kind.__qualname__}{way}")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name}: requires grad, and these functions are not recorded by autograd; pass {name}.detach() and use the "
@@ -283,6 +287,15 @@ def _take_torch(name: str, tensor: Any) -> Any:
         _cupy_for(name, tensor)
         return of_cuda_tensor(tensor)
     return of_cpu_tensor(tensor)
+
+
+def way_to_tensor_of_module(name: str, module: Any) -> str:
+    """What a message says of a module of PyTorch in a tensor's place: which of its tensors to pass."""
+    tensor = "bias" if name == "bias" else "weight"
+    if getattr(module, tensor, None) is None:
+        return "; pass the tensor that it has"
+    with_bias = tensor == "weight" and getattr(module, "bias", None) is not None
+    return f"; pass its tensor, {name}.{tensor}" + (f", and bias={name}.bias" if with_bias else "")
 
 
 class ReadAgain:

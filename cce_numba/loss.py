@@ -93,7 +93,7 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
     Args:
         e: (..., D) embeddings: float16, bfloat16 (`ml_dtypes.bfloat16`), float32 or float64; NumPy, CuPy, or anything
             with `__cuda_array_interface__` or DLPack. Strides are welcome.
-        c: (V, D) classifier, of e's dtype, on e's device.
+        c: (V, D) classifier, of e's dtype, on e's device. Where N == V nothing can tell it from e: e comes first, unlike Liger's.
         targets: (...) integers in [0, V), or `ignore_index`.
         return_lse: return `(loss, lse)`.
         bias: (V,) added to the logits; of e's dtype or float32.
@@ -102,7 +102,7 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         logit_scale: multiplies the logits, after the bias, before the softcap: 1 / temperature. A positive number, or an array
             of e's shape without its last dimension, one for each token of `e`; an element that is not positive and finite
             may make its token's loss and gradient NaN, and no other's.
-        label_smoothing: in [0, 1), this part of the target's probability is spread over all V entries. It is never filtered:
+        label_smoothing: in [0, 1], this part of the target's probability is spread over all V entries. It is never filtered:
             without a softcap it is computed apart, with one rounding more of 16-bit gradients; with one, all gradients are
             exact, as with `filter_eps=None`.
         z_loss: >= 0, adds `z_loss * lse**2` to each token's loss; class weights do not multiply it.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cce_numba import arguments
+from cce_numba import arguments, interchange
 from cce_numba.arguments import GRADIENTS
 from cce_numba.options import Options, flag
 from cce_numba.torch import memory
@@ -27,7 +27,10 @@ def check_tensor(name: str, tensor: Any) -> None:
         got = f"{kind.__module__}.{kind.__qualname__}"
         raise TypeError(f"{name}: must be a torch.Tensor, got {got}{_way_to_tensor(name, tensor)}")
     if hasattr(tensor, "full_tensor"):
-        raise TypeError(f"{name}: must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
+        raise TypeError(
+            f"{name}: must be a plain tensor, got a DTensor; pass {name}.full_tensor(), or, if it is a parameter that FSDP "
+            "shards, call the loss in the forward of the module that has it"
+        )
     if tensor.is_nested or tensor.layout is not torch.strided:
         layout = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name}: must be a strided tensor, got {layout}")
@@ -38,8 +41,7 @@ def check_tensor(name: str, tensor: Any) -> None:
 def _way_to_tensor(name: str, thing: Any) -> str:
     """What a message says of something that is no tensor: how one is made of it."""
     if isinstance(thing, torch.nn.Module):
-        weight = "weight" if isinstance(getattr(thing, "weight", None), torch.Tensor) else "parameters()"
-        return f"; pass a tensor of it, as {name}.{weight}" + (f", and bias={name}.bias" if has_bias(thing) else "")
+        return interchange.way_to_tensor_of_module(name, thing)
     if thing is None:
         return ""
     if isinstance(thing, np.ndarray):
@@ -49,17 +51,11 @@ def _way_to_tensor(name: str, thing: Any) -> str:
     return f"; pass torch.as_tensor({name})"
 
 
-def has_bias(module: torch.nn.Module) -> bool:
-    """Whether it has a bias that is to be passed with its weight."""
-    return isinstance(getattr(module, "bias", None), torch.Tensor)
-
-
-def check_integers(name: str, tensor: torch.Tensor, way: str = "") -> None:
-    """Raises TypeError, naming the argument, unless it is of an integer dtype (which bool is not); `way`: what else it says."""
+def check_integers(name: str, tensor: torch.Tensor) -> None:
+    """Raises TypeError, naming the argument, unless it is of an integer dtype (which bool is not)."""
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise TypeError(
-            f"{name}: must be integers, the ids of entries, got dtype {str(tensor.dtype).removeprefix('torch.')}{way}"
-        )
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: must be integers, the ids of entries, got dtype {got}")
 
 
 def check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> None:
@@ -74,10 +70,9 @@ def check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> Non
     for name, tensor in given.items():
         check_tensor(name, tensor)
         if name in GRADIENTS:
-            if not tensor.is_floating_point():
-                raise TypeError(
-                    f"{name}: must be of a floating-point dtype, got {tensor.dtype}{_way_to_floats(name, tensor, targets)}"
-                )
+            if tensor.dtype not in _DTYPES:
+                way = _way_to_floats(name, tensor, targets)
+                raise TypeError(f"{name}: dtype must be one of {', '.join(map(str, _DTYPES))}, got {tensor.dtype}{way}")
         elif tensor.requires_grad and torch.is_grad_enabled():
             instead = _INSTEAD.get(name, "")
             raise ValueError(f"{name}: requires grad, but gets no gradient here; pass {name}.detach(){instead}")
@@ -89,6 +84,7 @@ def check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> Non
 
 
 def _way_to_floats(name: str, tensor: torch.Tensor, targets: Any) -> str:
+    """What a message says of a tensor of another dtype: how one of ours is made of it."""
     if isinstance(targets, torch.Tensor) and targets.is_floating_point():
         return f"; {name} and targets look exchanged: targets come third"
     if tensor.is_quantized:
@@ -104,8 +100,6 @@ def cast(e: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None) -> tuple[t
     if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         e = e.to(dtype)
-    if dtype not in _DTYPES:
-        raise TypeError(f"e: dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
     if bias is not None and (bias.dtype != torch.float32 or dtype == torch.float64):
         bias = bias.to(dtype)
     return e, c if c.dtype == dtype else c.to(dtype), bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import numbers
 import re
 from typing import Any
 
@@ -205,7 +206,11 @@ class LinearCrossEntropy(torch.nn.Module):
         for name in options:
             if name not in _DEFAULTS:
                 raise unknown(name, _DEFAULTS)
-        tensors = {name: x for name, x in options.items() if name in _TENSOR_OPTIONS and isinstance(x, torch.Tensor)}
+        tensors = {name: x for name, x in options.items() if name in _TENSOR_OPTIONS and x is not None}
+        if isinstance(tensors.get("logit_scale"), numbers.Real):
+            del tensors["logit_scale"]
+        for name, tensor in tensors.items():
+            checks.check_tensor(name, tensor)
         checks.check_options(torch.float32, {name: x for name, x in given.items() if name not in tensors}, return_lse)
         self._names = (*given, "impl", "return_lse")
         for name, value in (given | {"impl": _impl(impl), "return_lse": return_lse}).items():
