@@ -271,9 +271,47 @@ def test_vmap():
     assert torch.equal(batched, torch.stack([cct.linear_cross_entropy(x, c, targets, bias) for x in (e, 2 * e)]))
 
 
-def forward_mode(loss_of, e):
-    """With an onlooker, so that the operator is called."""
-    with forward_ad.dual_level(), Names():
+@pytest.mark.parametrize("needed", ["ecb", "e", "c", ""])
+def test_flops_are_those_of_the_products(needed):
+    """Of all entries: what survives is not known beforehand. The logits are made twice, which PyTorch's own loss keeps."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    e, c, targets, bias = (x.detach() for x in problem())
+    for name, x in zip("ecb", (e, c, bias), strict=True):
+        x.requires_grad_(name in needed)
+    counted = {}
+    for impl in ("cce", "torch_compile"):
+        with FlopCounterMode(display=False) as counter:
+            loss = cct.linear_cross_entropy(e, c, targets, bias, impl=impl)
+            if needed:
+                loss.backward()
+        counted[impl] = counter.get_total_flops()
+    assert counted["cce"] == counted["torch_compile"] + (2 * N * V * D if needed else 0)
+    assert counted["torch_compile"] == 2 * N * V * D * (1 + ("e" in needed) + ("c" in needed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"reduction": "none", "shift": 2}, {"softcap": 5.0, "label_smoothing": 0.1}], ids=str)
+def test_meta_tensors_give_shapes(options, dtype):
+    """Of a step that is too large to run here, as FSDP's and accelerate's models are made."""
+
+    def step(e, c, targets, bias):
+        loss, lse = cct.linear_cross_entropy(e, c, targets, bias, return_lse=True, **options)
+        (loss.sum() + lse.sum()).backward()
+        return [loss, lse, e.grad, c.grad, bias.grad]
+
+    real = problem(dtype=dtype)
+    on_meta = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in real]
+    for a, b in zip(step(*on_meta), step(*real), strict=True):
+        assert a.is_meta
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    huge = torch.empty(10**6, 4096, device="meta"), torch.empty(256_000, 4096, device="meta")
+    assert cct.linear_cross_entropy(*huge, torch.empty(10**6, device="meta", dtype=torch.long)).shape == ()
+
+
+def forward_mode(loss_of, e, seen=True):
+    """With an onlooker, so that the operator is called, or without."""
+    with forward_ad.dual_level(), Names() if seen else contextlib.nullcontext():
         return forward_ad.unpack_dual(loss_of(forward_ad.make_dual(e, e)))
 
 
@@ -286,8 +324,10 @@ def forward_mode(loss_of, e):
         lambda loss_of, e: torch.func.vmap(torch.func.grad(loss_of))(torch.stack([e, e])),
         lambda loss_of, e: torch.func.hessian(loss_of)(e),
         lambda loss_of, e: forward_mode(loss_of, e),
+        lambda loss_of, e: forward_mode(loss_of, e, seen=False),
+        lambda loss_of, e: torch.autograd.functional.jacobian(loss_of, e, vectorize=True, strategy="forward-mode"),
     ],
-    ids=["grad", "vjp", "jvp", "vmap of grad", "hessian", "forward mode"],
+    ids=["grad", "vjp", "jvp", "vmap of grad", "hessian", "forward mode", "forward mode, unseen", "jacobian"],
 )
 def test_transforms_that_differentiate_are_refused(transform):
     e, c, targets, _ = (x[:9].detach() for x in problem())
