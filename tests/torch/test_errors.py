@@ -68,7 +68,38 @@ def arguments(**changed):
         ({"impl": "torch_compile", "c": torch.ones(4, 8)}, ValueError, r"c: must have shape \(V, D\) for e \(\.\.\., D\)"),
         ({"backend": "cuda"}, ValueError, "backend: must be one of 'hopper', 'simt', 'cpu' or None, got 'cuda'"),
         ({"backend": "hopper"}, cce.BackendUnavailable, "backend: 'hopper' cannot run this"),
-        ({"vocab_parallel_options": None}, TypeError, "vocab_parallel_options"),
+        ({"vocab_parallel_options": None}, TypeError, "vocab_parallel_options: is not an option; options are bias"),
+        ({"weight": torch.ones(8)}, TypeError, r"weight: .* did you mean 'class_weights' \(one weight for each entry; the class"),
+        ({"ce_weight": torch.ones(8)}, TypeError, "ce_weight: is not an option; did you mean 'class_weights'"),
+        ({"temperature": 2.0}, TypeError, r"temperature: .* did you mean 'logit_scale' \(which is 1 / temperature\)"),
+        ({"lse_square_scale": 0.1}, TypeError, "lse_square_scale: is not an option; did you mean 'z_loss'"),
+        ({"return_z_loss": True}, TypeError, r"return_z_loss: .* did you mean 'return_lse' \(of which .*compute_z_loss"),
+        ({"num_items_in_batch": 4}, TypeError, r"num_items_in_batch: .* did you mean 'reduction'='sum' \(and divide"),
+        ({"c": torch.nn.Linear(4, 8)}, TypeError, r"c: must be a torch\.Tensor, got .*Linear; pass its tensor, c\.weight, and bias="),
+        ({"c": torch.nn.Linear(4, 8, bias=False)}, TypeError, r"c: .*Linear; pass its tensor, c\.weight$"),
+        ({"c": torch.nn.Embedding(8, 4)}, TypeError, r"c: .*Embedding; pass its tensor, c\.weight$"),
+        ({"c": torch.nn.Sequential(torch.nn.Linear(4, 8))}, TypeError, "c: .*Sequential; pass the tensor that it has$"),
+        ({"bias": torch.nn.Linear(4, 8)}, TypeError, r"bias: .*Linear; pass its tensor, bias\.bias$"),
+        ({"targets": np.zeros((2, 3), int)}, TypeError, r"targets: .*got numpy\.ndarray; pass torch\.from_numpy\(targets\)"),
+        ({"targets": [[0] * 3] * 2}, TypeError, r"targets: .*got builtins\.list; pass torch\.as_tensor\(targets\)"),
+        ({"targets": torch.zeros(2, 3)}, TypeError, r"targets: .* whole numbers, pass targets\.long\(\)$"),
+        ({"targets": torch.zeros(2, 3, dtype=torch.bool)}, TypeError, "targets: must be integers, .* got dtype bool"),
+        ({"targets": torch.zeros(2, 3, 8)}, TypeError, r"targets: .*argmax\(-1\); probabilities cannot be targets here"),
+        ({"targets": torch.zeros(2, 3, 8).long()}, ValueError, r"targets: .*, got \(2, 3, 8\); of one-hot rows pass targets\.arg"),
+        ({"c": torch.ones(8, 4, dtype=torch.int8)}, TypeError, "c: .*got torch.int8; if these are quantized weights, pass what"),
+        ({"c": torch.ones(16, 1, dtype=torch.uint8)}, TypeError, "c: .*got torch.uint8; if these are quantized weights"),
+        ({"c": torch.ones(8, 4).to(torch.float8_e4m3fn)}, TypeError, "c: .*got torch.float8_e4m3fn; if these are quantized"),
+        ({"bias": torch.ones(8).to(torch.float8_e5m2)}, TypeError, "bias: .*got torch.float8_e5m2; if these are quantized"),
+        ({"c": torch.zeros(2, 3).long(), "targets": torch.ones(8, 4)}, TypeError, "c: .*c and targets look exchanged: targets"),
+        ({"e": torch.ones(8, 4), "c": torch.ones(2, 3, 4)}, ValueError, r"c: .*got shape \(2, 3, 4\); e and c look exchanged"),
+        (
+            {"e": torch.ones(8, 4), "c": torch.ones(6, 4), "targets": torch.zeros(6).long()},
+            ValueError,
+            r"targets: .*, \(8,\), got \(6,\); e and c look exchanged: the embeddings come first",
+        ),
+        ({"e": torch.ones(2, 3, 8)}, ValueError, r"e: last dimension .* \(or e are logits: pass the embeddings that they are made"),
+        ({"e": torch.ones(2, 3, 4, device="meta")}, ValueError, "e: must be on the device of c and targets, cpu, got an array on meta"),
+        ({"shift": 3}, ValueError, r"shift: must be less than the number of tokens of a sequence, 3 of e \(2, 3, 4\), got 3"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -82,8 +113,30 @@ def test_a_sharded_tensor():
         def full_tensor(self):
             return self
 
-    with pytest.raises(TypeError, match=r"c: must be a plain tensor, got a DTensor; pass c\.full_tensor\(\)"):
+    with pytest.raises(TypeError, match=r"c: must be a plain tensor, got a DTensor; pass c\.full_tensor\(\), or, .* FSDP"):
         cct.linear_cross_entropy(**arguments(c=torch.ones(8, 4).as_subclass(Sharded)))
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own of its quantized tensors
+def test_a_quantized_tensor():
+    quantized = torch.quantize_per_tensor(torch.ones(8, 4), 0.1, 0, torch.qint8)
+    with pytest.raises(TypeError, match=r"c: .*got torch\.qint8; pass c\.dequantize\(\)"):
+        cct.linear_cross_entropy(**arguments(c=quantized))
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "message"),
+    [
+        ("c", torch.nn.Linear(4, 8), r"c: .*got torch\.nn\.modules\.linear\.Linear; pass its tensor, c\.weight, and bias=c\.bias"),
+        ("c", torch.nn.Linear(4, 8, bias=False), r"c: .*; pass its tensor, c\.weight$"),
+        ("e", torch.nn.Identity(), "e: .*Identity; pass the tensor that it has$"),
+        ("bias", torch.nn.Linear(4, 8), r"bias: .*; pass its tensor, bias\.bias$"),
+        ("c", torch.Size([8, 4]), r"c: must be an array or a tensor, got torch\.Size$"),
+    ],
+)
+def test_the_functions_for_arrays_know_modules(name, module, message):
+    with pytest.raises(TypeError, match=message):
+        cce.linear_cross_entropy(**arguments(**{name: module}))
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -109,8 +162,26 @@ def test_the_module_s_options():
         cct.LinearCrossEntropy(softcap=torch.tensor(3.0))
     with pytest.raises(TypeError, match="zloss: is not an option; did you mean 'z_loss'"):
         cct.LinearCrossEntropy(zloss=0.1)
+    with pytest.raises(TypeError, match=r"class_weights: must be a torch\.Tensor, got numpy\.ndarray; pass torch\.from_numpy"):
+        cct.LinearCrossEntropy(class_weights=np.ones(8))
+    with pytest.raises(TypeError, match=r"token_weights: must be a torch\.Tensor, got builtins\.float"):
+        cct.LinearCrossEntropy(token_weights=0.5)
+    with pytest.raises(TypeError, match="weight: is not an option; did you mean 'class_weights'"):
+        cct.LinearCrossEntropy(weight=torch.ones(8))
     with pytest.raises(TypeError, match="bias: is given when the module is called"):
         cct.LinearCrossEntropy(bias=torch.ones(8))
+
+
+def test_a_gradient_that_is_not_there_yet():
+    weight = torch.ones(8, 4, requires_grad=True)
+    given = arguments(c=weight.detach()) | {"wrt": "c", "accumulate": True}
+    with pytest.raises(ValueError, match=r"out\.c: .*pass one, of zeros like c if there is none yet \(as a tensor's \.grad is"):
+        cce.linear_cross_entropy_with_grad(**given, out=cce.Gradients(c=weight.grad))
+    weight.grad = torch.zeros_like(weight)
+    for _ in range(2):
+        cce.linear_cross_entropy_with_grad(**given, out=cce.Gradients(c=weight.grad))
+    twice = cct.linear_cross_entropy(**arguments(c=weight)) * 2
+    assert torch.allclose(weight.grad, torch.autograd.grad(twice, weight)[0])
 
 
 def test_backward_into_grad():
