@@ -162,6 +162,7 @@ def problem(
     (6, 5, 4, [0, 0, -100, 0, 0, -100])
     """
     native_e, native_c = interchange.take("e", e), interchange.take("c", c)
+    kind = kind or interchange.kind_of(e, native_e)
     dtype = np.dtype(native_e.dtype)
     if dtype not in DTYPES:
         raise TypeError(f"e: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -186,7 +187,7 @@ def problem(
         options=checked,
         e_shape=tuple(native_e.shape),
         token_shape=token_shape,
-        kind=kind or interchange.kind_of(e, native_e),
+        kind=kind,
     )
     if p.targets is not None and (look or (look is None and not p.on_device)):  # on a device, looking would wait for it
         _check_range_of_targets(p)

@@ -26,6 +26,8 @@ TORCH_DTYPES = {
     for x in ("float16", "float32", "float64", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
 TORCH_DTYPES["torch.bfloat16"] = BFLOAT16
+# In NumPy's array interface, which does not know bfloat16: that goes by its bits.
+_TYPE_STRINGS = {dtype: "<i2" if dtype is BFLOAT16 else dtype.str for dtype in TORCH_DTYPES.values()}
 _DLPACK_HOST = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
@@ -78,14 +80,14 @@ def take(name: str, array: Any) -> Any:
     (2, 3)
     """
     library = library_of(array)
+    if library == "torch":
+        return _take_torch(name, array)
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked arrays are not supported (the mask would be ignored); pass a plain array")
     if isinstance(array, np.ndarray | np.generic):
         return np.asarray(array)
     if library == "cupy":
         return array
-    if library == "torch":
-        return _take_torch(name, array)
     if hasattr(array, "__cuda_array_interface__"):
         return _take_cuda_array_interface(_cupy_for(name, array), array)
     if hasattr(array, "__dlpack_device__"):
@@ -128,12 +130,14 @@ def take_writable(name: str, array: Any) -> Any:
 class _TensorMemory:
     """The memory of a PyTorch tensor on the CPU, which it keeps, by NumPy's array interface."""
 
+    __slots__ = ("__array_interface__", "_tensor")
+
     def __init__(self, tensor: Any, dtype: np.dtype) -> None:
         self._tensor = tensor
         self.__array_interface__ = {
             "version": 3,
-            "shape": tuple(tensor.shape),
-            "typestr": "<i2" if dtype == BFLOAT16 else dtype.str,  # bfloat16 by its bits: the interface does not know it
+            "shape": tensor.shape,
+            "typestr": _TYPE_STRINGS[dtype],
             "strides": None if tensor.is_contiguous() else tuple(step * dtype.itemsize for step in tensor.stride()),
             "data": (tensor.data_ptr(), False),
         }
@@ -146,7 +150,7 @@ def of_cpu_tensor(tensor: Any) -> Any:
     """
     dtype = TORCH_DTYPES[str(tensor.dtype)]
     array = np.asarray(_TensorMemory(tensor, dtype))
-    return array.view(BFLOAT16) if dtype == BFLOAT16 else array
+    return array.view(BFLOAT16) if dtype is BFLOAT16 else array
 
 
 def of_cuda_tensor(tensor: Any) -> Any:
@@ -282,7 +286,8 @@ def _take_torch(name: str, tensor: Any) -> Any:
             f"{name}: its memory was freed; of a parameter that FSDP shards there is memory only inside the forward and the "
             "backward of its module, so call the loss there"
         )
-    tensor = tensor.detach()
+    if tensor.requires_grad:
+        tensor = tensor.detach()  # else the array would keep what autograd has recorded
     if on_cuda:
         _cupy_for(name, tensor)
         return of_cuda_tensor(tensor)
