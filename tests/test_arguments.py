@@ -38,7 +38,11 @@ def error_of(kind, *arrays, **options):
         (TypeError, (e, c, targets == 1), ["targets:", "integers", "bool"]),
         (TypeError, (e, c, np.eye(5)[targets]), ["targets:", "float64", "pass targets.argmax(-1)", "probabilities cannot"]),
         (ValueError, (e, c, np.eye(5, dtype=int)[targets]), ["targets:", "(3,)", "(3, 5)", "pass targets.argmax(-1)"]),
-        (TypeError, (e, c.astype(np.int8), targets), ["c:", "float32", "int8", "quantized weights must be made floating-point"]),
+        (
+            TypeError,
+            (e, c.astype(np.int8), targets),
+            ["c:", "float32", "int8", "quantized weights must be made floating-point"],
+        ),
         (TypeError, (e, targets, c), ["c:", "int64", "targets come third"]),
         (ValueError, (c, e, targets), ["targets:", "(5,)", "(3,)", "e and c look exchanged: the embeddings come first"]),
         (ValueError, (c, e[None], targets[None]), ["c:", "(1, 3, 4)", "e and c look exchanged: the embeddings come first"]),

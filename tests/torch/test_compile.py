@@ -182,7 +182,10 @@ class Tail(torch.nn.Module):
 @pytest.mark.parametrize("options", [{"shift": 1}, {"reduction": "none", "filter_eps": None}], ids=str)
 def test_export_of_any_batch(strict, options):
     """In one program for all batches and lengths, though survivors' memory follows from both."""
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=3)  # of a slice PyTorch asks whether it is of length 1
+    batch, length = (
+        torch.export.Dim("batch"),
+        torch.export.Dim("length", min=3),
+    )  # of a slice PyTorch asks whether it is of length 1
 
     def inputs(*shape):
         return torch.randn(*shape, D), torch.randint(0, 300, shape)

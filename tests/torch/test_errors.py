@@ -19,12 +19,20 @@ def arguments(**changed):
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
-        ({"e": np.ones((2, 3, 4))}, TypeError, r"e: must be a torch\.Tensor, got numpy\.ndarray; pass torch\.from_numpy\(e\) \(cce_num"),
+        (
+            {"e": np.ones((2, 3, 4))},
+            TypeError,
+            r"e: must be a torch\.Tensor, got numpy\.ndarray; pass torch\.from_numpy\(e\) \(cce_num",
+        ),
         ({"c": [1.0]}, TypeError, r"c: must be a torch\.Tensor, got builtins\.list"),
         ({"targets": None}, TypeError, r"targets: must be a torch\.Tensor, got builtins\.NoneType"),
         ({"bias": 1.0}, TypeError, r"bias: must be a torch\.Tensor, got builtins\.float"),
         ({"class_weights": np.ones(8)}, TypeError, r"class_weights: must be a torch\.Tensor, got numpy"),
-        ({"e": torch.ones(2, 3, 4, dtype=torch.int32)}, TypeError, r"e: dtype must be one of torch\.float16, .*, got torch\.int32"),
+        (
+            {"e": torch.ones(2, 3, 4, dtype=torch.int32)},
+            TypeError,
+            r"e: dtype must be one of torch\.float16, .*, got torch\.int32",
+        ),
         ({"e": torch.ones(2, 3, 4).to(torch.float8_e4m3fn)}, TypeError, r"e: dtype must be one of torch\.float16, .*float8_e4"),
         ({"c": torch.ones(8, 4, dtype=torch.bool)}, TypeError, r"c: dtype must be one of torch\.float16, .*, got torch\.bool"),
         ({"e": torch.ones(2, 3, 4).to_sparse()}, TypeError, r"e: must be a strided tensor, got layout torch\.sparse_coo"),
@@ -69,13 +77,21 @@ def arguments(**changed):
         ({"backend": "cuda"}, ValueError, "backend: must be one of 'hopper', 'simt', 'cpu' or None, got 'cuda'"),
         ({"backend": "hopper"}, cce.BackendUnavailable, "backend: 'hopper' cannot run this"),
         ({"vocab_parallel_options": None}, TypeError, "vocab_parallel_options: is not an option; options are bias"),
-        ({"weight": torch.ones(8)}, TypeError, r"weight: .* did you mean 'class_weights' \(one weight for each entry; the class"),
+        (
+            {"weight": torch.ones(8)},
+            TypeError,
+            r"weight: .* did you mean 'class_weights' \(one weight for each entry; the class",
+        ),
         ({"ce_weight": torch.ones(8)}, TypeError, "ce_weight: is not an option; did you mean 'class_weights'"),
         ({"temperature": 2.0}, TypeError, r"temperature: .* did you mean 'logit_scale' \(which is 1 / temperature\)"),
         ({"lse_square_scale": 0.1}, TypeError, "lse_square_scale: is not an option; did you mean 'z_loss'"),
         ({"return_z_loss": True}, TypeError, r"return_z_loss: .* did you mean 'return_lse' \(of which .*compute_z_loss"),
         ({"num_items_in_batch": 4}, TypeError, r"num_items_in_batch: .* did you mean 'reduction'='sum' \(and divide"),
-        ({"c": torch.nn.Linear(4, 8)}, TypeError, r"c: must be a torch\.Tensor, got .*Linear; pass its tensor, c\.weight, and bias="),
+        (
+            {"c": torch.nn.Linear(4, 8)},
+            TypeError,
+            r"c: must be a torch\.Tensor, got .*Linear; pass its tensor, c\.weight, and bias=",
+        ),
         ({"c": torch.nn.Linear(4, 8, bias=False)}, TypeError, r"c: .*Linear; pass its tensor, c\.weight$"),
         ({"c": torch.nn.Embedding(8, 4)}, TypeError, r"c: .*Embedding; pass its tensor, c\.weight$"),
         ({"c": torch.nn.Sequential(torch.nn.Linear(4, 8))}, TypeError, "c: .*Sequential; pass the tensor that it has$"),
@@ -85,8 +101,16 @@ def arguments(**changed):
         ({"targets": torch.zeros(2, 3)}, TypeError, r"targets: .* whole numbers, pass targets\.long\(\)$"),
         ({"targets": torch.zeros(2, 3, dtype=torch.bool)}, TypeError, "targets: must be integers, .* got dtype bool"),
         ({"targets": torch.zeros(2, 3, 8)}, TypeError, r"targets: .*argmax\(-1\); probabilities cannot be targets here"),
-        ({"targets": torch.zeros(2, 3, 8).long()}, ValueError, r"targets: .*, got \(2, 3, 8\); of one-hot rows pass targets\.arg"),
-        ({"c": torch.ones(8, 4, dtype=torch.int8)}, TypeError, "c: .*got torch.int8; if these are quantized weights, pass what"),
+        (
+            {"targets": torch.zeros(2, 3, 8).long()},
+            ValueError,
+            r"targets: .*, got \(2, 3, 8\); of one-hot rows pass targets\.arg",
+        ),
+        (
+            {"c": torch.ones(8, 4, dtype=torch.int8)},
+            TypeError,
+            "c: .*got torch.int8; if these are quantized weights, pass what",
+        ),
         ({"c": torch.ones(16, 1, dtype=torch.uint8)}, TypeError, "c: .*got torch.uint8; if these are quantized weights"),
         ({"c": torch.ones(8, 4).to(torch.float8_e4m3fn)}, TypeError, "c: .*got torch.float8_e4m3fn; if these are quantized"),
         ({"bias": torch.ones(8).to(torch.float8_e5m2)}, TypeError, "bias: .*got torch.float8_e5m2; if these are quantized"),
@@ -97,8 +121,16 @@ def arguments(**changed):
             ValueError,
             r"targets: .*, \(8,\), got \(6,\); e and c look exchanged: the embeddings come first",
         ),
-        ({"e": torch.ones(2, 3, 8)}, ValueError, r"e: last dimension .* \(or e are logits: pass the embeddings that they are made"),
-        ({"e": torch.ones(2, 3, 4, device="meta")}, ValueError, "e: must be on the device of c and targets, cpu, got an array on meta"),
+        (
+            {"e": torch.ones(2, 3, 8)},
+            ValueError,
+            r"e: last dimension .* \(or e are logits: pass the embeddings that they are made",
+        ),
+        (
+            {"e": torch.ones(2, 3, 4, device="meta")},
+            ValueError,
+            "e: must be on the device of c and targets, cpu, got an array on meta",
+        ),
         ({"shift": 3}, ValueError, r"shift: must be less than the number of tokens of a sequence, 3 of e \(2, 3, 4\), got 3"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
@@ -127,7 +159,11 @@ def test_a_quantized_tensor():
 @pytest.mark.parametrize(
     ("name", "module", "message"),
     [
-        ("c", torch.nn.Linear(4, 8), r"c: .*got torch\.nn\.modules\.linear\.Linear; pass its tensor, c\.weight, and bias=c\.bias"),
+        (
+            "c",
+            torch.nn.Linear(4, 8),
+            r"c: .*got torch\.nn\.modules\.linear\.Linear; pass its tensor, c\.weight, and bias=c\.bias",
+        ),
         ("c", torch.nn.Linear(4, 8, bias=False), r"c: .*; pass its tensor, c\.weight$"),
         ("e", torch.nn.Identity(), "e: .*Identity; pass the tensor that it has$"),
         ("bias", torch.nn.Linear(4, 8), r"bias: .*; pass its tensor, bias\.bias$"),
@@ -151,7 +187,9 @@ def test_numbers_of_numpy_are_numbers():
 def test_another_kind_of_device(monkeypatch):
     """Of a machine that is not there."""
     monkeypatch.setattr(torch.Tensor, "device", torch.device("xpu:0"))
-    with pytest.raises(ValueError, match=r"e: must be on the CPU or on CUDA \(or meta, for shapes alone\), got a tensor on xpu:0"):
+    with pytest.raises(
+        ValueError, match=r"e: must be on the CPU or on CUDA \(or meta, for shapes alone\), got a tensor on xpu:0"
+    ):
         cct.linear_cross_entropy(**arguments())
 
 

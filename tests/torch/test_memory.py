@@ -120,9 +120,7 @@ def with_result(**tensors):
 
 CALLS = {
     "autograd": lambda **tensors: cct.linear_cross_entropy(**tensors).backward(),
-    "operators": lambda **tensors: torch.autograd.grad(
-        cct.linear_cross_entropy(**tensors), tensors["c"], create_graph=True
-    ),
+    "operators": lambda **tensors: torch.autograd.grad(cct.linear_cross_entropy(**tensors), tensors["c"], create_graph=True),
     "into .grad": cct.linear_cross_entropy_backward,
     "arrays in one call": with_grad,
     "arrays in two calls": with_result,
