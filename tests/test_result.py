@@ -12,7 +12,7 @@ N, V = 7, 30
 SMALL = ["targets", "bias", "logit_scale", "class_weights", "token_weights"]
 
 
-def problem(dtype=np.dtype(np.float32), **dtypes):
+def problem(dtype=DTYPES[2], **dtypes):
     """All arrays that a caller may pass. `dtypes`: of those that may have another than e."""
     case = make_case(0, (N,), V, 5, dtype)
     rng = np.random.default_rng(1)

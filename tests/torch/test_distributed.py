@@ -18,8 +18,8 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
     pytest.skip("this PyTorch has no gloo", allow_module_level=True)
 
 ROOT = Path(__file__).parent.parent.parent
-# What is wrapped: the body in units of its own; the head in the root's unit, where the loss is called in the root's forward, or in
-# one of its own, whose forward is the loss; a head whose weight is that of the embedding.
+# What is wrapped: the body in units of its own; the head in the root's unit, where the loss is called in the root's forward,
+# or in one of its own, whose forward is the loss; a head whose weight is that of the embedding.
 WAYS = [
     *(f"ddp {more}" for more in ("plain", "static graph", "unused parameters", "tied")),
     *(f"fsdp1 {more}" for more in ("root", "original parameters", "own", "tied")),
