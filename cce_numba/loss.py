@@ -93,7 +93,7 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
     Args:
         e: (..., D) embeddings: float16, bfloat16 (`ml_dtypes.bfloat16`), float32 or float64; NumPy, CuPy, or anything
             with `__cuda_array_interface__` or DLPack. Strides are welcome.
-        c: (V, D) classifier, of e's dtype, on e's device. If N == V nothing can tell it from e, which comes first (Liger's second).
+        c: (V, D) classifier, of e's dtype, on e's device. If N == V nothing tells it from e, which comes first here.
         targets: (...) integers in [0, V), or `ignore_index`.
         return_lse: return `(loss, lse)`.
         bias: (V,) added to the logits; of e's dtype or float32.
