@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -10,13 +11,14 @@ from typing import NoReturn
 import cce_numba
 from cce_numba.backend import BACKENDS, BackendUnavailable
 from cce_numba.commands import DTYPES, Exit, UsageError
+from cce_numba.commands.options import OPTIONS
 
 _EXIT_CODES = f"""\
 exit codes:
   {Exit.FINE:d}  fine
   {Exit.DISAGREES:d}  demo: the result does not agree with float64 mathematics
-  {Exit.USAGE:d}  wrong arguments or input file, or too little memory for the problem
-  {Exit.UNAVAILABLE:d}  the backend that was asked for cannot run on this machine (info tells why)
+  {Exit.USAGE:d}  wrong arguments or input file, or too little memory for the problem, or no cache to compile into
+  {Exit.UNAVAILABLE:d}  the backend that was asked for cannot run on this machine, or not be compiled on it (info tells why)
 Results go to stdout, messages and progress to stderr; every error is a line that starts with "cce_numba: error:".
 """
 
@@ -37,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from cce_numba.commands import info
 
             return info.run(as_json=arguments.json)
+        if arguments.command == "precompile":
+            from cce_numba.commands import precompile
+
+            return precompile.run(arguments)
         from cce_numba.commands import demo
 
         return demo.run(arguments)
@@ -60,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cce_numba {cce_numba.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands.add_parser("demo", help="compute loss and gradients of a problem, and compare with float64"))
-    info = commands.add_parser("info", help="tell devices, versions, which backend would run, and what is missing")
+    _add_precompile(commands.add_parser("precompile", help="compile kernels into the cache on disk; needs no GPU"))
+    info = commands.add_parser("info", help="tell devices, versions, which backend would run, what is missing or compiled")
     info.epilog, info.formatter_class = _EXIT_CODES, argparse.RawDescriptionHelpFormatter
     info.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
@@ -98,6 +105,39 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     demo.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
+def _add_precompile(precompile: argparse.ArgumentParser) -> None:
+    precompile.description = (
+        "Compiles the kernels that loss and gradients launch, for devices of a compute capability, and keeps them on\n"
+        "disk, where a process on such a device finds them: for containers, which are built on machines without a GPU.\n"
+        "The directory is CCE_CACHE_DIR, or ~/.cache/cce_numba. Kernels for strided arrays are not among them."
+    )
+    precompile.epilog, precompile.formatter_class = _EXIT_CODES, argparse.RawDescriptionHelpFormatter
+    precompile.add_argument(
+        "--backend",
+        nargs="+",
+        choices=BACKENDS[:-1],
+        help="which backends; otherwise for each dtype the one that would be chosen",
+    )
+    precompile.add_argument("--dtype", nargs="+", choices=DTYPES, help="of e and c; otherwise all that the backend takes")
+    precompile.add_argument(
+        "--options",
+        nargs="+",
+        choices=OPTIONS,
+        default=(),
+        metavar="OPTION",
+        help=f"what calls have, all of these at once; otherwise nothing but e, c and targets: {', '.join(OPTIONS)}",
+    )
+    precompile.add_argument(
+        "--cc",
+        nargs="+",
+        type=_compute_capability,
+        default=((9, 0),),
+        metavar="CC",
+        help="compute capabilities, like 8.0 (default 9.0)",
+    )
+    precompile.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
 def _size(text: str) -> int:
     return _integer(text, 1)
 
@@ -123,6 +163,12 @@ def _filter_eps(text: str) -> float | str | None:
     if not 0 < eps < 1:
         raise argparse.ArgumentTypeError(f"must be auto, none or a number in (0, 1), got {text!r}")
     return eps
+
+
+def _compute_capability(text: str) -> tuple[int, int]:
+    if (match := re.fullmatch(r"(\d{1,2})\.(\d)", text)) is None:
+        raise argparse.ArgumentTypeError(f"must be a compute capability like 9.0, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def _need_rich() -> None:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cce_numba import logit
 from cce_numba.integers import ceil_div
 from cce_numba.options import Options
 
@@ -125,10 +126,7 @@ def _softmax(p: Problem, tokens: Any, c: Any, v0: int, lse: Any) -> Any:
     """(n, v) of the compute dtype: the softmax of these tokens at the entries from v0 on, whose rows are `c`."""
     e = p.e.view(f"u{p.dtype.itemsize}")[tokens].view(p.dtype)  # by bits: CuPy need not know how to pick bfloat16
     z = e.astype(p.compute_dtype, copy=False) @ c.T
-    if p.bias is not None:
-        z += p.bias[v0 : v0 + len(c)].astype(p.compute_dtype, copy=False)
-    if p.logit_scale is not None:
-        z *= p.logit_scale[tokens][:, None]
-    if (softcap := p.options.softcap) is not None:
-        z = softcap * p.xp.tanh(z / softcap)
+    bias = None if p.bias is None else p.bias[v0 : v0 + len(c)].astype(p.compute_dtype, copy=False)
+    scale = None if p.logit_scale is None else p.logit_scale[tokens][:, None]
+    logit.finish_in_place(z, bias, scale, p.options.softcap)
     return p.xp.exp(z - lse[tokens][:, None])

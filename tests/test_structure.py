@@ -106,3 +106,11 @@ def test_the_judge_of_imports_sees_them(tmp_path):
     file.write_text("import cce_numba.gpu\ndef f():\n    from cce_numba.ptx import memory\n")
     assert imports_of(file) == {"cce_numba.gpu", "cce_numba.ptx", "cce_numba.ptx.memory"}
     assert imports_of(file, when_loaded=True) == {"cce_numba.gpu"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_of)
+def test_what_is_imported_from_the_package_is_there(path):
+    """Type checkers take a module that is missing for one that they cannot see."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "cce_numba":
+            assert node.module in MODULES, f"{path} imports from {node.module}"

@@ -6,7 +6,6 @@ import argparse
 import importlib
 import math
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ from rich.console import Console
 
 import cce_numba as cce
 from cce_numba.commands import Exit, UsageError, machine, show
-from cce_numba.commands.agreement import Agreement, Computed, compare
+from cce_numba.commands.agreement import Computed, compare
 from cce_numba.commands.measure import peak_memory, progress, stopwatch, to_host
 from cce_numba.commands.problems import IGNORE_INDEX, DemoProblem, load, synthetic
+from cce_numba.commands.report import Report
 from cce_numba.survivors import unpack_survivors
 
 # tokens, vocabulary, dim and dtype where the user does not say: seconds of work on two CPU cores, on a GPU, in the simulator
@@ -25,47 +25,6 @@ _SIZES = {
     "gpu": (8192, 131072, 1024, "bfloat16"),
     "simulator": (8, 48, 16, "float32"),
 }
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the demo found, for tables and for scripts; seconds and bytes.
-
-    Attributes:
-        problem: what was computed.
-        counting: how many tokens count.
-        plan: how it ran.
-        loss: mean loss over the tokens that count.
-        known_loss: mean of the file's own losses, or None.
-        norm_d_e: Frobenius norm of the gradient of e.
-        norm_d_c: Frobenius norm of the gradient of c.
-        filter_eps: the filter's threshold, or None.
-        survivor_block: how many tokens share survivors.
-        survivors: mean share of the vocabulary that a block of tokens keeps in the gradients; None if not filtered.
-        compile_seconds: first calls, which compile; None in the simulator, where nothing is compiled.
-        loss_seconds: the loss alone.
-        grad_seconds: loss and gradients.
-        peak_bytes: most memory taken by loss and gradients at once, beyond the inputs.
-        grad_bytes: the gradients' part of it.
-        agreement: how right it is.
-    """
-
-    problem: DemoProblem
-    counting: int
-    plan: cce.Plan
-    loss: float
-    known_loss: float | None
-    norm_d_e: float
-    norm_d_c: float
-    filter_eps: float | None
-    survivor_block: int
-    survivors: float | None
-    compile_seconds: float | None
-    loss_seconds: float
-    grad_seconds: float
-    peak_bytes: int
-    grad_bytes: int
-    agreement: Agreement
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ from cce_numba import plan as planning
 from cce_numba.backend import backend_module
 from cce_numba.commands import Exit, machine, show
 from cce_numba.interchange import BFLOAT16
+from cce_numba.launch import cubin_cache
 
 # By what they are called, the names that they are distributed under, and what installs them.
 _PACKAGES = {
@@ -54,6 +55,7 @@ def _gather() -> dict[str, Any]:
             if no_gpu
             else _choices(importlib.import_module("cupy"), BFLOAT16),
         },
+        "cache": _cache(),
     }
 
 
@@ -78,6 +80,27 @@ def _choices(xp: Any, dtype: np.dtype) -> dict[str, Any]:
     return {"runs": runs, "how": how, "not": others}
 
 
+def _cache() -> dict[str, Any]:
+    """Compiled kernels on disk: those that this version of the package loads, by subpackage, and all others."""
+    entries, place = cubin_cache.entries(), cubin_cache.directory()
+    kernels: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if entry.is_current:
+            group = kernels.setdefault(entry.package, {"number": 0, "bytes": 0, "compute_capabilities": []})
+            group["number"] += 1
+            group["bytes"] += entry.nbytes
+            group["compute_capabilities"] = sorted({*group["compute_capabilities"], entry.compute_capability})
+    others = [entry.nbytes for entry in entries if not entry.is_current]
+    return {
+        "directory": None if place is None else str(place),
+        "why_unusable": cubin_cache.why_unusable(),
+        "bytes": sum(entry.nbytes for entry in entries),
+        "most_bytes": cubin_cache.MAX_BYTES,
+        "kernels": kernels,
+        "of_other_sources": {"number": len(others), "bytes": sum(others)},
+    }
+
+
 def _show(found: dict[str, Any]) -> None:
     out = show.console()
     rows = [(name, found["versions"][name] or _missing(name)) for name in found["versions"]]
@@ -99,6 +122,22 @@ def _show(found: dict[str, Any]) -> None:
         rows.append((kind, f"{choice['runs']}: {choice['how']}" if choice["runs"] else f"none: {found['no_device']}"))
         rows += [(f"  not {name}", reason) for name, reason in choice["not"].items()]
     out.print(show.facts("Which backend would run, by arrays", rows))
+    out.print(show.facts("Compiled kernels on disk", _cache_rows(found["cache"])))
+
+
+def _cache_rows(cache: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("directory", cache["directory"] or "none")]
+    if cache["why_unusable"]:
+        rows.append(("usable", f"no: {cache['why_unusable']}"))
+    rows.append(("size", f"{show.size(cache['bytes'])} of at most {show.size(cache['most_bytes'])}; the oldest go first"))
+    for package, group in cache["kernels"].items():
+        capabilities = f"compute capability {', '.join(group['compute_capabilities'])}"
+        rows.append((f"  {package}", f"{group['number']} kernels, {show.size(group['bytes'])}, {capabilities}"))
+    if (others := cache["of_other_sources"])["number"]:
+        rows.append(("  others", f"{others['number']} kernels, {show.size(others['bytes'])}, of other versions of the package"))
+    if not cache["bytes"]:
+        rows.append(("  empty", "python -m cce_numba precompile fills it, and so does the first call on a GPU"))
+    return rows
 
 
 def _missing(name: str) -> str:

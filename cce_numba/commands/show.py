@@ -6,14 +6,13 @@ import json
 import math
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from cce_numba.commands.demo import Report
+from cce_numba.commands.report import Report
 
 _WIDTH = 100  # where stdout is no terminal, so that files and pipes get the same layout everywhere
 
@@ -61,10 +60,10 @@ def demo(report: Report) -> None:
     ]
     if report.compile_seconds is not None:
         rows.append(("  first calls", f"{report.compile_seconds:.3g} s before that, to compile or to find it compiled"))
-    peak, gradients = _size(report.peak_bytes), _size(report.grad_bytes)
+    peak, gradients = size(report.peak_bytes), size(report.grad_bytes)
     rows += [
         ("memory", f"{peak} at most beyond the inputs, of which {gradients} are gradients"),
-        ("  stored logits", f"would take {_size(plan.stored_logits_bytes)}, and as much again for their gradient"),
+        ("  stored logits", f"would take {size(plan.stored_logits_bytes)}, and as much again for their gradient"),
     ]
     out.print(facts("Cut Cross-Entropy: loss and gradients without stored logits", rows))
     out.print(_agreement(report))
@@ -150,8 +149,9 @@ def _perplexity(loss: float) -> float:
         return math.inf
 
 
-def _size(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def size(nbytes: int) -> str:
+    """Bytes for people."""
+    return f"{nbytes / 2**20:,.1f} MiB"
 
 
 def _finite(value: Any) -> Any:

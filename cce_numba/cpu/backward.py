@@ -12,7 +12,7 @@ import numpy as np
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, threads
-from cce_numba.cpu.fold import add_rows, gradient_block
+from cce_numba.cpu.elements import add_rows, gradient_block
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.progress import advance
 

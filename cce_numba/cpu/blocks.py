@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cce_numba import logit
 from cce_numba.arguments import Problem
 
 
@@ -30,15 +31,10 @@ def rows(array: Any, index: Any, dtype: np.dtype) -> Any:
 
 
 def finish_logits(z: Any, p: Problem, tokens: Any, columns: Any) -> None:
-    """Adds the bias of these columns to the products z (n, v), scales the rows of these tokens and caps them, in place."""
-    if p.bias is not None:
-        z += p.bias[columns].astype(z.dtype, copy=False)
-    if p.logit_scale is not None:
-        z *= p.logit_scale[tokens][:, None]
-    if p.options.softcap is not None:
-        z /= z.dtype.type(p.options.softcap)
-        np.tanh(z, out=z)
-        z *= z.dtype.type(p.options.softcap)
+    """Turns the products z (n, v) of these tokens and columns into logits, in place."""
+    bias = None if p.bias is None else p.bias[columns]
+    scale = None if p.logit_scale is None else p.logit_scale[tokens][:, None]
+    logit.finish_in_place(z, bias, scale, p.options.softcap)
 
 
 def class_weights(p: Problem, columns: slice) -> Any:

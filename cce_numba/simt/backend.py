@@ -16,6 +16,7 @@ from cce_numba.plan import Plan
 from cce_numba.simt import backward as backward_kernels
 from cce_numba.simt import forward as forward_kernels
 from cce_numba.simt import indexed_dot as indexed_dot_kernels
+from cce_numba.simt.records import LogitTerms
 from cce_numba.simt.tiles import choose_tiles
 from cce_numba.simt.tokens import list_tokens
 
@@ -66,7 +67,7 @@ def backward_bytes(p: Problem) -> int:
 
 def indexed_dot(p: Problem, plan: Plan) -> Any:
     """See `backend.Backend`."""
-    return indexed_dot_kernels.indexed_dot(p, *list_tokens(p))
+    return indexed_dot_kernels.indexed_dot(p, list_tokens(p), LogitTerms.of(p))
 
 
 def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:

@@ -1,103 +1,119 @@
-"""G: the surviving logits again, and from them softmax_weight * softmax - target_weight * onehot.
+"""G, the gradient of the loss with respect to the logits: the surviving logits are computed again, and G follows from each.
 
-Less uniform_weight * class_weights, where label smoothing goes through a softcap; then all logits survive.
+    G[n, v] = softmax weight[n] * softmax[n, v] - target weight[n] * (v == target[n]) - uniform weight[n] * class weight[v]
+
+times the derivative of the softcap. The last term exists only where label smoothing goes through a softcap; then all logits
+survive.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import cuda
 
-from cce_numba.simt.launch import kernel_of
-from cce_numba.simt.numbers import conversions
-from cce_numba.simt.product import ALIGNMENT, finish_logit, make_logits_tile, make_product
+from cce_numba.launch.array_kernel import ArrayKernel
+from cce_numba.launch.inlined import slope_of_cap
+from cce_numba.launch.kernel import kernel_factory
+from cce_numba.simt.logits import make_products_tile, make_terms
+from cce_numba.simt.numbers import conversions, real_of
+from cce_numba.simt.product import make_product
+from cce_numba.simt.records import takes_part
+from cce_numba.simt.staging import ALIGNMENT, Operand
 from cce_numba.simt.tiles import SimtTiles
 
 
-@functools.cache
-def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, real: Any, uniform: bool) -> Any:
-    """Recomputes the surviving logits and turns them into G; `uniform` says whether that has its third term."""
-    load, _ = conversions(dtype)
-    load_bias, _ = conversions(bias_dtype)
-    product, logits_tile = make_product(tiles, real), make_logits_tile(tiles, load, real)
-    column_of = product.column_of
-    a_shape, b_shape, acc_shape = product.a_shape, product.b_shape, product.acc_shape
-    block_n, block_v, threads, threads_v = tiles.block_n, tiles.block_v, tiles.threads, tiles.threads_v
-    thread_n, thread_v = tiles.thread_n, tiles.thread_v
-    alignment = ALIGNMENT
+class OfToken(NamedTuple):
+    """What G takes from a token, read once for all of its columns; numbers of the compute dtype if nothing else is said."""
 
-    @kernel_of(tiles.threads, tiles.ctas)
+    lse: Any
+    target: Any  # int64
+    softmax_weight: Any  # NaN if the target is out of range: the loss is NaN then, and so is the gradient
+    target_weight: Any
+    uniform_weight: Any  # 0 without any
+    takes_part: Any  # bool
+
+
+@kernel_factory
+def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, uniform: bool) -> ArrayKernel:
+    """The kernel for `e` and `c` of `dtype`; `uniform` says whether G has its third term."""
+    real = real_of(dtype)
+    load, _ = conversions(dtype)
+    product, products_tile = make_product(tiles, real), make_products_tile(tiles, load, real)
+    bias_of, scale_of, logit_of = make_terms(bias_dtype, real)
+    column_of = product.column_of
+    e_shape, c_shape, acc_shape = product.a_shape, product.b_shape, product.acc_shape
+    block_n, block_v, threads, threads_v = tiles.block_n, tiles.block_v, tiles.threads, tiles.threads_v
+    thread_n, thread_v, alignment = tiles.thread_n, tiles.thread_v, ALIGNMENT
+
+    @cuda.jit(device=True)
+    def read_token(token: Any, found: Any, weights: Any) -> Any:
+        softmax_weight = weights.softmax[token]
+        if found.target_logit[token] != found.target_logit[token]:
+            softmax_weight = real(math.nan)
+        uniform_weight = weights.uniform[token] if uniform else real(0)
+        return OfToken(
+            found.lse[token],
+            found.targets[token],
+            softmax_weight,
+            weights.target[token],
+            uniform_weight,
+            takes_part(weights, token),
+        )
+
+    @cuda.jit(device=True)
+    def gradient_of(z: Any, v: Any, of_token: Any, weights: Any, softcap: Any) -> Any:
+        """G of a token at the entry v, from its logit z."""
+        gradient = of_token.softmax_weight * real(math.exp(z - of_token.lse))
+        if v == of_token.target:
+            gradient -= of_token.target_weight
+        if uniform:
+            class_weight = weights.class_weights[v] if weights.has_class_weights else real(1)
+            gradient -= of_token.uniform_weight * class_weight
+        if softcap > 0:
+            gradient *= slope_of_cap(z / softcap)
+        return gradient if of_token.takes_part else real(0)  # not even with a NaN in its row
+
     def gradient_of_logits_kernel(
         e: Any,  # (N, D)
         c: Any,  # (V, D)
-        bias: Any,  # (V,)
-        has_bias: Any,  # bool
-        targets: Any,  # (N,) int64
-        tokens: Any,  # (N,) int64, the first n_valid[0] count
-        n_valid: Any,  # (1,) int64
-        target_logit: Any,  # (N,)
-        lse: Any,  # (N,)
-        logit_scale: Any,  # (N,)
-        has_scale: Any,  # bool
-        softcap: Any,  # 0 for none
-        class_weights: Any,  # (V,)
-        has_class_weights: Any,  # bool
-        softmax_weight: Any,  # (N,)
-        target_weight: Any,  # (N,)
-        uniform_weight: Any,  # (N,)
-        v0: Any,  # the chunk is [v0, v1)
-        columns: Any,  # (n_blocks, chunk) int64
-        count: Any,  # (n_blocks,) int64
-        g: Any,  # (chunk, N)
+        terms: Any,  # LogitTerms
+        found: Any,  # Found
+        tokens: Any,  # Tokens
+        weights: Any,  # Weights
+        columns: Any,  # Columns
+        g: Any,  # (entries of a chunk, N) real, to be written: row v - v0, at the token's position in the list
     ) -> None:
-        """Grid (n_blocks, tiles of the chunk). g (chunk, N): row = v - v0, column = position in the list of tokens."""
-        e_smem = cuda.shared.array(a_shape, real, alignment)
-        c_smem = cuda.shared.array(b_shape, real, alignment)
+        """Grid (n_blocks, tiles of the chunk). Writes G where it survives, and nothing elsewhere."""
+        e_smem = cuda.shared.array(e_shape, real, alignment)
+        c_smem = cuda.shared.array(c_shape, real, alignment)
         e_rows = cuda.shared.array(block_n, np.uint32)
         c_rows = cuda.shared.array(block_v, np.uint32)
         acc = cuda.local.array(acc_shape, real)
         y = cuda.threadIdx.y
         t = y * threads_v + cuda.threadIdx.x
         n_block, first = cuda.blockIdx.x, cuda.blockIdx.y * block_v
-        n0 = n_block * block_n
-        if n0 >= n_valid[0] or first >= count[n_block]:
+        n0, n_valid, count = n_block * block_n, tokens.n_valid[0], columns.count[n_block]
+        if n0 >= n_valid or first >= count:
             return
         for r in range(t, block_n, threads):
-            e_rows[r] = tokens[min(n0 + r, n_valid[0] - 1)]
+            e_rows[r] = tokens.listed[min(n0 + r, n_valid - 1)]
         for r in range(t, block_v, threads):
-            c_rows[r] = columns[n_block, min(first + r, count[n_block] - 1)]
-        logits_tile(acc, e, e_rows, c, c_rows, e_smem, c_smem)
+            c_rows[r] = columns.listed[n_block, min(first + r, count - 1)]
+        products_tile(acc, Operand(e, e_rows, e_smem), Operand(c, c_rows, c_smem))
+
         for i in range(thread_n):
-            row = y * thread_n + i
-            if n0 + row < n_valid[0]:
-                token = tokens[n0 + row]
-                a, b, shift = softmax_weight[token], target_weight[token], lse[token]
-                target = targets[token]
-                scale = logit_scale[token] if has_scale else real(1)
-                dead = a == 0 and b == 0  # takes no part, not even with a NaN
-                if uniform:
-                    dead = dead and uniform_weight[token] == 0
-                if target_logit[token] != target_logit[token]:
-                    a = real(math.nan)  # its target is out of range: the loss is NaN, and so is the gradient
+            position = n0 + y * thread_n + i
+            if position < n_valid:
+                token = tokens.listed[position]
+                scale, of_token = scale_of(terms, token), read_token(token, found, weights)
                 for j in range(thread_v):
                     column = first + column_of(j)
-                    if column < count[n_block]:
-                        v = columns[n_block, column]
-                        offset = real(0)
-                        if has_bias:
-                            offset = real(load_bias(bias[v]))
-                        z = finish_logit(acc[i, j], offset, scale, softcap)
-                        gradient = a * real(math.exp(z - shift))
-                        if v == target:
-                            gradient -= b
-                        if uniform:
-                            gradient -= uniform_weight[token] * (class_weights[v] if has_class_weights else real(1))
-                        if softcap > 0:
-                            gradient *= real(1) - (z / softcap) * (z / softcap)
-                        g[v - v0, n0 + row] = real(0) if dead else gradient
+                    if column < count:
+                        v = columns.listed[n_block, column]
+                        z = logit_of(acc[i, j], bias_of(terms, v), scale, terms)
+                        g[v - columns.v0, position] = gradient_of(z, v, of_token, weights, terms.softcap)
 
-    return gradient_of_logits_kernel
+    return ArrayKernel(gradient_of_logits_kernel, block=(tiles.threads_v, tiles.threads_n), ctas=tiles.ctas)

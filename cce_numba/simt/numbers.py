@@ -1,10 +1,12 @@
-"""How elements are read and written: 16-bit inputs are widened to float32, bfloat16 by its bits, since Numba has no such dtype.
+"""How numbers are read from arrays and written to them: 16-bit ones are computed with in float32.
 
-`x.view(dtype)` reinterprets the bits of a scalar, in a kernel as in NumPy, so all of this runs in the simulator too.
+Numba has no bfloat16, so kernels see its bits, as uint16. `x.view(dtype)` reinterprets the bits of a scalar, in a kernel as in
+NumPy, so the simulator runs all of this too.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -28,11 +30,17 @@ def _narrow_bfloat16(x: Any) -> Any:
     return np.uint16(np.uint32(bits + ties_to_even) >> np.uint32(16))
 
 
+def real_of(dtype: np.dtype) -> Any:
+    """The type that is computed in, for arrays of `dtype`: `numpy.float64` for float64, else `numpy.float32`."""
+    return np.float64 if dtype == np.float64 else np.float32
+
+
+@functools.cache
 def conversions(dtype: np.dtype) -> tuple[Any, Any]:
-    """`(load, store)` device functions: element of an array of `dtype` to the compute dtype, and back."""
+    """`(load, store)`, device functions: an element of an array of `dtype` becomes one of `real_of(dtype)`, and back."""
     if dtype == BFLOAT16:
         return _widen_bfloat16, _narrow_bfloat16
-    stored, real = dtype.type, np.float64 if dtype == np.float64 else np.float32
+    stored, real = dtype.type, real_of(dtype)
 
     @cuda.jit(device=True)
     def load(x: Any) -> Any:

@@ -1,8 +1,7 @@
-"""The list of tokens that count, made on the device: kernels take their rows from it, so ignored tokens cost nothing."""
+"""The list of tokens that count, made on the device."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -10,19 +9,24 @@ from numba import cuda
 
 from cce_numba.arguments import Problem
 from cce_numba.gpu import SIMULATED
-from cce_numba.simt.launch import launch
+from cce_numba.launch.array_kernel import ArrayKernel
+from cce_numba.launch.kernel import kernel_factory
+from cce_numba.simt.records import Tokens
 
 _THREADS = 4 if SIMULATED else 256
 
 
-@functools.cache
-def make_list_tokens_kernel() -> Any:
-    """One CTA; each thread takes a contiguous part of the tokens, so that the list comes out in order."""
+@kernel_factory
+def make_list_tokens_kernel() -> ArrayKernel:
+    """One CTA. Each thread lists a contiguous part of the tokens, so that the whole list is in order."""
     threads = _THREADS
 
-    @cuda.jit
-    def list_tokens_kernel(targets: Any, ignore_index: Any, tokens: Any, n_valid: Any) -> None:
-        """tokens[:n_valid[0]] = the tokens whose target is not ignore_index, ascending. targets, tokens (N,); n_valid (1,)."""
+    def list_tokens_kernel(
+        targets: Any,  # (N,) int64
+        ignore_index: Any,  # int
+        tokens: Any,  # Tokens, to be written
+    ) -> None:
+        """Lists the tokens whose target is not ignore_index."""
         counts = cuda.shared.array(threads, np.int64)
         t, N = cuda.threadIdx.x, targets.shape[0]
         part = (N + threads - 1) // threads
@@ -38,20 +42,20 @@ def make_list_tokens_kernel() -> Any:
             position += counts[other]
         for n in range(first, last):
             if targets[n] != ignore_index:
-                tokens[position] = n
+                tokens.listed[position] = n
                 position += 1
         if t == threads - 1:
-            n_valid[0] = position
+            tokens.n_valid[0] = position
 
-    return list_tokens_kernel
+    return ArrayKernel(list_tokens_kernel, block=_THREADS)
 
 
-def list_tokens(p: Problem) -> tuple[Any, Any]:
-    """`(tokens, n_valid)`: (N,) int64, whose first n_valid[0] entries are the tokens that count, and (1,) int64."""
+def list_tokens(p: Problem) -> Tokens:
+    """The tokens of a problem that count; without targets all do."""
     xp = p.xp
     if p.targets is None:
-        return xp.arange(p.N, dtype=np.int64), xp.full(1, p.N, np.int64)
-    tokens, n_valid = xp.empty(p.N, np.int64), xp.zeros(1, np.int64)
+        return Tokens(xp.arange(p.N, dtype=np.int64), xp.full(1, p.N, np.int64))
+    tokens = Tokens(listed=xp.empty(p.N, np.int64), n_valid=xp.zeros(1, np.int64))
     if p.N:
-        launch(make_list_tokens_kernel(), (1,), (_THREADS,), p.targets, p.options.ignore_index, tokens, n_valid)
-    return tokens, n_valid
+        make_list_tokens_kernel().launch(1, p.targets, p.options.ignore_index, tokens)
+    return tokens

@@ -10,7 +10,7 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.ptx import arithmetic
-from cce_numba.tensor_core.fold import LOG2E
+from cce_numba.tensor_core.exponentials import LOG2E
 
 exp2, fma = arithmetic.exp2, arithmetic.fma
 

@@ -12,14 +12,14 @@ from cce_numba.arguments import Problem
 from tests.helpers.harness import Poisoned, SimulatorHarness
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def poisoned_workspaces():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Problem, "xp", property(lambda p: Poisoned(interchange.array_module(p.e))))
         yield
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def never_dense():
     """`hopper` takes all columns if nearly all survive, which only its device knows; tests/hopper is about that."""
     if SimulatorHarness.is_active():

@@ -482,7 +482,7 @@ def test_a_backend_that_cannot_run_here() -> None:
 
 def test_help_version_and_what_they_import() -> None:
     """Neither needs a GPU library, or is slowed down by one."""
-    for argv in (["--help"], ["demo", "--help"]):
+    for argv in (["--help"], ["demo", "--help"], ["precompile", "--help"]):
         code, out, err = run_process(*argv)
         assert (code, err) == (0, "")
         assert "exit codes:" in out
@@ -582,3 +582,45 @@ def test_info_tells_how_to_get_what_is_missing(run: Run, monkeypatch: pytest.Mon
     assert "not installed; pip install 'cce_numba[cuda13]'" in out
     assert "not installed; pip install 'cce_numba[torch]'" in out
     assert "none: CuPy, which GPU arrays need, is not installed" in out
+
+
+def test_info_shows_the_cache(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where it is, how large, of which backends, and what in it is of other versions of the package."""
+    cubin_cache = pytest.importorskip("cce_numba.launch.cubin_cache")
+    monkeypatch.setenv("CCE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cubin_cache, "_sources", lambda: "now")
+    found = json.loads(run("info", "--json")[1])["cache"]
+    assert found == {
+        "directory": str(tmp_path / "cache"),
+        "why_unusable": None,
+        "bytes": 0,
+        "most_bytes": 256 * 2**20,
+        "kernels": {},
+        "of_other_sources": {"number": 0, "bytes": 0},
+    }
+    assert "precompile fills it" in run("info")[1]
+
+    for name, kernel, cc in (("a", "simt.forward", (9, 0)), ("b", "simt.tokens", (8, 0)), ("c", "hopper.ring", (9, 0))):
+        cubin_cache.store(tmp_path / "cache" / f"{name}.cce-cubin", "symbol", bytes(10**6), f"cce_numba.{kernel}.make()", cc)
+    monkeypatch.setattr(cubin_cache, "_sources", lambda: "later")
+    cubin_cache.store(tmp_path / "cache" / "d.cce-cubin", "symbol", bytes(10**6), "cce_numba.simt.forward.make()", (9, 0))
+    monkeypatch.setattr(cubin_cache, "_sources", lambda: "now")
+    found = json.loads(run("info", "--json")[1])["cache"]
+    assert {name: (group["number"], group["compute_capabilities"]) for name, group in found["kernels"].items()} == {
+        "simt": (2, ["8.0", "9.0"]),
+        "hopper": (1, ["9.0"]),
+    }
+    assert found["of_other_sources"]["number"] == 1
+    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) > 4 * 10**6
+    out = run("info")[1]
+    assert max(map(len, out.splitlines())) == 100
+    for part in (
+        "3.8 MiB of at most 256.0 MiB",
+        "2 kernels, 1.9 MiB, compute capability 8.0, 9.0",
+        "1 kernels, 1.0 MiB, of other",
+    ):
+        assert part in out
+
+    monkeypatch.setenv("CCE_CACHE_DIR", "")
+    assert json.loads(run("info", "--json")[1])["cache"]["directory"] is None
+    assert "no: CCE_CACHE_DIR is empty" in run("info")[1]

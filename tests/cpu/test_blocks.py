@@ -18,7 +18,7 @@ from numba import njit
 import cce_numba as cce
 from cce_numba.arguments import Outline
 from cce_numba.cpu import backend
-from cce_numba.cpu.fold import exp_float32
+from cce_numba.cpu.elements import exp_float32
 from cce_numba.cpu.tiles import CpuTiles, choose_tiles
 from cce_numba.options import Options
 from cce_numba.progress import reported_to

@@ -61,29 +61,30 @@ class Compiled:
         return re.findall(r"\(C\d+\).*", self.log)
 
 
-def compile_kernel(kernel: Any, signature: Any, cc: tuple[int, int]) -> Compiled:
-    """Compiles a `cuda.jit` dispatcher for a compute capability."""
-    ptx = _compile(kernel.py_func, signature, cc, "ptx", kernel.targetoptions.get("launch_bounds"))
-    log, _ = _link("PTX", ptx.encode(), f"-arch=sm_{cc[0]}{cc[1]}", "-verbose", "-Xptxas=-v")
-    return _read(ptx, log)
+def compile_function(
+    function: Any, signature: Any, launch_bounds: tuple[int, ...] | None = (128, 1), cc: tuple[int, int] = (9, 0)
+) -> Compiled:
+    """Compiles a Python function as a kernel for a compute capability, as numba does for a device of it: for 9.0, sm_90a.
 
-
-def compile_function(function: Any, signature: Any, launch_bounds: tuple[int, ...] | None = (128, 1)) -> Compiled:
-    """Compiles a Python function as a kernel for sm_90a.
-
-    With link-time optimisation, as `hopper.launch.Kernel` does: what is linked as PTX may call functions with any number of
+    With link-time optimisation, as `launch.kernel.Kernel` does: what is linked as PTX may call functions with any number of
     registers, so there the assembler ignores `setmaxnreg`.
     """
-    code = _compile(function, signature, (9, 0, "a"), "ltoir", launch_bounds)
-    options = "-arch=sm_90a", "-lto"
+    full = (*cc, "a") if cc >= (9, 0) else cc
+    code = _compile(function, signature, full, "ltoir", launch_bounds)
+    options = f"-arch=sm_{''.join(map(str, full))}", "-lto"
     _, ptx = _link("LTOIR", code, *options, "-ptx")
     log, _ = _link("LTOIR", code, *options, "-verbose", "-Xptxas=-v")
     return _read(ptx, log)
 
 
+def compile_launched(kernel: Any, cc: tuple[int, int] = (9, 0)) -> Compiled:
+    """Compiles a `launch.kernel.Kernel` for a compute capability."""
+    return compile_function(kernel.function, kernel.signature, (kernel.threads, kernel.ctas), cc)
+
+
 def compile_hopper(kernel: Any) -> Compiled:
-    """Compiles a `hopper.launch.Kernel`."""
-    return compile_function(kernel.function, kernel.signature, (kernel.threads, 1))
+    """Compiles a `launch.kernel.Kernel` for sm_90a."""
+    return compile_launched(kernel)
 
 
 def _compile(function: Any, signature: Any, cc: tuple[Any, ...], output: str, launch_bounds: Any) -> Any:

@@ -83,14 +83,14 @@ def test_what_cannot_be_assembled_says_why():
         offline.compile_function(kernel, types.void())
 
 
-def test_both_ways_of_compiling_give_the_same_instructions():
-    """As PTX, for the portable kernels, and with link-time optimisation."""
+@pytest.mark.parametrize("cc", [(8, 0), (9, 0)])
+def test_a_kernel_is_compiled_for_the_compute_capability_that_is_asked_for(cc):
     kernel = kernels.make_elementwise(lambda x, y, z: arithmetic.fma(x, y, z))
-    as_ptx = offline.compile_kernel(cuda.jit(kernel.function), kernel.signature, (9, 0))
-    for compiled in (as_ptx, offline.compile_hopper(kernel)):
-        assert compiled.count(r"fma\.rn\.f32") == 1
-        assert compiled.count(r"ld\.global\.f32") == 3
-        assert (compiled.spilled_bytes, compiled.stack_bytes, compiled.notices) == (0, 0, [])
+    compiled = offline.compile_launched(kernel, cc)
+    assert f".target sm_{cc[0]}{cc[1]}{'a' if cc == (9, 0) else ''}\n" in compiled.ptx
+    assert compiled.count(r"fma\.rn\.f32") == 1
+    assert compiled.count(r"ld\.global\.f32") == 3
+    assert (compiled.spilled_bytes, compiled.stack_bytes, compiled.notices) == (0, 0, [])
 
 
 def test_counting_instructions():

@@ -29,8 +29,11 @@ from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.launch import cubin_cache
 from cce_numba.launch import kernel as launch
-from cce_numba.launch.cubin_cache import identity, load, path_of, precompile, store
+from cce_numba.launch.array_kernel import ArrayKernel
+from cce_numba.launch.cubin_cache import load, store
+from cce_numba.launch.identity import identity
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
+from cce_numba.launch.offline import precompile
 from cce_numba.ptx import cluster
 from cce_numba.tensor_core.folds import MAX_SUM, SURVIVORS
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
@@ -62,6 +65,10 @@ def make(*, function=None, signature=SIGNATURE, identity="its factory", **shape)
     return kernel
 
 
+def path_of(kernel, cc):
+    return kernel.path(cc)
+
+
 # What is in a name
 
 
@@ -76,6 +83,8 @@ def test_a_name_tells_all_that_machine_code_depends_on(monkeypatch):
         path_of(make(function=some_kernel), (9, 0)),
         path_of(make(signature=types.void(types.int64)), (9, 0)),
         path_of(make(threads=64), (9, 0)),
+        path_of(make(threads=(16, 2)), (9, 0)),
+        path_of(make(ctas=2), (9, 0)),
         path_of(make(cluster=2), (9, 0)),
         path_of(make(smem_bytes=16), (9, 0)),
     ]
@@ -223,7 +232,7 @@ def test_values_of_different_kinds_are_told_apart():
 def test_what_may_not_be_told_apart_is_not_kept(value, caplog):
     with caplog.at_level(logging.DEBUG):
         assert identity(function_of_the_package(), value) is None
-    assert "what is told must be None, bool" in caplog.text
+    assert "what a factory is told must be None, bool" in caplog.text
 
 
 def test_kernels_of_other_factories_are_not_kept():
@@ -231,7 +240,11 @@ def test_kernels_of_other_factories_are_not_kept():
     def make_it():
         return Kernel(lambda x: None, SIGNATURE, threads=32)
 
-    assert make_it().identity is None
+    @kernel_factory
+    def make_another():
+        return ArrayKernel(lambda x: None, block=32)
+
+    assert make_it().identity is make_another().identity is None
     assert path_of(make_it(), (9, 0)) is None
     assert path_of(Kernel(lambda x: None, SIGNATURE, threads=32), (9, 0)) is None
 
@@ -262,7 +275,7 @@ def test_an_empty_name_turns_the_cache_off(monkeypatch):
 
 
 def read(path):
-    return cubin_cache._read(path)
+    return cubin_cache.read(path)
 
 
 def test_what_is_written_is_read(directory):
@@ -273,6 +286,36 @@ def test_what_is_written_is_read(directory):
     store(path, "another", b"\n\n")
     assert read(path) == ("another", b"\n\n")
     assert list(directory.iterdir()) == [path]
+
+
+def test_what_is_in_the_cache_is_told(directory, monkeypatch):
+    assert cubin_cache.entries() == []
+    assert cubin_cache.directory() == directory
+    named = "cce_numba.simt.forward.make_lse_kernel(tiles=SimtTiles(...))"
+    store(directory / "a.cce-cubin", "a symbol", bytes(1000), named, (9, 0))
+    monkeypatch.setattr(cubin_cache, "_sources", lambda: "older sources")
+    store(directory / "b.cce-cubin", "a symbol", bytes(10), "cce_numba.hopper.backward.kernel.make_it()", (10, 0))
+    monkeypatch.setattr(cubin_cache, "_sources", lambda: "sources")
+    (directory / "c.cce-cubin").write_bytes(b"no header\n")
+    (directory / "d.cce-cubin").write_bytes(b"[]\n")
+    (directory / "e.cce-cubin").write_bytes(b"{}\nof an older version")
+    (directory / "foreign").write_bytes(b"{}\n")
+    first, second, third = cubin_cache.entries()
+    assert (first.kernel, first.package, first.compute_capability, first.is_current) == (named, "simt", "9.0", True)
+    assert first.nbytes == first.path.stat().st_size > 1000
+    assert (second.package, second.compute_capability, second.is_current) == ("hopper", "10.0", False)
+    assert (third.kernel, third.package, third.is_current) == ("", "", False)
+
+
+def test_why_nothing_is_kept(directory, monkeypatch, tmp_path):
+    assert cubin_cache.why_unusable() is None
+    monkeypatch.setattr(cubin_cache.os, "access", lambda path, mode: path != tmp_path)
+    assert f"{tmp_path} cannot be written to" in cubin_cache.why_unusable()
+    monkeypatch.setattr(cubin_cache, "_sources", lambda: None)
+    assert "sources cannot be read, or one has changed" in cubin_cache.why_unusable()
+    monkeypatch.setenv("CCE_CACHE_DIR", "")
+    assert "CCE_CACHE_DIR is empty" in cubin_cache.why_unusable()
+    assert cubin_cache.entries() == []
 
 
 @pytest.mark.parametrize("cut", [0, 10, 100, 400])

@@ -16,7 +16,7 @@ if SimulatorHarness.is_active():
 from numba.cuda import types
 
 from cce_numba.launch import kernel as launch
-from cce_numba.launch.kernel import Kernel, pointer_to
+from cce_numba.launch.kernel import Kernel, pointer_to, recorded
 from cce_numba.launch.record import Record
 
 
@@ -69,9 +69,33 @@ def test_arguments_lie_where_c_would_put_them(launched):
     assert list(arguments.f) == [1, 2, 2**64 - 1]
 
 
-def test_an_empty_grid_launches_nothing(launched):
-    Kernel(lambda: None, SIGNATURE, threads=32).launch(0, 1, 2, 3.0, 4, 5, (6, 7, 8))
+def test_grids_and_blocks_may_have_several_dimensions(launched):
+    kernel = Kernel(lambda: None, SIGNATURE, threads=(16, 8))
+    assert (kernel.threads, kernel.block) == (128, (16, 8, 1))
+    kernel.launch((3, 5), *range(5), (5, 6, 7))
+    kernel.launch((2, 3, 4), *range(5), (5, 6, 7))
+    assert [shape[1:3] for shape, _ in launched] == [((3, 5, 1), (16, 8, 1)), ((2, 3, 4), (16, 8, 1))]
+
+
+@pytest.mark.parametrize("grid", [0, (0, 3), (3, 0)])
+def test_an_empty_grid_launches_nothing(launched, grid):
+    Kernel(lambda: None, SIGNATURE, threads=32).launch(grid, 1, 2, 3.0, 4, 5, (6, 7, 8))
     assert launched == []
+
+
+def test_recorded_launches_run_nothing_and_only_in_their_thread(launched):
+    kernel, other = (Kernel(lambda: None, SIGNATURE, threads=32) for _ in range(2))
+    with recorded() as kernels:
+        kernel.launch(1, *range(5), (5, 6, 7))
+        other.launch(0, *range(5), (5, 6, 7))
+        thread = threading.Thread(target=lambda: other.launch(1, *range(5), (5, 6, 7)))
+        thread.start()
+        thread.join()
+        kernel.launch(2, *range(5), (5, 6, 7))
+    assert kernels == [kernel, kernel]
+    assert len(launched) == 1
+    kernel.launch(1, *range(5), (5, 6, 7))
+    assert len(launched) == 2
 
 
 def test_threads_do_not_mix_their_arguments(launched):
@@ -91,12 +115,6 @@ def test_threads_do_not_mix_their_arguments(launched):
         assert {x.a, x.b, int(x.c), x.d, x.e, *x.f} == {x.a}
 
 
-@pytest.mark.parametrize("kind", [types.uint32, types.float64, types.boolean, types.int8])
-def test_other_types_are_refused_before_anything_is_compiled(kind):
-    with pytest.raises(TypeError, match="kernels here take int32, int64, uint64, float32, pointers"):
-        Kernel(lambda: None, types.void(kind), threads=32)
-
-
 class Inner(Record):
     number = types.float32
     address = pointer_to("f4")
@@ -110,7 +128,7 @@ class Outer(Record):
 def test_records_lie_as_their_fields_would():
     kernel = Kernel(lambda: None, (types.int32, Inner, Outer), threads=32)
     flat = Kernel(lambda: None, types.void(types.int32, *_INNER, *_INNER, types.int32), threads=32)
-    assert kernel._arguments.format == flat._arguments.format
+    assert kernel._layout.format == flat._layout.format
     assert kernel._numbers((1, Inner(2.0, 3), Outer(inner=Inner(4.0, 5), count=6))) == [1, 2.0, 3, 4.0, 5, 6]
 
 

@@ -14,7 +14,7 @@ from cce_numba.hopper.backward.phases import is_of_products, phase_of_logits, ph
 from cce_numba.hopper.backward.records import WORD, Extent, Job, Round
 from cce_numba.hopper.backward.tiles import BackwardTiles
 from cce_numba.ptx import memory
-from cce_numba.tensor_core.fold import make_load
+from cce_numba.tensor_core.numbers import make_load
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.sums import warp_sum
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE

@@ -12,7 +12,7 @@ from numba.cuda import types
 from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.ptx.pointers import view_as
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.fold import LOG2E
+from cce_numba.tensor_core.exponentials import LOG2E
 from cce_numba.tensor_core.records import I32, SurvivorBits, WeightedTokens
 from cce_numba.tensor_core.sums import FULL, THREADS
 from cce_numba.tensor_core.survey.keys import make_give_keys

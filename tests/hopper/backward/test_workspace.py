@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cce_numba import gpu
 from cce_numba.interchange import BFLOAT16
 from tests.helpers.harness import SimulatorHarness
 
@@ -290,7 +290,7 @@ def numpy_for_cupy(monkeypatch):
         array[...] = np.nan
         return array
 
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(empty=empty))
+    monkeypatch.setattr(gpu, "cupy", lambda: SimpleNamespace(empty=empty))
 
 
 GRADIENT_DTYPES = pytest.mark.parametrize("dtype", [np.dtype(np.float16), BFLOAT16, np.dtype(np.float32)], ids=str)

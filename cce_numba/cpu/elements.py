@@ -1,7 +1,7 @@
-"""The element-wise work on a block of logits while it is still in the cache: online log-sum-exp, survivors, G.
+"""Work on the elements of a block, compiled by Numba for the CPU: exponentials, G, sums of rows. `folds/` has more of it.
 
-Compiled by Numba for the CPU. The loops are plain so that LLVM turns them into vector instructions; NaN must pass through
-every one of them, so the only liberties taken with floating point are to reorder sums and to fuse multiply-adds.
+The loops are plain so that LLVM turns them into vector instructions. NaN must pass through every one of them, so the only
+liberties taken with floating point are to reorder sums and to fuse multiply-adds.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
-
-from cce_numba.survivors import RELATIVE_SLACK
 
 _LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts, the first exact in few bits, so that x - n ln 2 loses nothing (Cody and Waite's reduction).
@@ -38,65 +36,25 @@ def exp_float32(x: Any) -> Any:
     return _ZERO if x < _SMALLEST else p * power_of_two
 
 
-def _exp(x):  # type: ignore[no-untyped-def]  # Numba compares the parameters of these pairs, annotations included
-    """The vectorised exp for float32, libm's for float64."""
+def exp(x):  # type: ignore[no-untyped-def]  # Numba compares the parameters of these pairs, annotations included
+    """In compiled functions: the vectorised exp for float32, libm's for float64."""
 
 
-def _rounded(x, z):  # type: ignore[no-untyped-def]
-    """x in the dtype of the array z."""
+def rounded(x, z):  # type: ignore[no-untyped-def]
+    """In compiled functions: x in the dtype of the array z."""
 
 
-@overload(_exp)
+@overload(exp)
 def _exp_by_dtype(x):  # type: ignore[no-untyped-def]
     if x == types.float32:
         return lambda x: exp_float32(x)
     return lambda x: math.exp(x)
 
 
-@overload(_rounded)
+@overload(rounded)
 def _rounded_by_dtype(x, z):  # type: ignore[no-untyped-def]
     dtype = z.dtype
     return lambda x, z: dtype(x)
-
-
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
-def _sum_exp(row: Any, shift: Any) -> Any:
-    """Sum of exp(row - shift), in the dtype of the row."""
-    total = shift * _ZERO + _ZERO
-    for v in range(row.shape[0]):
-        total += _exp(row[v] - shift)
-    return total
-
-
-@njit(cache=True, nogil=True)
-def _flag(row: Any, threshold: Any, flags: Any) -> None:
-    """Flags what is not below the threshold; NaN is not below anything."""
-    for v in range(row.shape[0]):
-        flags[v] |= not (row[v] < threshold)
-
-
-@njit(cache=True, nogil=True)
-def fold_block(
-    z: Any, block_max: Any, running_max: Any, running_sum: Any, target_logit: Any, log_eps: float, flags: Any
-) -> None:
-    """Folds logits z (n, v) into the running (max, sum) of each row, and flags the survivors among its columns.
-
-    block_max (n,): row maxima of z. running_max, running_sum (n,) float64: paper section 4.2's online log-sum-exp.
-    flags (v,) bool, or empty to record none: a column is flagged unless every row is sure that its probability is below
-    eps, judged by a lower bound of the final log-sum-exp: the target's logit, and the running one so far.
-    """
-    for n in range(z.shape[0]):
-        old_max, new_max = running_max[n], np.float64(block_max[n])
-        if not new_max > old_max:  # nor for a NaN, which is in the sum anyway
-            new_max = old_max
-        shift = 0.0 if new_max == -np.inf else new_max  # exp(-inf - 0) is 0, where exp(-inf - -inf) is NaN
-        total = running_sum[n] * math.exp(old_max - shift) + np.float64(_sum_exp(z[n], _rounded(shift, z)))
-        running_max[n], running_sum[n] = new_max, total
-        if flags.shape[0] > 0:
-            bound = np.float64(target_logit[n])
-            if total > 0 and math.log(total) + shift > bound:
-                bound = np.float64(math.log(total) + shift)
-            _flag(z[n], _rounded(bound - RELATIVE_SLACK * abs(bound) + log_eps, z), flags)
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
@@ -123,14 +81,14 @@ def gradient_block(
             uniform = uniform_weight[n]
             for v in range(row.shape[0]):
                 tanh = row[v] * inverse_softcap
-                row[v] = (weight * _exp(row[v] - log_sum_exp) - uniform * class_weights[v]) * (_ONE - tanh * tanh)
+                row[v] = (weight * exp(row[v] - log_sum_exp) - uniform * class_weights[v]) * (_ONE - tanh * tanh)
         elif inverse_softcap == _ZERO:
             for v in range(row.shape[0]):
-                row[v] = weight * _exp(row[v] - log_sum_exp)
+                row[v] = weight * exp(row[v] - log_sum_exp)
         else:
             for v in range(row.shape[0]):
                 tanh = row[v] * inverse_softcap
-                row[v] = weight * _exp(row[v] - log_sum_exp) * (_ONE - tanh * tanh)
+                row[v] = weight * exp(row[v] - log_sum_exp) * (_ONE - tanh * tanh)
         if column >= 0:
             tanh = at_target * inverse_softcap
             row[column] -= target_weight[n] * (_ONE - tanh * tanh)

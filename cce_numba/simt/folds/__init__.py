@@ -1,0 +1,34 @@
+"""What becomes of tiles of logits: a kernel is made for a tuple of folds, and runs each of them on every tile.
+
+`cce_numba/folds.py` says what a fold is. Here it is a `fold.Fold`: on the host it says what memory it needs, and for kernels it
+makes five device functions. `max_sum.py` is the one to read first. `composed.py` makes one function of those of several folds.
+
+In `forward.lse_kernel` a CTA owns a block of tokens and a part of the vocabulary, called a split:
+
+    begin   all threads make the state of the block's rows: arrays in shared memory
+    step    all threads fold a tile of logits into it
+    row     the state of one row, as a record of numbers, which goes to global memory, one for each split
+
+In `forward.finish_kernel` a thread owns a token:
+
+    merge   the rows of two splits become one
+    store   what the row says is written to the fold's results
+
+The first fold is always `MaxSum`. Others may build on it: functions get the first fold's state beside their own.
+"""
+
+from __future__ import annotations
+
+from cce_numba import folds
+from cce_numba.arguments import Problem
+from cce_numba.simt.folds.fold import Fold
+from cce_numba.simt.folds.max_sum import MaxSum
+from cce_numba.simt.folds.mean_logit import MeanLogit
+from cce_numba.simt.folds.survivors import Survivors
+
+FOLDS: dict[str, Fold] = {fold.name: fold for fold in (MaxSum(), MeanLogit(), Survivors())}
+
+
+def of_problem(p: Problem, record_survivors: bool) -> tuple[Fold, ...]:
+    """The folds that a problem's forward runs."""
+    return tuple(FOLDS[name] for name in folds.wanted(p, record_survivors))

@@ -1,0 +1,148 @@
+"""Survivors: the vocabulary entries whose logits the backward computes again; one bit for each block of tokens and entry.
+
+An entry survives unless each token of the block is sure that it gives it a probability below eps. A token is sure if the logit
+is below bound + log(eps), where the bound is below the token's log-sum-exp: the target's logit is, and so is the log-sum-exp of
+what was seen so far. The target itself survives in any case, and so does NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numba import cuda
+
+from cce_numba import folds
+from cce_numba.integers import ceil_div
+from cce_numba.simt.folds.fold import Functions, Given
+from cce_numba.simt.folds.max_sum import make_log_sum_exp
+from cce_numba.simt.product import make_product
+from cce_numba.simt.tiles import SimtTiles
+from cce_numba.survivors import RELATIVE_SLACK, log_threshold
+
+_OUT_OF_REACH = 1e38  # as a bound: no logit reaches what follows from it
+
+
+class State(NamedTuple):
+    """Of the rows of a block, in shared memory; `hits` is for use within a step."""
+
+    target: Any  # (block_n,) int64; -1 for rows beyond the last token
+    bound: Any  # (block_n,) real: of the log-sum-exp, from below
+    hits: Any  # (threads_n, block_v) uint8: whether a column survives by the rows of these threads
+
+
+class Arrays(NamedTuple):
+    """In global memory."""
+
+    targets: Any  # (N,) int64
+    target_logit: Any  # (N,) real
+    log_eps: Any  # real: natural log of the threshold, with some slack
+    bits: Any  # (n_blocks, ceil(V / 8)) uint8, little-endian over the vocabulary: the result
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """The fold. A row has nothing to merge: different splits write different bytes of the bits."""
+
+    name: ClassVar[str] = folds.SURVIVORS
+    Row: ClassVar[Any] = None
+
+    def row_dtypes(self, real: np.dtype) -> tuple[np.dtype, ...]:
+        """See `fold.Fold`."""
+        return ()
+
+    def arrays(self, given: Given) -> Arrays:
+        """See `fold.Fold`."""
+        p = given.problem
+        log_eps = p.compute_dtype.type(log_threshold(p.options.filter_eps))
+        bits = p.xp.zeros((ceil_div(p.N, given.tiles.survivor_block), ceil_div(p.V, 8)), np.uint8)
+        return Arrays(given.targets, given.target_logit, log_eps, bits)
+
+    def results(self, arrays: Arrays) -> dict[str, Any]:
+        """See `fold.Fold`."""
+        return {"survivors": arrays.bits}
+
+    def functions(self, tiles: SimtTiles, real: np.dtype) -> Functions:
+        """See `fold.Fold`."""
+        return _functions(tiles, real.type)
+
+
+def _functions(tiles: SimtTiles, real: Any) -> Functions:
+    block_n, block_v, threads = tiles.block_n, tiles.block_v, tiles.threads
+    threads_n, threads_v, thread_n, thread_v = tiles.threads_n, tiles.threads_v, tiles.thread_n, tiles.thread_v
+    hits_shape = (threads_n, block_v)
+    column_of, log_sum_exp = make_product(tiles, real).column_of, make_log_sum_exp(real)
+    zero, out_of_reach, slack = real(0), real(_OUT_OF_REACH), real(RELATIVE_SLACK)
+
+    @cuda.jit(device=True)
+    def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
+        target = cuda.shared.array(block_n, np.int64)
+        bound = cuda.shared.array(block_n, real)
+        hits = cuda.shared.array(hits_shape, np.uint8)
+        for r in range(cuda.threadIdx.y * threads_v + cuda.threadIdx.x, block_n, threads):
+            target[r], bound[r] = -1, out_of_reach
+            if block.n0 + r < block.tokens.n_valid[0]:
+                token = block.tokens.listed[block.n0 + r]
+                target[r], bound[r] = arrays.targets[token], arrays.target_logit[token]
+                if block.continues and first_arrays.lse[token] > bound[r]:
+                    bound[r] = first_arrays.lse[token]
+        return State(target, bound, hits)
+
+    @cuda.jit(device=True)
+    def step(state: Any, first_state: Any, arrays: Any, tile: Any) -> None:
+        x, y = cuda.threadIdx.x, cuda.threadIdx.y
+        t = y * threads_v + x
+        for r in range(t, block_n, threads):
+            if first_state.sum[r] > zero:
+                so_far = log_sum_exp(first_state.largest[r], first_state.sum[r])
+                if so_far > state.bound[r]:
+                    state.bound[r] = so_far
+        cuda.syncthreads()
+
+        # Each thread its own rows, of each of its columns; then across the threads of a column, eight columns a byte.
+        for j in range(thread_v):
+            column = column_of(j)
+            hit = 0
+            for i in range(thread_n):
+                row = y * thread_n + i
+                threshold = state.bound[row] - slack * abs(state.bound[row]) + arrays.log_eps
+                # "not below" rather than "at least": NaN survives.
+                if not (tile.logits[i, j] < threshold) or state.target[row] == tile.v0 + column:
+                    hit = 1
+            state.hits[y, column] = hit if tile.v0 + column < tile.V else 0
+        cuda.syncthreads()
+        for byte in range(t, block_v // 8, threads):
+            if tile.v0 + 8 * byte < tile.V:
+                bits = 0
+                for bit in range(8):
+                    for other in range(threads_n):
+                        bits |= state.hits[other, 8 * byte + bit] << bit
+                arrays.bits[tile.n_block, tile.v0 // 8 + byte] = bits
+        cuda.syncthreads()
+
+    @cuda.jit(device=True)
+    def row(state: Any, r: Any) -> Any:
+        return ()
+
+    @cuda.jit(device=True)
+    def merge(row: Any, later: Any) -> Any:
+        return ()
+
+    @cuda.jit(device=True)
+    def store(row: Any, first_row: Any, arrays: Any, place: Any) -> None:
+        """If a token is lost (its log-sum-exp or target logit is NaN), its gradient is NaN in every column: all survive."""
+        lost = cuda.shared.array(block_n, np.uint8)
+        lse, target_logit = log_sum_exp(first_row.largest, first_row.sum), arrays.target_logit[place.token]
+        lost[place.r] = 0
+        if place.exists and (lse != lse or target_logit != target_logit):
+            lost[place.r] = 1
+        cuda.syncthreads()
+        any_lost = 0
+        for other in range(block_n):
+            any_lost |= lost[other]
+        if any_lost:
+            for byte in range(place.r, arrays.bits.shape[1], block_n):
+                arrays.bits[place.n_block, byte] = (1 << min(8, place.V - 8 * byte)) - 1
+
+    return Functions(begin, step, row, merge, store)
