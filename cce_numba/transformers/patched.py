@@ -59,7 +59,11 @@ def model_in(model_or_type: Any) -> Any:
             model = model.get_base_model()
         else:
             model = getattr(model, "_orig_mod", None) or getattr(model, "module", None)  # compiled, in parallel
-    raise TypeError(f"model_or_type: must be a language model of transformers, or its class, got {model_or_type!r}")
+    raise TypeError(f"model_or_type: must be a language model of transformers, or its class, got {_shown(model_or_type)}")
+
+
+def _shown(x: Any) -> str:
+    return f"a {type(x).__name__}" if isinstance(x, torch.nn.Module) else repr(x)
 
 
 def patch_of(model_or_type: Any) -> Patch | None:

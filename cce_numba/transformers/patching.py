@@ -144,7 +144,7 @@ def _patch_instance(model: Any, told: Callable[..., Patch]) -> None:
     is_hooked = "_hf_hook" in names and isinstance(names.get("_old_forward"), MethodType)  # accelerate's offloading
     if own is not None and not is_hooked and not (isinstance(own, MethodType) and own.__self__ is model):
         raise NotImplementedError(
-            f"{name_of(model)}: cannot be patched, since its forward was replaced by {own!r}, which is no method of it; "
+            f"{name_of(model)}: cannot be patched, since its forward was replaced by {_described(own)}, which is no method of it; "
             "patch it before that, or replace it by a types.MethodType"
         )
     a_class: Any = type(model)
@@ -157,13 +157,19 @@ def _patch_instance(model: Any, told: Callable[..., Patch]) -> None:
     names[PATCH] = told(None if is_hooked else own)
 
 
+def _described(function: Any) -> str:
+    """What a function is called and where it is from; its repr may hold the whole model's."""
+    what = function if hasattr(function, "__qualname__") else type(function)
+    return f"{what.__module__}.{what.__qualname__}"
+
+
 def _unpatch_instance(model: Any) -> None:
     names = vars(model)
     patch = names.get(PATCH)
     if patch is not None and patch.before is not None:
         if "forward" in names:
             raise ValueError(
-                f"{name_of(model)}: {model.forward!r} has taken the place of the patched forward; take it back first"
+                f"{name_of(model)}: {_described(names['forward'])} has taken the place of the patched forward; take it back first"
             )
         names["forward"] = patch.before
     names.pop(PATCH, None)
