@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from cce_numba.transformers.patched import Patch
 # The argument by which Trainer has a loss of its own computed in place of the model's, see `trainer`.
 LOSS_OF_OUTPUT = "_cce_numba_loss_of_output"
 
-in_this_thread = threading.local()  # .losses: how many calls have computed a loss without logits
+# .losses: how many calls have computed a loss without logits; .is_watched: whether a trainer sees to it that some do.
+in_this_thread = threading.local()
 _warned: set[str] = set()
 
 
@@ -26,11 +28,11 @@ def run(patch: Patch, forward: Callable[..., Any], model: Any, args: tuple[Any, 
     labels = args[patch.place_of_labels] if patch.place_of_labels < len(args) else kwargs.get("labels")
     skip_logits, loss_of_output = kwargs.pop("skip_logits", None), kwargs.pop(LOSS_OF_OUTPUT, None)
     if labels is None and model.training and torch.is_grad_enabled():
-        _warn_of_logits(type(model).__name__)
+        _warn_of_logits(model)
     if labels is None or not makes_no_logits(model, patch, skip_logits):
         return forward(model, *args, **kwargs)
     if loss_of_output is not None:
-        kwargs = {name: x for name, x in kwargs.items() if name != "labels"}
+        kwargs = {name: x for name, x in kwargs.items() if name not in loss_of_output.withheld}
     head = head_of(model)
     path, call = views.path_to(model, head), Call(type(model).__name__, head, patch.options)
     if path is None:
@@ -57,14 +59,27 @@ def losses_in_this_thread() -> int:
 
 def warn_once(text: str) -> None:
     """A warning that comes once in a process."""
-    if not torch.compiler.is_dynamo_compiling() and text not in _warned:
+    if text not in _warned:
         _warned.add(text)
         warnings.warn(text, stacklevel=2)
 
 
-def _warn_of_logits(model_name: str) -> None:
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Without the warning of a call that asks for no loss: the caller warns if none has, and has more to say."""
+    before = getattr(in_this_thread, "is_watched", False)
+    in_this_thread.is_watched = True
+    try:
+        yield
+    finally:
+        in_this_thread.is_watched = before
+
+
+def _warn_of_logits(model: Any) -> None:
+    if torch.compiler.is_dynamo_compiling() or getattr(in_this_thread, "is_watched", False):
+        return
     warn_once(
-        f"{model_name}: is patched by cce_numba.transformers, but was called in training without labels. So it makes logits "
+        f"{type(model).__name__}: is patched by cce_numba.transformers, but was called in training without labels. So it makes logits "
         "for a loss that something else computes of them (such as a trainer with a compute_loss of its own). Give it labels, "
         "or compute that loss from its hidden states by cce_numba.torch.linear_cross_entropy, or unpatch it if this is meant"
     )
@@ -79,8 +94,8 @@ def head_of(model: Any) -> torch.nn.Module:
 
 
 def _entries_of(head: Any) -> int:
-    """V. An adapter may know it of what it is on alone, and have a weight that is made when it is asked for."""
-    for module in (head, getattr(head, "original_module", None), getattr(head, "base_layer", None)):
+    """V. An adapter knows it of what it is on: its own weight may be made when asked for, and PEFT's own count may be D."""
+    for module in (getattr(head, "original_module", None), getattr(head, "base_layer", None), head):
         if isinstance(n_entries := getattr(module, "out_features", None), int):
             return n_entries
     return head.weight.shape[0]

@@ -28,6 +28,7 @@ class LossOfOutput:
 
     name: str
     function: Callable[[Any, torch.Tensor], torch.Tensor]
+    withheld: tuple[str, ...] = ("labels",)  # arguments that the model itself is not given
 
     def __call__(self, output: Any, labels: torch.Tensor) -> torch.Tensor:
         """The loss."""
@@ -59,6 +60,7 @@ def _compute_loss(original: Callable[..., Any]) -> Callable[..., Any]:
         if loss_of_output is not None:
             trainer = copy.copy(self)  # one that leaves the loss to the model
             trainer.label_smoother = trainer.compute_loss_func = None
+            # By either of the two Trainer decides how to scale the loss among devices.
             trainer.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
             inputs = {**inputs, calls.LOSS_OF_OUTPUT: loss_of_output}
         return original(trainer, model, inputs, return_outputs, num_items_in_batch, **kwargs)
@@ -73,7 +75,8 @@ def _loss_of_output(trainer: Any, model: Any, inputs: Any, num_items_in_batch: A
         return None
     if trainer.compute_loss_func is not None:
         func = functools.partial(trainer.compute_loss_func, num_items_in_batch=num_items_in_batch)
-        return LossOfOutput("compute_loss_func", func)
+        withheld = ("labels",) if trainer.model_accepts_loss_kwargs else ("labels", "num_items_in_batch")
+        return LossOfOutput("compute_loss_func", func, withheld)
     from transformers.trainer_pt_utils import LabelSmoother
 
     smoother = trainer.label_smoother
@@ -121,7 +124,8 @@ def _prediction_step(original: Callable[..., Any]) -> Callable[..., Any]:
 def _training_step(original: Callable[..., Any]) -> Callable[..., Any]:
     def training_step(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         before = calls.losses_in_this_thread()
-        result = original(self, model, *args, **kwargs)
+        with calls.watched():
+            result = original(self, model, *args, **kwargs)
         # Neither compiled programs nor other threads count here.
         is_known = self.args.n_gpu <= 1 and not any(hasattr(part, "_orig_mod") for part in (model, self.model))
         if is_known and calls.losses_in_this_thread() == before and patched.patch_of(model) is not None:

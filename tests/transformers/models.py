@@ -62,7 +62,7 @@ def make(name="Llama", **extra):
     family, *kind = name.split()
     config_class = getattr(transformers, family + {"text": "Text", "moe": "Moe"}.get("".join(kind), "") + "Config")
     torch.manual_seed(0)
-    config = config_class(**SIZES, **MODELS[name], **extra)
+    config = config_class(**SIZES | MODELS[name] | extra)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -118,7 +118,9 @@ class Shapes(TorchDispatchMode):
         return result
 
     def has_logits(self):
-        return any(shape[-1:] == (V,) and torch.Size(shape).numel() >= (S - 1) * V for shape in self.seen)
+        """Or what has their shape, by the number of tokens: a classifier the other way round has D rows, which are more."""
+        assert B * S < SIZES["hidden_size"]
+        return any(shape[-1:] == (V,) and S - 1 <= torch.Size(shape[:-1]).numel() <= B * S for shape in self.seen)
 
 
 def has_no_logits(output):
