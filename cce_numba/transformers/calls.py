@@ -79,9 +79,10 @@ def _warn_of_logits(model: Any) -> None:
     if torch.compiler.is_dynamo_compiling() or getattr(in_this_thread, "is_watched", False):
         return
     warn_once(
-        f"{type(model).__name__}: is patched by cce_numba.transformers, but was called in training without labels. So it makes logits "
-        "for a loss that something else computes of them (such as a trainer with a compute_loss of its own). Give it labels, "
-        "or compute that loss from its hidden states by cce_numba.torch.linear_cross_entropy, or unpatch it if this is meant"
+        f"{type(model).__name__}: is patched by cce_numba.transformers, but was called in training without labels. So it makes "
+        "logits for a loss that something else computes of them (such as a trainer with a compute_loss of its own). Give it "
+        "labels, or compute that loss from its hidden states by cce_numba.torch.linear_cross_entropy, or unpatch it if this "
+        "is meant"
     )
 
 

@@ -144,8 +144,8 @@ def _patch_instance(model: Any, told: Callable[..., Patch]) -> None:
     is_hooked = "_hf_hook" in names and isinstance(names.get("_old_forward"), MethodType)  # accelerate's offloading
     if own is not None and not is_hooked and not (isinstance(own, MethodType) and own.__self__ is model):
         raise NotImplementedError(
-            f"{name_of(model)}: cannot be patched, since its forward was replaced by {_described(own)}, which is no method of it; "
-            "patch it before that, or replace it by a types.MethodType"
+            f"{name_of(model)}: cannot be patched, since its forward was replaced by {_described(own)}, which is no method of "
+            "it; patch it before that, or replace it by a types.MethodType"
         )
     a_class: Any = type(model)
     if BASE not in vars(a_class):
@@ -168,9 +168,8 @@ def _unpatch_instance(model: Any) -> None:
     patch = names.get(PATCH)
     if patch is not None and patch.before is not None:
         if "forward" in names:
-            raise ValueError(
-                f"{name_of(model)}: {_described(names['forward'])} has taken the place of the patched forward; take it back first"
-            )
+            above = _described(names["forward"])
+            raise ValueError(f"{name_of(model)}: {above} has taken the place of the patched forward; take it back first")
         names["forward"] = patch.before
     names.pop(PATCH, None)
     base = vars(type(model)).get(BASE)

@@ -119,7 +119,7 @@ class Shapes(TorchDispatchMode):
 
     def has_logits(self):
         """Or what has their shape, by the number of tokens: a classifier the other way round has D rows, which are more."""
-        assert B * S < SIZES["hidden_size"]
+        assert SIZES["hidden_size"] > B * S
         return any(shape[-1:] == (V,) and S - 1 <= torch.Size(shape[:-1]).numel() <= B * S for shape in self.seen)
 
 

@@ -64,7 +64,7 @@ class TestWhatAPatchedModelRefuses:
     def test_a_head_that_is_not_linear(self, batch):
         model = patch(make())
         model.lm_head = Bent(32, V)
-        with pytest.raises(NotImplementedError, match="LlamaForCausalLM: .* its output head, a Bent, is no linear layer"):
+        with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM: .* its output head, a Bent, is no linear layer"):
             model(**batch)
         assert unpatch(model)(**batch).logits.shape[-1] == V
 
@@ -155,7 +155,7 @@ class TestWhatAPatchedModelRefuses:
         else:
             handle = torch.nn.modules.module.register_module_full_backward_hook(lambda *_: None)
         try:
-            with pytest.raises(NotImplementedError, match="a full backward hook on its output head .*; remove the hook"):
+            with pytest.raises(NotImplementedError, match=r"a full backward hook on its output head .*; remove the hook"):
                 model(**batch)
         finally:
             handle.remove()

@@ -9,7 +9,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 from cce_numba.transformers import patch  # noqa: E402
-from tests.transformers.models import B, S, SIZES, Shapes, V, assert_same, make, step, unpatched_and_patched  # noqa: E402
+from tests.transformers.models import SIZES, B, S, Shapes, V, assert_same, make, step, unpatched_and_patched  # noqa: E402
 
 torch.manual_seed(2)
 ROWS, BIAS = torch.rand(V) + 0.5, torch.randn(V)

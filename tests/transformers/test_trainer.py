@@ -212,7 +212,8 @@ class TestWhatGoesAroundThePatch:
 
     def test_a_loop_that_asks_for_no_loss(self, batch):
         model = patch(make())
-        with pytest.warns(UserWarning, match="LlamaForCausalLM: is patched .* was called in training without labels") as seen:
-            for _ in range(3):
-                model(batch["input_ids"])
-        assert len(seen) == 1
+        with pytest.warns(UserWarning, match=r"LlamaForCausalLM: is patched .* was called in training without labels"):
+            model(batch["input_ids"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model(batch["input_ids"])
