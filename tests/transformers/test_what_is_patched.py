@@ -344,7 +344,9 @@ class TestAccelerate:
     @pytest.fixture
     def prepare(self):
         accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-        return accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # of Trainer, in other tests
+        yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
     @pytest.mark.parametrize("after", [False, True])
     def test_mixed_precision(self, prepare, after, batch):
