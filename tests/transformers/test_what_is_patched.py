@@ -200,7 +200,7 @@ class TestABoundMethod:
 
     @pytest.mark.parametrize("strict", [False, True])
     def test_exported(self, strict, batch):
-        model = make()
+        model = make(num_hidden_layers=1)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         expected, logits = model(**batch).loss, model.eval()(batch["input_ids"], use_cache=False).logits
@@ -301,11 +301,13 @@ class Wrapper(torch.nn.Module):
 class TestWrappers:
     @pytest.mark.parametrize("after", [False, True])
     @pytest.mark.parametrize(
-        "wrap", [Wrapper, lambda model: torch.compile(model, backend="eager"), "ddp"], ids=["module", "compile", "ddp"]
+        "wrap",
+        [Wrapper, torch.nn.DataParallel, lambda model: torch.compile(model, backend="eager"), "ddp"],
+        ids=["module", "dp", "compile", "ddp"],
     )
     def test_each_works(self, wrap, after, batch, tmp_path):
         torch._dynamo.reset()
-        model = make()
+        model = make(num_hidden_layers=1)
         expected = step(model, **batch)
         group = wrap == "ddp"
         if group:
