@@ -33,8 +33,12 @@ class Statistics:
     Attributes:
         tokens: integers, at least n_valid of them: the tokens that count, ascending, first.
         n_valid: 0-d int64, how many tokens count.
-        lse: (N,) natural-log log-sum-exp of the compute dtype, 0 where ignored.
-        target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets.
+        lse: (N,) natural-log log-sum-exp of the compute dtype, 0 where ignored: max_logit + log_sum, rounded.
+        max_logit: (N,) the largest logit, 0 where ignored.
+        log_sum: (N,) natural logarithm of the sum of exp(logit - max_logit), 0 where ignored. These two keep the digits that
+            the log-sum-exp of large logits has lost.
+        target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets. Rounded as
+            the logits are that the other two are made of.
         survivors: (at least ceil(n_valid / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
             consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive: then all do.
             Further rows, and memory between rows, are the backend's own: `StatisticsForm` says what there is.
@@ -47,11 +51,18 @@ class Statistics:
     tokens: Any
     n_valid: Any
     lse: Any
+    max_logit: Any
+    log_sum: Any
     target_logit: Any  # or None
     survivors: Any  # or None
     survivor_block: int
     mean_logit: Any = None
     folded: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nll(self) -> Any:
+        """(N,) negative log-likelihood, lse - target_logit, 0 where ignored; a small one of large logits has its digits."""
+        return (self.max_logit - self.target_logit) + self.log_sum
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,7 @@ class Backend(Protocol):
         """
 
     def reduced_nll(self, p: Problem, statistics: Statistics) -> Any:
-        """0-d, of the compute dtype: sum or mean (as the options say) of lse - target_logit over the tokens that count.
+        """0-d, of the compute dtype: sum or mean (as the options say) of `Statistics.nll` over the tokens that count.
 
         The sum of none is 0, the mean of none is nan. It is the loss where this has no other terms and no weights.
         `terms.reduced_nll` does it with array operations.

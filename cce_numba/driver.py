@@ -76,9 +76,9 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
     """The statistics of the whole vocabulary, out of those that each device found of its part of it.
 
     Today one device has the whole vocabulary, so there is one part, and it is the result. With several devices this is where
-    their results meet. The terms of the loss and the backward rely on what it returns: lse, target_logit and mean_logit of the
-    whole vocabulary, the same on each device; tokens and n_valid, which do not depend on the vocabulary; survivors of the
-    device's own part, which no other device needs.
+    their results meet. The terms of the loss and the backward rely on what it returns: lse, max_logit, log_sum, target_logit
+    and mean_logit of the whole vocabulary, the same on each device; tokens and n_valid, which do not depend on the vocabulary;
+    survivors of the device's own part, which no other device needs.
 
     Raises ValueError for any other number of parts.
     """

@@ -15,6 +15,7 @@ from __future__ import annotations
 from cce_numba.arguments import Problem
 
 MAX_SUM = "max_sum"  # the largest logit and the sum of exponentials, of which the log-sum-exp is made; others may build on it
+TARGET_LOGIT = "target_logit"  # the target's logit, as it stands among the others
 MEAN_LOGIT = "mean_logit"  # the mean over the vocabulary of class weight times logit
 SURVIVORS = "survivors"  # which vocabulary entries the backward must look at
 
@@ -25,4 +26,5 @@ def wanted(p: Problem, record_survivors: bool) -> tuple[str, ...]:
     Where labels are smoothed under a softcap nothing is filtered, so there are no survivors to record.
     """
     smooths = p.options.smooths_capped
-    return (MAX_SUM, *((MEAN_LOGIT,) if smooths else ()), *((SURVIVORS,) if record_survivors and not smooths else ()))
+    asked = {TARGET_LOGIT: p.targets is not None, MEAN_LOGIT: smooths, SURVIVORS: record_survivors and not smooths}
+    return MAX_SUM, *(name for name, is_asked in asked.items() if is_asked)

@@ -126,7 +126,7 @@ def take_writable(name: str, array: Any) -> Any:
 
 
 def of_cuda_tensor(tensor: Any) -> Any:
-    """The CuPy array in the memory of a PyTorch tensor on CUDA, which it keeps; unlike `take`, whoever may record it."""
+    """The CuPy array that shares, and keeps, the memory of a PyTorch tensor on CUDA; unlike `take`, of any such tensor."""
     cupy, device = gpu.cupy(), tensor.get_device()
     if (dtype := TORCH_DTYPES.get(str(tensor.dtype))) is None:
         with cupy.cuda.Device(device), _torch_stream(device):

@@ -47,7 +47,7 @@ class Result:
     def nll(self) -> Any:
         """Computed when it is first asked for."""
         with self._problem.kind.current():
-            return self._problem.exported(self._statistics.lse - self._statistics.target_logit)
+            return self._problem.exported(self._statistics.nll)
 
     def survivor_counts(self) -> np.ndarray:
         """(n_blocks,) how many vocabulary entries each block of counting tokens keeps in the backward.

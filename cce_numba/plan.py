@@ -22,8 +22,9 @@ class Plan:
         backward_bytes: workspace of the backward.
         stored_logits_bytes: what the logits would take if they were stored once, for comparison.
         rejected: why each backend that was preferred to this one was not taken.
-        coarse_eps: a higher threshold than the filter's own, for the gradients of `c` and `bias`, or None. What they may leave
-            out beyond the filter has lower probabilities, in all of a block's tokens, and is none's target.
+        coarse_eps: a higher threshold than the filter's own, for the gradients of `c` and `bias`, or None. These gradients may
+            also leave out an entry for a block if its probability is below this in all of the block's tokens, and it is the
+            target of none of them.
     """
 
     backend: str

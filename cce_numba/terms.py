@@ -4,6 +4,9 @@ A backend gives each token's log-sum-exp and target logit. The loss of the token
 
     loss = nll_weight * (lse - target_logit) + smooth_weight * (mean_class_weight * lse - mean_logit) + z_weight * lse**2
 
+where lse is max_logit + log_sum, which are kept apart (`backend.Statistics`): what is subtracted is as large as their sum.
+
+
     nll_weight     token weight * class weight of the target * (1 - label_smoothing)
     smooth_weight  token weight * label_smoothing
     z_weight       token weight * z_loss
@@ -48,7 +51,7 @@ def terms_of(p: Problem, plan: Plan, statistics: Statistics) -> Nll | Terms:
 
 @dataclass(frozen=True, eq=False)
 class Nll:
-    """The loss that is the negative log-likelihood alone, in which each token that counts counts as one."""
+    """The loss that is the negative log-likelihood alone, in which every token that counts has the same weight."""
 
     problem: Problem
     plan: Plan
@@ -56,14 +59,14 @@ class Nll:
 
     def per_token(self) -> Any:
         """(N,) the loss of each token, 0 where ignored."""
-        return self.statistics.lse - self.statistics.target_logit
+        return self.statistics.nll
 
     def reduced(self) -> Any:
         """0-d, of the compute dtype: the sum or the mean of the tokens' losses; the mean of none is nan."""
         return backend_module(self.plan.backend).reduced_nll(self.problem, self.statistics)
 
     def gradient_weights(self, d_loss: Any) -> tuple[Weights, None]:
-        """See `Terms`. Spoils d_loss."""
+        """See `Terms`. Overwrites d_loss."""
         if self.problem.options.reduction == "mean":
             with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: then no backend reads this
                 d_loss /= self.statistics.n_valid
@@ -72,7 +75,7 @@ class Nll:
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     """`backend.Backend.reduced_nll`, for backends that have no kernel for it."""
-    total = (statistics.lse - statistics.target_logit).sum(dtype=np.float64)
+    total = statistics.nll.sum(dtype=np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: 0 / 0 = nan, as PyTorch has it
         loss = total / statistics.n_valid if p.options.reduction == "mean" else total
     return p.xp.asarray(loss, dtype=p.compute_dtype)
@@ -111,7 +114,7 @@ class Terms:
         if p.class_weights is not None:
             in_range = (p.targets >= 0) & (p.targets < p.V)
             picked = p.class_weights[xp.where(in_range, p.targets, xp.zeros_like(p.targets))]
-            # One whose target is out of range is lost by its target logit, and counts as 1, so that no other is.
+            # A target out of range makes its token's loss NaN by its logit. With a weight of 1 it spoils no other token's loss.
             of_target = times(of_token, xp.where(in_range, picked, xp.ones_like(picked)))
         return Terms(
             problem=p,
@@ -125,12 +128,14 @@ class Terms:
     @_quiet
     def per_token(self) -> Any:
         """(N,) the loss of each token, 0 where ignored or of weight 0."""
-        lse = self.statistics.lse
-        loss = times(self.nll_weight, lse - self.statistics.target_logit)
+        found = self.statistics
+        loss = times(self.nll_weight, found.nll)
         if self.smooth_weight is not None:
-            loss += times(self.smooth_weight, lse * self._mean_class_weight - self._mean_logit())
+            mean_weight = self._mean_class_weight
+            from_mean = found.max_logit * mean_weight - self._mean_logit()
+            loss += times(self.smooth_weight, from_mean + found.log_sum * mean_weight)
         if self.z_weight is not None:
-            loss += times(self.z_weight, lse * lse)
+            loss += times(self.z_weight, found.lse * found.lse)
         return loss
 
     @_quiet
@@ -149,7 +154,7 @@ class Terms:
         mean logit, or None without label smoothing.
         """
         p = self.problem
-        if p.options.reduction == "mean":  # over a total weight of 0 it is nan, and has no gradient, as the mean of no token
+        if p.options.reduction == "mean":  # the mean over a total weight of 0 is nan, and its gradient is 0
             per_weight = p.xp.where(self.total_weight == 0, 0.0, 1 / self.total_weight)
             d_loss = d_loss * per_weight.astype(p.compute_dtype)
         target_weight = times(self.nll_weight, d_loss)
@@ -158,16 +163,16 @@ class Terms:
             smooth_weight = times(self.smooth_weight, d_loss)
             softmax_weight = softmax_weight + smooth_weight * self._mean_class_weight
         if self.z_weight is not None:
-            # One that is lost needs no factor to be so, and weights that are finite can be scaled.
+            # A lost token's gradient is NaN by its log-sum-exp. Its weight stays finite, so that weights can be scaled.
             lse = p.xp.nan_to_num(self.statistics.lse, nan=0.0, posinf=0.0, neginf=0.0)
             softmax_weight = softmax_weight + times(self.z_weight, d_loss) * (lse + lse)
         return Weights(softmax_weight, target_weight), smooth_weight
 
     @_quiet
     def write_uniform(self, smooth_weight: Any, into: Gradients, adds: bool) -> None:
-        """Writes to every element of the gradients what comes from the mean logits, which are linear in e, c and bias.
+        """Writes to every element of the gradients what comes from the mean logits: they are linear in e, c and bias.
 
-        smooth_weight (N,): what is taken from each token's mean logit, times its logit scale. adds: adds it to what is there
+        smooth_weight (N,): what is taken from each token's mean logit, times its logit scale. adds: add it to what is there
         instead. In a 16-bit gradient this is rounded once, and once more when the backend adds the rest.
         """
         p, xp = self.problem, self.problem.xp

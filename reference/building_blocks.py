@@ -45,15 +45,40 @@ def logits(e, c, bias=None, softcap=None, logit_scale=None):
 
 
 @quiet
+def max_and_log_sum(logits):
+    """The largest logit m and `log(sum(exp(z - m)))` over the last axis, both `(..., V) -> (...,)`; lse is their sum.
+
+    Kept apart because lse, at the size of m, has lost the last digits of the other. m is 0 for a row of -inf.
+
+    >>> m, log_sum = max_and_log_sum(np.array([[1e20, 1e20], [-np.inf, -np.inf]]))
+    >>> m.tolist(), log_sum.round(3).tolist()
+    ([1e+20, 0.0], [0.693, -inf])
+    """
+    m = np.max(logits, axis=-1)
+    m = np.where(m == -np.inf, 0.0, m)  # a row of -inf: exp(-inf - 0) = 0, where -inf - -inf would be NaN
+    return m, np.log(np.sum(np.exp(logits - m[..., None]), axis=-1))
+
+
+@quiet
 def logsumexp(logits):
     """`log(sum(exp(z)))` over the last axis `(..., V) -> (...,)`, without overflow; NaN if a +inf or NaN is in the row.
 
     >>> logsumexp(np.array([[1000.0, 1000.0], [-np.inf, -np.inf]])).round(3).tolist()
     [1000.693, -inf]
     """
-    m = np.max(logits, axis=-1)
-    m = np.where(m == -np.inf, 0.0, m)  # a row of -inf: exp(-inf - 0) = 0, where -inf - -inf would be NaN
-    return np.log(np.sum(np.exp(logits - m[..., None]), axis=-1)) + m
+    m, log_sum = max_and_log_sum(logits)
+    return m + log_sum
+
+
+@quiet
+def log_softmax(logits):
+    """Logarithms of the probabilities, `z - lse` over the last axis, `(..., V) -> (..., V)`, to the last digit.
+
+    >>> log_softmax(np.array([[1e20, 1e20], [0.0, -np.inf]])).round(3).tolist()
+    [[-0.693, -0.693], [0.0, -inf]]
+    """
+    m, log_sum = max_and_log_sum(logits)
+    return (logits - m[..., None]) - log_sum[..., None]
 
 
 @quiet
@@ -63,7 +88,7 @@ def softmax(logits):
     >>> softmax(np.log([[1.0, 3.0]])).round(3).tolist()
     [[0.25, 0.75]]
     """
-    return np.exp(logits - logsumexp(logits)[..., None])
+    return np.exp(log_softmax(logits))
 
 
 def onehot(targets, vocabulary):

@@ -14,7 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .building_blocks import logit_gradient, logits, logsumexp, onehot, quiet, softcap_slope, target_logit, weighted
+from .building_blocks import (
+    log_softmax,
+    logit_gradient,
+    logits,
+    logsumexp,
+    onehot,
+    quiet,
+    softcap_slope,
+    target_logit,
+    weighted,
+)
 
 
 @dataclass(frozen=True)
@@ -103,13 +113,13 @@ def forward(
     n_valid = int(np.sum(valid))
 
     z = logits(e[valid], c, bias, softcap, scale[valid])
-    lse, target = logsumexp(z), target_logit(z, targets[valid])
-    nll = lse - target
+    lse, target, log_p = logsumexp(z), target_logit(z, targets[valid]), log_softmax(z)
+    nll = -target_logit(log_p, targets[valid])
 
     vocabulary = z.shape[-1]
     of_token, of_target, of_class = weights(targets[valid], vocabulary, class_weights, token_weights[valid])
     q = of_class * ((1 - label_smoothing) * onehot(targets[valid], vocabulary) + label_smoothing / vocabulary)
-    per_valid = weighted(of_token, np.sum(weighted(q, lse[:, None] - z), axis=-1) + weighted(z_loss, lse**2))
+    per_valid = weighted(of_token, np.sum(weighted(q, -log_p), axis=-1) + weighted(z_loss, lse**2))
     total_weight = np.sum(of_target)
 
     def everywhere(values):

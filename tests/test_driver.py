@@ -119,7 +119,7 @@ def test_the_building_blocks_take_the_same_way(watched):
 
 
 def test_one_device_has_the_whole_vocabulary():
-    whole = Statistics(np.arange(2), np.array(2), np.ones(2), np.ones(2), None, 128)
+    whole = Statistics(np.arange(2), np.array(2), *(np.ones(2) for _ in range(4)), None, 128)
     assert driver.combine([whole]) is whole
     for parts in ([], [whole, whole]):
         with pytest.raises(ValueError, match=rf"parts: must be those of one device, got {len(parts)}"):
@@ -128,7 +128,12 @@ def test_one_device_has_the_whole_vocabulary():
 
 def test_terms_and_backward_see_what_was_combined(watched, monkeypatch):
     """So one line is enough to make partial results whole."""
-    monkeypatch.setattr(driver, "combine", lambda parts: dataclasses.replace(parts[0], lse=parts[0].lse + 1))
+
+    def raised(parts):
+        """As if another device had found logits that are larger by 1."""
+        return dataclasses.replace(parts[0], lse=parts[0].lse + 1, max_logit=parts[0].max_logit + 1)
+
+    monkeypatch.setattr(driver, "combine", raised)
     options = options_of("nothing else", "none")
     loss, _ = cce.linear_cross_entropy_with_grad(*ARRAYS, **options)
     counts = CASE.targets != -100

@@ -53,7 +53,7 @@ def _sweep(
     d_c: Any,
     d_bias: Any,
 ) -> Any:
-    """Adds to d_e what comes from the counting tokens [first, last), writes or adds to the others; yields after each block.
+    """Adds to d_e what comes from the counting tokens [first, last), writes or adds to d_c and d_bias; yields after each block.
 
     d_e (N, D), d_c (V, D), d_bias (V,), each may be None. Sums are kept in the compute dtype: in the gradient itself where
     that will do, else in a buffer that is rounded once.
@@ -65,7 +65,7 @@ def _sweep(
     filter_all = (filter_e or d_e is None) and (filter_c or (d_c is None and d_bias is None))
     step = tiles.survivor_block if filter_e or filter_c else tiles.block_n
     d_e_sum = d_e if d_e is None or d_e.dtype == dtype else np.zeros((last - first, p.D), dtype)
-    # The BLAS writes to contiguous rows alone; and a sum that does not begin with what it is added to loses less.
+    # The BLAS writes to contiguous rows alone. And it costs less accuracy to add the old gradient at the end of a sum.
     d_c_sums_itself = d_c is not None and d_c.dtype == dtype and d_c.flags.c_contiguous and not adds
     for v_block, (v0, v1) in enumerate(ranges(p.V, tiles.block_v)):
         c = np.ascontiguousarray(p.c[v0:v1], dtype)
@@ -105,7 +105,7 @@ def _sweep(
 
 
 def _finish(gradient: Any, tokens: Any, total: Any, adds: bool) -> None:
-    """Rounds `total` to the gradient's rows of these tokens (None: to all), or adds it to them; it is spoilt."""
+    """Rounds `total` to the gradient's rows of these tokens (None: to all), or adds it to them; overwrites `total`."""
     for start, stop in ranges(len(total), _ROWS_TO_FINISH):
         rows, part = slice(start, stop) if tokens is None else tokens[start:stop], total[start:stop]
         if adds:
@@ -145,7 +145,8 @@ def _gradient_of_logits(
     # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
     softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, weights.softmax[tokens])
     per_token = (
-        statistics.lse[tokens],
+        statistics.max_logit[tokens],
+        statistics.log_sum[tokens],
         softmax_weight.astype(z.dtype, copy=False),
         weights.target[tokens],
         (weights.target if weights.uniform is None else weights.uniform)[tokens],

@@ -60,7 +60,8 @@ def _rounded_by_dtype(x, z):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True, fastmath={"contract"})
 def gradient_block(
     z: Any,
-    lse: Any,
+    max_logit: Any,
+    log_sum: Any,
     softmax_weight: Any,
     target_weight: Any,
     uniform_weight: Any,
@@ -70,25 +71,27 @@ def gradient_block(
 ) -> None:
     """Turns logits z (n, v) into G = softmax_weight * softmax - target_weight * onehot - uniform_weight * class_weights.
 
-    Times the softcap's derivative. In place. lse and weights: (n,) of z's dtype; class_weights (v,), or empty for no such term.
+    Times the softcap's derivative. In place. max_logit, log_sum (`backend.Statistics`) and weights: (n,) of z's dtype;
+    class_weights (v,), or empty for no such term.
     target_column (n,): where the row's target stands among the columns, or -1. inverse_softcap: 1 / softcap in z's dtype, or 0
     without one.
     """
     for n in range(z.shape[0]):
-        row, column, weight, log_sum_exp = z[n], target_column[n], softmax_weight[n], lse[n]
-        at_target = row[column] if column >= 0 else row[0]
+        row, column, weight, largest, log_of_sum = z[n], target_column[n], softmax_weight[n], max_logit[n], log_sum[n]
+        at_target = row[column] if column >= 0 and inverse_softcap != _ZERO else _ZERO  # -inf times 0 would be NaN
         if class_weights.shape[0] > 0:
             uniform = uniform_weight[n]
             for v in range(row.shape[0]):
                 tanh = row[v] * inverse_softcap
-                row[v] = (weight * exp(row[v] - log_sum_exp) - uniform * class_weights[v]) * (_ONE - tanh * tanh)
+                softmax = weight * exp((row[v] - largest) - log_of_sum)
+                row[v] = (softmax - uniform * class_weights[v]) * (_ONE - tanh * tanh)
         elif inverse_softcap == _ZERO:
             for v in range(row.shape[0]):
-                row[v] = weight * exp(row[v] - log_sum_exp)
+                row[v] = weight * exp((row[v] - largest) - log_of_sum)
         else:
             for v in range(row.shape[0]):
                 tanh = row[v] * inverse_softcap
-                row[v] = weight * exp(row[v] - log_sum_exp) * (_ONE - tanh * tanh)
+                row[v] = weight * exp((row[v] - largest) - log_of_sum) * (_ONE - tanh * tanh)
         if column >= 0:
             tanh = at_target * inverse_softcap
             row[column] -= target_weight[n] * (_ONE - tanh * tanh)

@@ -38,13 +38,14 @@ def target_logits(p: Problem, tokens: Any, block_n: int) -> Any:
 
 
 def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
-    """What the folds of a problem find, and each token's target logit.
+    """What the folds of a problem find.
 
     A block of logits is cut into tiles of tokens that share survivor bits, which threads take to the folds one by one.
     """
     tokens = counting_tokens(p)
-    target_logit = None if p.targets is None else target_logits(p, tokens, tiles.block_n)
-    given = Given(p, tiles, tokens, target_logit)
+    # Survivors want a bound of the log-sum-exp before the first tile.
+    bound = target_logits(p, tokens, tiles.block_n) if record_survivors and p.targets is not None else None
+    given = Given(p, tiles, tokens, bound)
     folds = folds_.of_problem(p, record_survivors)
     states = [fold.begin(given) for fold in folds]
     block_n, block_v = tiles.block_n, tiles.block_v
@@ -73,7 +74,9 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
         tokens=tokens,
         n_valid=np.array(len(tokens)),
         lse=results.pop("lse"),
-        target_logit=target_logit,
+        max_logit=results.pop("max_logit"),
+        log_sum=results.pop("log_sum"),
+        target_logit=results.pop("target_logit", None),
         survivors=results.pop("survivors", None),
         survivor_block=tiles.survivor_block,
         mean_logit=results.pop("mean_logit", None),

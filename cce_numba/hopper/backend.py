@@ -48,7 +48,7 @@ def statistics_form(p: Outline | Problem) -> StatisticsForm:
 
 @dataclass(frozen=True, eq=False)
 class HopperPlan(Plan):
-    """layout: how the forward cuts the problem (`workspace.Layout`)."""
+    """layout: how the forward cuts the problem (`forward.layout.Layout`)."""
 
     layout: Any = None
 

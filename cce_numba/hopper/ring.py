@@ -1,12 +1,12 @@
 """The ring of stages in shared memory through which tiles travel from the producer to the consumers.
 
-Each stage has two barriers: `full` completes when its bytes have arrived, `empty` when the consumer of each CTA of the cluster
-has let go of it (each CTA's producer writes into all of them). The uses of the ring are numbered; use i is the (i // stages)-th
-of stage i % stages, so it waits for phases of parity (i // stages) % 2.
+Each stage has two barriers. `full` completes when the stage's bytes have arrived. `empty` completes when the consumer of each
+CTA of the cluster has let go of the stage, since each CTA's producer writes into the stages of all. The uses of the ring are
+numbered. Use i is the (i // stages)-th of stage i % stages, so it waits for phases of parity (i // stages) % 2.
 
-The consumers take turns, and a waiting consumer must not look at barriers that are more than a round behind what it waits for
-(it would take an earlier phase of the same parity for its own). So it is told when its turn has come, through a barrier of its
-own.
+The consumers take turns. A waiting consumer must not look at a stage's `full` barrier while an earlier use of that stage is
+still to complete: it would take an earlier phase of the same parity for its own. So each consumer has a barrier of its own,
+which tells it that its turn has come.
 """
 
 from __future__ import annotations
@@ -32,30 +32,37 @@ def make_ring(tiles: HopperTiles) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def stage_of(use: Any) -> Any:
+        """The stage, a uint32, that a use is of."""
         return np.uint32(use) % stages
 
     @cuda.jit(device=True, forceinline=True)
     def parity_of(use: Any) -> Any:
+        """The parity of the phase that completes a stage's `full` barrier for a use."""
         return (np.uint32(use) // stages) & np.uint32(1)
 
     @cuda.jit(device=True, forceinline=True)
     def e_smem(ring: Any, stage: Any) -> Any:
+        """Address of the stage's tile of e (block_n, block_d), or of A in the backward."""
         return ring + np.uint32(stage) * stage_bytes
 
     @cuda.jit(device=True, forceinline=True)
     def c_smem(ring: Any, stage: Any) -> Any:
+        """Address of the stage's tile of c (block_v, block_d), or of B in the backward."""
         return ring + np.uint32(stage) * stage_bytes + e_bytes
 
     @cuda.jit(device=True, forceinline=True)
     def full(ring: Any, stage: Any) -> Any:
+        """The barrier that completes when the stage's bytes have arrived."""
         return ring + barriers + np.uint32(stage) * np.uint32(8)
 
     @cuda.jit(device=True, forceinline=True)
     def empty(ring: Any, stage: Any) -> Any:
+        """The barrier that completes when all consumers have let go of the stage."""
         return ring + barriers + (stages + np.uint32(stage)) * np.uint32(8)
 
     @cuda.jit(device=True, forceinline=True)
     def turn(ring: Any, consumer: Any) -> Any:
+        """The barrier that tells a consumer, 0 or 1, that its turn has come."""
         return ring + turn_barriers + np.uint32(consumer) * np.uint32(8)
 
     @cuda.jit(device=True, forceinline=True)
@@ -70,6 +77,7 @@ def make_ring(tiles: HopperTiles) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def wait_empty(ring: Any, use: Any) -> None:
+        """Waits until the stage of a use is free."""
         mbarrier.wait(empty(ring, stage_of(use)), parity_of(use) ^ np.uint32(1))
 
     @cuda.jit(device=True, forceinline=True)

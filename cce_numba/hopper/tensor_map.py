@@ -34,7 +34,7 @@ def encode_matrix(pointer: int, rows: int, columns: int, pitch: int, box: int, d
 def _encode(
     pointer: int, rows: int, columns: int, pitch: int, box_rows: int, box_columns: int, is_float16: bool
 ) -> tuple[int, ...]:
-    """A function of its arguments alone, so that it can be remembered: the driver only writes down what it is told."""
+    """Remembered by its arguments: the driver only encodes them, and looks at no memory."""
     d = importlib.import_module("cuda.bindings.driver")
     dtypes = d.CUtensorMapDataType
     error, tensor_map = d.cuTensorMapEncodeTiled(

@@ -32,7 +32,7 @@ class HopperTiles:
     cluster: int = 2
 
     consumers = 2
-    row_numbers = 4  # float32 that the consumers may tell each other of a row when they merge their states
+    row_numbers = 8  # float32 that the consumers may tell each other of a row when they merge their states
     gatherers = 2  # warps that fetch rows of e one by one, where tokens are scattered
     producer_registers = 40
     consumer_registers = 232
@@ -103,9 +103,14 @@ class HopperTiles:
         return self.scales_offset_bytes + 4 * self.block_n
 
     @property
+    def rows_offset_bytes(self) -> int:
+        """From the end of the ring to what a consumer may keep of each of its rows."""
+        return self.columns_offset_bytes + 4 * self.consumers * self.block_v
+
+    @property
     def smem_bytes(self) -> int:
-        """All shared memory of a CTA: alignment, the ring, float32 numbers of rows and of columns."""
-        return _ALIGNMENT_BYTES + self.ring_bytes + self.columns_offset_bytes + 4 * self.consumers * self.block_v
+        """All shared memory of a CTA: alignment, the ring, 32-bit numbers of rows and of columns."""
+        return _ALIGNMENT_BYTES + self.ring_bytes + self.rows_offset_bytes + 4 * self.consumers * self.block_n
 
     @property
     def ring_bytes(self) -> int:

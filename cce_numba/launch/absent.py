@@ -20,7 +20,7 @@ import numpy as np
 from cce_numba import gpu
 from cce_numba.launch.kernel import Kernel, recorded
 
-_FAR = 2**60  # added to addresses, so that what host code remembers of an address is never said of a real one
+_FAR = 2**60  # added to addresses, so that what host code remembers of one is never used for a real address
 _ALIGNMENT_BYTES = 256  # CuPy's
 _MULTIPROCESSORS = 132  # sizes of grids follow from it; kernels do not
 

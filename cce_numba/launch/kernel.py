@@ -56,7 +56,7 @@ class Kernel:
     def __init__(
         self,
         function: Callable[..., None],
-        parameters: Any,
+        parameters: tuple[Any, ...],
         *,
         threads: int | tuple[int, ...],
         ctas: int = 1,
@@ -64,7 +64,7 @@ class Kernel:
         smem_bytes: int = 0,
     ) -> None:
         """`parameters`: what the function takes, in order: numba's types of scalars and pointers, and records."""
-        signature = types.void(*map(kind_of, parameters)) if isinstance(parameters, tuple) else parameters
+        signature = types.void(*map(kind_of, parameters))
         self.function, self.signature = function, signature
         self.block = three_dimensions(threads)
         self.threads, self.ctas, self.cluster, self.smem_bytes = math.prod(self.block), ctas, cluster, smem_bytes

@@ -16,7 +16,7 @@ from cce_numba.launch.kernel import Kernel, machine_code
 def precompile(kernel: Kernel, cc: tuple[int, int] = (9, 0)) -> Path:
     """Compiles a kernel without a GPU, for devices of a compute capability, which then find it in the cache's directory.
 
-    Not while other threads compile: to numba the device seems to be there.
+    No other thread may compile meanwhile, since numba is made to believe that the device is there.
 
     Args:
         kernel: of a `kernel.kernel_factory`.

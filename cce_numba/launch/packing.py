@@ -53,7 +53,7 @@ def array_values(array: Any) -> tuple[int, ...]:
 
 
 def depth_of(kind: Any) -> int:
-    """How deep a parameter's numbers lie: 0 for a number or an address, 1 for a tuple or record of these, 2 for one of such.
+    """How deep a parameter's numbers lie: 0 for a number or an address, 1 for a record of these, 2 for a record of records.
 
     >>> depth_of(types.int32), depth_of(types.UniTuple(types.int32, 2))
     (0, 1)

@@ -145,13 +145,11 @@ def make_finish_kernel(tiles: SimtTiles, real: np.dtype, folds: tuple[Fold, ...]
 
 
 def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
-    """What the folds of a problem find, and each token's target logit."""
+    """What the folds of a problem find."""
     xp: Any = p.xp
     tokens, terms = list_tokens(p), argument(LogitTerms.of(p))
-    if p.targets is None:
-        targets, target_logit = tokens.listed, xp.full(p.N, -math.inf, p.compute_dtype)
-    else:
-        targets, target_logit = p.targets, indexed_dot(p, tokens, terms)
+    # Survivors want a bound of the log-sum-exp before the first tile.
+    bound = indexed_dot(p, tokens, terms) if record_survivors and p.targets is not None else None
     n_blocks, v_tiles = ceil_div(p.N, tiles.block_n), ceil_div(p.V, tiles.block_v)
     phases = [(0, v_tiles)]
     if record_survivors and v_tiles >= 2 * _HEAD:
@@ -159,7 +157,7 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
     splits = [count_splits(n_blocks, last - first) for first, last in phases]
 
     folds = folds_.of_problem(p, record_survivors)
-    records = [fold.arrays(Given(p, tiles, tokens, targets, target_logit)) for fold in folds]
+    records = [fold.arrays(Given(p, tiles, tokens, p.targets, bound)) for fold in folds]
     shape = sum(splits), p.N
     parts = [tuple(xp.empty(shape, dtype) for dtype in fold.row_dtypes(p.compute_dtype)) for fold in folds]
     listed, of_folds, found = argument(tokens), argument(tuple(records)), argument(tuple(parts))
@@ -177,7 +175,9 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
         tokens=tokens.listed,
         n_valid=tokens.n_valid.reshape(()),
         lse=results.pop("lse"),
-        target_logit=None if p.targets is None else target_logit,
+        max_logit=results.pop("max_logit"),
+        log_sum=results.pop("log_sum"),
+        target_logit=results.pop("target_logit", None),
         survivors=results.pop("survivors", None),
         survivor_block=tiles.survivor_block,
         mean_logit=results.pop("mean_logit", None),

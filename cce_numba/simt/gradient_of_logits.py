@@ -28,7 +28,8 @@ from cce_numba.simt.tiles import SimtTiles
 class OfToken(NamedTuple):
     """What G takes from a token, read once for all of its columns; numbers of the compute dtype if nothing else is said."""
 
-    lse: Any
+    max_logit: Any
+    log_sum: Any
     target: Any  # int64
     softmax_weight: Any  # NaN if the target is out of range: the loss is NaN then, and so is the gradient
     target_weight: Any
@@ -50,12 +51,14 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
 
     @cuda.jit(device=True)
     def read_token(token: Any, found: Any, weights: Any) -> Any:
+        """What G needs of a token, read once for all its columns."""
         softmax_weight = weights.softmax[token]
         if found.target_logit[token] != found.target_logit[token]:
             softmax_weight = real(math.nan)
         uniform_weight = weights.uniform[token] if uniform else real(0)
         return OfToken(
-            found.lse[token],
+            found.max_logit[token],
+            found.log_sum[token],
             found.targets[token],
             softmax_weight,
             weights.target[token],
@@ -66,7 +69,7 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
     @cuda.jit(device=True)
     def gradient_of(z: Any, v: Any, of_token: Any, weights: Any, softcap: Any) -> Any:
         """G of a token at the entry v, from its logit z."""
-        gradient = of_token.softmax_weight * real(math.exp(z - of_token.lse))
+        gradient = of_token.softmax_weight * real(math.exp((z - of_token.max_logit) - of_token.log_sum))
         if v == of_token.target:
             gradient -= of_token.target_weight
         if uniform:

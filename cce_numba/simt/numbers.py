@@ -17,6 +17,7 @@ from cce_numba.interchange import BFLOAT16
 
 @cuda.jit(device=True)
 def _widen_bfloat16(bits: Any) -> Any:
+    """The float32 whose upper half is the 16 bits of a bfloat16."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
@@ -44,10 +45,12 @@ def conversions(dtype: np.dtype) -> tuple[Any, Any]:
 
     @cuda.jit(device=True)
     def load(x: Any) -> Any:
+        """An element of an array as a number that is computed with."""
         return real(x)
 
     @cuda.jit(device=True)
     def store(x: Any) -> Any:
+        """A number as an element of an array."""
         return stored(x)
 
     return load, store

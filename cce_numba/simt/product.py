@@ -86,6 +86,7 @@ def _unrolled(term: Any, times: int) -> Any:
 
     @cuda.jit(device=True)
     def both(acc: Any, a_smem: Any, b_smem: Any, k: Any) -> None:
+        """The first half of the terms, then the second."""
         first(acc, a_smem, b_smem, k)
         second(acc, a_smem, b_smem, k + half)
 

@@ -58,12 +58,13 @@ class Found(NamedTuple):
 
     targets: Any  # (N,) int64
     target_logit: Any  # (N,) real, NaN for a target out of range
-    lse: Any  # (N,) real, natural log
+    max_logit: Any  # (N,) real, the largest logit
+    log_sum: Any  # (N,) real, natural log of the sum of exp(logit - max_logit)
 
     @staticmethod
     def of(p: Problem, statistics: Statistics) -> Found:
         """Of a problem with targets."""
-        return Found(p.targets, statistics.target_logit, statistics.lse)
+        return Found(p.targets, statistics.target_logit, statistics.max_logit, statistics.log_sum)
 
 
 class Weights(NamedTuple):

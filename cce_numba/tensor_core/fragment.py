@@ -149,6 +149,32 @@ def fold_columns(n: int, weight: Callable[..., Any], step: Callable[..., Any], *
     return as_intrinsic(define, len(operands), f"fold_columns_{step.__name__}")
 
 
+def pick_columns(n: int) -> Any:
+    """The logit of each row in a column of its own.
+
+    In a kernel: `(z_0, z_1) = pick(fragment, first_column, column_0, column_1)`, where first_column is the thread's first; 0
+    for a row whose column is none of this thread's. Columns are int32, and count from where `first_column` does.
+    """
+    operands = (fragment_type(n), I32, I32, I32)
+    result = types.UniTuple(F32, 2)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands("pick_columns", operands, given)
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            wanted = [builder.sub(column, values[1]) for column in values[2:4]]
+            picked = [ir.Constant(ir.FloatType(), 0.0)] * 2
+            for i in range(n // 2):
+                row = row_of(i)
+                is_it = builder.icmp_signed("==", wanted[row], ir.Constant(ir.IntType(32), column_of(i)))
+                picked[row] = builder.select(is_it, builder.extract_value(values[0], i), picked[row])
+            return context.make_tuple(builder, result, picked)
+
+        return result(*operands), generate
+
+    return as_intrinsic(define, len(operands), "pick_columns")
+
+
 def change_chunks(n: int, chunk: int, change: Callable[..., Any], *extras: Any) -> Any:
     """Changes `chunk` columns at a time: `change(numbers, first, *extras) -> numbers`, tuples of chunk / 2 float32.
 

@@ -23,7 +23,7 @@ def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
     and the gradient of the loss with respect to scale * x, are
 
         z = cap(token.scale * x)                        cap(y) = softcap * tanh(y / softcap)
-        g = (token.softmax * exp(z - lse)               lse is token.log_sum, which is in base 2
+        g = (token.softmax * 2^(log2(e) * z - token.shift)
              - token.target_weight * (entry == token.target)
              - token.uniform * class_weight) * cap'(token.scale * x)
 
@@ -40,11 +40,12 @@ def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def gradient(z: Any, entry: Any, token: Any, softcap: Any, class_weight: Any) -> Any:
+        """See `make_gradient`; z, float32, begins as the product x with its bias, and becomes the logit."""
         if scaled:
             z = z * token.scale
         if capped:
             z = softcap * math.tanh(z / softcap)
-        g = token.softmax * exp2(fma(z, LOG2E, -token.log_sum))
+        g = token.softmax * exp2(fma(z, LOG2E, -token.shift))
         if entry == token.target:
             g -= token.target_weight
         if smoothed:

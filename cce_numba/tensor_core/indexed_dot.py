@@ -9,12 +9,14 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.arguments import Problem
+from cce_numba.launch.inlined import finish
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
-from cce_numba.ptx import control, memory
+from cce_numba.ptx import memory
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core import matrices
 from cce_numba.tensor_core.numbers import make_load, widen
 from cce_numba.tensor_core.records import I32, I64, LogitTerms, Matrix, Survivors, Tokens
+from cce_numba.tensor_core.sums import warp_sum
 from cce_numba.tensor_core.tokens import token_at
 
 _WARPS = 4  # of a CTA, each with a token
@@ -28,7 +30,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
     """
     wide = widen(dtype)
     load_bias, bias_bytes = make_load(bias_dtype or dtype), (bias_dtype or dtype).itemsize
-    has_bias, warps, shuffle_xor = bias_dtype is not None, _WARPS, control.shuffle_xor_f32
+    has_bias, warps = bias_dtype is not None, _WARPS
 
     @cuda.jit(device=True, forceinline=True)
     def dot_of_four(x: Any, y: Any, total: Any) -> Any:
@@ -69,15 +71,14 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
         for d in range(4 * in_fours + lane, D, 32):
             x = wide(memory.load_global_u16(e_row + np.uint64(2 * d)))
             total += x * wide(memory.load_global_u16(c_row + np.uint64(c_step_bytes * d)))
-        for mask in (16, 8, 4, 2, 1):
-            total += shuffle_xor(total, mask)
+        total = warp_sum(total)
         if lane == 0:
+            bias, scale, softcap = np.float32(0), np.float32(1), terms.softcap
             if has_bias:
-                total += load_bias(terms.bias + np.uint64(bias_bytes * target))
+                bias = load_bias(terms.bias + np.uint64(bias_bytes * target))
             if scaled:
-                total *= memory.load_global_f32(terms.scale + np.uint64(4 * n))
-            if terms.softcap > 0:
-                total = terms.softcap * math.tanh(total / terms.softcap)
+                scale = memory.load_global_f32(terms.scale + np.uint64(4 * n))
+            total = finish(total, bias, scale, softcap) if softcap > 0 else finish(total, bias, scale, None)
             target_logit[n] = total
             if survivors.pitch_words > 0:
                 word = position // SURVIVOR_BLOCK * survivors.pitch_words + target // 32

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from cce_numba.launch.inlined import finish
 from cce_numba.ptx import memory
 from cce_numba.tensor_core.exponentials import NEGATIVE_INFINITY
 from cce_numba.tensor_core.fragment import fill_columns, map_elements, map_rows
@@ -20,7 +20,7 @@ _HALF_BYTES = 8 * 4  # from the scale of a row to that of the row 8 further down
 
 def times(z: Any, scale: Any) -> Any:
     """A product, with its bias, times the token's scale."""
-    return z * scale
+    return finish(z, None, scale, None)
 
 
 def mask_padding(z: Any, column: Any, columns: Any) -> Any:
@@ -30,7 +30,7 @@ def mask_padding(z: Any, column: Any, columns: Any) -> Any:
 
 def cap(z: Any, _: Any, softcap: Any) -> Any:
     """softcap * tanh(z / softcap)."""
-    return softcap * math.tanh(z / softcap)
+    return finish(z, None, None, softcap)
 
 
 @functools.cache

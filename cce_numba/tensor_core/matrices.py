@@ -36,7 +36,7 @@ def padded_columns(columns: int) -> int:
 
 
 def why_not_by_rows(matrix: Any) -> str | None:
-    """Why its rows cannot be copied one by one as they lie, 16 bytes at a time, beside `why_not`; or None if they can."""
+    """Why rows cannot be copied one by one as they lie, 16 bytes at a time, or None if they can; asks more than `why_not`."""
     if matrix.shape[1] != padded_columns(matrix.shape[1]):
         return f"its rows of {matrix.shape[1]} elements are not a multiple of {_ALIGNMENT_BYTES} bytes long"
     return why_not(matrix)
@@ -52,7 +52,10 @@ def aligned(matrix: Any) -> Any:
 
 
 def whole_chunks(gradient: Any, with_values: bool) -> Any:
-    """The (rows, columns) array, or a copy whose rows can be stored 16 bytes at a time; empty without values."""
+    """The (rows, columns) array, or an array of its shape whose rows can be stored 16 bytes at a time.
+
+    with_values: that array holds the same numbers; else whatever is in its memory.
+    """
     rows, columns = gradient.shape
     padded = padded_columns(columns)
     if gradient.flags.c_contiguous and columns == padded and gradient.data.ptr % _ALIGNMENT_BYTES == 0:

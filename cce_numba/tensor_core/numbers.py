@@ -23,6 +23,7 @@ def make_load(dtype: np.dtype) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def load(address: Any) -> Any:
+        """A number as float32; address: in global memory."""
         if is_float32:
             return memory.load_global_f32(address)
         return wide(memory.load_global_u16(address))

@@ -43,11 +43,12 @@ class Tokens(Record):
 
 
 class Found(Record):
-    """Where the forward's results per token are, each by row of e."""
+    """Where the forward's results per token are, each by row of e, and what it knows of each token beforehand."""
 
-    target_logit = pointer_to(np.float32)  # (N,); NaN for a target out of range
     results = pointer_to(np.float32)  # (results of all folds, pitch); the first is the log-sum-exp
     pitch = I64  # N
+    targets = pointer_to(np.int64)  # (N,), or null without targets
+    bound = pointer_to(np.float32)  # (N,) the target's logit, NaN for one out of range; null where no survivors are recorded
 
 
 class Parts(Record):
@@ -96,7 +97,8 @@ class WeightedTokens(Record):
     softmax_weight = pointer_to(np.float32)  # (N,)
     target_weight = pointer_to(np.float32)  # (N,)
     largest_weight = pointer_to(np.float32)  # (N,) the largest magnitude of a token's weights but the target's
-    lse = pointer_to(np.float32)  # (N,) log-sum-exp, natural logarithm
+    max_logit = pointer_to(np.float32)  # (N,) the largest logit
+    log_sum = pointer_to(np.float32)  # (N,) natural logarithm of the sum of exp(z - max_logit)
     target_logit = pointer_to(np.float32)  # (N,) NaN for a target out of range
     targets = pointer_to(np.int64)  # (N,)
 
@@ -112,8 +114,8 @@ class SurvivorBits(Record):
 class RowWeights(Record):
     """What makes the gradient of the logits of one token out of these logits (`gradient`)."""
 
-    softmax = F32  # weight of the softmax
-    log_sum = F32  # log-sum-exp, in base 2
+    softmax = F32  # weight of the softmax, divided by the sum of 2^(log2(e) * z - shift)
+    shift = F32  # `exponentials.shift_of` the largest logit
     target_weight = F32  # weight of the one-hot target
     target = I32  # vocabulary entry, -1 for none
     scale = F32  # of the logits

@@ -24,18 +24,19 @@ def make_reduce_kernel() -> Kernel:
     def reduce_kernel(
         tokens: Any,  # (N,), the first n_valid[0] count
         n_valid: Any,  # (1,)
-        lse: Any,  # (N,)
+        max_logit: Any,  # (N,)
+        log_sum: Any,  # (N,)
         target_logit: Any,  # (N,)
         is_mean: Any,
         loss: Any,  # (1,)
     ) -> None:
-        """loss[0] = sum or mean of lse - target_logit over tokens that count, summed in float64; nan for the mean of none."""
+        """loss[0] = sum or mean of the tokens' negative log-likelihoods, summed in float64; nan for the mean of none."""
         partial = cuda.shared.array(threads, np.float64)
         t, n_listed = cuda.threadIdx.x, n_valid[0]
         total = np.float64(0)
         for position in range(t, n_listed, threads):
             token = tokens[position]
-            total += np.float64(lse[token] - target_logit[token])
+            total += np.float64((max_logit[token] - target_logit[token]) + log_sum[token])
         partial[t] = total
         width = threads // 2
         while width > 0:
@@ -50,12 +51,12 @@ def make_reduce_kernel() -> Kernel:
             loss[0] = np.float32(total)
 
     p_i64, p_i32, p_f32 = pointer_to(np.int64), pointer_to(np.int32), pointer_to(np.float32)
-    return Kernel(reduce_kernel, (p_i32, p_i64, p_f32, p_f32, types.int32, p_f32), threads=_THREADS)
+    return Kernel(reduce_kernel, (p_i32, p_i64, p_f32, p_f32, p_f32, types.int32, p_f32), threads=_THREADS)
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     """See `backend.Backend`."""
     loss = p.xp.empty((), np.float32)
-    arrays = (statistics.tokens, statistics.n_valid, statistics.lse, statistics.target_logit)
+    arrays = (statistics.tokens, statistics.n_valid, statistics.max_logit, statistics.log_sum, statistics.target_logit)
     make_reduce_kernel().launch(1, *(x.data.ptr for x in arrays), p.options.reduction == "mean", loss.data.ptr)
     return loss

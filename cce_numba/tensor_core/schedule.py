@@ -1,12 +1,13 @@
 """Who computes which tiles: every worker about as many, and all of them at about the same place in the vocabulary.
 
 A worker is a cluster; a group is the tokens that a cluster takes at a time. Work goes in rounds of `per_round` groups: few
-enough that their rows of `e` stay in the L2 cache while `c` streams by. Several workers share a group, and take its tiles in
-turn, not one part each: so all workers read the same rows of `c` at about the same time, and each sees a fair sample of the
-vocabulary early on, which makes its survivors fewer. In the last round there may be fewer groups; the workers that a fair share
-leaves over then take the last tiles of each group in turn.
+enough that their rows of `e` stay in the L2 cache while `c` streams by. Several workers share a group. They take its tiles in
+turn, and not one contiguous part each. So all workers read the same rows of `c` at about the same time, and each worker sees a
+fair sample of the vocabulary early on, by which it flags fewer survivors. The last round may have fewer groups. Workers that an
+even share leaves over then take the last tiles of each group.
 
-How many tokens count is known on the device alone, so kernels call these functions; they are plain Python.
+A slot is the place of what one worker finds of one group. These rounds and slots belong to the forward; those of the backward
+(`survey`) are something else.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def quotient(a: Any, b: Any) -> Any:
 
 @register_jitable
 def _int32s(a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
+    """The five numbers as int32."""
     return np.int32(a), np.int32(b), np.int32(c), np.int32(d), np.int32(e)
 
 

@@ -31,6 +31,7 @@ def add(x: Any, y: Any) -> Any:
 
 @overload(add, jit_options=_INLINED)
 def _add(x: Any, y: Any) -> Any:
+    """What numba compiles for `add`."""
     number = _NUMBERS[x]
 
     def add(x: Any, y: Any) -> Any:
@@ -46,6 +47,8 @@ def shuffle_xor(x: Any, mask: Any) -> Any:
 
 @overload(shuffle_xor, jit_options=_INLINED)
 def _shuffle_xor(x: Any, mask: Any) -> Any:
+    """What numba compiles for `shuffle_xor`."""
+
     def shuffle_float(x: Any, mask: Any) -> Any:
         return control.shuffle_xor_f32(x, mask)
 
@@ -65,6 +68,7 @@ def make_warp_reduce(combine: Callable[..., Any]) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def warp_reduce(x: Any) -> Any:
+        """Combines x of the 32 lanes; each gets the result."""
         for mask in (16, 8, 4, 2, 1):
             x = combine(x, shuffle_xor(x, mask))
         return x

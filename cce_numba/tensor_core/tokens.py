@@ -14,8 +14,8 @@ from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import memory
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core.records import I32, I64, U64, Found
+from cce_numba.tensor_core.sums import THREADS, sum_before
 
-_THREADS = 1024
 _TOKENS = 8  # neighbours, of each thread
 
 
@@ -39,71 +39,73 @@ def are_neighbours(tokens: Any, n0: Any, listed: Any) -> Any:
 @kernel_factory
 def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
     """The kernel: one CTA. On its way it writes `n_constants` 64-bit words to memory, for kernels that must read them there."""
-    threads, tokens_per_thread, warps = _THREADS, _TOKENS, _THREADS // 32
+    threads, tokens_per_thread = THREADS, _TOKENS
 
     def list_tokens_kernel(
         constants: Any,  # n_constants words
         constants_to: Any,  # (n_constants,)
-        targets: Any,  # (N,)
+        found: Found,
         has_targets: Any,
         ignore_index: Any,
         N: Any,
+        V: Any,
         tokens: Any,  # (N,)
         n_valid: Any,  # (1,)
-        found: Found,
         n_results: Any,
+        target_result: Any,  # place of the target logits among them, -1 if there are none
     ) -> None:
-        """tokens[:n_valid[0]] = those whose target is not ignore_index, ascending. Results of all others become 0."""
-        warp_counts = cuda.shared.array(warps, np.int32)
+        """tokens[:n_valid[0]] = those whose target is not ignore_index, ascending. Results of all others become 0.
+
+        The target logit of a listed token whose target is out of range becomes NaN. Other results of listed tokens stay.
+        """
+        sums = cuda.shared.array(32, np.int64)
         t = cuda.threadIdx.x
-        lane, warp = t & 31, t >> 5
+        targets = found.targets
         if n_constants > 0 and t < n_constants:
             constants_to[t] = constants[t]
-        listed = np.int32(0)  # so far
+        listed = np.int64(0)  # so far
         for first in range(0, N, threads * tokens_per_thread):
             n0 = first + t * tokens_per_thread
-            count = np.int32(0)
+            count = np.int64(0)
             for n in range(n0, min(n0 + tokens_per_thread, N)):
                 if not has_targets or targets[n] != ignore_index:
-                    count += np.int32(1)
-            # Sums over the threads before this one: within the warp, then over the warps before.
-            position = count
-            for step in (1, 2, 4, 8, 16):
-                before = cuda.shfl_up_sync(0xFFFFFFFF, position, step)
-                if lane >= step:
-                    position += before
-            if lane == 31:
-                warp_counts[warp] = position
-            cuda.syncthreads()
-            position += listed - count
-            for other in range(warps):
-                if other < warp:
-                    position += warp_counts[other]
-                listed += warp_counts[other]
+                    count += np.int64(1)
+            before, total = sum_before(count, sums)
+            position = listed + before
+            listed += total
             for n in range(n0, min(n0 + tokens_per_thread, N)):
                 if not has_targets or targets[n] != ignore_index:
                     tokens[position] = n
-                    position += np.int32(1)
-                    if not has_targets:
-                        found.target_logit[n] = np.float32(-math.inf)  # as a bound of the log-sum-exp
+                    position += np.int64(1)
+                    if target_result >= 0 and (targets[n] < 0 or targets[n] >= V):
+                        found.results[target_result * found.pitch + n] = np.float32(math.nan)
                 else:
-                    found.target_logit[n] = np.float32(0)
                     for k in range(n_results):
                         found.results[k * found.pitch + n] = np.float32(0)
-            cuda.syncthreads()
         if t == 0:
             n_valid[0] = listed
 
     p_i64, p_i32 = pointer_to(np.int64), pointer_to(np.int32)
-    parameters = types.UniTuple(U64, n_constants), pointer_to(np.uint64), p_i64, I32, I64, I32, p_i32, p_i64, Found, I32
-    return Kernel(list_tokens_kernel, parameters, threads=_THREADS)
+    constants = types.UniTuple(U64, n_constants), pointer_to(np.uint64)
+    parameters = *constants, Found, I32, I64, I32, I32, p_i32, p_i64, I32, I32
+    return Kernel(list_tokens_kernel, parameters, threads=THREADS)
 
 
 def list_tokens(
-    p: Problem, tokens: int, n_valid: int, found: Found, n_results: int, constants: tuple[int, ...] = (), constants_to: int = 0
+    p: Problem,
+    tokens: int,
+    n_valid: int,
+    found: Found,
+    results: tuple[str, ...],
+    constants: tuple[int, ...] = (),
+    constants_to: int = 0,
 ) -> None:
-    """Lists the tokens of p that count; tokens (N,) int32, n_valid (1,) int64 and constants_to are addresses."""
-    targets = 0 if p.targets is None else p.targets.data.ptr
+    """Lists the tokens of p that count; tokens (N,) int32, n_valid (1,) int64 and constants_to are addresses.
+
+    results: the names of `found.results`.
+    """
+    target_result = results.index("target_logit") if "target_logit" in results else -1
     make_list_tokens_kernel(len(constants)).launch(
-        1, constants, constants_to, targets, targets != 0, p.options.ignore_index, p.N, tokens, n_valid, found, n_results
-    )
+        1, constants, constants_to, found, p.targets is not None, p.options.ignore_index, p.N, p.V, tokens, n_valid,
+        len(results), target_result,
+    )  # fmt: skip

@@ -28,7 +28,7 @@ from cce_numba.plan import Plan
 from cce_numba.torch import memory
 
 TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights")  # all but the first three may be None
-SAVED = ("lse", "target_logit", "n_valid", "tokens", "survivors", "mean_logit")
+SAVED = ("lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "mean_logit")
 
 
 def given(tensors: Iterable[torch.Tensor | None], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,8 @@ def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: b
         bits = interchange.array_module(bits).ndarray(shape, bits.dtype, bits.data)
     if mean_logit is None:
         mean_logit = statistics.lse[:0]
-    return statistics.lse, statistics.target_logit, statistics.n_valid, tokens, bits, mean_logit
+    numbers = statistics.lse, statistics.max_logit, statistics.log_sum, statistics.target_logit
+    return *numbers, statistics.n_valid, tokens, bits, mean_logit
 
 
 def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -132,7 +133,7 @@ def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
 def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor]) -> Statistics:
     """What `_saved` was made of, out of tensors of it."""
     *others, mean_logit = saved
-    lse, target_logit, n_valid, tokens, bits = map(memory.array_of, others)
+    lse, max_logit, log_sum, target_logit, n_valid, tokens, bits = map(memory.array_of, others)
     if not p.on_device:
         tokens = tokens[: int(n_valid)]
     recorded = bits.size > 0 and (p.on_device or bool(bits[0].any()))
@@ -140,6 +141,8 @@ def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor])
         tokens=tokens,
         n_valid=n_valid,
         lse=lse,
+        max_logit=max_logit,
+        log_sum=log_sum,
         target_logit=target_logit,
         survivors=bits[:, : ceil_div(p.V, 8)] if recorded else None,
         survivor_block=form.survivor_block,

@@ -40,8 +40,7 @@ def forward(
     survivors_shape = form.survivors_shape(N, V) if options.records_survivors(wrt) and N != 0 else (0, 0)
     return (
         e.new_empty(loss_shape, dtype=wide),
-        e.new_empty(N, dtype=wide),
-        e.new_empty(N, dtype=wide),
+        *(e.new_empty(N, dtype=wide) for _ in range(4)),
         e.new_empty((), dtype=torch.int64),
         e.new_empty(N, dtype=memory.TORCH_DTYPES[form.tokens]),
         e.new_empty(survivors_shape, dtype=torch.uint8),

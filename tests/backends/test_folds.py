@@ -22,6 +22,7 @@ from cce_numba.cpu import folds as cpu_folds
 from cce_numba.simt import folds as simt_folds
 from cce_numba.simt.folds.fold import Functions
 from cce_numba.simt.product import make_product
+from tests.helpers import harness as harness_module
 from tests.helpers import offline
 from tests.helpers.cases import DTYPES, cases, make_case
 from tests.helpers.checks import assert_within, compute_unit, expect
@@ -261,20 +262,32 @@ class SimtExpected:
         return Functions(begin, step, row, merge, store)
 
 
-# ---- both; a backend that has folds has its line here
+# ---- all of them; a backend that has folds has its line here
 
-ADDED = {
-    "cpu": (cpu_folds.FOLDS, (CpuSmallest(), CpuExpected())),
-    "simt": (simt_folds.FOLDS, (SimtSmallest(), SimtExpected())),
-}
+
+def folds_of(backend):
+    """`(the folds that a backend knows, those that are added)`."""
+    if backend == "hopper":  # of which the simulator knows nothing, so it is imported where it is wanted
+        from cce_numba.tensor_core.folds import FOLDS
+        from tests.backends import tensor_core_folds
+
+        return FOLDS, (tensor_core_folds.SMALLEST, tensor_core_folds.EXPECTED)
+    portable = {
+        "cpu": (cpu_folds.FOLDS, (CpuSmallest(), CpuExpected())),
+        "simt": (simt_folds.FOLDS, (SimtSmallest(), SimtExpected())),
+    }
+    return portable[backend]
+
+
+def results_of(backend):
+    """What the added folds store. The fold of the tensor cores does not say which entry the smallest is."""
+    return {"smallest", "expected"} | (set() if backend == "hopper" else {"smallest_entry"})
 
 
 @pytest.fixture(scope="module")
 def more_folds(harness):
     """The backend's forward runs the two folds as well, while the context is entered."""
-    if harness.backend not in ADDED:
-        pytest.skip(f"backend {harness.backend}: its folds take no others yet")
-    known, added = ADDED[harness.backend]
+    known, added = folds_of(harness.backend)
     return lambda patch: add_folds(patch, known, added)
 
 
@@ -290,13 +303,14 @@ def check_folded(case, result, harness):
     """Of every token that counts what stored logits say; 0 for the others."""
     expected, statistics = expect(case), result._statistics
     folded = {name: harness.host(array) for name, array in statistics.folded.items()}
-    assert set(folded) == {"smallest", "smallest_entry", "expected"}
+    assert set(folded) == results_of(harness.backend)
     tokens = harness.host(statistics.tokens)[: int(harness.host(statistics.n_valid))]
     z, unit, V = expected.forward.logits, compute_unit(case.e.dtype), len(case.c)
     error, largest = expected.z_error.max(axis=1, initial=0), np.abs(z).max(axis=1, initial=0)
     assert_within("smallest", folded["smallest"][tokens], z.min(axis=1, initial=np.inf), error)
-    entry = folded["smallest_entry"][tokens]
-    assert_within("logit of the smallest entry", z[np.arange(len(z)), entry], z.min(axis=1, initial=np.inf), 2 * error)
+    if "smallest_entry" in folded:
+        entry = folded["smallest_entry"][tokens]
+        assert_within("logit of the smallest entry", z[np.arange(len(z)), entry], z.min(axis=1, initial=np.inf), 2 * error)
     softmax = np.exp(z - expected.forward.lse[expected.valid][:, None])
     # A logit's error reaches it twice: by itself, and by its probability. Sums have some more terms than there are tiles.
     allowed = error + largest * (4 * error + (64 + V / 8) * unit * (1 + largest))
@@ -311,7 +325,7 @@ def test_added_folds_compile_for_a_gpu(monkeypatch):
     """The portable ones, as they would be launched; their state stays in registers and shared memory."""
     from cce_numba.commands.precompile import kernels_of
 
-    known, added = ADDED["simt"]
+    known, added = folds_of("simt")
     add_folds(monkeypatch, known, added)
     _, kernels = kernels_of("simt", "float32", ["softcap"], (9, 0))
     kernels = [kernel for kernel in kernels if kernel.function.__name__ in ("lse_kernel", "finish_kernel")]
@@ -323,10 +337,41 @@ def test_added_folds_compile_for_a_gpu(monkeypatch):
         assert compiled.count(r"call(\.uni)?") == 0
 
 
+@pytest.mark.usefixtures("compiler")
+def test_added_folds_compile_for_tensor_cores():
+    """Beside the package's own; with their state in registers, of which few are left."""
+    from cce_numba.hopper.forward.kernel import make_forward_kernel
+    from cce_numba.hopper.tiles import HopperTiles
+    from cce_numba.tensor_core.merge import make_merge_kernel
+
+    known, added = folds_of("hopper")
+    chosen = (*(known[own] for own in (folds.MAX_SUM, folds.TARGET_LOGIT, folds.SURVIVORS)), *added)
+    kernel, merge = make_forward_kernel(HopperTiles(), DTYPES[1], None, False, False, chosen), make_merge_kernel(256, chosen)
+    assert kernel.identity is merge.identity is None, "folds from elsewhere are in no digest of the package's sources"
+    for compiled in map(offline.compile_hopper, (kernel, merge)):
+        assert compiled.spilled_bytes <= 1024
+        assert compiled.count(r"call(\.uni)?") == 0
+
+
+def test_more_numbers_than_shared_memory_has_room_for_are_refused():
+    """`HopperTiles.row_numbers` says how many of a row the consumers tell each other."""
+    if harness_module.SimulatorHarness.is_active():
+        pytest.skip("the simulator knows no tensor cores")
+    from cce_numba.hopper.forward.kernel import make_forward_kernel
+    from cce_numba.hopper.tiles import HopperTiles
+
+    known, (_, expected) = folds_of("hopper")
+    most = HopperTiles.row_numbers
+    many = known[folds.MAX_SUM], *[expected] * ((most - 2) // 2)
+    make_forward_kernel(HopperTiles(), DTYPES[1], None, False, False, many)
+    with pytest.raises(ValueError, match=rf"folds: their workers tell each other {most + 2} numbers of a row, .* {most}"):
+        make_forward_kernel(HopperTiles(), DTYPES[1], None, False, False, (*many, expected))
+
+
 @given(data=st.data())
 def test_added_folds_find_what_stored_logits_say(harness, edges, more_folds, data):
     """Ragged sizes, ignored tokens, shifts, bias, scale and softcap; with survivors, for which splits go in two phases."""
-    case = data.draw(cases(edges, DTYPES[1:3]))
+    case = data.draw(cases(edges, [dtype for dtype in DTYPES[1:3] if dtype in edges.dtypes]))
     if data.draw(st.booleans(), label="scale"):
         case = case.with_options(logit_scale=np.random.default_rng(0).uniform(0.25, 1.5, case.targets.shape))
     with pytest.MonkeyPatch.context() as patch:
@@ -338,7 +383,7 @@ def test_added_folds_find_what_stored_logits_say(harness, edges, more_folds, dat
 def test_of_many_splits_and_beside_the_others(harness, edges, more_folds, smoothing):
     """Of a vocabulary of many tiles; what the package's own folds find stays the same, to the bit."""
     options = {"softcap": 8.0, "label_smoothing": smoothing, "bias": True, "ignored": 0.3}
-    case = make_case(3, (edges.n[-1] + 1,), edges.long_v, edges.d[-1] + 1, np.dtype(np.float32), **options)
+    case = make_case(3, (edges.n[-1] + 1,), edges.long_v, edges.d[-1] + 1, edges.dtype, **options)
     alone = harness.forward(case)._statistics
     with pytest.MonkeyPatch.context() as patch:
         more_folds(patch)
@@ -354,7 +399,7 @@ def test_of_many_splits_and_beside_the_others(harness, edges, more_folds, smooth
     for field in dataclasses.fields(alone):
         ours, theirs = getattr(together, field.name), getattr(alone, field.name)
         if field.name == "folded":
-            assert len(ours) == 3
+            assert set(ours) == results_of(harness.backend)
             assert not theirs
         elif isinstance(theirs, int) or theirs is None:
             assert ours == theirs

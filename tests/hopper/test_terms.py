@@ -29,7 +29,7 @@ from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.tiles import BackwardTiles
 from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
-from cce_numba.tensor_core.folds import MAX_SUM, MEAN_LOGIT, SURVIVORS
+from cce_numba.tensor_core.folds import MAX_SUM, MEAN_LOGIT, SURVIVORS, TARGET_LOGIT
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
 from cce_numba.tensor_core.survey.listing import make_list_kernel
@@ -39,9 +39,10 @@ on_gpu = pytest.mark.gpu
 
 FLOAT16, FLOAT32 = DTYPES[0], np.dtype(np.float32)
 TILES = HopperTiles()
-PLAIN, RECORDING, SMOOTHED = (MAX_SUM,), (MAX_SUM, SURVIVORS), (MAX_SUM, MEAN_LOGIT)
-# Of what consumers keep from tile to tile; none of it is in the loop over the stages.
-FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 128, 3072
+PLAIN, RECORDING, SMOOTHED = ((MAX_SUM, TARGET_LOGIT, *more) for more in ((), (SURVIVORS,), (MEAN_LOGIT,)))
+# Of what consumers keep from tile to tile, most of it with a softcap, a scale and survivors; none of it is in the loop over the
+# stages.
+FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 384, 3072
 
 
 # ---- compiled for a real GPU without one

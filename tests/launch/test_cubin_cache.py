@@ -41,7 +41,7 @@ from cce_numba.tensor_core.merge import make_merge_kernel
 from cce_numba.tensor_core.reduction import make_reduce_kernel
 from cce_numba.tensor_core.tokens import make_list_tokens_kernel
 
-SIGNATURE = types.void(types.int32)
+PARAMETERS = (types.int32,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,8 @@ def directory(tmp_path, monkeypatch):
     return tmp_path / "deep" / "cache"
 
 
-def make(*, function=None, signature=SIGNATURE, identity="its factory", **shape):
-    kernel = Kernel(function or (lambda x: None), signature, **{"threads": 32, **shape})
+def make(*, function=None, parameters=PARAMETERS, identity="its factory", **shape):
+    kernel = Kernel(function or (lambda x: None), parameters, **{"threads": 32, **shape})
     kernel.identity = identity
     return kernel
 
@@ -81,7 +81,7 @@ def test_a_name_tells_all_that_machine_code_depends_on(monkeypatch):
         path_of(make(), (10, 0)),
         path_of(make(identity="another"), (9, 0)),
         path_of(make(function=some_kernel), (9, 0)),
-        path_of(make(signature=types.void(types.int64)), (9, 0)),
+        path_of(make(parameters=(types.int64,)), (9, 0)),
         path_of(make(threads=64), (9, 0)),
         path_of(make(threads=(16, 2)), (9, 0)),
         path_of(make(ctas=2), (9, 0)),
@@ -238,7 +238,7 @@ def test_what_may_not_be_told_apart_is_not_kept(value, caplog):
 def test_kernels_of_other_factories_are_not_kept():
     @kernel_factory
     def make_it():
-        return Kernel(lambda x: None, SIGNATURE, threads=32)
+        return Kernel(lambda x: None, PARAMETERS, threads=32)
 
     @kernel_factory
     def make_another():
@@ -246,7 +246,7 @@ def test_kernels_of_other_factories_are_not_kept():
 
     assert make_it().identity is make_another().identity is None
     assert path_of(make_it(), (9, 0)) is None
-    assert path_of(Kernel(lambda x: None, SIGNATURE, threads=32), (9, 0)) is None
+    assert path_of(Kernel(lambda x: None, PARAMETERS, threads=32), (9, 0)) is None
 
 
 # Where
@@ -494,14 +494,14 @@ def make_far_kernel():
             out[cuda.blockIdx.x] = numbers[last] + np.int32(cluster.cta_rank())
 
     shape = {"threads": 32, "cluster": 2, "smem_bytes": 64 * 1024}
-    return make(function=far_kernel, signature=types.void(types.int32, pointer_to(np.int32)), identity="far", **shape)
+    return make(function=far_kernel, parameters=(types.int32, pointer_to(np.int32)), identity="far", **shape)
 
 
 def make_near_kernel():
     def near_kernel(value, out):
         out[cuda.blockIdx.x] = value + cuda.blockIdx.x % 2
 
-    return make(function=near_kernel, signature=types.void(types.int32, pointer_to(np.int32)), identity="near")
+    return make(function=near_kernel, parameters=(types.int32, pointer_to(np.int32)), identity="near")
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class Arguments(ctypes.Structure):
 
 
 _INNER = types.float32, pointer_to("f4")
-SIGNATURE = types.void(types.int32, pointer_to("f4"), types.float32, types.int64, types.int32, types.UniTuple(types.uint64, 3))
+PARAMETERS = (types.int32, pointer_to("f4"), types.float32, types.int64, types.int32, types.UniTuple(types.uint64, 3))
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def launched(monkeypatch):
 
 
 def test_arguments_lie_where_c_would_put_them(launched):
-    kernel = Kernel(lambda: None, SIGNATURE, threads=96, smem_bytes=4096, cluster=2)
+    kernel = Kernel(lambda: None, PARAMETERS, threads=96, smem_bytes=4096, cluster=2)
     kernel.launch(8, -5, 2**40 + 3, 1.5, -(2**40), True, (1, 2, 2**64 - 1))
     ((shape, arguments),) = launched
     assert shape == (1234, (8, 1, 1), (96, 1, 1), 4096, 77, 0)
@@ -70,7 +70,7 @@ def test_arguments_lie_where_c_would_put_them(launched):
 
 
 def test_grids_and_blocks_may_have_several_dimensions(launched):
-    kernel = Kernel(lambda: None, SIGNATURE, threads=(16, 8))
+    kernel = Kernel(lambda: None, PARAMETERS, threads=(16, 8))
     assert (kernel.threads, kernel.block) == (128, (16, 8, 1))
     kernel.launch((3, 5), *range(5), (5, 6, 7))
     kernel.launch((2, 3, 4), *range(5), (5, 6, 7))
@@ -79,12 +79,12 @@ def test_grids_and_blocks_may_have_several_dimensions(launched):
 
 @pytest.mark.parametrize("grid", [0, (0, 3), (3, 0)])
 def test_an_empty_grid_launches_nothing(launched, grid):
-    Kernel(lambda: None, SIGNATURE, threads=32).launch(grid, 1, 2, 3.0, 4, 5, (6, 7, 8))
+    Kernel(lambda: None, PARAMETERS, threads=32).launch(grid, 1, 2, 3.0, 4, 5, (6, 7, 8))
     assert launched == []
 
 
 def test_recorded_launches_run_nothing_and_only_in_their_thread(launched):
-    kernel, other = (Kernel(lambda: None, SIGNATURE, threads=32) for _ in range(2))
+    kernel, other = (Kernel(lambda: None, PARAMETERS, threads=32) for _ in range(2))
     with recorded() as kernels:
         kernel.launch(1, *range(5), (5, 6, 7))
         other.launch(0, *range(5), (5, 6, 7))
@@ -99,7 +99,7 @@ def test_recorded_launches_run_nothing_and_only_in_their_thread(launched):
 
 
 def test_threads_do_not_mix_their_arguments(launched):
-    kernel = Kernel(lambda: None, SIGNATURE, threads=32)
+    kernel = Kernel(lambda: None, PARAMETERS, threads=32)
 
     def work(mark):
         for _ in range(500):
@@ -127,7 +127,7 @@ class Outer(Record):
 
 def test_records_lie_as_their_fields_would():
     kernel = Kernel(lambda: None, (types.int32, Inner, Outer), threads=32)
-    flat = Kernel(lambda: None, types.void(types.int32, *_INNER, *_INNER, types.int32), threads=32)
+    flat = Kernel(lambda: None, (types.int32, *_INNER, *_INNER, types.int32), threads=32)
     assert kernel._layout.format == flat._layout.format
     assert kernel._numbers((1, Inner(2.0, 3), Outer(inner=Inner(4.0, 5), count=6))) == [1, 2.0, 3, 4.0, 5, 6]
 

@@ -12,22 +12,7 @@ import cce_numba
 MOST = 12
 ROOT = Path(cce_numba.__file__).parent
 # What holds to it: files, and packages with all that is in them.
-PLACES = (
-    "hopper/backward",
-    "hopper/operands.py",
-    "hopper/ring.py",
-    "hopper/tensor_map.py",
-    "hopper/tiles.py",
-    "launch",
-    "ptx",
-    "tensor_core/fragment.py",
-    "tensor_core/gradient.py",
-    "tensor_core/matrices.py",
-    "tensor_core/records.py",
-    "tensor_core/schedule.py",
-    "tensor_core/sums.py",
-    "tensor_core/survey",
-)
+PLACES = ("cpu", "hopper", "launch", "ptx", "simt", "tensor_core")
 
 
 def functions_of(source: str) -> dict[str, list[str]]:

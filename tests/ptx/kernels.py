@@ -42,7 +42,7 @@ def make_elementwise(function, dtype=np.float32):
         out[i] = run(x[i], y[i], z[i])
 
     array = pointer_to(dtype)
-    return Kernel(elementwise_kernel, types.void(F32_ARRAY, array, array, array), threads=128)
+    return Kernel(elementwise_kernel, (F32_ARRAY, array, array, array), threads=128)
 
 
 def make_load_box():
@@ -60,8 +60,8 @@ def make_load_box():
         for i in range(thread, BOX_BYTES // 4, 128):
             out[i] = memory.load_shared_f32(smem + np.uint32(4 * i))
 
-    signature = types.void(types.uint64, F32_ARRAY, types.int32, types.int32)
-    return Kernel(load_box_kernel, signature, threads=128, smem_bytes=_ALIGNMENT_BYTES + BOX_BYTES + _BARRIER_BYTES)
+    parameters = (types.uint64, F32_ARRAY, types.int32, types.int32)
+    return Kernel(load_box_kernel, parameters, threads=128, smem_bytes=_ALIGNMENT_BYTES + BOX_BYTES + _BARRIER_BYTES)
 
 
 def make_multicast():
@@ -83,7 +83,7 @@ def make_multicast():
         cluster.sync()  # nobody leaves while the other still writes here
 
     smem_bytes = _ALIGNMENT_BYTES + BOX_BYTES + _BARRIER_BYTES
-    return Kernel(multicast_kernel, types.void(types.uint64, F32_ARRAY), threads=128, cluster=2, smem_bytes=smem_bytes)
+    return Kernel(multicast_kernel, (types.uint64, F32_ARRAY), threads=128, cluster=2, smem_bytes=smem_bytes)
 
 
 def make_product(n, dtype, a_m_major=False, b_n_major=False):
@@ -133,8 +133,8 @@ def make_product(n, dtype, a_m_major=False, b_n_major=False):
         out[thread] = fragment
 
     out = types.CPointer(wgmma.fragment_type(n))
-    signature = types.void(types.uint64, types.uint64, types.int32, out)
-    return Kernel(product_kernel, signature, threads=128, smem_bytes=_ALIGNMENT_BYTES + a_bytes + b_bytes + _BARRIER_BYTES)
+    parameters = (types.uint64, types.uint64, types.int32, out)
+    return Kernel(product_kernel, parameters, threads=128, smem_bytes=_ALIGNMENT_BYTES + a_bytes + b_bytes + _BARRIER_BYTES)
 
 
 def make_copy_async(copy):
@@ -153,8 +153,8 @@ def make_copy_async(copy):
         for i in range(4):
             out[4 * thread + i] = memory.load_shared_f32(smem + np.uint32(4 * i))
 
-    signature = types.void(types.uint64, U32_ARRAY, F32_ARRAY)
-    return Kernel(copy_async_kernel, signature, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
+    parameters = (types.uint64, U32_ARRAY, F32_ARRAY)
+    return Kernel(copy_async_kernel, parameters, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
 
 
 def make_copy_async_of_row():
@@ -173,8 +173,8 @@ def make_copy_async_of_row():
         for i in range(4):
             out[4 * thread + i] = memory.load_shared_i32(smem + np.uint32(4 * i))
 
-    signature = types.void(types.uint64, types.int32, I32_ARRAY, I32_ARRAY)
-    return Kernel(copy_async_of_row_kernel, signature, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
+    parameters = (types.uint64, types.int32, I32_ARRAY, I32_ARRAY)
+    return Kernel(copy_async_of_row_kernel, parameters, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
 
 
 def make_copy_async_arrive():
@@ -190,8 +190,8 @@ def make_copy_async_arrive():
         for i in range(4):
             out[4 * thread + i] = memory.load_shared_i32(smem + np.uint32(16 * (31 - thread) + 4 * i))
 
-    signature = types.void(types.uint64, I32_ARRAY)
-    return Kernel(copy_async_arrive_kernel, signature, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16 + _BARRIER_BYTES)
+    parameters = (types.uint64, I32_ARRAY)
+    return Kernel(copy_async_arrive_kernel, parameters, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16 + _BARRIER_BYTES)
 
 
 def make_shared():
@@ -207,8 +207,8 @@ def make_shared():
         freely_i32[i] = memory.load_shared_i32_freely(address)
         freely_f32[i] = memory.load_shared_f32_freely(address + np.uint32(4 * 64))
 
-    signature = types.void(I32_ARRAY, F32_ARRAY, I32_ARRAY, I32_ARRAY, F32_ARRAY)
-    return Kernel(shared_kernel, signature, threads=64, smem_bytes=_ALIGNMENT_BYTES + 2 * 64 * 4)
+    parameters = (I32_ARRAY, F32_ARRAY, I32_ARRAY, I32_ARRAY, F32_ARRAY)
+    return Kernel(shared_kernel, parameters, threads=64, smem_bytes=_ALIGNMENT_BYTES + 2 * 64 * 4)
 
 
 def make_shared_vectors():
@@ -236,7 +236,7 @@ def make_shared_vectors():
             out_f32[2 * i + j] = floats[j]
 
     arrays = U32_ARRAY, I32_ARRAY, F32_ARRAY
-    return Kernel(shared_vectors_kernel, types.void(*arrays, *arrays), threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 32)
+    return Kernel(shared_vectors_kernel, (*arrays, *arrays), threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 32)
 
 
 def make_store_matrices(store):
@@ -250,8 +250,8 @@ def make_store_matrices(store):
         for i in range(4):
             out[4 * lane + i] = memory.load_shared_i32(smem + np.uint32(4 * (4 * lane + i)))
 
-    signature = types.void(U32_ARRAY, I32_ARRAY, I32_ARRAY)
-    return Kernel(store_matrices_kernel, signature, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
+    parameters = (U32_ARRAY, I32_ARRAY, I32_ARRAY)
+    return Kernel(store_matrices_kernel, parameters, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
 
 
 def make_or_of_warp():
@@ -260,7 +260,7 @@ def make_or_of_warp():
     def or_of_warp_kernel(x, out):
         out[cuda.threadIdx.x] = control.or_of_warp(x[cuda.threadIdx.x])
 
-    return Kernel(or_of_warp_kernel, types.void(U32_ARRAY, U32_ARRAY), threads=64)
+    return Kernel(or_of_warp_kernel, (U32_ARRAY, U32_ARRAY), threads=64)
 
 
 def make_max_of_warp():
@@ -269,7 +269,7 @@ def make_max_of_warp():
     def max_of_warp_kernel(x, out):
         out[cuda.threadIdx.x] = control.max_of_warp(x[cuda.threadIdx.x])
 
-    return Kernel(max_of_warp_kernel, types.void(U32_ARRAY, U32_ARRAY), threads=64)
+    return Kernel(max_of_warp_kernel, (U32_ARRAY, U32_ARRAY), threads=64)
 
 
 def make_shuffle_of_lane():
@@ -278,7 +278,7 @@ def make_shuffle_of_lane():
     def shuffle_of_lane_kernel(x, lane, out):
         out[cuda.threadIdx.x] = control.shuffle_i32(x[cuda.threadIdx.x], lane)
 
-    return Kernel(shuffle_of_lane_kernel, types.void(I32_ARRAY, types.int32, I32_ARRAY), threads=64)
+    return Kernel(shuffle_of_lane_kernel, (I32_ARRAY, types.int32, I32_ARRAY), threads=64)
 
 
 def make_shuffle():
@@ -287,7 +287,7 @@ def make_shuffle():
     def shuffle_kernel(x, mask, out):
         out[cuda.threadIdx.x] = control.shuffle_xor_f32(x[cuda.threadIdx.x], mask)
 
-    return Kernel(shuffle_kernel, types.void(F32_ARRAY, types.int32, F32_ARRAY), threads=64)
+    return Kernel(shuffle_kernel, (F32_ARRAY, types.int32, F32_ARRAY), threads=64)
 
 
 def make_or_global():
@@ -297,7 +297,7 @@ def make_or_global():
         i = cuda.blockIdx.x * 128 + cuda.threadIdx.x
         memory.or_global_u32(words + np.uint64(4 * (i % 2)), bits[i])
 
-    return Kernel(or_global_kernel, types.void(types.uint64, U32_ARRAY), threads=128)
+    return Kernel(or_global_kernel, (types.uint64, U32_ARRAY), threads=128)
 
 
 def make_conditional():
@@ -307,7 +307,7 @@ def make_conditional():
         i = cuda.threadIdx.x
         loaded[i] = memory.load_if_u32(np.uint64(np.uint64(wanted[i]) * (x + np.uint64(4 * i))), wanted[i])
 
-    return Kernel(conditional_kernel, types.void(types.uint64, U32_ARRAY, U32_ARRAY), threads=32)
+    return Kernel(conditional_kernel, (types.uint64, U32_ARRAY, U32_ARRAY), threads=32)
 
 
 def make_conditional_vectors(store):
@@ -323,8 +323,8 @@ def make_conditional_vectors(store):
         first, second = arithmetic.float_of_bits(found[0]), arithmetic.float_of_bits(found[1])
         memory.store_if_2_f32(np.uint64(mine * (out_f32 + np.uint64(8 * i))), first, second, wanted[i])
 
-    signature = types.void(types.uint64, U32_ARRAY, U32_ARRAY, types.uint64, types.uint64)
-    return Kernel(conditional_vectors_kernel, signature, threads=32)
+    parameters = (types.uint64, U32_ARRAY, U32_ARRAY, types.uint64, types.uint64)
+    return Kernel(conditional_vectors_kernel, parameters, threads=32)
 
 
 def make_stores_to_global():
@@ -339,8 +339,8 @@ def make_stores_to_global():
                 out_4_f32 + np.uint64(16 * i), x_f32[4 * i], x_f32[4 * i + 1], x_f32[4 * i + 2], x_f32[4 * i + 3]
             )
 
-    signature = types.void(U32_ARRAY, F32_ARRAY, types.uint64, types.uint64, types.uint64)
-    return Kernel(stores_to_global_kernel, signature, threads=32)
+    parameters = (U32_ARRAY, F32_ARRAY, types.uint64, types.uint64, types.uint64)
+    return Kernel(stores_to_global_kernel, parameters, threads=32)
 
 
 def make_add_vectors():
@@ -350,7 +350,7 @@ def make_add_vectors():
         i = cuda.blockIdx.x * 128 + cuda.threadIdx.x
         memory.add_4_f32(sums + np.uint64(16 * (i % 2)), x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3])
 
-    return Kernel(add_vectors_kernel, types.void(types.uint64, F32_ARRAY), threads=128)
+    return Kernel(add_vectors_kernel, (types.uint64, F32_ARRAY), threads=128)
 
 
 def make_counters():
@@ -368,7 +368,7 @@ def make_counters():
                 for i in range(ctas):
                     out[i] = memory.load_if_u32(stored + np.uint64(4 * i), 1)
 
-    return Kernel(counters_kernel, types.void(types.uint64, types.uint64, U32_ARRAY, U32_ARRAY), threads=32)
+    return Kernel(counters_kernel, (types.uint64, types.uint64, U32_ARRAY, U32_ARRAY), threads=32)
 
 
 def make_load_global():
@@ -382,7 +382,7 @@ def make_load_global():
         out_u32[i] = memory.load_global_u16(x_u16 + np.uint64(2 * i))
 
     out = pointer_to(np.uint64), F32_ARRAY, pointer_to(np.int32), U32_ARRAY
-    return Kernel(load_global_kernel, types.void(*[types.uint64] * 4, *out), threads=32)
+    return Kernel(load_global_kernel, (*[types.uint64] * 4, *out), threads=32)
 
 
 def make_pointers():
@@ -395,7 +395,7 @@ def make_pointers():
         bits[i] = as_bits(x)[i]
         as_bits(out)[i] = bits[i]
 
-    return Kernel(pointers_kernel, types.void(F32_ARRAY, F32_ARRAY, U32_ARRAY, F32_ARRAY), threads=32)
+    return Kernel(pointers_kernel, (F32_ARRAY, F32_ARRAY, U32_ARRAY, F32_ARRAY), threads=32)
 
 
 def make_handover(rounds):
@@ -418,7 +418,7 @@ def make_handover(rounds):
                 if lane == 0:
                     mbarrier.arrive_many(empty, 32)
 
-    return Kernel(handover_kernel, types.void(F32_ARRAY), threads=64, smem_bytes=_ALIGNMENT_BYTES + 128 + 2 * _BARRIER_BYTES)
+    return Kernel(handover_kernel, (F32_ARRAY,), threads=64, smem_bytes=_ALIGNMENT_BYTES + 128 + 2 * _BARRIER_BYTES)
 
 
 def make_named_barrier():
@@ -431,7 +431,7 @@ def make_named_barrier():
             control.barrier_sync(1, 64)
             out[thread] = memory.load_shared_f32(smem + np.uint32(4 * (63 - thread)))
 
-    return Kernel(named_barrier_kernel, types.void(F32_ARRAY), threads=96, smem_bytes=_ALIGNMENT_BYTES + 64 * 4)
+    return Kernel(named_barrier_kernel, (F32_ARRAY,), threads=96, smem_bytes=_ALIGNMENT_BYTES + 64 * 4)
 
 
 def make_cluster():
@@ -448,7 +448,7 @@ def make_cluster():
             out[cuda.blockIdx.x] = rank
         cluster.sync()
 
-    return Kernel(cluster_kernel, types.void(U32_ARRAY), threads=32, cluster=2, smem_bytes=_ALIGNMENT_BYTES + _BARRIER_BYTES)
+    return Kernel(cluster_kernel, (U32_ARRAY,), threads=32, cluster=2, smem_bytes=_ALIGNMENT_BYTES + _BARRIER_BYTES)
 
 
 def make_mail():
@@ -468,9 +468,7 @@ def make_mail():
             out[cuda.blockIdx.x] = memory.load_shared_i32(smem + np.uint32(16))
         cluster.sync()
 
-    return Kernel(
-        mail_kernel, types.void(U32_ARRAY), threads=32, cluster=2, smem_bytes=_ALIGNMENT_BYTES + 2 * _BARRIER_BYTES + 4
-    )
+    return Kernel(mail_kernel, (U32_ARRAY,), threads=32, cluster=2, smem_bytes=_ALIGNMENT_BYTES + 2 * _BARRIER_BYTES + 4)
 
 
 def make_register_exchange():
@@ -484,4 +482,4 @@ def make_register_exchange():
             raise_()
         out[cuda.threadIdx.x] = np.uint32(cuda.threadIdx.x)
 
-    return Kernel(register_exchange_kernel, types.void(U32_ARRAY), threads=384)
+    return Kernel(register_exchange_kernel, (U32_ARRAY,), threads=384)

@@ -24,20 +24,21 @@ TERMS = ("bias", "softcap", "label-smoothing", "class-weights", "logit-scale")
 LARGE = {"lse_kernel", "gradient_of_logits_kernel", "d_e_kernel", "d_c_kernel"}
 
 
+# Each dtype for each compute capability, and half of them with all that a call may have.
+CONFIGURATIONS = [(dtype, (9, 0), "plain") for dtype in DTYPES]
+CONFIGURATIONS += zip(DTYPES, [(8, 0)] * 4, ["terms", "plain", "terms", "plain"], strict=True)
+
+
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
-    ("cc", "options"), [((8, 0), ["bias"]), ((9, 0), ["bias"]), ((8, 0), TERMS)], ids=["sm_80", "sm_90", "sm_80, terms"]
+    ("dtype", "cc", "what"), CONFIGURATIONS, ids=[f"{d}, sm_{a}{b}, {w}" for d, (a, b), w in CONFIGURATIONS]
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernels_compile_within_their_budget(dtype, cc, options):
-    _, kernels = kernels_of("simt", dtype.name, options, cc)
-    assert {kernel.function.__name__ for kernel in kernels} == LARGE | {
-        "list_tokens_kernel",
-        "indexed_dot_kernel",
-        "finish_kernel",
-        "list_columns_kernel",
-        "d_bias_kernel",
-    }
+def test_kernels_compile_within_their_budget(dtype, cc, what):
+    _, kernels = kernels_of("simt", dtype.name, TERMS if what == "terms" else ["bias"], cc)
+    small = {"list_tokens_kernel", "finish_kernel", "list_columns_kernel", "d_bias_kernel"}
+    if what == "plain":  # the bound of survivors, of which none are recorded where labels are smoothed under a softcap
+        small.add("indexed_dot_kernel")
+    assert {kernel.function.__name__ for kernel in kernels} == LARGE | small
     tiles = choose_tiles(np.dtype(np.float64 if dtype == np.float64 else np.float32), simulated=False)
     fma = "fma.rn.f64" if dtype == np.float64 else "fma.rn.f32"
     for kernel in kernels:
@@ -52,23 +53,6 @@ def test_kernels_compile_within_their_budget(dtype, cc, options):
                 assert compiled.count(r"ld\.shared\.v4\.f32") >= tiles.block_k * (tiles.thread_n + tiles.thread_v) // 4, name
         assert not compiled.count(r"(shfl|vote|redux|atom|red)\.\S+"), f"{name}: no warp-level operation, no atomics"
         assert compiled.count(r"call(\.uni)?") == 0, f"{name}: a function that is called keeps its arrays in memory"
-
-
-def functions():
-    """Each function of the package, with its file."""
-    for path in sorted(Path(inspect.getfile(cce_numba.simt)).parent.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                yield path.name, node
-
-
-def test_no_function_has_more_than_12_parameters():
-    """What belongs together is a record."""
-    found = {
-        f"{file}: {node.name}": len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs) for file, node in functions()
-    }
-    assert {name.partition(": ")[2] for name in found} > LARGE | {"finish_kernel", "step", "merge"}
-    assert not {name: count for name, count in found.items() if count > 12}
 
 
 def test_kernels_say_what_every_parameter_is():

@@ -16,12 +16,14 @@ import pytest
 from tests.helpers.harness import SimulatorHarness
 
 ROOT = Path(__file__).parents[2]
+FILES = {f"backends/{path.name}": "simt" for path in sorted((ROOT / "tests" / "backends").glob("test_*.py"))}
+FILES["launch/test_array_kernel.py"] = "simulator"
 
 
 @pytest.mark.skipif(SimulatorHarness.is_active(), reason="this is that process")
-@pytest.mark.parametrize("file", sorted(path.name for path in (ROOT / "tests" / "backends").glob("test_*.py")))
-def test_portable_kernels_in_the_simulator(file):
-    command = [sys.executable, "-m", "pytest", f"tests/backends/{file}", "-k", "simt", "-q", "-p", "no:cacheprovider"]
+@pytest.mark.parametrize(("file", "tests"), FILES.items(), ids=FILES)
+def test_portable_kernels_in_the_simulator(file, tests):
+    command = [sys.executable, "-m", "pytest", f"tests/{file}", "-k", tests, "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
     environment.pop("CCE_TEST_PROFILE", None)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

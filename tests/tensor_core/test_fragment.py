@@ -272,7 +272,7 @@ def make_fragment_kernel(n):
             words_out[w] = control.or_of_warp(own[w] << np.uint32(first_column))
 
     fragments = fragments_of(n)
-    return Kernel(fragment_kernel, types.void(fragments, fragments, fragments, F32_ARRAY, F32_ARRAY, U32_ARRAY), threads=32)
+    return Kernel(fragment_kernel, (fragments, fragments, fragments, F32_ARRAY, F32_ARRAY, U32_ARRAY), threads=32)
 
 
 def make_chunks_kernel(n, chunk):
@@ -287,7 +287,7 @@ def make_chunks_kernel(n, chunk):
         ends(fragment, ends_out, 2 * chunks * lane, np.float32(4))
         numbers(fragment, numbers_out, n // 2 * lane, np.float32(8))
 
-    return Kernel(chunks_kernel, types.void(fragments_of(n), fragments_of(n), F32_ARRAY, F32_ARRAY), threads=32)
+    return Kernel(chunks_kernel, (fragments_of(n), fragments_of(n), F32_ARRAY, F32_ARRAY), threads=32)
 
 
 @pytest.mark.usefixtures("compiler")

@@ -30,7 +30,7 @@ def make_gradient_kernel(capped, scaled, smoothed):
     def gradient_kernel(x, entry, tokens, targets, class_weight, softcap, out):
         i = cuda.blockIdx.x * 128 + cuda.threadIdx.x
         token = RowWeights(
-            softmax=tokens[6 * i], log_sum=tokens[6 * i + 1], target_weight=tokens[6 * i + 2], target=targets[i],
+            softmax=tokens[6 * i], shift=tokens[6 * i + 1], target_weight=tokens[6 * i + 2], target=targets[i],
             scale=tokens[6 * i + 4], uniform=tokens[6 * i + 5],
         )  # fmt: skip
         out[i] = gradient(x[i], entry[i], token, softcap, class_weight[i])
@@ -54,10 +54,10 @@ def test_nothing_is_computed_for_options_that_are_not_there(capped, scaled, smoo
 
 def expected(x, entry, tokens, targets, class_weight, *, capped, scaled, smoothed):
     """`(g, magnitude)` in float64: what the docstring says, and the sum of its terms' absolute values."""
-    softmax, log_sum, target_weight, _, scale, uniform = tokens.T.astype(np.float64)
+    softmax, shift, target_weight, _, scale, uniform = tokens.T.astype(np.float64)
     y = x * (scale if scaled else 1)
     z = SOFTCAP * np.tanh(y / SOFTCAP) if capped else y
-    terms = [softmax * np.exp(z - log_sum / np.log2(np.e)), -target_weight * (entry == targets)]
+    terms = [softmax * np.exp(z - shift / np.log2(np.e)), -target_weight * (entry == targets)]
     if smoothed:
         terms.append(-uniform * class_weight)
     slope = 1 - (z / SOFTCAP) ** 2 if capped else 1

@@ -152,7 +152,7 @@ def test_rows_of_a_device_are_kept_whole(block_rows, monkeypatch):
     lse, count, listed, bits = map(interchange.of_cuda_tensor, (per_token, n_valid, tokens, given))
     p = SimpleNamespace(N=300, V=1000, on_device=True, options=SimpleNamespace(smooths_capped=False))
     form = StatisticsForm(np.dtype(np.int32), survivor_block=128, planes=block_rows, row_unit_bytes=24)
-    arrays = call._saved(p, form, Statistics(listed, count, lse, lse, bits[:, :125], 128), True)
+    arrays = call._saved(p, form, Statistics(listed, count, lse, lse, lse, lse, bits[:, :125], 128), True)
     saved = [memory.tensor_of(array) for array in arrays]
     kept = saved[call.SAVED.index("survivors")]
     assert kept.data_ptr() == given.data_ptr()

@@ -15,8 +15,9 @@ from cce_numba.cpu.folds.fold import Fold
 from cce_numba.cpu.folds.max_sum import MaxSum
 from cce_numba.cpu.folds.mean_logit import MeanLogit
 from cce_numba.cpu.folds.survivors import Survivors
+from cce_numba.cpu.folds.target_logit import TargetLogit
 
-FOLDS: dict[str, Fold] = {fold.name: fold for fold in (MaxSum(), MeanLogit(), Survivors())}
+FOLDS: dict[str, Fold] = {fold.name: fold for fold in (MaxSum(), TargetLogit(), MeanLogit(), Survivors())}
 
 
 def of_problem(p: Problem, record_survivors: bool) -> tuple[Fold, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import numpy as np
+
 from cce_numba.arguments import Problem
 from cce_numba.cpu.tiles import CpuTiles
 
@@ -14,16 +16,22 @@ class Given:
     """What a forward has before its tiles, for folds to take what they need.
 
     Attributes:
-        problem: it.
+        problem: the checked inputs.
         tiles: sizes.
         tokens: (n_valid,) integers, the tokens that count, ascending.
-        target_logit: (N,) of the compute dtype, or None if there are no targets.
+        bound: (N,) of the compute dtype, the target's logit, a dot product by itself; None where no survivors are recorded.
     """
 
     problem: Problem
     tiles: CpuTiles
     tokens: Any
-    target_logit: Any  # or None
+    bound: Any  # or None
+
+    def of_all_tokens(self, counting: Any) -> Any:
+        """(N,) of the compute dtype, 0 where ignored, out of (n_valid,)."""
+        result = np.zeros(self.problem.N, self.problem.compute_dtype)
+        result[self.tokens] = counting
+        return result
 
 
 class Tile(NamedTuple):

@@ -50,9 +50,8 @@ class MaxSum:
 
     def store(self, state: State, first_state: Any, given: Given) -> dict[str, Any]:
         """See `fold.Fold`."""
-        lse = np.zeros(given.problem.N, given.problem.compute_dtype)
-        lse[given.tokens] = state.log_sum_exp()
-        return {"lse": lse}
+        results = {"lse": state.log_sum_exp(), "max_logit": state.largest, "log_sum": np.log(state.sum)}
+        return {name: given.of_all_tokens(result) for name, result in results.items()}
 
 
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})

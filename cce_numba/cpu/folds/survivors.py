@@ -1,8 +1,9 @@
 """Survivors: the vocabulary entries whose logits the backward computes again; one bit for each block of tokens and entry.
 
-An entry survives unless each token of the block is sure that its probability is below eps. A token is sure if the logit is
-below bound + log(eps), where the bound is below the token's log-sum-exp: the target's logit is, and so is the log-sum-exp of
-what was seen so far. The target itself survives in any case, and so does NaN.
+An entry is dropped in a block if its probability is known to be below eps for every token of the block. It is known for a token
+if the logit is below bound + log(eps), where the bound is no larger than the token's log-sum-exp: the larger of the target's
+logit and the log-sum-exp of what was seen so far. A target survives in any case, and so does NaN. `cce_numba/survivors.py` has
+the rule.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class State(NamedTuple):
 
     bits: Any  # (n_blocks, ceil(V / 8)) uint8, little-endian over the vocabulary
     block: int  # tokens of a block
-    target_logit: Any  # (n_valid,) of the compute dtype
+    target_logit: Any  # (n_valid,) of the compute dtype: a first bound of the log-sum-exp, NaN for a target out of range
     log_eps: float  # natural log of the threshold, with some slack
 
 
@@ -40,7 +41,7 @@ class Survivors:
         """See `fold.Fold`."""
         p, block = given.problem, given.tiles.survivor_block
         bits = np.zeros((ceil_div(len(given.tokens), block), ceil_div(p.V, 8)), np.uint8)
-        return State(bits, block, given.target_logit[given.tokens], rule.log_threshold(p.options.filter_eps))
+        return State(bits, block, given.bound[given.tokens], rule.log_threshold(p.options.filter_eps))
 
     def step(self, state: State, first_state: MaxSumState, tile: Tile) -> None:
         """See `fold.Fold`."""
@@ -78,7 +79,7 @@ def _flag(row: Any, threshold: Any, flags: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def _flag_columns(z: Any, largest: Any, total: Any, target_logit: Any, log_eps: float, flags: Any) -> None:
-    """Flags columns of logits z (n, v), in flags (v,) bool, unless every row is sure of them; the others are (n,)."""
+    """Flags, in flags (v,) bool, the columns of logits z (n, v) that some row does not drop; the other arrays are (n,)."""
     for n in range(z.shape[0]):
         bound = np.float64(target_logit[n])
         if total[n] > 0:

@@ -70,7 +70,7 @@ def make_copy(tiles: BackwardTiles) -> Any:
     def begin(smem: Any, use: Any, left: Any, expected_bytes: Any) -> Any:
         """Waits until the stage of a use is free, and tells its barrier how many bytes will come; returns the stage.
 
-        left: stages of the job that are still to come, this one among them. If they are LEAD, the next job is asked for.
+        left: stages of the job that are still to come, this one among them. If `left` is LEAD, it asks for the next job.
         """
         if left == LEAD:
             mbarrier.arrive(wanted(smem.jobs))
@@ -160,7 +160,7 @@ def make_copy(tiles: BackwardTiles) -> Any:
             elif k_steps > 0:
                 slots = np.int64(r) * (dims.blocks + 1)
                 left = k_steps
-                # The first slot of the tile's columns, but for the first slot of the block's list.
+                # In a dense problem a block's list has all columns: counted from its first slot, the tile's begin here.
                 offset = np.int32(slot + COLUMN_TILE * (block_or_tile - tables.first_tile[r]))
                 row_of_bits = np.int64(block_or_tile) * block_words
                 word, bits_left, block = next_block(needed, row_of_bits, block_words, np.int32(-1), np.uint32(0))

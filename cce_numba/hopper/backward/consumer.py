@@ -50,7 +50,7 @@ def make_two_row_weights(scaled: bool, smoothed: bool) -> Any:
         """row: the token's address in the survey's table `rows`."""
         return RowWeights(
             softmax=load_f32(row),
-            log_sum=load_f32(row + np.uint64(8)),
+            shift=load_f32(row + np.uint64(8)),
             target_weight=load_f32(row + np.uint64(4)),
             target=load_i32(row + np.uint64(12)),
             scale=scale,
@@ -98,7 +98,7 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums:
         upper: Any, lower: Any, jobs: Any, s: Any, consumer: Any, thread: Any, staging: Any, terms: Any, tables: Any,
         workspace: Any,
     ) -> None:  # fmt: skip
-        """What follows the products of a job LOGITS: they become G in the workspace. terms: a `LogitTerms`."""
+        """Turns the products of a job LOGITS into G, in the workspace. terms: a `LogitTerms`."""
         lane = np.int32(thread & 31)
         row = np.int32((thread >> 5) * 16 + (lane >> 2))  # the thread's rows are this one, and 8, 64, 72 further down
         ids, biases, stored = opaque(columns_smem(jobs, s)), opaque(bias_smem(jobs, s)), field(jobs, s, WORD.stored)
@@ -121,9 +121,9 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums:
         upper: Any, lower: Any, jobs: Any, s: Any, thread: Any, staging: Any, unscale: Any, tables: Any, workspace: Any,
         outputs: Any, dims: Any,
     ) -> None:  # fmt: skip
-        """What follows the products of a job D_E: they join those of the rounds before, and after the last round are dE.
+        """Adds the products of a job D_E to the sums of the rounds before, and stores the sums; after the last round, as dE.
 
-        unscale: what takes the scale of the weights out of them.
+        unscale: the inverse of the scale of the weights, by which dE is multiplied at the end.
         """
         d0, block = field(jobs, s, WORD.d0), np.int64(field(jobs, s, WORD.block_or_tile))
         is_first, is_last = field(jobs, s, WORD.is_first) != 0, field(jobs, s, WORD.is_last) != 0
@@ -147,7 +147,7 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums:
         upper: Any, lower: Any, jobs: Any, s: Any, thread: Any, staging: Any, unscale: Any, tables: Any, workspace: Any,
         outputs: Any, dims: Any,
     ) -> None:  # fmt: skip
-        """What follows the products of a job D_C: they are a tile of dC.
+        """Stores the products of a job D_C, which are a tile of dC.
 
         The first job of a tile of columns also computes the gradient of their biases. unscale: as in `store_d_e`.
         """

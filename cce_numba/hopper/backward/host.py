@@ -113,7 +113,8 @@ def _survey(
         softmax_weight=weights.softmax.data.ptr,
         target_weight=weights.target.data.ptr,
         largest_weight=largest.data.ptr,
-        lse=statistics.lse.data.ptr,
+        max_logit=statistics.max_logit.data.ptr,
+        log_sum=statistics.log_sum.data.ptr,
         target_logit=statistics.target_logit.data.ptr,
         targets=p.targets.data.ptr,
     )

@@ -93,6 +93,7 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def parity_of(s: Any) -> Any:
+        """The parity of the phase that job s has of its entry's barriers."""
         return (np.uint32(s) // entries) & np.uint32(1)
 
     @cuda.jit(device=True, forceinline=True)
@@ -127,7 +128,8 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
     def take(jobs: Any, s: Any, next_job: Any, rank: Any, lane: Any) -> Any:
         """By the scheduling warp: waits until the copying thread asks for job s, then returns the job's number on the GPU.
 
-        In a cluster of two, CTA 0 takes two numbers off the queue, and sends its own to CTA 1, which has the next one.
+        In a cluster of two, CTA 0 takes two numbers off the queue. It keeps the first, and sends it to CTA 1, whose job is the
+        second.
         next_job: address of the queue's counter. rank: of this CTA in its cluster.
         """
         job = np.int32(0)
@@ -159,13 +161,14 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def set_field(jobs: Any, s: Any, word: Any, value: Any) -> None:
+        """Writes a word of the header of job s, an int32."""
         store(entry_of(jobs, s) + np.uint32(4 * word), np.int32(value))
 
     @cuda.jit(device=True, forceinline=True)
     def describe(jobs: Any, s: Any, job: Any, use: Any, round_: Any, rounds: Any) -> None:
         """By one lane of the scheduling warp: writes the header of job s.
 
-        job: a `Job`. use: number of the use of the ring that its first stage is. round_: its `Round`, out of `rounds`.
+        job: a `Job`. use: number of the use of the ring with which it begins. round_: its `Round`, out of `rounds`.
         """
         set_field(jobs, s, WORD.kind, job.kind)
         set_field(jobs, s, WORD.first_use, np.int32(use))

@@ -23,8 +23,7 @@ def make_multiply(tiles: BackwardTiles, dtype: str, *, a_m_major: bool, b_n_majo
 
     It adds the products of a job's stages to upper and lower, fragments of the first and last 64 rows of a tile. It returns
     while the products of the last stage are under way, and has let go of all stages but the last. ring: address of the ring of
-    stages. first_use: number of the use of the ring that the job's first stage is. k_steps: stages of the job. thread: 0 to
-    127.
+    stages. first_use: number of the use of the ring with which the job begins. k_steps: stages of the job. thread: 0 to 127.
 
     Args:
         tiles: the tile sizes.
@@ -42,6 +41,7 @@ def make_multiply(tiles: BackwardTiles, dtype: str, *, a_m_major: bool, b_n_majo
 
     @cuda.jit(device=True, forceinline=True)
     def multiply(upper: Any, lower: Any, ring: Any, first_use: Any, k_steps: Any, thread: Any) -> Any:
+        """See `make_multiply`. Shapes: upper and lower (64, block_v), a stage 64 terms of A (128, 64) and B (block_v, 64)."""
         one = np.uint32(1)
         stage, parity = stage_of(first_use), parity_of(first_use)
         for k in range(k_steps):

@@ -73,7 +73,7 @@ class Header(Record):
     """A job, as the scheduling warp describes it to the CTA's other warps: 32-bit words in shared memory, in this order."""
 
     kind = I32  # LOGITS, D_E or D_C; or END, if there is no further job
-    first_use = I32  # the number of the use of the ring that the job's first stage is
+    first_use = I32  # number of the use of the ring with which the job begins
     k_steps = I32  # stages
     block_or_tile = I32  # the block (LOGITS, D_E) or the tile (D_C) whose 128 rows the job computes
     d0 = I32  # first hidden entry that the job computes (D_E, D_C)

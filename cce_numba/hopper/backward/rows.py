@@ -95,6 +95,7 @@ def copy_rows_or_zeros_across(smem: Any, ids: Any, source: Any, pitch_bytes: Any
 def _copy_row_to_two(
     smem: Any, next_smem: Any, id: Any, source: Any, pitch_bytes: Any, present: Any, next_present: Any
 ) -> None:  # fmt: skip
+    """Copies 16 bytes of row `id` to `smem`, and the 16 bytes 128 further on to `next_smem`; zeros where not present."""
     row = np.uint64(source + np.uint64(np.uint32(id)) * np.uint64(np.uint32(pitch_bytes)))
     copy_16(np.uint32(smem), row, present)
     copy_16(np.uint32(next_smem), np.uint64(row + np.uint64(ROW_BYTES)), next_present)

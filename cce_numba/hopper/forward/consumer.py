@@ -9,12 +9,12 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.hopper.forward.batch import make_who_am_i
+from cce_numba.hopper.operands import NEXT_PANEL, descriptor, form_of, step_of
 from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.launch.record import Record
 from cce_numba.ptx import arithmetic, control, mbarrier, memory, wgmma
 from cce_numba.ptx import fragment as fragments
-from cce_numba.ptx.wgmma import SWIZZLE_128B
 from cce_numba.tensor_core.folds import Fold, RowPair, Tile, chain, number_count
 from cce_numba.tensor_core.folds.rows import make_load_shared_numbers, make_store_numbers, make_store_shared_numbers
 from cce_numba.tensor_core.logits import make_bias_fragment, make_finish_logits
@@ -39,28 +39,23 @@ def make_multiply(tiles: HopperTiles, dtype: str) -> Any:
     upper, lower: sums of the tile's first and last 64 tokens. e_smem: shared address of the stage: rows of c follow those of e.
     accumulate: 0 if the sums begin with this stage. The products run on after it returns.
     """
-    mma = wgmma.mma(tiles.block_v, dtype)
-    to_c = np.uint64(tiles.e_bytes >> 4)  # in a descriptor addresses count 16 bytes
-    to_lower = np.uint64(64 * 128 >> 4)  # rows 64 to 127 of e, of 128 bytes each
-    address_bits = np.uint32(0x3FFFF)
-
-    @cuda.jit(device=True, forceinline=True)
-    def descriptor(address: Any) -> Any:
-        return SWIZZLE_128B | np.uint64((np.uint32(address) & address_bits) >> np.uint32(4))
+    mma, form = wgmma.mma(tiles.block_v, dtype), form_of(transposed=False)
+    to_lower, step = NEXT_PANEL, step_of(transposed=False)
+    second, third = np.uint64(2) * step, np.uint64(3) * step
+    e_bytes = np.uint32(tiles.e_bytes)
 
     @cuda.jit(device=True, forceinline=True)
     def multiply(upper: Any, lower: Any, e_smem: Any, accumulate: Any) -> Any:
         """Four products of 16 terms, 32 bytes of a row, for the upper 64 tokens, and for the lower."""
-        one, a = np.uint32(1), descriptor(e_smem)
-        b = a + to_c
+        one, a, b = np.uint32(1), descriptor(form, e_smem), descriptor(form, e_smem + e_bytes)
         upper = mma(upper, a, b, accumulate)
         lower = mma(lower, a + to_lower, b, accumulate)
-        upper = mma(upper, a + np.uint64(2), b + np.uint64(2), one)
-        lower = mma(lower, a + to_lower + np.uint64(2), b + np.uint64(2), one)
-        upper = mma(upper, a + np.uint64(4), b + np.uint64(4), one)
-        lower = mma(lower, a + to_lower + np.uint64(4), b + np.uint64(4), one)
-        upper = mma(upper, a + np.uint64(6), b + np.uint64(6), one)
-        lower = mma(lower, a + to_lower + np.uint64(6), b + np.uint64(6), one)
+        upper = mma(upper, a + step, b + step, one)
+        lower = mma(lower, a + to_lower + step, b + step, one)
+        upper = mma(upper, a + second, b + second, one)
+        lower = mma(lower, a + to_lower + second, b + second, one)
+        upper = mma(upper, a + third, b + third, one)
+        lower = mma(lower, a + to_lower + third, b + third, one)
         return upper, lower
 
     return multiply
@@ -124,16 +119,20 @@ def make_consume(
     who_am_i = make_who_am_i(tiles)
     has_bias = bias_dtype is not None
     bias_fragment: Any = make_bias_fragment(tiles.block_v, bias_dtype) if bias_dtype is not None else None
-    # What was folded would be kept until it is overwritten, in registers that scales and further folds need.
-    clears = not has_bias and (scaled or number_count(folds) > 1)
+    # What was folded would be kept until it is overwritten, in registers that scales need.
+    clears = not has_bias and scaled
     block_n, block_v, ctas = tiles.block_n, tiles.block_v, tiles.cluster
     ring_bytes, scales_offset_bytes = np.uint32(tiles.ring_bytes), np.uint32(tiles.scales_offset_bytes)
     columns_offset_bytes, columns_bytes = np.uint32(tiles.columns_offset_bytes), np.uint32(4 * tiles.block_v)
+    rows_offset_bytes, rows_bytes = np.uint32(tiles.rows_offset_bytes), np.uint32(4 * tiles.block_n)
     both_consumers, stages, consumers = np.uint32(128 * tiles.consumers), np.uint32(tiles.stages), np.int32(tiles.consumers)
 
     @cuda.jit(device=True, forceinline=True)
-    def rows_at(position: Any, batch: Any, has_earlier: Any, resumes: Any) -> Any:
-        return RowPair(position, np.int32(position + 8), batch.tokens, batch.listed, has_earlier, resumes)
+    def rows_at(n0: Any, row: Any, batch: Any, rows_smem: Any, V: Any, has_earlier: Any, resumes: Any) -> Any:
+        position = np.int32(n0 + row)
+        return RowPair(
+            position, np.int32(position + 8), batch.tokens, batch.listed, row, rows_smem, V, has_earlier, resumes
+        )  # fmt: skip
 
     @cuda.jit(device=True, forceinline=True)
     def consume(
@@ -147,6 +146,7 @@ def make_consume(
         merge_smem = np.uint32(ring + ring_bytes)
         scales = np.uint32(merge_smem + scales_offset_bytes)
         columns_smem = np.uint32(merge_smem + columns_offset_bytes + columns_bytes * np.uint32(consumer))
+        rows_smem = np.uint32(merge_smem + rows_offset_bytes + rows_bytes * np.uint32(consumer))
         own_scale = np.uint32(scales + np.uint32(4 * row))
         upper, lower = zeros(), zeros()
         use, index, turns = np.uint32(0), np.int32(0), np.uint32(0)
@@ -158,8 +158,9 @@ def make_consume(
             n0 = np.int32(block * block_n)
             # Of all workers that share the rows, one goes on from where earlier launches have come to.
             resumes = np.int32(1) if has_earlier and consumer == 0 and first == 0 else np.int32(0)
-            upper_states = begin(rows_at(np.int32(n0 + row), batch, has_earlier, resumes), found)
-            lower_states = begin(rows_at(np.int32(n0 + row + 64), batch, has_earlier, resumes), found)
+            V = vocabulary.V
+            upper_states = begin(rows_at(n0, row, batch, rows_smem, V, has_earlier, resumes), found)
+            lower_states = begin(rows_at(n0, np.int32(row + 64), batch, rows_smem, V, has_earlier, resumes), found)
             if scaled:  # in shared memory: there are no registers for them
                 if consumer == 0:
                     token = token_at(batch.tokens, min(n0 + thread, batch.listed - 1))
@@ -175,9 +176,9 @@ def make_consume(
                 # `opaque` hides the thread's number from LLVM, which would otherwise keep what follows from it in registers.
                 column = np.int32(v0 + 2 * (arithmetic.opaque_i32(thread) & 3))
                 if has_bias:  # products are added to it
-                    upper = bias_fragment(column, terms.bias, vocabulary.V)
+                    upper = bias_fragment(column, terms.bias, V)
                     # Not a copy, and not from the same addresses: there are no registers to hold either.
-                    lower = bias_fragment(arithmetic.opaque_i32(column), terms.bias, vocabulary.V)
+                    lower = bias_fragment(arithmetic.opaque_i32(column), terms.bias, V)
                 elif clears:
                     upper, lower = zeros(), zeros()
 
@@ -205,13 +206,17 @@ def make_consume(
                 release(ring, first_use + np.uint32(k_steps - 1), thread)
 
                 # The other multiplies; this one folds.
-                is_last, V, weights = v0 + block_v > vocabulary.V, vocabulary.V, terms.class_weights
+                is_last, weights = v0 + block_v > V, terms.class_weights
                 upper = finish_logits(upper, own_scale, column, terms.softcap, V, is_last)
-                tile = Tile(v_tile, V, block, np.int32(0), consumer, thread, columns_smem, weights, survivors)
-                upper_states = fold_tile(upper_states, upper, tile)
+                half = Tile(
+                    v_tile, V, block, np.int32(0), consumer, thread, batch.tokens, rows_smem, columns_smem, weights, survivors
+                )  # fmt: skip
+                upper_states = fold_tile(upper_states, upper, half, found)
                 lower = finish_logits(lower, own_scale + np.uint32(256), column, terms.softcap, V, is_last)
-                tile = Tile(v_tile, V, block, np.int32(1), consumer, thread, columns_smem, weights, survivors)
-                lower_states = fold_tile(lower_states, lower, tile)
+                half = Tile(
+                    v_tile, V, block, np.int32(1), consumer, thread, batch.tokens, rows_smem, columns_smem, weights, survivors
+                )  # fmt: skip
+                lower_states = fold_tile(lower_states, lower, half, found)
             use = np.uint32(use + np.uint32(n_turns * k_steps))
 
             merge_consumers(upper_states, lower_states, row, me, merge_smem, parts, (slot * ctas + rank) * block_n)

@@ -39,8 +39,9 @@ class _Arrays:
 
     Attributes:
         listing: (1 + ceil(N / 2),) int64: how many tokens count, then their rows of e as int32.
-        numbers: (1 + results of all folds, N) float32: target logits, then the results.
+        numbers: (results of all folds, N) float32.
         names: of the results.
+        bounds: (N,) float32 logits of the targets, by which survivors are found; None if these are not recorded.
         bits: (blocks, pitch_words) uint32 survivor bits, twice as many rows if dC has its own; None if not recorded.
         n_valid, tokens, found, survivors: addresses of the same, as kernels take them.
     """
@@ -48,6 +49,7 @@ class _Arrays:
     listing: Any
     numbers: Any
     names: tuple[str, ...]
+    bounds: Any
     bits: Any
     n_valid: int
     tokens: int
@@ -58,24 +60,27 @@ class _Arrays:
     def of(p: Problem, layout: Layout, folds: tuple[Fold, ...]) -> _Arrays:
         xp: Any = p.xp
         N, names = p.N, result_names(folds)
-        numbers = xp.empty((1 + len(names), N), np.float32)
+        numbers = xp.empty((len(names), N), np.float32)
         listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
-        bits, survivors = None, _NO_SURVIVORS
+        bounds, bits, survivors = None, None, _NO_SURVIVORS
         if any(fold.name == fold_names.SURVIVORS for fold in folds):
+            bounds = xp.empty(N, np.float32)
             bits, survivors = _survivor_bits(p, layout)
-        n_valid, first_number = listing.data.ptr, numbers.data.ptr
-        found = Found(first_number, first_number + 4 * N, N)
-        return _Arrays(listing, numbers, names, bits, n_valid, n_valid + 8, found, survivors)
+        targets, n_valid = 0 if p.targets is None else p.targets.data.ptr, listing.data.ptr
+        found = Found(numbers.data.ptr, N, targets, 0 if bounds is None else bounds.data.ptr)
+        return _Arrays(listing, numbers, names, bounds, bits, n_valid, n_valid + 8, found, survivors)
 
     def statistics(self, p: Problem, layout: Layout) -> Statistics:
         """As the rest of the package takes it."""
-        results = {name: self.numbers[1 + place] for place, name in enumerate(self.names)}
-        lse, total_logit = results.pop("lse"), results.pop("total_logit", None)
+        results = {name: self.numbers[place] for place, name in enumerate(self.names)}
+        total_logit = results.pop("total_logit", None)
         return Statistics(
             tokens=self.listing[1:].view(np.int32)[: p.N],
             n_valid=self.listing[0],
-            lse=lse,
-            target_logit=None if p.targets is None else self.numbers[0],
+            lse=results.pop("lse"),
+            max_logit=results.pop("max_logit"),
+            log_sum=results.pop("log_sum"),
+            target_logit=results.pop("target_logit", None),
             survivors=None if self.bits is None else self.bits.view(np.uint8)[:, : -(-p.V // 8)],
             survivor_block=layout.tiles.survivor_block,
             mean_logit=None if total_logit is None else total_logit / np.float32(p.V),
@@ -107,10 +112,10 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: _Arrays
     e_map = tensor_map.encode(e, tiles.block_n, tiles.block_d)
     c_map = tensor_map.encode(c, tiles.block_v // tiles.cluster, tiles.block_d)
     tokens, n_valid = arrays.tokens, arrays.n_valid
-    list_tokens(p, tokens, n_valid, found, len(arrays.names), (*e_map, *c_map), maps)
+    list_tokens(p, tokens, n_valid, found, arrays.names, (*e_map, *c_map), maps)
     terms, e_rows = terms_of(p), matrix_of(e)
-    if p.targets is not None:
-        launch_indexed_dot(p, e_rows, terms, Tokens(tokens, n_valid, 0, p.N), found.target_logit, survivors)
+    if arrays.bits is not None:
+        launch_indexed_dot(p, e_rows, terms, Tokens(tokens, n_valid, 0, p.N), found.bound, survivors)
 
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
     capped, scaled = p.options.softcap is not None, p.logit_scale is not None
@@ -145,11 +150,11 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: _Arrays
 
 
 def indexed_dot(p: Problem, layout: Layout) -> Any:
-    """(N,) float32: the target's logit, 0 where ignored, NaN for a target out of range; the very bits of the forward's."""
-    arrays = _Arrays.of(p, layout, (FOLDS[fold_names.MAX_SUM],))
+    """(N,) float32: the target's logit, a dot product by itself; 0 where ignored, NaN for a target out of range."""
+    arrays = _Arrays.of(p, layout, (FOLDS[fold_names.TARGET_LOGIT],))
     if p.N:
         e = layout.e_in_reach(p)
-        list_tokens(p, arrays.tokens, arrays.n_valid, arrays.found, len(arrays.names))
+        list_tokens(p, arrays.tokens, arrays.n_valid, arrays.found, arrays.names)
         e_rows, batch = matrix_of(e), Tokens(arrays.tokens, arrays.n_valid, 0, p.N)
-        launch_indexed_dot(p, e_rows, terms_of(p), batch, arrays.found.target_logit, _NO_SURVIVORS)
+        launch_indexed_dot(p, e_rows, terms_of(p), batch, arrays.numbers.data.ptr, _NO_SURVIVORS)
     return arrays.numbers[0]

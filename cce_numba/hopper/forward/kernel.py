@@ -23,7 +23,7 @@ from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.ptx import cluster, control, memory
-from cce_numba.tensor_core.folds import Fold
+from cce_numba.tensor_core.folds import Fold, number_count
 from cce_numba.tensor_core.records import I32, U64, Found, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
 from cce_numba.tensor_core.schedule import quotient
 
@@ -35,8 +35,13 @@ def make_forward_kernel(
     """The kernel for 16-bit `dtype`, with what a problem asks for, so that nobody pays for what others need.
 
     bias_dtype: of the bias, or None without one. capped: with a softcap. scaled: with a logit scale for each token. folds: what
-    is made of the tiles; the first is `max_sum`.
+    is made of the tiles; the first is `max_sum`. Raises ValueError if a row's folds have more numbers than `tiles.row_numbers`.
     """
+    if (numbers := number_count(folds)) > tiles.row_numbers:
+        raise ValueError(
+            f"folds: their workers tell each other {numbers} numbers of a row, and shared memory has room for "
+            f"{tiles.row_numbers}: fewer folds, or a larger `HopperTiles.row_numbers`"
+        )
     produce, gather = make_produce(tiles), make_gather(tiles)
     consume = make_consume(tiles, dtype, bias_dtype, capped, scaled, folds)
     init = make_ring(tiles).init

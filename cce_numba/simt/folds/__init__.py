@@ -25,8 +25,9 @@ from cce_numba.simt.folds.fold import Fold
 from cce_numba.simt.folds.max_sum import MaxSum
 from cce_numba.simt.folds.mean_logit import MeanLogit
 from cce_numba.simt.folds.survivors import Survivors
+from cce_numba.simt.folds.target_logit import TargetLogit
 
-FOLDS: dict[str, Fold] = {fold.name: fold for fold in (MaxSum(), MeanLogit(), Survivors())}
+FOLDS: dict[str, Fold] = {fold.name: fold for fold in (MaxSum(), TargetLogit(), MeanLogit(), Survivors())}
 
 
 def of_problem(p: Problem, record_survivors: bool) -> tuple[Fold, ...]:

@@ -29,7 +29,7 @@ class Tile(NamedTuple):
     n_block: Any  # its block of tokens
     v0: Any  # its first vocabulary entry
     V: Any  # vocabulary entries
-    partial: Any  # (threads_v, block_n) real in shared memory, for use within a step: what each thread of a row has to say
+    partial: Any  # (threads_v, block_n) real in shared memory, for use within a step: a number of each thread and row
 
 
 class Place(NamedTuple):
@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 class Functions(NamedTuple):
-    """A fold's device functions. `arrays` are what `Fold.arrays` made; `first_` is said of the first fold's.
+    """A fold's device functions. `arrays` are what `Fold.arrays` made. Names with `first_` are of the first fold, `MaxSum`.
 
     All threads of a CTA call begin, step and store together, so these may have barriers. When a step begins, no thread reads
     the shared memory of this fold or `Tile.partial`, so all may write; it ends with a barrier.
@@ -61,18 +61,18 @@ class Given:
     """What a forward has before its tiles, for folds to take what they need.
 
     Attributes:
-        problem: it.
+        problem: the checked inputs.
         tiles: sizes.
         tokens: those that count.
-        targets: (N,) int64.
-        target_logit: (N,) of the compute dtype; -inf for all if there are no targets.
+        targets: (N,) int64, or None without targets.
+        bound: (N,) of the compute dtype, the target's logit, a dot product by itself; None where no survivors are recorded.
     """
 
     problem: Problem
     tiles: SimtTiles
     tokens: Tokens
-    targets: Any
-    target_logit: Any
+    targets: Any  # or None
+    bound: Any  # or None
 
 
 class Fold(Protocol):

@@ -31,9 +31,11 @@ class Row(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """In global memory."""
+    """In global memory, (N,) real each: the results."""
 
-    lse: Any  # (N,) real: the result
+    lse: Any
+    max_logit: Any
+    log_sum: Any  # of exp(logit - max_logit); kept apart, since a sum of large numbers loses the digits of a small loss
 
 
 @functools.cache
@@ -68,11 +70,11 @@ class MaxSum:
     def arrays(self, given: Given) -> Arrays:
         """See `fold.Fold`."""
         p = given.problem
-        return Arrays(lse=p.xp.zeros(p.N, p.compute_dtype))
+        return Arrays(*p.xp.zeros((3, p.N), p.compute_dtype))
 
     def results(self, arrays: Arrays) -> dict[str, Any]:
         """See `fold.Fold`."""
-        return {"lse": arrays.lse}
+        return arrays._asdict()
 
     def functions(self, tiles: SimtTiles, real: np.dtype) -> Functions:
         """See `fold.Fold`."""
@@ -87,6 +89,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
+        """The state before the first tile: -inf, 0 and 0 for each row of the block."""
         largest = cuda.shared.array(block_n, real)
         total = cuda.shared.array(block_n, real)
         lost = cuda.shared.array(block_n, real)
@@ -96,6 +99,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def step(state: Any, first_state: Any, arrays: Any, tile: Any) -> None:
+        """Folds a tile of (block_n, block_v) logits: first the rows' largest logits, then their sums of exponentials."""
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         t = y * threads_v + x
 
@@ -141,10 +145,12 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def row(state: Any, r: Any) -> Any:
+        """The largest logit and the sum of the r-th row."""
         return Row(state.largest[r], state.sum[r] - state.lost[r])
 
     @cuda.jit(device=True)
     def merge(row: Any, later: Any) -> Any:
+        """The rows of two parts of the vocabulary, whose sums are rescaled to the larger of the two largest logits."""
         largest, total = row.largest, row.sum
         if later.largest > largest:
             if largest > minus_infinity:
@@ -158,7 +164,10 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def store(row: Any, first_row: Any, arrays: Any, place: Any) -> None:
+        """Writes the log-sum-exp of a token."""
         if place.exists:
             arrays.lse[place.token] = log_sum_exp(row.largest, row.sum)
+            arrays.max_logit[place.token] = row.largest
+            arrays.log_sum[place.token] = log_sum_exp(zero, row.sum)
 
     return Functions(begin, step, row, merge, store)

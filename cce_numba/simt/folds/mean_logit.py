@@ -72,6 +72,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
+        """The state before the first tile: a total of 0 for each row of the block."""
         total = cuda.shared.array(block_n, np.float64)
         for r in range(cuda.threadIdx.y * threads_v + cuda.threadIdx.x, block_n, threads):
             total[r] = 0
@@ -79,10 +80,12 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def weight_of(arrays: Any, v: Any) -> Any:
+        """The class weight of a vocabulary entry; 1 without class weights."""
         return arrays.class_weights[v] if arrays.has_class_weights else one
 
     @cuda.jit(device=True)
     def step(state: Any, first_state: Any, arrays: Any, tile: Any) -> None:
+        """Adds class weight times logit of a tile of (block_n, block_v) logits, to each row's total."""
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         for i in range(thread_n):
             total = real(0)
@@ -101,14 +104,17 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def row(state: Any, r: Any) -> Any:
+        """The total of the r-th row."""
         return Row(state.total[r])
 
     @cuda.jit(device=True)
     def merge(row: Any, later: Any) -> Any:
+        """The sum of the totals."""
         return Row(row.total + later.total)
 
     @cuda.jit(device=True)
     def store(row: Any, first_row: Any, arrays: Any, place: Any) -> None:
+        """Writes the mean logit of a token: its total over all V entries, divided by V."""
         if place.exists:
             arrays.mean_logit[place.token] = real(row.total / place.V)
 

@@ -1,8 +1,9 @@
 """Survivors: the vocabulary entries whose logits the backward computes again; one bit for each block of tokens and entry.
 
-An entry survives unless each token of the block is sure that it gives it a probability below eps. A token is sure if the logit
-is below bound + log(eps), where the bound is below the token's log-sum-exp: the target's logit is, and so is the log-sum-exp of
-what was seen so far. The target itself survives in any case, and so does NaN.
+An entry is dropped in a block if its probability is known to be below eps for every token of the block. It is known for a token
+if the logit is below bound + log(eps), where the bound is no larger than the token's log-sum-exp: the larger of the target's
+logit and the log-sum-exp of what was seen so far. A target survives in any case, and so does NaN. `cce_numba/survivors.py` has
+the rule.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from cce_numba.simt.product import make_product
 from cce_numba.simt.tiles import SimtTiles
 from cce_numba.survivors import RELATIVE_SLACK, log_threshold
 
-_OUT_OF_REACH = 1e38  # as a bound: no logit reaches what follows from it
+_OUT_OF_REACH = 1e38  # a bound whose threshold no logit reaches
 
 
 class State(NamedTuple):
@@ -57,7 +58,7 @@ class Survivors:
         p = given.problem
         log_eps = p.compute_dtype.type(log_threshold(p.options.filter_eps))
         bits = p.xp.zeros((ceil_div(p.N, given.tiles.survivor_block), ceil_div(p.V, 8)), np.uint8)
-        return Arrays(given.targets, given.target_logit, log_eps, bits)
+        return Arrays(given.targets, given.bound, log_eps, bits)
 
     def results(self, arrays: Arrays) -> dict[str, Any]:
         """See `fold.Fold`."""
@@ -77,6 +78,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
+        """The bounds and targets of the block's rows; a row beyond the last token can flag nothing."""
         target = cuda.shared.array(block_n, np.int64)
         bound = cuda.shared.array(block_n, real)
         hits = cuda.shared.array(hits_shape, np.uint8)
@@ -91,6 +93,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def step(state: Any, first_state: Any, arrays: Any, tile: Any) -> None:
+        """Sets the bits of a tile of (block_n, block_v) logits, with the rows' bounds as far as they are known."""
         x, y = cuda.threadIdx.x, cuda.threadIdx.y
         t = y * threads_v + x
         for r in range(t, block_n, threads):
@@ -123,10 +126,12 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def row(state: Any, r: Any) -> Any:
+        """Nothing: there is nothing to merge."""
         return ()
 
     @cuda.jit(device=True)
     def merge(row: Any, later: Any) -> Any:
+        """Nothing: there is nothing to merge."""
         return ()
 
     @cuda.jit(device=True)

@@ -4,8 +4,8 @@ A warp holds 16 rows of a tile, a lane two of them (`ptx.fragment`), and four la
 a tile of 128 rows at a time: a *pair* of rows of each lane. So a fold made for tiles of n columns is these device functions:
 
     begin(rows, found, at)                      the state of a pair of rows; rows: `RowPair`, found: `records.Found`
-    step(state, z, tile, lse, at)               the state after half a tile z, a fragment of n columns; tile: `Tile`;
-                                                lse: the pair's natural log-sum-exp so far, with this tile
+    step(state, z, tile, lse, found, at)        the state after half a tile z, a fragment of n columns; tile: `Tile`;
+                                                lse: about the pair's natural log-sum-exp so far, with this tile
     numbers(state)                              `(numbers of row 0, numbers of row 1)`, each a tuple of `Fold.numbers` float32:
                                                 what other workers need to know
     nothing()                                   such a tuple for a row of which nothing has been seen
@@ -22,14 +22,16 @@ from cce_numba.tensor_core.folds.chain import Fold, Row, RowPair, Tile, chain, n
 from cce_numba.tensor_core.folds.max_sum import MAX_SUM
 from cce_numba.tensor_core.folds.mean_logit import MEAN_LOGIT
 from cce_numba.tensor_core.folds.survivors import SURVIVORS
+from cce_numba.tensor_core.folds.target_logit import TARGET_LOGIT
 
-FOLDS = {fold.name: fold for fold in (MAX_SUM, MEAN_LOGIT, SURVIVORS)}
+FOLDS = {fold.name: fold for fold in (MAX_SUM, TARGET_LOGIT, MEAN_LOGIT, SURVIVORS)}
 
 __all__ = [
     "FOLDS",
     "MAX_SUM",
     "MEAN_LOGIT",
     "SURVIVORS",
+    "TARGET_LOGIT",
     "Fold",
     "Row",
     "RowPair",

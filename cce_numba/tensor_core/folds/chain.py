@@ -40,6 +40,9 @@ class RowPair(Record):
     position_1 = I32
     tokens = U64  # address of the batch's tokens, int32
     listed = I32  # tokens that the batch has: positions from there on are nobody's
+    row = I32  # of position_0 in the block of 128
+    rows_smem = U32  # shared address of an int32 for each row of the block, of this consumer's own
+    V = I32
     has_earlier = I32  # whether results of earlier parts of the vocabulary are there
     resumes = I32  # whether this worker's state goes on from them, which only one of those that share the rows may do
 
@@ -53,6 +56,8 @@ class Tile(Record):
     half = I32  # 0 for the upper 64 rows, 1 for the lower
     consumer = I32  # the warpgroup
     thread = I32  # of the warpgroup, 0 to 127
+    tokens = U64  # address of the batch's tokens, int32
+    rows_smem = U32  # shared address of an int32 for each row of the block, of this consumer's own
     columns_smem = U32  # shared address of a float32 for each column of the tile, of this consumer's own
     class_weights = U64  # address of (V,) float32, or 0
     survivors = Survivors
@@ -81,7 +86,7 @@ def result_names(folds: tuple[Fold, ...]) -> tuple[str, ...]:
 def chain(folds: tuple[Fold, ...], n: int) -> SimpleNamespace:
     """The device functions of all folds as of one: states and numbers of each follow each other in tuples.
 
-    `begin(rows, found)`, `step(states, z, tile)`, `numbers(states)`, `nothing()`, `merge(numbers, numbers)` and
+    `begin(rows, found)`, `step(states, z, tile, found)`, `numbers(states)`, `nothing()`, `merge(numbers, numbers)` and
     `store(numbers, row, found, survivors)`; see `tensor_core.folds`. Raises ValueError if the first fold is not `max_sum`.
     """
     if not folds or folds[0].results[:1] != ("lse",):
@@ -92,8 +97,8 @@ def chain(folds: tuple[Fold, ...], n: int) -> SimpleNamespace:
     every_step, every_store, unknown = every.step, every.store, np.float32(math.nan)
 
     @cuda.jit(device=True, forceinline=True)
-    def step(states: Any, z: Any, tile: Any) -> Any:
-        return every_step(states, z, tile, (unknown, unknown))
+    def step(states: Any, z: Any, tile: Any, found: Any) -> Any:
+        return every_step(states, z, tile, (unknown, unknown), found)
 
     @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, row: Any, found: Any, survivors: Any) -> None:
@@ -124,11 +129,11 @@ def _chained(folds: tuple[Fold, ...], n: int, at: int) -> SimpleNamespace:
         return (begin_own(rows, found, at), *begin_rest(rows, found))
 
     @cuda.jit(device=True, forceinline=True)
-    def step(states: Any, z: Any, tile: Any, lse: Any) -> Any:
-        state = step_own(states[0], z, tile, lse)
+    def step(states: Any, z: Any, tile: Any, lse: Any, found: Any) -> Any:
+        state = step_own(states[0], z, tile, lse, found, at)
         if gives_lse:
             lse = lse_of_state(state)
-        return (state, *step_rest(states[1:], z, tile, lse))
+        return (state, *step_rest(states[1:], z, tile, lse, found))
 
     @cuda.jit(device=True, forceinline=True)
     def numbers(states: Any) -> Any:
@@ -160,7 +165,7 @@ def _no_fold() -> SimpleNamespace:
         return ()
 
     @cuda.jit(device=True, forceinline=True)
-    def step(states: Any, z: Any, tile: Any, lse: Any) -> Any:
+    def step(states: Any, z: Any, tile: Any, lse: Any, found: Any) -> Any:
         return ()
 
     @cuda.jit(device=True, forceinline=True)

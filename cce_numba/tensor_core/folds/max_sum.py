@@ -1,4 +1,8 @@
-"""The running (max, sum of exponentials) of a row, and its log-sum-exp (paper section 4.2)."""
+"""The running (max, sum of exponentials) of a row, and what they come to: its log-sum-exp (paper section 4.2).
+
+The largest logit and the logarithm of the sum of exp(z - largest) are kept apart. Their sum, the log-sum-exp, is as large as
+logits are, and so is what is subtracted from it: the digits of a small loss would be lost.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from numba import cuda
 from cce_numba import folds
 from cce_numba.launch.record import Record
 from cce_numba.ptx import arithmetic
-from cce_numba.tensor_core.exponentials import LOG2E, NEGATIVE_INFINITY, log_add_exp, log_sum_exp, shift_of
+from cce_numba.tensor_core.exponentials import LOG2E, NEGATIVE_INFINITY, log_of_sum, log_sum_exp, residual_of, shift_of
 from cce_numba.tensor_core.folds.chain import Fold
 from cce_numba.tensor_core.fragment import fold_rows
 from cce_numba.tensor_core.quads import quad_max, quad_sum
@@ -20,10 +24,11 @@ from cce_numba.tensor_core.records import F32
 from cce_numba.tensor_core.tokens import token_at
 
 exp2, fma, maximum, multiply = arithmetic.exp2, arithmetic.fma, arithmetic.maximum, arithmetic.multiply
+LSE, MAX_LOGIT, LOG_SUM = 0, 1, 2  # places of the results
 
 
 class MaxSums(Record):
-    """Of a pair of rows: the largest logit, and the sum of exp(logit - largest)."""
+    """Of a pair of rows: the largest logit, and the sum of exponentials with its shift (`exponentials`)."""
 
     max_0 = F32
     max_1 = F32
@@ -41,58 +46,81 @@ def add_exp(so_far: Any, z: Any, shift: Any) -> Any:
     return so_far + exp2(fma(z, LOG2E, -shift))
 
 
+@cuda.jit(device=True, forceinline=True)
+def rescaled(row_sum: Any, row_max: Any, shift: Any) -> Any:
+    """A sum with the shift of row_max, as one with another shift. The former must be the very number that was subtracted."""
+    return multiply(row_sum, exp2(multiply(row_max, LOG2E) - shift))
+
+
 @functools.cache
 def make(n: int) -> SimpleNamespace:
-    """See `tensor_core.folds`. The number that workers tell each other is the log-sum-exp of a row."""
+    """See `tensor_core.folds`. The numbers that workers tell each other are a row's max and sum."""
     row_max, row_exp_sum = fold_rows(n, larger), fold_rows(n, add_exp)
 
     @cuda.jit(device=True, forceinline=True)
+    def earlier(position: Any, rows: Any, found: Any, at: Any) -> Any:
+        """(max, sum) of what earlier parts of the vocabulary have given."""
+        token = token_at(rows.tokens, min(position, rows.listed - 1))
+        largest = found.results[(at + MAX_LOGIT) * found.pitch + token]
+        log_sum = found.results[(at + LOG_SUM) * found.pitch + token]
+        return largest, exp2(fma(log_sum, LOG2E, residual_of(largest)))
+
+    @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
+        """The pair's state before the first tile: nothing, or what earlier parts of the vocabulary have given."""
         max_0 = max_1 = NEGATIVE_INFINITY
         sum_0 = sum_1 = np.float32(0)
         if rows.resumes:
-            sum_0 = sum_1 = np.float32(1)
-            last = rows.listed - 1
-            max_0 = found.results[at * found.pitch + token_at(rows.tokens, min(rows.position_0, last))]
-            max_1 = found.results[at * found.pitch + token_at(rows.tokens, min(rows.position_1, last))]
+            max_0, sum_0 = earlier(rows.position_0, rows, found, at)
+            max_1, sum_1 = earlier(rows.position_1, rows, found, at)
         return MaxSums(max_0, max_1, sum_0, sum_1)
 
     @cuda.jit(device=True, forceinline=True)
-    def step(state: Any, z: Any, tile: Any, lse: Any) -> Any:
+    def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
+        """Folds half a tile of logits: the maxima of two rows, then the sums of exponentials rescaled to them."""
         zero = np.float32(0)
         max_0, max_1 = row_max(z, state.max_0, state.max_1, zero, zero)
         max_0, max_1 = quad_max(max_0), quad_max(max_1)
         shift_0, shift_1 = shift_of(max_0), shift_of(max_1)
         total_0, total_1 = row_exp_sum(z, zero, zero, shift_0, shift_1)
-        # The earlier shift must be the very number that was subtracted: any other would shift the sum a little with every tile.
-        sum_0 = state.sum_0 * exp2(multiply(state.max_0, LOG2E) - shift_0) + quad_sum(total_0)
-        sum_1 = state.sum_1 * exp2(multiply(state.max_1, LOG2E) - shift_1) + quad_sum(total_1)
+        sum_0 = rescaled(state.sum_0, state.max_0, shift_0) + quad_sum(total_0)
+        sum_1 = rescaled(state.sum_1, state.max_1, shift_1) + quad_sum(total_1)
         return MaxSums(max_0, max_1, sum_0, sum_1)
 
     @cuda.jit(device=True, forceinline=True)
     def lse_of_state(state: Any) -> Any:
+        """`(log-sum-exp of row 0, of row 1)`, natural logarithms."""
         return log_sum_exp(state.max_0, state.sum_0), log_sum_exp(state.max_1, state.sum_1)
 
     @cuda.jit(device=True, forceinline=True)
     def numbers(state: Any) -> Any:
-        return (log_sum_exp(state.max_0, state.sum_0),), (log_sum_exp(state.max_1, state.sum_1),)
+        """`((max, sum) of row 0, of row 1)`, the sums with the shifts of their maxima."""
+        return (state.max_0, state.sum_0), (state.max_1, state.sum_1)
 
     @cuda.jit(device=True, forceinline=True)
     def nothing() -> Any:
-        return (NEGATIVE_INFINITY,)
+        """Of no logit: a max of -inf, and a sum of 0."""
+        return NEGATIVE_INFINITY, np.float32(0)
 
     @cuda.jit(device=True, forceinline=True)
     def merge(left: Any, right: Any) -> Any:
-        return (log_add_exp(left[0], right[0]),)
+        """The larger max, and both sums rescaled to it; whichever comes first."""
+        largest = maximum(left[0], right[0])
+        shift = shift_of(largest)
+        return largest, rescaled(left[1], left[0], shift) + rescaled(right[1], right[0], shift)
 
     @cuda.jit(device=True, forceinline=True)
     def lse_of_numbers(numbers: Any) -> Any:
-        return numbers[0]
+        """The log-sum-exp of a row's numbers."""
+        return numbers[0] + log_of_sum(numbers[0], numbers[1])
 
     @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, lse: Any, row: Any, found: Any, survivors: Any, at: Any) -> None:
+        """Lane 0 writes the log-sum-exp of a token, and the two parts that it is the sum of."""
         if row.lane == 0:
-            found.results[at * found.pitch + row.token] = numbers[0]
+            found.results[(at + LSE) * found.pitch + row.token] = lse
+            found.results[(at + MAX_LOGIT) * found.pitch + row.token] = numbers[0]
+            found.results[(at + LOG_SUM) * found.pitch + row.token] = log_of_sum(numbers[0], numbers[1])
 
     return SimpleNamespace(
         begin=begin, step=step, lse_of_state=lse_of_state, numbers=numbers, nothing=nothing, merge=merge,
@@ -100,4 +128,4 @@ def make(n: int) -> SimpleNamespace:
     )  # fmt: skip
 
 
-MAX_SUM = Fold(folds.MAX_SUM, make, numbers=1, results=("lse",))
+MAX_SUM = Fold(folds.MAX_SUM, make, numbers=2, results=("lse", "max_logit", "log_sum"))

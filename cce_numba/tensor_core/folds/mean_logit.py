@@ -59,6 +59,7 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
+        """The pair's totals: 0, or what earlier parts of the vocabulary have left (in one of the four lanes of a row)."""
         total_0 = total_1 = np.float32(0)
         if rows.resumes and cuda.threadIdx.x & 3 == 0:  # one of the four lanes that share a row
             last = rows.listed - 1
@@ -67,7 +68,8 @@ def make(n: int) -> SimpleNamespace:
         return Totals(total_0, total_1)
 
     @cuda.jit(device=True, forceinline=True)
-    def step(state: Any, z: Any, tile: Any, lse: Any) -> Any:
+    def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
+        """Adds class weight times logit of half a tile, over this lane's columns, to the two rows' totals."""
         if tile.half == 0:  # both halves have the same columns
             barrier = np.uint32(_FIRST_BARRIER + tile.consumer)
             control.barrier_sync(barrier, np.uint32(_WARPGROUP))  # all have read the weights of the tile before
@@ -80,14 +82,17 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def numbers(state: Any) -> Any:
+        """The two rows' totals, over all columns that this worker has seen."""
         return (quad_sum(state.total_0),), (quad_sum(state.total_1),)
 
     @cuda.jit(device=True, forceinline=True)
     def nothing() -> Any:
+        """A total of 0."""
         return (np.float32(0),)
 
     @cuda.jit(device=True, forceinline=True)
     def merge(left: Any, right: Any) -> Any:
+        """The sum of the totals."""
         return (left[0] + right[0],)
 
     @cuda.jit(device=True, forceinline=True)

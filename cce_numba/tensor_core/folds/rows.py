@@ -23,6 +23,7 @@ def make_load_numbers(count: int) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def load(address: Any, pitch_bytes: Any) -> Any:
+        """The numbers, `count` float32."""
         return (load_f32(address), *rest(address + np.uint64(pitch_bytes), pitch_bytes))
 
     return load
@@ -38,6 +39,7 @@ def make_store_numbers(count: int) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, address: Any, pitch_bytes: Any) -> None:
+        """Stores the numbers, `count` float32."""
         store_f32(address, numbers[0])
         rest(numbers[1:], address + np.uint64(pitch_bytes), pitch_bytes)
 
@@ -54,6 +56,7 @@ def make_load_shared_numbers(count: int, pitch_bytes: int) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def load(address: Any) -> Any:
+        """The numbers, `count` float32."""
         return (load_f32(address), *rest(np.uint32(address + step)))
 
     return load
@@ -69,6 +72,7 @@ def make_store_shared_numbers(count: int, pitch_bytes: int) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, address: Any) -> None:
+        """Stores the numbers, `count` float32."""
         store_f32(address, numbers[0])
         rest(numbers[1:], np.uint32(address + step))
 
@@ -85,6 +89,7 @@ def make_shuffle_numbers(count: int) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def shuffle(numbers: Any, mask: Any) -> Any:
+        """The other lane's numbers, `count` float32."""
         return (shuffle_xor(numbers[0], mask), *rest(numbers[1:], mask))
 
     return shuffle
@@ -92,14 +97,17 @@ def make_shuffle_numbers(count: int) -> Any:
 
 @cuda.jit(device=True, forceinline=True)
 def _nothing_of_one(x: Any) -> Any:
+    """The end of the recursion: no number is left."""
     return ()
 
 
 @cuda.jit(device=True, forceinline=True)
 def _nothing_of_two(x: Any, y: Any) -> Any:
+    """The end of the recursion: no number is left."""
     return ()
 
 
 @cuda.jit(device=True, forceinline=True)
 def _nothing_of_three(x: Any, y: Any, z: Any) -> Any:
+    """The end of the recursion: no number is left."""
     return ()

@@ -49,16 +49,18 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def bound_of(position: Any, rows: Any, found: Any) -> Any:
+        """The lower bound of the log-sum-exp of the token at a position, a float32; out of reach past the listed tokens."""
         if position >= rows.listed:
             return OUT_OF_REACH
         token = token_at(rows.tokens, position)
-        bound = found.target_logit[token]
+        bound = found.bound[token]
         if rows.has_earlier:
             bound = maximum(bound, found.results[token])
         return bound
 
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
+        """Bounds of the pair's log-sum-exp from below: the target's logit, and what earlier parts of the vocabulary gave."""
         return Bounds(bound_of(rows.position_0, rows, found), bound_of(rows.position_1, rows, found))
 
     @cuda.jit(device=True, forceinline=True)
@@ -79,7 +81,8 @@ def make(n: int) -> SimpleNamespace:
             memory.or_global_u32(tile.survivors.bits + np.uint64(4 * word), mine)
 
     @cuda.jit(device=True, forceinline=True)
-    def step(state: Any, z: Any, tile: Any, lse: Any) -> Any:
+    def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
+        """Flags the columns of half a tile: in the plane of the filter, and in that of dC if it has a threshold of its own."""
         threshold_0 = threshold_of(maximum(state.bound_0, lse[0]), tile.survivors.log_eps)
         threshold_1 = threshold_of(maximum(state.bound_1, lse[1]), tile.survivors.log_eps)
         if tile.survivors.coarse_words != 0:
@@ -90,10 +93,12 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def numbers(state: Any) -> Any:
+        """Nothing: the bits are in memory already."""
         return (), ()
 
     @cuda.jit(device=True, forceinline=True)
     def nothing() -> Any:
+        """Nothing."""
         return ()
 
     @cuda.jit(device=True, forceinline=True)
@@ -104,8 +109,10 @@ def make(n: int) -> SimpleNamespace:
     @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, lse: Any, row: Any, found: Any, survivors: Any, at: Any) -> None:
         """The gradient of a token that is lost is NaN in every column, so all columns of its block must survive."""
-        target_logit = found.target_logit[row.token]
-        if survivors.pitch_words > 0 and (lse != lse or target_logit != target_logit):
+        if survivors.pitch_words == 0:
+            return
+        target_logit = found.bound[row.token]
+        if lse != lse or target_logit != target_logit:
             first_word = row.position // SURVIVOR_BLOCK * survivors.pitch_words
             for word in range(row.lane, (row.V + 31) // 32, 32):
                 all_of_word = ALL_BITS >> np.uint32(max(0, 32 * word + 32 - row.V))

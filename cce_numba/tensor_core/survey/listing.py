@@ -12,7 +12,7 @@ from numba.cuda import types
 from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.ptx.pointers import view_as
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.exponentials import LOG2E
+from cce_numba.tensor_core.exponentials import LOG2E, exp2, fma, residual_of, shift_of
 from cce_numba.tensor_core.records import I32, SurvivorBits, WeightedTokens
 from cce_numba.tensor_core.sums import FULL, THREADS
 from cce_numba.tensor_core.survey.keys import make_give_keys
@@ -56,7 +56,7 @@ def _make_list_tokens(smoothed: bool) -> Any:
         t = cuda.threadIdx.x
         position = cta * threads + t
         row, target, is_next = np.int32(-1), np.int32(-1), False
-        of_softmax, of_target, log_sum = np.float32(0), np.float32(0), infinity
+        of_softmax, of_target, shift = np.float32(0), np.float32(0), infinity
         if position < tokens.n_valid[0]:
             n = listed[position]
             x, y = tokens.softmax_weight[n], tokens.target_weight[n]
@@ -64,14 +64,17 @@ def _make_list_tokens(smoothed: bool) -> Any:
                 row, given = np.int32(n), tokens.targets[n]
                 if given == np.int32(given):
                     target = np.int32(given)
-                of_softmax, of_target, log_sum = x * weight_scale[0], y * weight_scale[0], tokens.lse[n] * log2e
+                of_target, shift = y * weight_scale[0], shift_of(tokens.max_logit[n])
+                # Divided by the sum of 2^(log2(e) * z - shift).
+                log_sum = fma(tokens.log_sum[n], log2e, residual_of(tokens.max_logit[n]))
+                of_softmax = x * weight_scale[0] * exp2(-log_sum)
                 if tokens.target_logit[n] != tokens.target_logit[n]:
                     of_softmax = nan  # the target is out of range: this token's gradient is lost
                 is_next = position % block_n == 0 or listed[position - 1] + 1 == n
         if position < sizes.blocks * block_n:
             rows[4 * position] = of_softmax
             rows[4 * position + 1] = of_target
-            rows[4 * position + 2] = log_sum
+            rows[4 * position + 2] = shift
             as_int32(rows)[4 * position + 3] = target
             tables.row_of[position] = row
         all_next = cuda.all_sync(FULL, is_next)

@@ -20,7 +20,6 @@ from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward import host
 from cce_numba.hopper.backward.records import Outputs, Shape, Workspace
 from cce_numba.launch.kernel import Kernel
-from cce_numba.launch.record import flattened
 from cce_numba.options import Options
 from cce_numba.tensor_core.records import LogitTerms, Matrix, SurvivorBits, WeightedTokens
 from cce_numba.tensor_core.survey.tables import Sizes, Tables
@@ -49,7 +48,7 @@ def launches(monkeypatch):
     seen = []
 
     def launch(kernel, ctas, *values):
-        kernel._arguments.pack(*flattened(values))  # raises if they are too many, too few, or too large
+        kernel._layout.pack(*kernel._numbers(values))  # raises if they are too many, too few, or too large
         seen.append((kernel.function.__name__.removesuffix("_kernel"), kernel, ctas, values))
 
     monkeypatch.setattr(Kernel, "launch", launch)
@@ -71,7 +70,7 @@ def problem(*, bias=False, logit_scale=False, class_weights=False, **options):
 def statistics(*, survivors=True, planes=2):
     bits = zeros((planes * 3, PITCH_WORDS), np.uint32).view(np.uint8)[:, : V // 8] if survivors else None
     return Statistics(
-        zeros(N, np.int32), zeros((), np.int64), zeros(N, np.float32), zeros(N, np.float32), bits, survivor_block=128
+        zeros(N, np.int32), zeros((), np.int64), *(zeros(N, np.float32) for _ in range(4)), bits, survivor_block=128
     )
 
 
@@ -127,7 +126,7 @@ def test_what_is_there_is_told_by_its_address(launches):
     assert tokens.largest_weight not in (0, softmax.data.ptr)
     assert tokens.listed == found.tokens.data.ptr
     assert (tokens.n_valid, values[4]) == (found.n_valid.data.ptr,) * 2
-    assert tokens.lse == found.lse.data.ptr
+    assert (tokens.max_logit, tokens.log_sum) == (found.max_logit.data.ptr, found.log_sum.data.ptr)
     assert tokens.target_logit == found.target_logit.data.ptr
     assert tokens.targets == p.targets.data.ptr
 

@@ -1,0 +1,97 @@
+"""The target's logit of each token, as it stands in its tile: rounded as the others are, so their differences keep digits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numba import cuda
+
+from cce_numba import folds
+from cce_numba.simt.folds.fold import Functions, Given
+from cce_numba.simt.product import make_product
+from cce_numba.simt.tiles import SimtTiles
+
+
+class State(NamedTuple):
+    """Of the rows of a block, in shared memory, (block_n,) int64 each."""
+
+    target: Any  # -1 for a row beyond the last token
+    token: Any
+
+
+class Arrays(NamedTuple):
+    """In global memory."""
+
+    targets: Any  # (N,) int64
+    target_logit: Any  # (N,) real: the result
+
+
+@dataclass(frozen=True)
+class TargetLogit:
+    """The fold. A row has nothing to merge: one thread meets the token's target, and stores its logit."""
+
+    name: ClassVar[str] = folds.TARGET_LOGIT
+    Row: ClassVar[Any] = None
+
+    def row_dtypes(self, real: np.dtype) -> tuple[np.dtype, ...]:
+        """See `fold.Fold`."""
+        return ()
+
+    def arrays(self, given: Given) -> Arrays:
+        """See `fold.Fold`."""
+        p = given.problem
+        return Arrays(given.targets, p.xp.zeros(p.N, p.compute_dtype))
+
+    def results(self, arrays: Arrays) -> dict[str, Any]:
+        """See `fold.Fold`."""
+        return {"target_logit": arrays.target_logit}
+
+    def functions(self, tiles: SimtTiles, real: np.dtype) -> Functions:
+        """See `fold.Fold`."""
+        return _functions(tiles, real.type)
+
+
+def _functions(tiles: SimtTiles, real: Any) -> Functions:
+    block_n, threads, threads_v = tiles.block_n, tiles.threads, tiles.threads_v
+    thread_n, thread_v, column_of, nan = tiles.thread_n, tiles.thread_v, make_product(tiles, real).column_of, real(math.nan)
+
+    @cuda.jit(device=True)
+    def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
+        target = cuda.shared.array(block_n, np.int64)
+        token = cuda.shared.array(block_n, np.int64)
+        for r in range(cuda.threadIdx.y * threads_v + cuda.threadIdx.x, block_n, threads):
+            target[r], token[r] = -1, 0
+            if block.n0 + r < block.tokens.n_valid[0]:
+                token[r] = block.tokens.listed[block.n0 + r]
+                target[r] = arrays.targets[token[r]]
+        return State(target, token)
+
+    @cuda.jit(device=True)
+    def step(state: Any, first_state: Any, arrays: Any, tile: Any) -> None:
+        for i in range(thread_n):
+            row = cuda.threadIdx.y * thread_n + i
+            for j in range(thread_v):
+                v = tile.v0 + column_of(j)
+                if state.target[row] == v and v < tile.V:
+                    arrays.target_logit[state.token[row]] = tile.logits[i, j]
+        cuda.syncthreads()
+
+    @cuda.jit(device=True)
+    def row(state: Any, r: Any) -> Any:
+        return ()
+
+    @cuda.jit(device=True)
+    def merge(row: Any, later: Any) -> Any:
+        return ()
+
+    @cuda.jit(device=True)
+    def store(row: Any, first_row: Any, arrays: Any, place: Any) -> None:
+        """A target out of range is in no tile."""
+        target = arrays.targets[place.token]
+        if place.exists and (target < 0 or target >= place.V):
+            arrays.target_logit[place.token] = nan
+
+    return Functions(begin, step, row, merge, store)
