@@ -131,7 +131,7 @@ def make_consume(
     def rows_at(n0: Any, row: Any, batch: Any, rows_smem: Any, V: Any, has_earlier: Any, resumes: Any) -> Any:
         position = np.int32(n0 + row)
         return RowPair(
-            position, np.int32(position + 8), batch.tokens, batch.listed, row, rows_smem, V, has_earlier, resumes
+            position, np.int32(position + 8), batch.tokens, batch.n_listed, row, rows_smem, V, has_earlier, resumes
         )  # fmt: skip
 
     @cuda.jit(device=True, forceinline=True)
@@ -163,7 +163,7 @@ def make_consume(
             lower_states = begin(rows_at(n0, np.int32(row + 64), batch, rows_smem, V, has_earlier, resumes), found)
             if scaled:  # in shared memory: there are no registers for them
                 if consumer == 0:
-                    token = token_at(batch.tokens, min(n0 + thread, batch.listed - 1))
+                    token = token_at(batch.tokens, min(n0 + thread, batch.n_listed - 1))
                     scale = memory.load_global_f32(terms.scale + np.uint64(4 * token))
                     memory.store_shared_f32(scales + np.uint32(4 * thread), scale)
                 control.barrier_sync(_MERGE_BARRIER, both_consumers)

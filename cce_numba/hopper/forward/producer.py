@@ -32,7 +32,7 @@ def make_produce(tiles: HopperTiles) -> Any:
         ring: Any, e_map: Any, c_map: Any, batch: Any, first_v: Any, n_tiles: Any, k_steps: Any
     ) -> None:  # fmt: skip
         worker, workers, groups, rank = who_am_i(batch)
-        tokens, n_listed = batch.tokens, batch.listed
+        tokens, n_listed = batch.tokens, batch.n_listed
         tma.fence_tensor_map(e_map)
         tma.fence_tensor_map(c_map)
         use, index = np.uint32(0), np.int32(0)
@@ -93,7 +93,7 @@ def make_gather(tiles: HopperTiles) -> Any:
         ring: Any, thread: Any, e: Any, batch: Any, n_tiles: Any, k_steps: Any, D: Any
     ) -> None:  # fmt: skip
         worker, workers, groups, rank = who_am_i(batch)
-        tokens, n_listed = batch.tokens, batch.listed
+        tokens, n_listed = batch.tokens, batch.n_listed
         part, first_row = np.int32(thread & 7), np.int32(thread >> 3)
         source_0 = e.address + np.uint64(16 * part)
         row_bytes: Any = np.int32(2 * D - 16 * part)

@@ -60,7 +60,7 @@ def make(n: int) -> SimpleNamespace:
     @cuda.jit(device=True, forceinline=True)
     def earlier(position: Any, rows: Any, found: Any, at: Any) -> Any:
         """(max, sum) of what earlier parts of the vocabulary have given."""
-        token = token_at(rows.tokens, min(position, rows.listed - 1))
+        token = token_at(rows.tokens, min(position, rows.n_listed - 1))
         largest = found.results[(at + MAX_LOGIT) * found.pitch + token]
         log_sum = found.results[(at + LOG_SUM) * found.pitch + token]
         return largest, exp2(fma(log_sum, LOG2E, residual_of(largest)))

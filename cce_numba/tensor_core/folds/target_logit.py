@@ -32,7 +32,7 @@ def make(n: int) -> SimpleNamespace:
     def keep_target(position: Any, row: Any, rows: Any, found: Any) -> None:
         """Puts a row's target into shared memory, -1 if it is none of the vocabulary's or the row is nobody's."""
         target = np.int32(-1)
-        if position < rows.listed:
+        if position < rows.n_listed:
             given = found.targets[token_at(rows.tokens, position)]
             if given >= 0 and given < rows.V:
                 target = np.int32(given)
