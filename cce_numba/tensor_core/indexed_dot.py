@@ -34,6 +34,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
 
     @cuda.jit(device=True, forceinline=True)
     def dot_of_four(x: Any, y: Any, total: Any) -> Any:
+        """total plus the dot product of four 16-bit numbers in x, a uint64, and four in y."""
         for i in range(4):
             shift = np.uint64(16 * i)
             total += wide(x >> shift & np.uint64(0xFFFF)) * wide(y >> shift & np.uint64(0xFFFF))

@@ -14,7 +14,7 @@ from cce_numba.tensor_core.records import I32, Found, Parts, Survivors, Tokens
 from cce_numba.tensor_core.tokens import token_at
 
 _WARPS = 4  # of a CTA, each with a token
-_COLUMNS = 32  # of the tiles that the folds are made for; no tile comes here, so that any number would do
+_COLUMNS = 32  # of the tiles that the folds are made for. No tile comes here, so any number would do
 
 
 class Split(Record):

@@ -37,8 +37,8 @@ def matrix(rows, columns, apart=None):
 
 def problem(D, bias=None, apart=None, **given):
     return SimpleNamespace(
-        N=N, V=V, D=D, e=matrix(N, D, apart), c=matrix(V, D, apart), bias=bias, targets=np.zeros(N, np.int64), dtype=BFLOAT16, device="cuda:0",
-        options=Options.of(BFLOAT16, given), logits_bytes=4 * N * V,
+        N=N, V=V, D=D, e=matrix(N, D, apart), c=matrix(V, D, apart), bias=bias, dtype=BFLOAT16, device="cuda:0",
+        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, given), logits_bytes=4 * N * V,
     )  # fmt: skip
 
 

@@ -150,8 +150,8 @@ def problem(**given):
     N, V, D, scale = 1000, 50_000, 64, given.pop("logit_scale", None)
     return SimpleNamespace(
         N=N, V=V, D=D, e=_OnDevice((N, D), BFLOAT16), c=_OnDevice((V, D), BFLOAT16), bias=None, dtype=BFLOAT16, device="cuda:0",
-        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, given), on_device=True, logits_bytes=4 * N * V, logit_scale=scale,
-        class_weights=None,
+        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, given), on_device=True, logits_bytes=4 * N * V,
+        logit_scale=scale, class_weights=None,
     )  # fmt: skip
 
 

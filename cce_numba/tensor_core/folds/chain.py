@@ -160,6 +160,8 @@ def _chained(folds: tuple[Fold, ...], n: int, at: int) -> SimpleNamespace:
 
 @functools.cache
 def _no_fold() -> SimpleNamespace:
+    """The end of the chain: no state, no numbers."""
+
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any) -> Any:
         return ()

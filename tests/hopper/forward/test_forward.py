@@ -180,7 +180,7 @@ def test_a_graph_with_a_pool_of_its_own_leaves_the_memory_of_others_alone(hopper
 
 @pytest.mark.parametrize(("N", "D"), [(1, 64), (256, 16_384), (8192, 8192), (40_000, 64), (20_000, 12_288)])
 def test_memory_stays_within_what_is_promised(hopper, N, D):
-    """2 MiB and 20 bytes a token for the loss alone; the survivors' bits, two for each of whole tiles, and 4 bytes beside it."""
+    """2 MiB and 20 bytes a token for the loss alone; the survivors' bits, two for each of whole tiles, and 4 bytes beside."""
     import cupy
 
     from cce_numba.commands.measure import peak_memory
