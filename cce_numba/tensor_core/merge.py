@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from cce_numba.integers import ceil_div
 from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.launch.record import Record
 from cce_numba.tensor_core import schedule
@@ -57,4 +58,4 @@ def make_merge_kernel(group_n: int, folds: tuple[Fold, ...]) -> Kernel:
 
 def ctas_for(N: int) -> int:
     """Enough for a warp a token."""
-    return -(-N // _WARPS)
+    return ceil_div(N, _WARPS)
