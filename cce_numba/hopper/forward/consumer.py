@@ -182,7 +182,7 @@ def make_consume(
                 column = np.int32(v0 + 2 * (arithmetic.opaque_i32(thread) & 3))
                 if has_bias:  # products are added to it
                     upper = bias_fragment(column, terms.bias, V)
-                    # Not a copy, and not from the same addresses: there are no registers to hold either.
+                    # Loaded again, from addresses that LLVM takes for others: registers hold neither a copy nor addresses.
                     lower = bias_fragment(arithmetic.opaque_i32(column), terms.bias, V)
                 elif clears:
                     upper, lower = zeros(), zeros()

@@ -37,7 +37,7 @@ class MaxSums(Record):
 
 
 def larger(so_far: Any, z: Any, _: Any) -> Any:
-    """NaN is in no maximum; but it is in every sum."""
+    """The larger of the two. A NaN is left out here, and gets into the sum of exponentials."""
     return maximum(so_far, z)
 
 
@@ -48,7 +48,10 @@ def add_exp(so_far: Any, z: Any, shift: Any) -> Any:
 
 @cuda.jit(device=True, forceinline=True)
 def rescaled(row_sum: Any, row_max: Any, shift: Any) -> Any:
-    """A sum with the shift of row_max, as one with another shift. The former must be the very number that was subtracted."""
+    """A sum that was made with the shift of row_max, turned into one with another shift.
+
+    `multiply` must give that first shift bit by bit, or the sum would change by the difference.
+    """
     return multiply(row_sum, exp2(multiply(row_max, LOG2E) - shift))
 
 
