@@ -4,18 +4,20 @@ A backend gives each token's log-sum-exp and target logit. The loss of the token
 
     loss = nll_weight * (lse - target_logit) + smooth_weight * (mean_class_weight * lse - mean_logit) + z_weight * lse**2
 
-where lse is max_logit + log_sum, which are kept apart (`backend.Statistics`): what is subtracted is as large as their sum.
+    nll_weight         token weight * class weight of the target * (1 - label_smoothing)
+    smooth_weight      token weight * label_smoothing
+    z_weight           token weight * z_loss
+    mean_class_weight  the mean of the class weights over the vocabulary
+    mean_logit         the mean of class weight times logit over the vocabulary
+    lse                max_logit + log_sum (`backend.Statistics`), two numbers that are kept apart
 
+What is subtracted from lse is subtracted from max_logit, and log_sum is added afterwards. For lse is as large as the logits
+are, and would have lost the digits of a small loss. Label smoothing is that of `torch.nn.functional.cross_entropy`.
 
-    nll_weight     token weight * class weight of the target * (1 - label_smoothing)
-    smooth_weight  token weight * label_smoothing
-    z_weight       token weight * z_loss
-
-with means over the vocabulary: that of the class weights, and that of class weight times logit. Label smoothing is that of
-`torch.nn.functional.cross_entropy`. So each token's gradient with respect to its logits is a multiple of the softmax, less a
-multiple of the one-hot target, less a multiple of the class weights (`backend.Weights`). The last part is not small anywhere,
-so no filter could leave it out. Without a softcap it is of rank one, a factor per token times a factor per entry, and known
-without any logit (`Weights.outer`): backends add it to what they compute.
+So each token's gradient with respect to its logits is a multiple of the softmax, less a multiple of the one-hot target, less a
+multiple of the class weights (`backend.Weights`). The last part is not small anywhere, so no filter could leave it out. Without
+a softcap it is of rank one, a factor per token times a factor per entry, and known without any logit (`Weights.outer`): backends
+add it to what they compute.
 
 `terms_of` says which of two classes a problem's loss is: `Nll`, the negative log-likelihood alone, or `Terms`, all of the
 above. Both have `per_token`, `reduced` and `gradient_weights`.

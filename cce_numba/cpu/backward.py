@@ -14,6 +14,7 @@ from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, threads
 from cce_numba.cpu.elements import add_rows, gradient_block
 from cce_numba.cpu.tiles import CpuTiles
+from cce_numba.integers import ceil_div
 from cce_numba.progress import advance
 from cce_numba.terms import outer_product
 
@@ -36,7 +37,7 @@ def backward(
     else:
         sweeps = [(first, last, into.e, None, None) for first, last in ranges(len(tokens), tiles.dE_group)]
         sweeps += [(0, len(tokens), None, into.c, into.bias)]
-    steps = -(-p.V // tiles.block_v)
+    steps = ceil_div(p.V, tiles.block_v)
     for done, (first, last, *gradients) in enumerate(sweeps):
         for step in _sweep(p, tiles, statistics, weights, adds, first, last, *gradients):
             advance("backward", done * steps + step, len(sweeps) * steps)
@@ -130,7 +131,7 @@ def _finish(gradient: Any, tokens: Any, total: Any, adds: bool) -> None:
 
 def _kept_columns(statistics: Statistics, position: int, v0: int, v1: int) -> Any:
     """Survivors of [v0, v1), counted from v0, in the block of the counting token at `position`; None means all."""
-    bits = statistics.survivors[position // statistics.survivor_block, v0 // 8 : -(-v1 // 8)]
+    bits = statistics.survivors[position // statistics.survivor_block, v0 // 8 : ceil_div(v1, 8)]
     kept = np.flatnonzero(np.unpackbits(bits, count=v1 - v0, bitorder="little"))
     return None if len(kept) == v1 - v0 else kept
 

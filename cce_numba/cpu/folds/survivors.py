@@ -20,7 +20,8 @@ from cce_numba.cpu.elements import rounded
 from cce_numba.cpu.folds.fold import Given, Tile
 from cce_numba.cpu.folds.max_sum import State as MaxSumState
 from cce_numba.integers import ceil_div
-from cce_numba.survivors import RELATIVE_SLACK
+
+_threshold = njit(nogil=True)(rule.make_threshold(np.float64))
 
 
 class State(NamedTuple):
@@ -86,4 +87,4 @@ def _flag_columns(z: Any, largest: Any, total: Any, target_logit: Any, log_eps: 
             shift = 0.0 if largest[n] == -np.inf else largest[n]
             if math.log(total[n]) + shift > bound:
                 bound = np.float64(math.log(total[n]) + shift)
-        _flag(z[n], rounded(bound - RELATIVE_SLACK * abs(bound) + log_eps, z), flags)
+        _flag(z[n], rounded(_threshold(bound, log_eps), z), flags)
