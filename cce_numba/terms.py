@@ -15,9 +15,9 @@ What is subtracted from lse is subtracted from max_logit, and log_sum is added a
 are, and would have lost the digits of a small loss. Label smoothing is that of `torch.nn.functional.cross_entropy`.
 
 So each token's gradient with respect to its logits is a multiple of the softmax, less a multiple of the one-hot target, less a
-multiple of the class weights (`backend.Weights`). The last part is not small anywhere, so no filter could leave it out. Without
-a softcap it is of rank one, a factor per token times a factor per entry, and known without any logit (`Weights.outer`): backends
-add it to what they compute.
+multiple of the class weights (`backend.Weights`). The last part is not small anywhere, so no filter could leave it out.
+Without a softcap it is of rank one, a factor per token times a factor per entry, and known without any logit
+(`Weights.outer`): backends add it to what they compute.
 
 `terms_of` says which of two classes a problem's loss is: `Nll`, the negative log-likelihood alone, or `Terms`, all of the
 above. Both have `per_token`, `reduced` and `gradient_weights`.
