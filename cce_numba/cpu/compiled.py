@@ -48,7 +48,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return decorate
 
 
-class _Kept(caching.NullCache):  # type: ignore[misc]
+class _Kept(caching.NullCache):
     """What a dispatcher asks before it compiles, and tells when it has."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
