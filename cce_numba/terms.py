@@ -167,8 +167,9 @@ class Terms:
             smooth_weight = times(self.smooth_weight, d_loss)
             softmax_weight = softmax_weight + smooth_weight * self._mean_class_weight
         if self.z_weight is not None:
-            # A lost token's gradient is NaN by its log-sum-exp. Its weight stays finite, so that weights can be scaled.
-            lse = p.xp.nan_to_num(self.statistics.lse, nan=0.0, posinf=0.0, neginf=0.0)
+            # A lost token's gradient is NaN by its log-sum-exp. Its weight stays finite, so that weights can be scaled, and is
+            # not 0, with which the token would take no part.
+            lse = p.xp.nan_to_num(self.statistics.lse, nan=1.0, posinf=1.0, neginf=1.0)
             softmax_weight = softmax_weight + times(self.z_weight, d_loss) * (lse + lse)
         return Weights(softmax_weight, target_weight), smooth_weight
 
@@ -207,7 +208,10 @@ class Terms:
         total = xp.zeros(p.D, np.float64)
         weights = xp.ones(p.V, p.compute_dtype) if p.class_weights is None else p.class_weights
         for v0, v1 in _pieces(p, p.V):
-            total += weights[v0:v1] @ p.c[v0:v1].astype(p.compute_dtype, copy=False)
+            weight, c = weights[v0:v1], p.c[v0:v1].astype(p.compute_dtype, copy=False)
+            if p.class_weights is not None:  # zero times an inf would be NaN
+                c = xp.where((weight == 0)[:, None], xp.zeros((), c.dtype), c)
+            total += weight @ c
         no_bias = xp.zeros((), p.compute_dtype)
         mean_bias = no_bias if p.bias is None else _mean(p, times(weights, p.bias.astype(p.compute_dtype, copy=False)))
         return (total / p.V).astype(p.compute_dtype), mean_bias

@@ -11,8 +11,9 @@ import numpy as np
 
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
-from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, threads
+from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows
 from cce_numba.cpu.elements import add_rows, gradient_block
+from cce_numba.cpu.threads import for_each
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.integers import ceil_div
 from cce_numba.progress import advance
@@ -175,5 +176,5 @@ def _gradient_of_logits(
         some = slice(*span)
         gradient_block(z[some], *(x[some] for x in per_token), of_class, inverse_softcap)
 
-    list(threads().map(fill, ranges(len(tokens), _ROWS_OF_A_THREAD)))
+    for_each(fill, ranges(len(tokens), _ROWS_OF_A_THREAD))
     return z

@@ -10,8 +10,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
+
+from cce_numba.cpu.compiled import compiled
 
 _LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts, the first exact in few bits, so that x - n ln 2 loses nothing (Cody and Waite's reduction).
@@ -22,7 +24,7 @@ _COEFFICIENTS = tuple(np.float32(1 / math.factorial(k)) for k in range(8))
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-@njit(cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def exp_float32(x: Any) -> Any:
     """exp of a float32 <= 88, to 2 units in the last place; 0 below -87; NaN stays NaN. Unlike libm's, it vectorises."""
     clamped = _SMALLEST if x < _SMALLEST else x
@@ -37,11 +39,13 @@ def exp_float32(x: Any) -> Any:
 
 
 def exp(x):  # type: ignore[no-untyped-def]  # Numba compares the parameters of these pairs, annotations included
-    """In compiled functions: the vectorised exp for float32, libm's for float64."""
+    """In compiled functions: the vectorised exp for float32, libm's for float64. In plain Python: NumPy's."""
+    return np.exp(x)
 
 
 def rounded(x, z):  # type: ignore[no-untyped-def]
-    """In compiled functions: x in the dtype of the array z."""
+    """x in the dtype of the array z."""
+    return z.dtype.type(x)
 
 
 @overload(exp)
@@ -57,7 +61,7 @@ def _rounded_by_dtype(x, z):  # type: ignore[no-untyped-def]
     return lambda x, z: dtype(x)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def gradient_block(
     z: Any,
     max_logit: Any,
@@ -97,7 +101,7 @@ def gradient_block(
             row[column] -= target_weight[n] * (_ONE - tanh * tanh)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def add_rows(destination: Any, rows: Any, source: Any) -> None:
     """destination[rows[k], d] += source[k, d], rows distinct; one pass over memory."""
     for k in range(rows.shape[0]):

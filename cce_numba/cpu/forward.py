@@ -10,8 +10,9 @@ from cce_numba import logit
 from cce_numba.arguments import Problem
 from cce_numba.backend import Statistics
 from cce_numba.cpu import folds as folds_
-from cce_numba.cpu.blocks import finish_logits, ranges, rows, threads
+from cce_numba.cpu.blocks import finish_logits, ranges, rows
 from cce_numba.cpu.folds.fold import Given, Tile
+from cce_numba.cpu.threads import for_each
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.integers import ceil_div
 from cce_numba.progress import advance
@@ -64,7 +65,7 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
                 for fold, state in zip(folds, states, strict=True):
                     fold.step(state, states[0], tile)
 
-            list(threads().map(fold_rows, ranges(n1 - n0, tiles.survivor_block)))
+            for_each(fold_rows, ranges(n1 - n0, tiles.survivor_block))
             advance("forward", n_block * v_blocks + v_block + 1, n_blocks * v_blocks)
 
     results: dict[str, Any] = {}

@@ -12,10 +12,10 @@ import math
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from cce_numba import folds
 from cce_numba import survivors as rule
+from cce_numba.cpu.compiled import compiled
 from cce_numba.cpu.elements import rounded
 from cce_numba.cpu.folds.fold import Given, Tile
 from cce_numba.cpu.folds.max_sum import State as MaxSumState
@@ -71,14 +71,14 @@ class Survivors:
         return {"survivors": None if share > rule.DENSE_SHARE * len(bits) * p.V else bits}
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _flag(row: Any, threshold: Any, flags: Any) -> None:
     """Flags what is not below the threshold; NaN is not below anything."""
     for v in range(row.shape[0]):
         flags[v] |= not (row[v] < threshold)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _flag_columns(z: Any, largest: Any, total: Any, target_logit: Any, log_eps: float, flags: Any) -> None:
     """Flags, in flags (v,) bool, the columns of logits z (n, v) that some row does not drop; the other arrays are (n,)."""
     for n in range(z.shape[0]):
