@@ -12,6 +12,7 @@ import math
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from numba import njit
 
 from cce_numba import folds
 from cce_numba import survivors as rule
