@@ -178,9 +178,9 @@ print(f"loads of an element of e: {seen.reuse('e'):.0f}; reads of a staged one: 
 # %% [markdown]
 # ## Why two barriers
 #
-# Take the first one away. Threads then begin to multiply while others are still fetching. In the simulator, and on a GPU, the
-# result may even be right, by luck. The recorder does not need luck: it knows that, with no barrier in between, one thread
-# wrote an element and another read it. Such a **race** is drawn in red.
+# Take the first one away. Threads then begin to multiply while others are still fetching. On a GPU the result may even be
+# right, by luck. The recorder does not need luck: it knows that, with no barrier in between, one thread wrote an element and
+# another read it. Such a **race** is drawn in red.
 
 # %%
 one_barrier = step_through(edited(tiled_kernel, "cuda.syncthreads()  # all of the slice is there", "pass"))
