@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -132,6 +132,12 @@ class Problem(_Sized):
         """`numpy` or `cupy`."""
         return interchange.array_module(self.e)
 
+    def with_own_small_arrays(self) -> Problem:
+        """The same with copies of all arrays but e and c, which the caller may then change."""
+        small = ("targets", "bias", "logit_scale", "class_weights", "token_weights")
+        given = {name: array for name in small if (array := getattr(self, name)) is not None}
+        return replace(self, **{name: array.copy() for name, array in given.items()})
+
     def per_token(self, flat: Any) -> Any:
         """(N,) as the caller sees it: the shape of `targets[..., shift:]`."""
         batch = flat.reshape(self.token_shape)
@@ -156,29 +162,24 @@ def problem(
     (6, 5, 4, [0, 0, -100, 0, 0, -100])
     """
     native_e, native_c = interchange.take("e", e), interchange.take("c", c)
+    kind = kind or interchange.kind_of(e, native_e)
     dtype = np.dtype(native_e.dtype)
     if dtype not in DTYPES:
         raise TypeError(f"e: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     checked = Options.of(dtype, given, only)
-    _check_classifier(native_c, dtype)
-    if native_e.ndim < 1:
-        raise ValueError("e: must have shape (..., D), got a 0-d array")
-    if native_e.shape[-1] != native_c.shape[1]:
-        hint = "; c looks transposed, pass c.T" if native_e.shape[-1] == native_c.shape[0] else ""
-        raise ValueError(
-            f"e: last dimension must be the hidden size D = {native_c.shape[1]} of c {native_c.shape}, "
-            f"got {native_e.shape}{hint}"
-        )
-    _check_same_device("c", native_c, native_e)
+    _check_classifier(native_c, native_e)
+    native_targets = None if targets is NO_TARGETS else interchange.take("targets", targets)
+    devices = {"e": interchange.device_of(native_e), "c": interchange.device_of(native_c)}
+    check_devices(devices if native_targets is None else devices | {"targets": interchange.device_of(native_targets)})
     token_shape = tuple(native_e.shape[:-1])
-    if checked.shift and not token_shape:
-        raise ValueError(f"shift: needs a token axis to shift along, but e has shape {native_e.shape}; shift must be 0")
+    if checked.shift:
+        check_shift(checked.shift, tuple(native_e.shape))
     bias, look, class_weights = given.get("bias"), given.get("check_targets"), given.get("class_weights")
     token_weights = given.get("token_weights")
     p = Problem(
         e=native_e.reshape(math.prod(token_shape), native_e.shape[-1]),
         c=native_c,
-        targets=None if targets is NO_TARGETS else _targets(targets, native_e, checked),
+        targets=None if native_targets is None else _targets(native_targets, native_e, native_c, checked, kind),
         bias=None if bias is None else _bias(bias, native_e, native_c),
         logit_scale=_logit_scale(given.get("logit_scale"), native_e),
         class_weights=None if class_weights is None else _class_weights(class_weights, native_e, native_c),
@@ -186,7 +187,7 @@ def problem(
         options=checked,
         e_shape=tuple(native_e.shape),
         token_shape=token_shape,
-        kind=kind or interchange.kind_of(e, native_e),
+        kind=kind,
     )
     if p.targets is not None and (look or (look is None and not p.on_device)):  # on a device, looking would wait for it
         _check_range_of_targets(p)
@@ -234,27 +235,72 @@ def wanted(wrt: Any, p: Problem) -> frozenset[str]:
     return frozenset(names)
 
 
-def _check_classifier(c: Any, dtype: np.dtype) -> None:
-    if np.dtype(c.dtype) != dtype:
-        raise TypeError(f"c: dtype must be that of e, {dtype}, got {c.dtype}; cast one of them, for example c.astype(e.dtype)")
+def check_devices(devices: Mapping[str, Any]) -> None:
+    """Raises ValueError unless arguments, e first, are on one device; where e alone is on another one, it is e that is named.
+
+    >>> check_devices({"e": "cpu", "c": "cuda:0", "targets": "cuda:0"})
+    Traceback (most recent call last):
+    ValueError: e: must be on the device of c and targets, cuda:0, got an array on cpu
+    """
+    on_e, *others = devices.values()
+    if others and len(others) > 1 and all(device == others[0] != on_e for device in others):
+        raise ValueError(f"e: must be on the device of {' and '.join([*devices][1:])}, {others[0]}, got an array on {on_e}")
+    for name, device in devices.items():
+        if device != on_e:
+            raise ValueError(f"{name}: must be on the device of e, {on_e}, got an array on {device}")
+
+
+def check_shift(shift: int, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless the shift leaves a token to each sequence of e, which is of this shape."""
+    if len(shape) < 2:
+        raise ValueError(f"shift: needs a token axis to shift along, but e has shape {shape}; shift must be 0")
+    if shift >= shape[-2]:
+        raise ValueError(
+            f"shift: must be less than the number of tokens of a sequence, {shape[-2]} of e {shape}, got {shift}: it would "
+            "leave none; leave such a batch out"
+        )
+
+
+def _check_classifier(c: Any, e: Any) -> None:
+    """Its dtype and shape, which are often those of another argument."""
+    if np.dtype(c.dtype) != e.dtype:
+        hint = "cast one of them, for example c.astype(e.dtype)"
+        if c.dtype.kind in "iub":
+            hint = "quantized weights must be made floating-point first, and targets come third"
+        raise TypeError(f"c: dtype must be that of e, {e.dtype}, got {c.dtype}; {hint}")
     if c.ndim != 2:
-        raise ValueError(f"c: must have shape (V, D), got shape {c.shape}")
+        hint = "; e and c look exchanged: the embeddings come first" if c.ndim > 2 and e.ndim == 2 else ""
+        raise ValueError(f"c: must have shape (V, D), got shape {c.shape}{hint}")
     if c.shape[0] < 1 or c.shape[1] < 1:
         raise ValueError(f"c: must have V >= 1 and D >= 1, got shape {c.shape}")
+    if e.ndim < 1:
+        raise ValueError("e: must have shape (..., D), got a 0-d array")
+    if e.shape[-1] != c.shape[1]:
+        hint = ""
+        if e.shape[-1] == c.shape[0]:
+            hint = "; c looks transposed, pass c.T (or e are logits: pass the embeddings that they are made of)"
+        raise ValueError(f"e: last dimension must be the hidden size D = {c.shape[1]} of c {c.shape}, got {e.shape}{hint}")
 
 
 def _check_same_device(name: str, array: Any, e: Any) -> None:
-    if (device := interchange.device_of(array)) != (e_device := interchange.device_of(e)):
-        raise ValueError(f"{name}: must be on the device of e, {e_device}, got an array on {device}")
+    check_devices({"e": interchange.device_of(e), name: interchange.device_of(array)})
 
 
-def _targets(targets: Any, e: Any, checked: Options) -> Any:
-    native = interchange.take("targets", targets)
+def _targets(native: Any, e: Any, c: Any, checked: Options, kind: Kind) -> Any:
     if native.dtype.kind not in "iu":
-        raise TypeError(f"targets: must be integers, got dtype {native.dtype}")
+        cast = "targets.long()" if kind.library == "torch" else "targets.astype(int)"
+        way = f"; if they are whole numbers, pass {cast}"
+        if native.shape == (*e.shape[:-1], len(c)):
+            way = "; of one-hot rows pass targets.argmax(-1); probabilities cannot be targets here"
+        raise TypeError(f"targets: must be integers, the ids of entries, got dtype {native.dtype}{way}")
     if native.shape != e.shape[:-1]:
-        raise ValueError(f"targets: must have the shape of e without its last dimension, {e.shape[:-1]}, got {native.shape}")
-    _check_same_device("targets", native, e)
+        hint = ""
+        if native.shape == (*e.shape[:-1], len(c)):
+            hint = "; of one-hot rows pass targets.argmax(-1)"
+        elif native.shape == c.shape[:-1]:
+            hint = "; e and c look exchanged: the embeddings come first, then the classifier (V, D)"
+        expected = tuple(e.shape[:-1])
+        raise ValueError(f"targets: must have the shape of e without its last dimension, {expected}, got {native.shape}{hint}")
     if native.dtype == np.uint64:
         native = native.clip(max=2**63 - 1)  # so that the cast cannot turn a target out of range into an ignored one
     return _flat(_shifted(native.astype(np.int64, copy=False), checked, checked.ignore_index))

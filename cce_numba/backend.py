@@ -115,11 +115,16 @@ class Weights:
         softmax: weight of the softmax.
         target: weight of the one-hot target.
         uniform: weight of the class weights; None unless `Options.smooths_capped`, and then nothing is filtered.
+        outer: what the gradients have beside what G gives them; None, or for each gradient that is wanted a pair (column, row)
+            of the compute dtype, whose outer product column[i] * row[j] is added to element (i, j); column None is of ones.
+            It reaches every element, so a backend adds it before it rounds, where it can, and else begins with
+            `terms.write_outer`.
     """
 
     softmax: Any
     target: Any
     uniform: Any = None  # or an array
+    outer: Gradients | None = None  # of pairs
 
     def taking_part(self, tokens: Any) -> Any:
         """Those of the `tokens` (integers) with a weight that is not 0."""
@@ -185,7 +190,7 @@ class Backend(Protocol):
         into: e (N, D), c (V, D), bias (V,), None where not wanted; each of its input's dtype or the compute dtype, and strided,
             on a device with contiguous rows.
         adds: whether gradients are added to what is in the arrays; the sum is of the compute dtype, and rounded at its end
-            alone. It is what the caller asked for, and also True where the driver has written a part of the gradients already.
+            alone.
 
         Who writes zeros: without `adds`, `into.e` is all zeros when it comes, since only the device may know which tokens take
         part; a backend writes (or adds to) the rows of those that do, and leaves the others. `into.c` and `into.bias` may hold

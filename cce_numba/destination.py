@@ -48,8 +48,8 @@ class Destination:
                 flat[name] = _checked(name, array, p)
             elif accumulate and name in wanted:
                 raise ValueError(
-                    f"out.{name}: must be the array to add to, since accumulate=True, got None; pass one, or leave {name!r} "
-                    "out of wrt"
+                    f"out.{name}: must be the array to add to, since accumulate=True, got None; pass one, of zeros like {name} "
+                    f"if there is none yet (as a tensor's .grad is None at first), or leave {name!r} out of wrt"
                 )
         _check_overlap(flat, p)
         return Destination(wanted, out, Gradients(**flat), accumulate)

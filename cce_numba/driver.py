@@ -39,6 +39,7 @@ def prepared(
     *,
     kind: Kind | None = None,
     backend: str | None = None,
+    plan: Plan | None = None,
 ) -> Iterator[tuple[Problem, Plan]]:
     """The checked problem and its plan; inside, the device and the stream that the caller's arrays are on are current.
 
@@ -48,6 +49,7 @@ def prepared(
         only: the options that mean something to the function that was called.
         kind: how to give results back; that of `e`, if left out.
         backend: the one to take if `given` names none; None chooses.
+        plan: that of the same arguments, if it was made before.
 
     Raises TypeError, ValueError and BackendUnavailable, as `linear_cross_entropy` says.
     """
@@ -56,8 +58,10 @@ def prepared(
         kind = interchange.kind_of(e, native_e)
     with kind.current():
         problem = arguments.problem(native_e, c, targets, given, only, kind)
-        forced = given.get("backend")
-        yield problem, planning.choose(problem, backend if forced is None else forced)
+        if plan is None:
+            forced = given.get("backend")
+            plan = planning.choose(problem, backend if forced is None else forced)
+        yield problem, plan
 
 
 def forward(problem: Problem, plan: Plan, wrt: Collection[str] = ()) -> ForwardPass:
@@ -133,8 +137,7 @@ class ForwardPass:
                 weights = replace(weights, uniform=from_mean_logit / p.compute_dtype.type(p.V))
             else:
                 assert isinstance(self.terms, Terms), "no other loss has a mean logit"
-                self.terms.write_uniform(from_mean_logit, into, adds)
-                adds = True
+                weights = replace(weights, outer=self.terms.outer_products(from_mean_logit, destination.wanted))
         if not adds:
             _zero(into.e)
         if p.N:

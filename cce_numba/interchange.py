@@ -26,6 +26,8 @@ TORCH_DTYPES = {
     for x in ("float16", "float32", "float64", "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 }
 TORCH_DTYPES["torch.bfloat16"] = BFLOAT16
+# In NumPy's array interface, which does not know bfloat16: that goes by its bits.
+_TYPE_STRINGS = {dtype: "<i2" if dtype is BFLOAT16 else dtype.str for dtype in TORCH_DTYPES.values()}
 _DLPACK_HOST = (1, 3)  # kDLCPU, kDLCUDAHost
 _DLPACK_CUDA = (2, 13)  # kDLCUDA, kDLCUDAManaged
 
@@ -78,14 +80,14 @@ def take(name: str, array: Any) -> Any:
     (2, 3)
     """
     library = library_of(array)
+    if library == "torch":
+        return _take_torch(name, array)
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name}: masked arrays are not supported (the mask would be ignored); pass a plain array")
     if isinstance(array, np.ndarray | np.generic):
         return np.asarray(array)
     if library == "cupy":
         return array
-    if library == "torch":
-        return _take_torch(name, array)
     if hasattr(array, "__cuda_array_interface__"):
         return _take_cuda_array_interface(_cupy_for(name, array), array)
     if hasattr(array, "__dlpack_device__"):
@@ -125,8 +127,34 @@ def take_writable(name: str, array: Any) -> Any:
     return native
 
 
+class _TensorMemory:
+    """The memory of a PyTorch tensor on the CPU, which it keeps, by NumPy's array interface."""
+
+    __slots__ = ("__array_interface__", "_tensor")
+
+    def __init__(self, tensor: Any, dtype: np.dtype) -> None:
+        self._tensor = tensor
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": tensor.shape,
+            "typestr": _TYPE_STRINGS[dtype],
+            "strides": None if tensor.is_contiguous() else tuple(step * dtype.itemsize for step in tensor.stride()),
+            "data": (tensor.data_ptr(), False),
+        }
+
+
+def of_cpu_tensor(tensor: Any) -> Any:
+    """The NumPy array in the memory of a PyTorch tensor on the CPU, which it keeps; unlike `take`, whoever may record it.
+
+    After `tensor.numpy()` PyTorch never resizes the tensor's storage again, but FSDP frees and refills those of parameters.
+    """
+    dtype = TORCH_DTYPES[str(tensor.dtype)]
+    array = np.asarray(_TensorMemory(tensor, dtype))
+    return array.view(BFLOAT16) if dtype is BFLOAT16 else array
+
+
 def of_cuda_tensor(tensor: Any) -> Any:
-    """The CuPy array that shares, and keeps, the memory of a PyTorch tensor on CUDA; unlike `take`, of any such tensor."""
+    """The CuPy array in the memory of a PyTorch tensor on CUDA, which it keeps; unlike `take`, whoever may record it."""
     cupy, device = gpu.cupy(), tensor.get_device()
     if (dtype := TORCH_DTYPES.get(str(tensor.dtype))) is None:
         with cupy.cuda.Device(device), _torch_stream(device):
@@ -239,22 +267,63 @@ def _take_cuda_array_interface(cupy: Any, array: Any) -> Any:
 
 def _take_torch(name: str, tensor: Any) -> Any:
     torch = sys.modules["torch"]
+    if not isinstance(tensor, torch.Tensor):
+        kind = type(tensor)
+        way = way_to_tensor_of_module(name, tensor) if isinstance(tensor, torch.nn.Module) else ""
+        raise TypeError(f"{name}: must be an array or a tensor, got {kind.__module__}.{kind.__qualname__}{way}")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise TypeError(
             f"{name}: requires grad, and these functions are not recorded by autograd; pass {name}.detach() and use the "
-            "returned gradients, or call them under torch.no_grad()"
+            "returned gradients, call them under torch.no_grad(), or take cce_numba.torch, whose loss is recorded"
         )
     if tensor.layout is not torch.strided or tensor.is_neg():  # its memory does not hold its elements one by one, as they are
         what = "a view that negates another's elements" if tensor.layout is torch.strided else f"layout {tensor.layout}"
         raise TypeError(f"{name}: must be a strided tensor whose memory holds its values, got {what}")
-    tensor = tensor.detach()
-    if tensor.is_cuda:
+    on_cuda = tensor.is_cuda
+    if not (on_cuda or tensor.is_cpu):
+        raise TypeError(f"{name}: must be on the CPU or an NVIDIA GPU, got a tensor on {tensor.device}")
+    if str(tensor.dtype) not in TORCH_DTYPES:
+        raise TypeError(f"{name}: must be real numbers of a dtype that NumPy has too, or bfloat16, got {tensor.dtype}")
+    if tensor.untyped_storage().nbytes() == 0 and tensor.numel():
+        raise ValueError(
+            f"{name}: its memory was freed; of a parameter that FSDP shards there is memory only inside the forward and the "
+            "backward of its module, so call the loss there"
+        )
+    if tensor.requires_grad:
+        tensor = tensor.detach()  # else the array would keep what autograd has recorded
+    if on_cuda:
         _cupy_for(name, tensor)
         return of_cuda_tensor(tensor)
-    if not tensor.is_cpu:
-        raise TypeError(f"{name}: must be on the CPU or an NVIDIA GPU, got a tensor on {tensor.device}")
-    # bfloat16 by its bits: all versions do
-    return tensor.view(torch.int16).numpy().view(BFLOAT16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return of_cpu_tensor(tensor)
+
+
+def way_to_tensor_of_module(name: str, module: Any) -> str:
+    """What a message says of a module of PyTorch in a tensor's place: which of its tensors to pass."""
+    tensor = "bias" if name == "bias" else "weight"
+    if getattr(module, tensor, None) is None:
+        return "; pass the tensor that it has"
+    with_bias = tensor == "weight" and getattr(module, "bias", None) is not None
+    return f"; pass its tensor, {name}.{tensor}" + (f", and bias={name}.bias" if with_bias else "")
+
+
+class ReadAgain:
+    """An array of the caller's that is read once more later, and must not have changed by then: PyTorch tells for a tensor."""
+
+    def __init__(self, name: str, array: Any) -> None:
+        self._name, self._tensor = name, array if library_of(array) == "torch" else None
+        self._seen = self._state()
+
+    def check(self) -> None:
+        """Raises ValueError, naming the argument, if it was changed in place, or its memory moved or freed."""
+        if self._state() != self._seen:
+            raise ValueError(
+                f"{self._name}: was changed in place, or its memory was freed, after forward read it, and backward reads it "
+                "again; pass a copy to forward, or change it after the last backward"
+            )
+
+    def _state(self) -> Any:
+        tensor = self._tensor
+        return None if tensor is None else (tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
 
 
 def _export_torch(native: Any) -> Any:

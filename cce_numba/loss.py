@@ -15,6 +15,7 @@ from cce_numba.backend import Gradients, Statistics
 from cce_numba.destination import Destination
 from cce_numba.driver import ForwardPass
 from cce_numba.integers import ceil_div
+from cce_numba.interchange import ReadAgain
 from cce_numba.options import LossOptions, flag
 from cce_numba.plan import Plan
 from cce_numba.terms import Nll, Terms
@@ -42,6 +43,7 @@ class Result:
     _problem: Problem
     _statistics: Statistics
     _terms: Nll | Terms
+    _read_again: tuple[ReadAgain, ReadAgain]
 
     @functools.cached_property
     def nll(self) -> Any:
@@ -91,7 +93,7 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
     Args:
         e: (..., D) embeddings: float16, bfloat16 (`ml_dtypes.bfloat16`), float32 or float64; NumPy, CuPy, or anything
             with `__cuda_array_interface__` or DLPack. Strides are welcome.
-        c: (V, D) classifier, of e's dtype, on e's device.
+        c: (V, D) classifier, of e's dtype, on e's device. If N == V nothing tells it from e, which comes first here.
         targets: (...) integers in [0, V), or `ignore_index`.
         return_lse: return `(loss, lse)`.
         bias: (V,) added to the logits; of e's dtype or float32.
@@ -100,7 +102,7 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         logit_scale: multiplies the logits, after the bias, before the softcap: 1 / temperature. A positive number, or an array
             of e's shape without its last dimension, one for each token of `e`; an element that is not positive and finite
             may make its token's loss and gradient NaN, and no other's.
-        label_smoothing: in [0, 1), this part of the target's probability is spread over all V entries. It is never filtered:
+        label_smoothing: in [0, 1], this part of the target's probability is spread over all V entries. It is never filtered:
             without a softcap it is computed apart, with one rounding more of 16-bit gradients; with one, all gradients are
             exact, as with `filter_eps=None`.
         z_loss: >= 0, adds `z_loss * lse**2` to each token's loss; class weights do not multiply it.
@@ -189,13 +191,15 @@ def linear_cross_entropy_with_grad(
 def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Result:
     """The loss with its parts, ready for `backward`; arguments and errors are those of `linear_cross_entropy`.
 
-    The result keeps `e`, `c`, `bias`, `logit_scale` and `class_weights` (not copies): they must not change before `backward`.
+    The result keeps `e` and `c` themselves, which must not change before the last `backward`, since that reads them again (of
+    PyTorch's tensors a change is noticed), and copies of all other arrays, the targets among them, which may.
 
     >>> result = forward(np.zeros((2, 4)), np.ones((8, 4)), np.array([1, -100]))
     >>> result.nll.round(4), int(result.n_valid)
     (array([2.0794, 0.    ]), 1)
     """
     with driver.prepared(e, c, targets, options) as (problem, plan):
+        problem = problem.with_own_small_arrays()
         done = driver.forward(problem, plan, GRADIENTS)
         statistics = done.statistics
         return Result(
@@ -207,6 +211,7 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
             _problem=problem,
             _statistics=statistics,
             _terms=done.terms,
+            _read_again=(ReadAgain("e", e), ReadAgain("c", c)),
         )
 
 
@@ -229,7 +234,8 @@ def backward(
         out: arrays to write gradients to, as in `linear_cross_entropy_with_grad`.
         accumulate: add to what `out` holds.
 
-    Raises TypeError or ValueError, naming the argument, if an upstream gradient or an array of `out` does not fit.
+    Raises TypeError or ValueError, naming the argument, if an upstream gradient or an array of `out` does not fit, or if e or c
+    is a tensor of PyTorch that was changed in place after `forward`.
 
     >>> result = forward(np.zeros((1, 2)), np.eye(2), np.array([0]), reduction="sum")
     >>> backward(result, d_loss=10.0).e
@@ -239,6 +245,8 @@ def backward(
         raise TypeError(f"result: must be what forward returned, got {type(result).__qualname__}")
     problem = result._problem
     gradients = arguments.wanted(wrt, problem)
+    for array in result._read_again:
+        array.check()
     with problem.kind.current():
         destination = Destination.of(out, accumulate, gradients, problem)
         done = ForwardPass(problem, result.plan, result._statistics, result._terms)

@@ -21,7 +21,27 @@ import numpy as np
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 
-_ELSEWHERE = {"weight": ["class_weights"], "temperature": ["logit_scale"]}  # what other functions call them
+# What other functions call our options (those of PyTorch, Liger, transformers, ...), and what there is to say of ours.
+_ELSEWHERE = {
+    "weight": ("class_weights", " (one weight for each entry; the classifier is c)"),
+    "ce_weight": ("class_weights", ""),
+    "temperature": ("logit_scale", " (which is 1 / temperature)"),
+    "lse_square_scale": ("z_loss", ""),
+    "z_loss_weight": ("z_loss", ""),
+    "z_loss_multiplier": ("z_loss", ""),
+    "return_z_loss": ("return_lse", " (of which cce_numba.torch.compute_z_loss makes it)"),
+    "final_logit_softcapping": ("softcap", ""),
+    "logit_softcap": ("softcap", ""),
+    "label_smoothing_factor": ("label_smoothing", ""),
+    "loss_mask": ("token_weights", ""),
+    "use_token_scaling": ("token_weights", ""),
+    "num_items_in_batch": ("reduction", "='sum' (and divide the loss by it)"),
+    "size_average": ("reduction", ""),
+    "reduce": ("reduction", ""),
+    "accum_dtype": ("accum_c_fp32", " (and 'accum_e_fp32')"),
+}
+_IMMUTABLE = (bool, int, float, str, type(None))
+_ARRAYS = ("bias", "logit_scale", "class_weights", "token_weights")  # options that `Options` knows nothing of
 
 
 class LossOptions(TypedDict, total=False):
@@ -115,16 +135,15 @@ class Options:
         >>> Options.of(np.dtype(np.float32), {"shift": True}).shift
         1
         """
-        if not given:
-            return _defaults(dtype)
         for name in given:
             if name not in DEFAULTS:
-                close = _ELSEWHERE.get(name) or difflib.get_close_matches(name, DEFAULTS, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else f"; options are {', '.join(DEFAULTS)}"
-                raise TypeError(f"{name}: is not an option{hint}")
+                raise unknown(name)
             if name not in only:
                 raise TypeError(f"{name}: means nothing here; this function takes {', '.join(only)}")
-        return _checked(dtype, DEFAULTS | dict(given))
+        values = {name: value for name, value in given.items() if name not in _ARRAYS}
+        if all(type(value) in _IMMUTABLE for value in values.values()):
+            return _checked_once(dtype, **values)
+        return _checked(dtype, DEFAULTS | values)
 
     @staticmethod
     def unchecked(dtype: np.dtype, values: Mapping[str, Any]) -> Options:
@@ -182,9 +201,24 @@ def compute_dtype_of(dtype: np.dtype) -> np.dtype:
 _FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
-@functools.cache
-def _defaults(dtype: np.dtype) -> Options:
-    return _checked(dtype, DEFAULTS)
+def unknown(name: str, options: Iterable[str] = DEFAULTS) -> TypeError:
+    """The error for an option that does not exist, which names the likely one of `options`.
+
+    >>> unknown("temperature")
+    TypeError("temperature: is not an option; did you mean 'logit_scale' (which is 1 / temperature)?")
+    """
+    ours, note = _ELSEWHERE.get(name, ("", ""))
+    if ours not in options:
+        ours, note = next(iter(difflib.get_close_matches(name, options, n=1)), ""), ""
+    return TypeError(
+        f"{name}: is not an option; " + (f"did you mean {ours!r}{note}?" if ours else f"options are {', '.join(options)}")
+    )
+
+
+@functools.lru_cache(maxsize=256, typed=True)
+def _checked_once(dtype: np.dtype, **values: Any) -> Options:
+    """`_checked` for the others' defaults, remembered: a program has few sets of options, and checks take time."""
+    return _checked(dtype, DEFAULTS | values)
 
 
 def _checked(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
@@ -197,7 +231,7 @@ def _checked(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
         "reduction": cast(Reduction, value["reduction"]),
         "softcap": None if value["softcap"] is None else positive("softcap", value["softcap"], dtype, "a positive number"),
         "filter_eps": _filter_eps(value["filter_eps"]),
-        "label_smoothing": _number("label_smoothing", value["label_smoothing"], "a number in [0, 1)", lambda x: 0 <= x < 1),
+        "label_smoothing": _number("label_smoothing", value["label_smoothing"], "a number in [0, 1]", lambda x: 0 <= x <= 1),
         "ignore_index": _integer("ignore_index", value["ignore_index"]),
         "shift": _shift(value["shift"]),
         "z_loss": _number("z_loss", value["z_loss"], "a finite number >= 0", lambda x: 0 <= x <= largest),

@@ -15,7 +15,7 @@ with means over the vocabulary: that of the class weights, and that of class wei
 `torch.nn.functional.cross_entropy`. So each token's gradient with respect to its logits is a multiple of the softmax, less a
 multiple of the one-hot target, less a multiple of the class weights (`backend.Weights`). The last part is not small anywhere,
 so no filter could leave it out. Without a softcap it is of rank one, a factor per token times a factor per entry, and known
-without any logit: it is written to the gradients before the backend adds the rest to them.
+without any logit (`Weights.outer`): backends add it to what they compute.
 
 `terms_of` says which of two classes a problem's loss is: `Nll`, the negative log-likelihood alone, or `Terms`, all of the
 above. Both have `per_token`, `reduced` and `gradient_weights`.
@@ -24,7 +24,7 @@ above. Both have `per_token`, `reduced` and `gradient_weights`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,11 +128,13 @@ class Terms:
     @_quiet
     def per_token(self) -> Any:
         """(N,) the loss of each token, 0 where ignored or of weight 0."""
-        found = self.statistics
+        found, largest = self.statistics, self.statistics.max_logit
         loss = times(self.nll_weight, found.nll)
+        if self.problem.options.label_smoothing == 1:  # then by no weight of its target a token is lost that has none in range
+            largest = self.problem.xp.where(found.target_logit != found.target_logit, found.target_logit, largest)
         if self.smooth_weight is not None:
             mean_weight = self._mean_class_weight
-            from_mean = found.max_logit * mean_weight - self._mean_logit()
+            from_mean = largest * mean_weight - self._mean_logit()
             loss += times(self.smooth_weight, from_mean + found.log_sum * mean_weight)
         if self.z_weight is not None:
             loss += times(self.z_weight, found.lse * found.lse)
@@ -169,25 +171,26 @@ class Terms:
         return Weights(softmax_weight, target_weight), smooth_weight
 
     @_quiet
-    def write_uniform(self, smooth_weight: Any, into: Gradients, adds: bool) -> None:
-        """Writes to every element of the gradients what comes from the mean logits: they are linear in e, c and bias.
+    def outer_products(self, smooth_weight: Any, wanted: Collection[str]) -> Gradients:
+        """What the mean logits, which are linear in e, c and bias, give to the gradients that are wanted: `Weights.outer`.
 
-        smooth_weight (N,): what is taken from each token's mean logit, times its logit scale. adds: add it to what is there
-        instead. In a 16-bit gradient this is rounded once, and once more when the backend adds the rest.
+        smooth_weight (N,): what is taken from each token's mean logit, times its logit scale.
         """
         p, xp = self.problem, self.problem.xp
-        if into.e is not None:
-            _write_outer(p, into.e, -smooth_weight, self._mean_row[0], adds)
-        if into.c is not None:
+        pairs: dict[str, tuple[Any, Any]] = {}
+        if "e" in wanted:
+            pairs["e"] = -smooth_weight, self._mean_row[0]
+        if "c" in wanted:
             total = xp.zeros(p.D, np.float64)
             for n0, n1 in _pieces(p, p.N):
                 e, weight = p.e[n0:n1].astype(p.compute_dtype, copy=False), smooth_weight[n0:n1]
                 # Zero times a NaN in a row that takes no part would be NaN.
                 total += weight @ xp.where((weight == 0)[:, None], xp.zeros((), e.dtype), e)
-            _write_outer(p, into.c, p.class_weights, (-total / p.V).astype(p.compute_dtype), adds)
-        if into.bias is not None:
+            pairs["c"] = p.class_weights, (-total / p.V).astype(p.compute_dtype)
+        if "bias" in wanted:
             mean = (-smooth_weight.sum(dtype=np.float64) / p.V).astype(p.compute_dtype)
-            _write_outer(p, into.bias[:, None], p.class_weights, mean.reshape(1), adds)
+            pairs["bias"] = p.class_weights, mean.reshape(1)
+        return Gradients(**pairs)
 
     @functools.cached_property
     def _mean_class_weight(self) -> Any:
@@ -235,17 +238,39 @@ def _mean(p: Problem, array: Any) -> Any:
     return array.mean(dtype=np.float64).astype(p.compute_dtype)
 
 
-def _write_outer(p: Problem, gradient: Any, column: Any, row: Any, adds: bool) -> None:
-    """Writes column[:, None] * row to a gradient (k, d), a piece at a time, or adds it; column (k,) None is of ones.
+@_quiet
+def write_outer(p: Problem, outer: Gradients | None, into: Gradients, adds: bool) -> bool:
+    """Writes the outer products `Weights.outer` to the gradients, or adds them; returns whether the rest is to be added.
+
+    With it a backend begins that cannot add them itself: 16-bit gradients are rounded once here, and once more by the backend.
+    """
+    if outer is None:
+        return adds
+    for name, pair in (("e", outer.e), ("c", outer.c), ("bias", outer.bias)):
+        if pair is not None:
+            gradient = getattr(into, name)
+            _write_outer(p, gradient[:, None] if name == "bias" else gradient, pair, adds)
+    return True
+
+
+def outer_product(pair: tuple[Any, Any], rows: Any) -> Any:
+    """These rows (a slice, or integers) of an outer product of `Weights.outer`, (k, d); (1, d) where all rows are the same."""
+    column, row = pair
+    return row[None, :] if column is None else times(column[rows, None], row)
+
+
+def _write_outer(p: Problem, gradient: Any, pair: tuple[Any, Any], adds: bool) -> None:
+    """Writes an outer product to a gradient (k, d), a piece at a time, or adds it.
 
     Rounded in the array's own dtype, and stored by bits, so that CuPy need not know how to copy bfloat16 between strides.
     """
     bits = gradient.view(f"u{gradient.itemsize}")
+    column, row = pair
     if column is None and not adds:
         bits[...] = row.astype(gradient.dtype).view(bits.dtype)
         return
     for start, stop in _pieces(p, len(gradient)):
-        value = row[None, :] if column is None else times(column[start:stop, None], row)
+        value = outer_product(pair, slice(start, stop))
         if adds:
             value = value + gradient[start:stop].astype(value.dtype, copy=False)
         bits[start:stop] = value.astype(gradient.dtype).view(bits.dtype)

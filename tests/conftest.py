@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 
+# With as many processes as cores, threads of each would only wait for those of the others. Libraries read this when they load.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 

@@ -34,7 +34,19 @@ def error_of(kind, *arrays, **options):
         (TypeError, (e.astype(np.complex64), c, targets), ["e:", "complex64"]),
         (TypeError, (e.astype(">f4"), c, targets), ["e:", ">f4"]),
         (TypeError, (e, c, targets.astype(np.float32)), ["targets:", "integers", "float32"]),
+        (TypeError, (e, c, targets.astype(np.float32)), ["if they are whole numbers, pass targets.astype(int)"]),
         (TypeError, (e, c, targets == 1), ["targets:", "integers", "bool"]),
+        (TypeError, (e, c, np.eye(5)[targets]), ["targets:", "float64", "pass targets.argmax(-1)", "probabilities cannot"]),
+        (ValueError, (e, c, np.eye(5, dtype=int)[targets]), ["targets:", "(3,)", "(3, 5)", "pass targets.argmax(-1)"]),
+        (
+            TypeError,
+            (e, c.astype(np.int8), targets),
+            ["c:", "float32", "int8", "quantized weights must be made floating-point"],
+        ),
+        (TypeError, (e, targets, c), ["c:", "int64", "targets come third"]),
+        (ValueError, (c, e, targets), ["targets:", "(5,)", "(3,)", "e and c look exchanged: the embeddings come first"]),
+        (ValueError, (c, e[None], targets[None]), ["c:", "(1, 3, 4)", "e and c look exchanged: the embeddings come first"]),
+        (ValueError, (e @ c.T, c, targets), ["e:", "D = 4", "(3, 5)", "or e are logits"]),
         (TypeError, (e.tolist(), c, targets), ["e:", "array", "builtins.list"]),
         (TypeError, (e, None, targets), ["c:", "array", "NoneType"]),
         (TypeError, (e, c, [0, 1, 4]), ["targets:", "array", "numpy.asarray", "list"]),
@@ -83,9 +95,9 @@ def test_arrays_that_do_not_fit(kind, arrays, says):
         (TypeError, {"bias": np.ones(5)}, ["bias", "float32", "float64"]),
         (TypeError, {"bias": [0.0] * 5}, ["bias", "array", "list"]),
         (ValueError, {"softcap": 10**400}, ["softcap", "finite"]),
-        (ValueError, {"label_smoothing": 1.0}, ["label_smoothing", "[0, 1)", "1.0"]),
-        (ValueError, {"label_smoothing": -0.1}, ["label_smoothing", "[0, 1)", "-0.1"]),
-        (ValueError, {"label_smoothing": float("nan")}, ["label_smoothing", "[0, 1)", "nan"]),
+        (ValueError, {"label_smoothing": 1.1}, ["label_smoothing", "[0, 1]", "1.1"]),
+        (ValueError, {"label_smoothing": -0.1}, ["label_smoothing", "[0, 1]", "-0.1"]),
+        (ValueError, {"label_smoothing": float("nan")}, ["label_smoothing", "[0, 1]", "nan"]),
         (TypeError, {"label_smoothing": "0.1"}, ["label_smoothing", "number", "'0.1'"]),
         (TypeError, {"label_smoothing": True}, ["label_smoothing", "number", "True"]),
         (TypeError, {"label_smoothing": None}, ["label_smoothing", "number", "None"]),
@@ -117,8 +129,11 @@ def test_arrays_that_do_not_fit(kind, arrays, says):
         (ValueError, {"token_weights": np.ones(2), "shift": 1}, ["token_weights", "targets", "(3,)", "(2,)"]),
         (TypeError, {"token_weights": 0.5}, ["token_weights", "array", "float"]),
         (TypeError, {"token_weights": np.array(["a", "b", "c"])}, ["token_weights", "real numbers or booleans", "<U1"]),
-        (TypeError, {"weight": np.ones(5)}, ["weight", "did you mean 'class_weights'"]),
-        (TypeError, {"temperature": 2.0}, ["temperature", "did you mean 'logit_scale'"]),
+        (TypeError, {"weight": np.ones(5)}, ["weight", "did you mean 'class_weights' (one weight for each entry"]),
+        (TypeError, {"ce_weight": np.ones(5)}, ["ce_weight", "did you mean 'class_weights'"]),
+        (TypeError, {"temperature": 2.0}, ["temperature", "did you mean 'logit_scale' (which is 1 / temperature)"]),
+        (TypeError, {"lse_square_scale": 2.0}, ["lse_square_scale", "did you mean 'z_loss'"]),
+        (TypeError, {"num_items_in_batch": 2}, ["num_items_in_batch", "did you mean 'reduction'='sum'"]),
     ],
 )
 def test_options_that_do_not_fit(kind, options, says):
@@ -145,6 +160,21 @@ def test_shift_needs_an_axis():
     assert "(4,)" in message
 
 
+@pytest.mark.parametrize("length", [0, 1, 3])
+@pytest.mark.parametrize("rows", [(), (2,)])
+def test_a_shift_leaves_a_token_to_each_sequence(length, rows):
+    """Of none there is no mean: it would be nan."""
+    embeddings, ids = np.ones((*rows, length, 4), np.float32), np.zeros((*rows, length), int)
+    for shift in (length, length + 1, True) if length == 1 else (length, length + 1):
+        if shift:
+            message = error_of(ValueError, embeddings, c, ids, shift=shift)
+            assert f"shift: must be less than the number of tokens of a sequence, {length} of e" in message
+            with pytest.raises(ValueError, match="shift: must be less"):
+                cce.linear_logsumexp(embeddings, c, shift=shift)
+    if length > 1:
+        cce.linear_cross_entropy(embeddings, c, ids, shift=length - 1)
+
+
 @pytest.mark.parametrize("name", ["c", "targets", "bias", "logit_scale", "class_weights", "token_weights"])
 def test_arrays_on_different_devices(monkeypatch, name):
     options = {name: np.ones(3, np.float32) for name in ("logit_scale", "token_weights")}
@@ -154,6 +184,14 @@ def test_arrays_on_different_devices(monkeypatch, name):
     monkeypatch.setattr(interchange, "device_of", lambda x: "cuda:1" if x is elsewhere else "cpu")
     message = error_of(ValueError, e, c, targets, **options)
     assert message == f"{name}: must be on the device of e, cpu, got an array on cuda:1"
+
+
+def test_the_one_on_another_device_is_e(monkeypatch):
+    monkeypatch.setattr(interchange, "device_of", lambda x: "cpu" if x is e else "cuda:1")
+    message = error_of(ValueError, e, c, targets)
+    assert message == "e: must be on the device of c and targets, cuda:1, got an array on cpu"
+    with pytest.raises(ValueError, match="c: must be on the device of e, cpu, got an array on cuda:1"):  # nobody can tell
+        cce.linear_logsumexp(e, c)
 
 
 def test_weights_of_any_real_dtype_and_scales_of_any_number():

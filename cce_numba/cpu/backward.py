@@ -15,6 +15,7 @@ from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, thr
 from cce_numba.cpu.elements import add_rows, gradient_block
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.progress import advance
+from cce_numba.terms import outer_product
 
 _ROWS_OF_A_THREAD = 128  # of G, at a time
 _ROWS_TO_FINISH = 512  # at a time: adding to what is there takes a copy of it
@@ -58,7 +59,7 @@ def _sweep(
     d_e (N, D), d_c (V, D), d_bias (V,), each may be None. Sums are kept in the compute dtype: in the gradient itself where
     that will do, else in a buffer that is rounded once.
     """
-    dtype = p.compute_dtype
+    dtype, outer = p.compute_dtype, weights.outer or Gradients()
     recorded = statistics.survivors is not None
     filter_e = recorded and d_e is not None and p.options.filter_eps_e is not None
     filter_c = recorded and (d_c is not None or d_bias is not None) and p.options.filter_eps_c is not None
@@ -95,13 +96,27 @@ def _sweep(
                 d_c_sum += g.T @ e
             if d_bias is not None:
                 d_bias_sum[slice(None) if not filter_c or kept is None else kept] += g.sum(axis=0, dtype=np.float64)
-        if d_c is not None and not d_c_sums_itself:
-            _finish(d_c[v0:v1], None, d_c_sum, adds)
+        if d_c is not None:
+            _add_outer(d_c_sum, outer.c, range(v0, v1))
+            if not d_c_sums_itself:
+                _finish(d_c[v0:v1], None, d_c_sum, adds)
         if d_bias is not None:
+            _add_outer(d_bias_sum[:, None], outer.bias, range(v0, v1))
             _finish(d_bias[v0:v1], None, d_bias_sum, adds)
         yield v_block + 1
-    if d_e is not None and d_e_sum is not d_e:
+    if d_e is not None and d_e_sum is d_e:
+        _add_outer(d_e, outer.e, range(p.N))
+    elif d_e is not None:
+        _add_outer(d_e_sum, outer.e, statistics.tokens[first:last])
         _finish(d_e, statistics.tokens[first:last], d_e_sum, adds)
+
+
+def _add_outer(total: Any, pair: Any, rows: Any) -> None:
+    """Adds these rows (a sequence) of the outer product `pair`, of `Weights.outer`, to the sums; nothing to do for None."""
+    if pair is not None:
+        for start, stop in ranges(len(total), _ROWS_TO_FINISH):
+            some = rows[start:stop]
+            total[start:stop] += outer_product(pair, slice(some.start, some.stop) if isinstance(some, range) else some)
 
 
 def _finish(gradient: Any, tokens: Any, total: Any, adds: bool) -> None:

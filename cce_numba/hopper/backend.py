@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cce_numba import gpu
+from cce_numba import gpu, terms
 from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.hopper.tiles import HopperTiles
@@ -114,6 +114,7 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
 
 def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
+    adds = terms.write_outer(p, weights.outer, into, adds)
     _module("hopper.backward.host").backward(p, statistics, weights, into, adds)
 
 

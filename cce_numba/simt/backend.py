@@ -82,4 +82,5 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
 
 def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
+    adds = terms.write_outer(p, weights.outer, into, adds)
     backward_kernels.backward(p, plan.tiles, statistics, weights, into, adds)

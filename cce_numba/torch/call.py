@@ -8,9 +8,7 @@ offloads and recomputes.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,13 +26,13 @@ from cce_numba.plan import Plan
 from cce_numba.torch import memory
 
 TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights")  # all but the first three may be None
+_ON_CPU = Kind("torch", None, memory.tensor_of)
 SAVED = ("lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "mean_logit")
 
 
-def given(tensors: Iterable[torch.Tensor | None], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `TENSORS` and of the other options that are not their defaults: these alone need checks, which take time."""
-    others = {name: value for name, value in options.items() if value != DEFAULTS[name]}
-    return others | {name: x for name, x in zip(TENSORS, tensors, strict=True) if x is not None and name in DEFAULTS}
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that are not their defaults: these alone need checks, which take time."""
+    return {name: value for name, value in options.items() if value != DEFAULTS[name]}
 
 
 def wanted(tensors: Iterable[torch.Tensor | None]) -> list[str]:
@@ -45,24 +43,30 @@ def wanted(tensors: Iterable[torch.Tensor | None]) -> list[str]:
 
 
 @contextlib.contextmanager
-def prepared(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, given: dict[str, Any]) -> Iterator[tuple[Problem, Plan]]:
-    """The checked problem and its plan, as in `driver.prepared`; inside, PyTorch's device, stream and memory are current."""
-    native_e = interchange.take("e", e)
-    kind = Kind("torch", native_e.device.id if interchange.is_on_device(native_e) else None, memory.tensor_of)
-    backend = "cpu" if e.device.type == "cpu" else None  # no need to ask those for GPUs
+def prepared(
+    tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any], plan: Plan | None = None
+) -> Iterator[tuple[Problem, Plan]]:
+    """The checked problem and its plan, as in `driver.prepared`; inside, PyTorch's device, stream and memory are current.
+
+    The problem has the tensors' addresses, which are theirs until this is left: later, FSDP may have freed and filled them
+    again elsewhere. So a backward comes here anew.
+
+    Args:
+        tensors: `TENSORS`.
+        given: the options that are no tensors, by name; defaults may be missing.
+        plan: that of the same arguments, if it was made before.
+    """
+    e, c, targets, *others = tensors
+    assert e is not None, "of TENSORS, the first three are never None"
+    arrays = {name: x for name, x in zip(TENSORS[3:], others, strict=True) if x is not None}
+    on_cpu = e.device.type == "cpu"
+    kind = _ON_CPU if on_cpu else Kind("torch", e.get_device(), memory.tensor_of)
+    backend = "cpu" if on_cpu else None  # no need to ask those for GPUs
     with (
         memory.from_pytorch(e.device),
-        driver.prepared(native_e, c, targets, given, kind=kind, backend=backend) as (problem, plan),
+        driver.prepared(e, c, targets, {**given, **arrays}, kind=kind, backend=backend, plan=plan) as both,
     ):
-        yield problem, plan
-
-
-@contextlib.contextmanager
-def resumed(problem: Problem, e: torch.Tensor, c: torch.Tensor) -> Iterator[Problem]:
-    """A problem that was `prepared`, with these for its e and c; inside, the same things are current."""
-    with memory.from_pytorch(e.device), problem.kind.current():
-        flat = interchange.take("e", e).reshape(math.prod(problem.token_shape), e.shape[-1])
-        yield replace(problem, e=flat, c=interchange.take("c", c))
+        yield both
 
 
 def forward(problem: Problem, plan: Plan, wrt: Collection[str]) -> tuple[torch.Tensor, tuple[Any, ...]]:
@@ -90,30 +94,33 @@ def backward(
     done.backward(0.0 if d_loss is None else d_loss, d_lse, destination)
 
 
-def gradients_like(inputs: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """Empty tensors for the gradients of those inputs, contiguous."""
+def gradients_like(tensors: Sequence[torch.Tensor | None], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Empty tensors for the gradients of these of `TENSORS`, contiguous."""
+    inputs = dict(zip(TENSORS, tensors, strict=True))
     return {name: torch.empty_like(inputs[name], memory_format=torch.contiguous_format) for name in names}
 
 
 def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: bool) -> tuple[Any, ...]:
     """The arrays `SAVED`, in the shapes that the fake of the operator tells; two may lie in one block of memory.
 
-    The CPU's tokens and blocks are only those that count: zeros follow. Zeros alone stand for bits that it did not record after
-    all, since nearly everything survives: a block in which a token counts keeps its targets at least. A device has all rows.
-    They go on after the last entry, where the backward may read, so all of their memory is kept.
+    Survivors are flat: of a size that is left open, a compiler asks whether it is 1 if it is the first of two. The CPU's tokens
+    and blocks are only those that count: zeros follow. Zeros alone stand for bits that it did not record after all, since
+    nearly everything survives: a block in which a token counts keeps its targets at least. A device has all rows. They go on
+    after the last entry, where the backward may read, so all of their memory is kept.
     """
     tokens, bits, mean_logit = statistics.tokens, statistics.survivors, statistics.mean_logit
     if len(tokens) < p.N:
         tokens = np.concatenate([tokens, np.zeros(p.N - len(tokens), tokens.dtype)])
-    shape = rows, row_bytes = form.survivors_shape(p.N, p.V) if recorded and p.N else (0, 0)
-    if rows == 0:
-        bits = p.xp.empty(shape, np.uint8)
-    elif bits is None:
-        bits = np.zeros(shape, np.uint8)
-    elif len(bits) < rows:
-        bits = np.concatenate([bits, np.zeros((rows - len(bits), row_bytes), np.uint8)])
-    elif bits.shape[1] < row_bytes:
-        bits = interchange.array_module(bits).ndarray(shape, bits.dtype, bits.data)
+    n_bytes = form.survivor_bytes(p.N, p.V) if recorded else 0
+    if n_bytes == 0:
+        bits = p.xp.empty(0, np.uint8)
+    elif p.on_device:
+        bits = interchange.array_module(bits).ndarray((n_bytes,), bits.dtype, bits.data)
+    else:
+        all_bits = np.zeros(n_bytes, np.uint8)
+        if bits is not None:
+            all_bits[: bits.size] = bits.reshape(-1)
+        bits = all_bits
     if mean_logit is None:
         mean_logit = statistics.lse[:0]
     numbers = statistics.lse, statistics.max_logit, statistics.log_sum, statistics.target_logit
@@ -136,6 +143,8 @@ def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor])
     lse, max_logit, log_sum, target_logit, n_valid, tokens, bits = map(memory.array_of, others)
     if not p.on_device:
         tokens = tokens[: int(n_valid)]
+    if bits.size:
+        bits = bits.reshape(form.survivors_shape(p.N, p.V))
     recorded = bits.size > 0 and (p.on_device or bool(bits[0].any()))
     return Statistics(
         tokens=tokens,

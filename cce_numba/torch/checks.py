@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
 from typing import Any
 
+import numpy as np
 import torch
 
-from cce_numba import arguments
+from cce_numba import arguments, interchange
 from cce_numba.arguments import GRADIENTS
 from cce_numba.options import Options, flag
 from cce_numba.torch import memory
@@ -23,12 +23,14 @@ _INSTEAD = {  # of a tensor that requires grad, what gives it one
 def check_tensor(name: str, tensor: Any) -> None:
     """Raises TypeError, naming the argument, unless it is a tensor whose memory holds its elements, on one device."""
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(
-            f"{name}: must be a torch.Tensor, got {type(tensor).__module__}.{type(tensor).__qualname__} "
-            "(cce_numba.linear_cross_entropy takes other arrays)"
-        )
+        kind = type(tensor)
+        got = f"{kind.__module__}.{kind.__qualname__}"
+        raise TypeError(f"{name}: must be a torch.Tensor, got {got}{_way_to_tensor(name, tensor)}")
     if hasattr(tensor, "full_tensor"):
-        raise TypeError(f"{name}: must be a plain tensor, got a DTensor; pass {name}.full_tensor()")
+        raise TypeError(
+            f"{name}: must be a plain tensor, got a DTensor; pass {name}.full_tensor(), or, if it is a parameter that FSDP "
+            "shards, call the loss in the forward of the module that has it"
+        )
     if tensor.is_nested or tensor.layout is not torch.strided:
         layout = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
         raise TypeError(f"{name}: must be a strided tensor, got {layout}")
@@ -36,44 +38,71 @@ def check_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: is a view that negates another's elements when they are read; pass {name}.resolve_neg()")
 
 
+def _way_to_tensor(name: str, thing: Any) -> str:
+    """What a message says of something that is no tensor: how one is made of it."""
+    if isinstance(thing, torch.nn.Module):
+        return interchange.way_to_tensor_of_module(name, thing)
+    if thing is None:
+        return ""
+    if isinstance(thing, np.ndarray):
+        return f"; pass torch.from_numpy({name}) (cce_numba.linear_cross_entropy takes other arrays)"
+    if hasattr(thing, "__dlpack__"):
+        return f"; pass torch.from_dlpack({name}) (cce_numba.linear_cross_entropy takes other arrays)"
+    return f"; pass torch.as_tensor({name})"
+
+
 def check_integers(name: str, tensor: torch.Tensor) -> None:
     """Raises TypeError, naming the argument, unless it is of an integer dtype (which bool is not)."""
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise TypeError(f"{name}: must be integers, got dtype {str(tensor.dtype).removeprefix('torch.')}")
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: must be integers, the ids of entries, got dtype {got}")
 
 
 def check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> None:
     """That they are tensors on e's device; `optional` ones may be None, and a logit scale a number."""
-    for name, tensor in {"e": e, "c": c, "targets": targets, **optional}.items():
-        if tensor is None and name in optional:
-            continue
-        if name == "logit_scale" and not isinstance(tensor, torch.Tensor):
+    given = {"e": e, "c": c, "targets": targets}
+    for name, tensor in optional.items():
+        if name == "logit_scale" and tensor is not None and not isinstance(tensor, torch.Tensor):
             if not isinstance(tensor, numbers.Real):
                 raise TypeError(f"logit_scale: must be a number or a torch.Tensor, got {tensor!r}")
-            continue
+        elif tensor is not None:
+            given[name] = tensor
+    for name, tensor in given.items():
         check_tensor(name, tensor)
         if name in GRADIENTS:
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name}: must be of a floating-point dtype, got {tensor.dtype}")
+            if tensor.dtype not in _DTYPES:
+                way = _way_to_floats(name, tensor, targets)
+                raise TypeError(f"{name}: dtype must be one of {', '.join(map(str, _DTYPES))}, got {tensor.dtype}{way}")
         elif tensor.requires_grad and torch.is_grad_enabled():
             instead = _INSTEAD.get(name, "")
             raise ValueError(f"{name}: requires grad, but gets no gradient here; pass {name}.detach(){instead}")
-        if tensor.device != e.device:
-            raise ValueError(f"{name}: must be on the device of e, {e.device}, got a tensor on {tensor.device}")
-    if e.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"e: must be on the CPU or on CUDA, got a tensor on {e.device}")
+    device = e.device
+    if any(tensor.device != device for tensor in given.values()):
+        arguments.check_devices({name: tensor.device for name, tensor in given.items()})
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"e: must be on the CPU or on CUDA (or meta, for shapes alone), got a tensor on {device}")
+
+
+def _way_to_floats(name: str, tensor: torch.Tensor, targets: Any) -> str:
+    """What a message says of a tensor of another dtype: how one of ours is made of it."""
+    if isinstance(targets, torch.Tensor) and targets.is_floating_point():
+        return f"; {name} and targets look exchanged: targets come third"
+    if tensor.is_quantized:
+        return f"; pass {name}.dequantize()"
+    if tensor.element_size() == 1 and tensor.dtype != torch.bool:
+        return "; if these are quantized weights, pass what they stand for"
+    return ""
 
 
 def cast(e: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Under autocast e in its dtype, as for a linear layer; c in e's dtype; bias too, unless it may stay in float32."""
-    kind = e.device.type
-    if torch.is_autocast_enabled(kind) and e.dtype != torch.float64:
-        e = e.to(torch.get_autocast_dtype(kind))
-    if e.dtype not in _DTYPES:
-        raise TypeError(f"e: dtype must be one of {', '.join(map(str, _DTYPES))}, got {e.dtype}")
-    if bias is not None and (bias.dtype != torch.float32 or e.dtype == torch.float64):
-        bias = bias.to(e.dtype)
-    return e, c.to(e.dtype), bias
+    kind, dtype = e.device.type, e.dtype
+    if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        e = e.to(dtype)
+    if bias is not None and (bias.dtype != torch.float32 or dtype == torch.float64):
+        bias = bias.to(dtype)
+    return e, c if c.dtype == dtype else c.to(dtype), bias
 
 
 def check_options(dtype: torch.dtype, options: dict[str, Any], return_lse: Any) -> None:
@@ -81,20 +110,10 @@ def check_options(dtype: torch.dtype, options: dict[str, Any], return_lse: Any) 
     if torch.compiler.is_compiling():
         return
     flag("return_lse", return_lse)
-    try:
-        _checked(dtype, **options)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-        Options.of(memory.NUMPY_DTYPES[dtype], options)
-
-
-@functools.lru_cache(maxsize=256, typed=True)
-def _checked(dtype: torch.dtype, **options: Any) -> None:
     Options.of(memory.NUMPY_DTYPES[dtype], options)
     for name, value in options.items():
         if isinstance(value, torch.Tensor):  # which passes for an integer there
-            raise TypeError(f"{name}: must be an integer, not a tensor, got {value!r}")
+            raise TypeError(f"{name}: must be an integer, not a tensor, got {value!r}; pass {name}.item()")
 
 
 def check_shapes(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import enum
+import numbers
 import re
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from cce_numba import driver
+from cce_numba import arguments, driver
 from cce_numba.arguments import GRADIENTS
 from cce_numba.backend import Gradients
 from cce_numba.destination import Destination
-from cce_numba.options import DEFAULTS, PRESETS, REDUCTIONS
+from cce_numba.options import DEFAULTS, PRESETS, REDUCTIONS, unknown
 from cce_numba.torch import autograd, call, checks
 
 STORED_LOGITS = "torch_compile"
@@ -46,6 +47,7 @@ def linear_cross_entropy(
     token_weights: torch.Tensor | None = None,
     check_targets: bool | None = None,
     backend: str | None = None,
+    **others: Any,
 ) -> Any:
     """Cross-entropy of `softmax(e @ c.T + bias)` with `targets`, recorded by autograd, without storing the logits.
 
@@ -60,11 +62,14 @@ def linear_cross_entropy(
     - loss and lse are float32 (float64), and so are the logits that they are made of;
     - the lse of an ignored token is 0, and its gradient goes nowhere;
     - if every token is ignored, "mean" is nan, as PyTorch has it, "sum" is 0, and gradients are 0;
+    - a `shift` that leaves no token is an error, where theirs is nan;
     - tensors may be on the CPU, of float32 and float64, strided or expanded; nothing is copied to be contiguous.
 
     Args:
         e: (..., D) embeddings: float16, bfloat16, float32 or float64, on the CPU or on CUDA. Under autocast cast to its dtype.
-        c: (V, D) classifier, on e's device; cast to e's dtype.
+            Embeddings come first: Liger takes the classifier first, and where there are as many tokens as entries (N == V)
+            nothing here can tell that the two are exchanged.
+        c: (V, D) classifier, as `head.weight`, on e's device; cast to e's dtype.
         targets: (...) integers in [0, V), or `ignore_index`.
         bias: (V,) added to the logits; cast to e's dtype, unless it is float32.
         ignore_index: tokens with this target take no part, whatever stands in their rows.
@@ -83,13 +88,14 @@ def linear_cross_entropy(
             `c` alone; "cce_kahan" is "cce". "torch_compile" is the baseline: stored logits, plain PyTorch, yours to compile.
             Members of `cut_cross_entropy`'s enumeration will do.
         logit_scale: multiplies the logits; a number, or a tensor with one for each token of `e`.
-        label_smoothing: in [0, 1).
+        label_smoothing: in [0, 1].
         z_loss: weight of `lse**2` in each token's loss.
         class_weights: (V,). Like all tensors that are not e, c or bias it gets no gradient, and must not require one.
         token_weights: of targets' shape.
         check_targets: True raises for a target out of range, on any device. None does so on the CPU; on CUDA, where looking
             would wait for the device, such a token's loss and gradient become NaN.
         backend: "cpu", "simt", "hopper", or None to choose by device and dtype.
+        others: none; an option of another library is refused with its name here.
 
     Returns:
         The loss: 0-d, or for "none" in the shape of `targets[..., shift:]` with 0 where ignored. With `return_lse` also the
@@ -107,9 +113,15 @@ def linear_cross_entropy(
     >>> lse.shape, e.grad.shape
     (torch.Size([2, 2]), torch.Size([2, 3, 4]))
     """
+    if others:
+        raise unknown(next(iter(others)), _DEFAULTS)
     name = _impl(impl)
-    tensors = {"logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
-    checks.check_tensors(e, c, targets, {"bias": bias, **tensors})
+    checks.check_tensors(
+        e,
+        c,
+        targets,
+        {"bias": bias, "logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights},
+    )
     e, c, bias = checks.cast(e, c, bias)
     options = {
         "ignore_index": ignore_index,
@@ -123,20 +135,31 @@ def linear_cross_entropy(
         "z_loss": z_loss,
         "check_targets": check_targets,
         "backend": backend,
+        "accum_e_fp32": accum_e_fp32,
+        "accum_c_fp32": accum_c_fp32,
     }
-    unused = {"accum_e_fp32": accum_e_fp32, "accum_c_fp32": accum_c_fp32}
-    checks.check_options(e.dtype, options | unused, return_lse)
-    options |= tensors
+    checks.check_options(e.dtype, options, return_lse)
+    del options["accum_e_fp32"], options["accum_c_fp32"]  # which change nothing here
+    scales = None
+    if isinstance(logit_scale, torch.Tensor):
+        scales = logit_scale
+    else:
+        options["logit_scale"] = logit_scale
+    given = call.given(options)
     if name == STORED_LOGITS:
-        if given := [term for term in _NOT_IN_BASELINE if _is_given(term, options[term])]:
-            raise ValueError(f"{given[0]}: is not in the baseline, impl {STORED_LOGITS!r}; take another impl, or leave it out")
+        terms = {**given, "logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
+        if refused := [term for term in _NOT_IN_BASELINE if terms.get(term) is not None]:
+            raise ValueError(
+                f"{refused[0]}: is not in the baseline, impl {STORED_LOGITS!r}; take another impl, or leave it out"
+            )
         loss, lse = _from_stored_logits(e, c, targets, bias, ignore_index, softcap, reduction, int(shift))
         return (loss, lse) if return_lse else loss
-    loss, flat_lse = autograd.apply(e, c, targets, bias, options | PRESETS[name])
+    tensors = e, c, targets, bias, scales, class_weights, token_weights
+    loss, flat_lse = autograd.apply(tensors, {**given, **PRESETS[name]})
     if not return_lse:
         return loss
     lse = flat_lse.reshape(targets.shape)
-    return loss, lse[..., : max(0, lse.shape[-1] - int(shift))] if shift else lse
+    return loss, lse[..., : lse.shape[-1] - int(shift)] if shift else lse
 
 
 class LinearCrossEntropy(torch.nn.Module):
@@ -180,7 +203,14 @@ class LinearCrossEntropy(torch.nn.Module):
         } | options
         if "bias" in options:
             raise TypeError("bias: is given when the module is called, not when it is made")
-        tensors = {name: x for name, x in options.items() if name in _TENSOR_OPTIONS and isinstance(x, torch.Tensor)}
+        for name in options:
+            if name not in _DEFAULTS:
+                raise unknown(name, _DEFAULTS)
+        tensors = {name: x for name, x in options.items() if name in _TENSOR_OPTIONS and x is not None}
+        if isinstance(tensors.get("logit_scale"), numbers.Real):
+            del tensors["logit_scale"]
+        for name, tensor in tensors.items():
+            checks.check_tensor(name, tensor)
         checks.check_options(torch.float32, {name: x for name, x in given.items() if name not in tensors}, return_lse)
         self._names = (*given, "impl", "return_lse")
         for name, value in (given | {"impl": _impl(impl), "return_lse": return_lse}).items():
@@ -194,9 +224,9 @@ class LinearCrossEntropy(torch.nn.Module):
         return linear_cross_entropy(e, c, targets, bias, **{name: getattr(self, name) for name in self._names})
 
     def extra_repr(self) -> str:
-        """The options that are not at their defaults."""
+        """The options that are not at their defaults; of tensors the shape."""
         options = {name: getattr(self, name) for name in self._names}
-        return ", ".join(f"{name}={value!r}" for name, value in options.items() if _is_given(name, value))
+        return ", ".join(f"{name}={_shown(value)}" for name, value in options.items() if _is_given(name, value))
 
 
 def compute_z_loss(
@@ -274,11 +304,15 @@ def linear_cross_entropy_backward(
     >>> weight.grad[3]
     tensor([-0.1875, -0.1875, -0.1875, -0.1875])
     """
-    checks.check_tensors(e, c, targets, {"bias": bias} | {name: options.get(name) for name in _TENSOR_OPTIONS})
+    for name in options:
+        if name not in DEFAULTS:
+            raise unknown(name)
+    tensors = {name: options.get(name) for name in _TENSOR_OPTIONS}
+    checks.check_tensors(e, c, targets, {"bias": bias} | tensors)
     inputs = {name: x for name, x in (("e", e), ("c", c), ("bias", bias)) if x is not None and x.requires_grad}
     with torch.no_grad():
         cast_e, cast_c, cast_bias = checks.cast(e, c, bias)
-        with call.prepared(cast_e, cast_c, targets, {"bias": cast_bias, **options}) as (problem, plan):
+        with call.prepared((cast_e, cast_c, targets, cast_bias, *[None] * len(tensors)), options) as (problem, plan):
             grads = {name: _accumulator(name, x) for name, x in inputs.items()}
             try:
                 destination = Destination.of(Gradients(**grads), True, frozenset(grads), problem)
@@ -302,6 +336,11 @@ def _accumulator(name: str, tensor: torch.Tensor) -> torch.Tensor:
         tensor.grad = torch.zeros_like(tensor)
     checks.check_tensor(f"{name}.grad", tensor.grad)
     return tensor.grad
+
+
+def _shown(value: Any) -> str:
+    """An option's value in one line."""
+    return f"<{value.dtype} {tuple(value.shape)}>" if isinstance(value, torch.Tensor) else repr(value)
 
 
 def _is_given(name: str, value: Any) -> bool:
@@ -330,7 +369,8 @@ def _from_stored_logits(
     checks.check_shapes(e, c, targets, bias)
     checks.check_integers("targets", targets)
     if shift:
-        e, targets = e[..., : max(0, e.shape[-2] - shift), :], targets[..., shift:]
+        arguments.check_shift(shift, tuple(e.shape))
+        e, targets = e[..., : e.shape[-2] - shift, :], targets[..., shift:]
     logits = e @ c.T
     logits = logits if e.dtype == torch.float64 else logits.float()
     if bias is not None:

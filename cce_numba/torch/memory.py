@@ -55,6 +55,7 @@ def tensor_of(native: Any) -> torch.Tensor:
 
 def array_of(tensor: torch.Tensor) -> Any:
     """The array in the memory of a tensor like those of `tensor_of`, which needs none of the checks of `interchange.take`."""
+    # No caller resizes its storage, so the quick way will do; see `interchange.of_cpu_tensor`.
     return tensor.detach().numpy() if tensor.is_cpu else interchange.of_cuda_tensor(tensor)
 
 

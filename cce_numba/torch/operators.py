@@ -11,9 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from cce_numba.arguments import GRADIENTS
+from cce_numba.options import DEFAULTS
 from cce_numba.torch import call, fakes, memory
 from cce_numba.torch.call import SAVED, TENSORS
 
@@ -23,31 +24,34 @@ _INTEGERS = ("ignore_index", "shift", "filter_e_grad", "filter_c_grad", "check_t
 _REALS = ("softcap", "filter_eps", "logit_scale", "label_smoothing", "z_loss")
 _WORDS = ("reduction", "backend", "filter_eps")
 _INPUTS = ", ".join(["Tensor e, Tensor c, Tensor targets", *(f"Tensor? {name}" for name in TENSORS[3:])])
-_OPTIONS = "int[] integers, float[] reals, str words"
+# A compiler would make one program for each value of a number in a list, and gives up after a few. So those that it has left
+# open travel in a tensor: `open_reals`, float64 on the CPU; the last of `words` names them.
+_OPTIONS = "int[] integers, float[] reals, Tensor? open_reals, str words"
+_ANY_REAL = 0.5  # what stands for one that is open where no values are known: all of them have other effects than None or 0
 
 
 def forward(
-    tensors: Sequence[torch.Tensor | None], options: Mapping[str, Any], wrt: Iterable[str]
+    tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any], wrt: Iterable[str]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(loss, lse)` by the operator, which autograd records.
 
-    `tensors`: `call.TENSORS`; `options`: all others by name; `wrt`: the gradients that a backward is to give.
+    `tensors`: `call.TENSORS`; `given`: other options by name; `wrt`: the gradients that a backward is to give.
     """
-    _check_transforms(tensors)
-    loss, lse, *_ = forward_op(*tensors, *_encoded(options), ",".join(wrt))
+    loss, lse, *_ = forward_op(*tensors, *_encoded(given), ",".join(wrt))
     return loss, lse
 
 
 def backward(
     saved: Sequence[torch.Tensor],
     tensors: Sequence[torch.Tensor | None],
-    options: Mapping[str, Any],
+    given: Mapping[str, Any],
     d_loss: torch.Tensor | None,
     d_lse: torch.Tensor | None,
     names: Iterable[str],
-) -> list[torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """The gradients that are named, by the operator, which autograd records: to refuse second derivatives."""
-    return backward_op(d_loss, d_lse, *saved, *tensors, *_encoded(options), ",".join(names))
+    results = backward_op(d_loss, d_lse, *saved, *tensors, *_encoded(given), ",".join(names))
+    return {name: grad for name, grad in zip(GRADIENTS, results, strict=True) if name in names}
 
 
 def needed(ctx: Any) -> list[str]:
@@ -55,37 +59,45 @@ def needed(ctx: Any) -> list[str]:
     return [name for name in GRADIENTS if ctx.needs_input_grad[TENSORS.index(name)]]
 
 
-def _check_transforms(tensors: Iterable[torch.Tensor | None]) -> None:
-    """That neither `torch.func` nor forward mode differentiates: they take an operator for a constant, or fail obscurely."""
-    if torch.compiler.is_compiling():
-        return
-    given = [x for x in tensors if x is not None]
-    recorded = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    if recorded or any(forward_ad.unpack_dual(x).tangent is not None for x in given):
-        raise NotImplementedError(
-            "cce_numba.torch.linear_cross_entropy: torch.func cannot differentiate it, nor forward mode (vmap works); take "
-            "torch.autograd, or impl='torch_compile', which stores the logits"
-        )
-
-
-def _encoded(options: Mapping[str, Any]) -> tuple[list[int], list[float], str]:
+def _encoded(given: Mapping[str, Any]) -> tuple[list[int], list[float], torch.Tensor | None, str]:
     """The options that are no tensors, as operators take them."""
+    options = {**DEFAULTS, **given}
     look, eps = options["check_targets"], options["filter_eps"]
     numbers = {**options, "check_targets": -1 if look is None else look, "filter_eps": None if isinstance(eps, str) else eps}
+    left_open = [name for name in _REALS if _is_open(numbers[name])]
+    open_reals = None
+    if left_open:  # products, which compilers know to make without the number's value
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        open_reals = torch.stack([one * numbers[name] for name in left_open])
     return (
         [int(numbers[name]) for name in _INTEGERS],
-        [math.nan if numbers[name] is None else float(numbers[name]) for name in _REALS],
-        f"{options['reduction']},{options['backend'] or ''},{eps if isinstance(eps, str) else ''}",
+        [math.nan if numbers[name] is None or name in left_open else float(numbers[name]) for name in _REALS],
+        open_reals,
+        ",".join([options["reduction"], options["backend"] or "", eps if isinstance(eps, str) else "", "+".join(left_open)]),
     )
 
 
-def _decoded(integers: list[int], reals: list[float], words: str) -> dict[str, Any]:
-    """What `_encoded` was made of, by name."""
+def _is_open(number: Any) -> bool:
+    """Whether a compiler has a symbol for the number."""
+    if number is None or not torch.compiler.is_compiling():
+        return False
+    return not torch.fx.experimental.symbolic_shapes.has_static_value(number)
+
+
+def _decoded(
+    integers: list[int], reals: list[float], open_reals: torch.Tensor | None, words: str, *, known: bool = True
+) -> dict[str, Any]:
+    """What `_encoded` was made of, by name, defaults included. `known`: whether `open_reals` has values to be read."""
+    *plain_words, left_open = words.split(",")
     options: dict[str, Any] = dict(zip(_INTEGERS, integers, strict=True))
     options |= {name: bool(options[name]) for name in ("filter_e_grad", "filter_c_grad")}
     options["check_targets"] = None if options["check_targets"] < 0 else bool(options["check_targets"])
     options |= {name: None if real != real else real for name, real in zip(_REALS, reals, strict=True)}
-    return options | {name: word for name, word in zip(_WORDS, words.split(","), strict=True) if word}
+    options |= {name: word for name, word in zip(_WORDS, plain_words, strict=True) if word}
+    if open_reals is not None:
+        names = left_open.split("+")
+        options |= zip(names, open_reals.tolist() if known else [_ANY_REAL] * len(names), strict=True)
+    return options
 
 
 @torch.library.custom_op(
@@ -93,11 +105,10 @@ def _decoded(integers: list[int], reals: list[float], words: str) -> dict[str, A
     mutates_args=(),
     schema=f"({_INPUTS}, {_OPTIONS}, str wrt) -> ({', '.join(['Tensor'] * (1 + len(SAVED)))})",
 )
-def forward_op(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, *other: Any) -> tuple[torch.Tensor, ...]:
+def forward_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """`call.forward`; `wrt`: the names of the gradients that a backward is to give, separated by commas."""
-    *tensors, integers, reals, words, wrt = other
-    given = call.given((e, c, targets, *tensors), _decoded(integers, reals, words))
-    with call.prepared(e, c, targets, given) as (problem, plan):
+    tensors, (*options, wrt) = arguments[: len(TENSORS)], arguments[len(TENSORS) :]
+    with call.prepared(tensors, call.given(_decoded(*options))) as (problem, plan):
         loss, arrays = call.forward(problem, plan, wrt.split(","))
         return loss, *memory.tensors_of(call.defined(problem, arrays))
 
@@ -106,44 +117,60 @@ def forward_op(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, *other: 
     "cce_numba::linear_cross_entropy_backward",
     mutates_args=(),
     schema=f"(Tensor? d_loss, Tensor? d_lse, {', '.join(f'Tensor {name}' for name in SAVED)}, {_INPUTS}, {_OPTIONS}, str wrt) "
-    "-> Tensor[]",
+    f"-> ({', '.join(['Tensor'] * len(GRADIENTS))})",
 )
-def backward_op(d_loss: torch.Tensor | None, d_lse: torch.Tensor | None, *other: Any) -> list[torch.Tensor]:
-    """`call.backward`; `wrt`: the names of the gradients, separated by commas."""
-    saved, (e, c, targets, *tensors, integers, reals, words, wrt) = other[: len(SAVED)], other[len(SAVED) :]
-    options = _decoded(integers, reals, words) | {"check_targets": False}  # the forward has looked
-    grads = call.gradients_like({"e": e, "c": c, "bias": tensors[0]}, wrt.split(","))
-    with call.prepared(e, c, targets, call.given((e, c, targets, *tensors), options)) as (problem, plan):
+def backward_op(d_loss: torch.Tensor | None, d_lse: torch.Tensor | None, *other: Any) -> tuple[torch.Tensor, ...]:
+    """`call.backward`; `wrt`: the names of the gradients, separated by commas. The others that it returns are empty."""
+    saved, tensors, (*options, wrt) = _split(other)
+    given = call.given(_decoded(*options)) | {"check_targets": False}  # the forward has looked
+    grads = call.gradients_like(tensors, wrt.split(","))
+    with call.prepared(tensors, given) as (problem, plan):
         call.backward(problem, plan, saved, d_loss, d_lse, grads)
-    return list(grads.values())
+    return _all_of(grads, tensors)
+
+
+def _split(other: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """The backward's arguments after the upstream gradients: `call.SAVED`, `call.TENSORS`, and the rest."""
+    first, second = len(SAVED), len(SAVED) + len(TENSORS)
+    return other[:first], other[first:second], other[second:]
+
+
+def _all_of(grads: Mapping[str, torch.Tensor], tensors: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+    """With an empty tensor for each gradient that is not there: those who batch an operator want tensors alone."""
+    e = tensors[0]
+    assert e is not None, "the first of TENSORS is never None"
+    return tuple(grads[name] if name in grads else e.new_empty(0) for name in GRADIENTS)
 
 
 @forward_op.register_fake
-def _(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, *other: Any) -> tuple[torch.Tensor, ...]:
-    bias, *_, integers, reals, words, wrt = other
-    return fakes.forward(e, c, targets, bias, _decoded(integers, reals, words), wrt.split(","))
+def _(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    (e, c, targets, bias, *_), (*options, wrt) = arguments[: len(TENSORS)], arguments[len(TENSORS) :]
+    return fakes.forward(e, c, targets, bias, _decoded(*options, known=False), wrt.split(","))
 
 
 @backward_op.register_fake
-def _(d_loss: torch.Tensor | None, d_lse: torch.Tensor | None, *other: Any) -> list[torch.Tensor]:
-    e, c, _, bias, *_, wrt = other[len(SAVED) :]
-    return list(call.gradients_like({"e": e, "c": c, "bias": bias}, wrt.split(",")).values())
+def _(d_loss: torch.Tensor | None, d_lse: torch.Tensor | None, *other: Any) -> tuple[torch.Tensor, ...]:
+    _, tensors, (*_, wrt) = _split(other)
+    return _all_of(call.gradients_like(tensors, wrt.split(",")), tensors)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    *tensors, integers, reals, words, _ = inputs
+    *tensors, integers, reals, open_reals, words, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.save_for_backward(*output[1:], *tensors, open_reals)
     ctx.options = integers, reals, words
 
 
 def _vector_jacobian_product(ctx: Any, d_loss: Any, d_lse: Any, *unused: Any) -> tuple[Any, ...]:
-    names, grads = needed(ctx), {}
+    names = needed(ctx)
+    grads: dict[str, torch.Tensor] = {}
     if names and not (d_loss is None and d_lse is None):
-        results = backward_op(d_loss, d_lse, *ctx.saved_tensors, *ctx.options, ",".join(names))
-        grads = dict(zip(names, results, strict=True))
-    return *(grads.get(name) for name in TENSORS), *[None] * (len(ctx.options) + 1)
+        *kept, open_reals = ctx.saved_tensors
+        integers, reals, words = ctx.options
+        results = backward_op(d_loss, d_lse, *kept, integers, reals, open_reals, words, ",".join(names))
+        grads = {name: grad for name, grad in zip(GRADIENTS, results, strict=True) if name in names}
+    return *(grads.get(name) for name in TENSORS), *[None] * 5
 
 
 def _no_second_derivatives(ctx: Any, *unused: Any) -> None:
@@ -155,3 +182,17 @@ def _no_second_derivatives(ctx: Any, *unused: Any) -> None:
 
 forward_op.register_autograd(_vector_jacobian_product, setup_context=_setup_context)
 backward_op.register_autograd(_no_second_derivatives)
+
+
+@register_flop_formula(torch.ops.cce_numba.linear_cross_entropy)
+def _forward_flops(e_shape: Sequence[int], c_shape: Sequence[int], *others: Any, **named: Any) -> int:
+    """The product that makes the logits, as of two matrices."""
+    return 2 * math.prod(e_shape) * c_shape[0]
+
+
+@register_flop_formula(torch.ops.cce_numba.linear_cross_entropy_backward)
+def _backward_flops(*arguments: Any, **named: Any) -> int:
+    """The logits again, and a product for each gradient of e and c; of all entries, since nobody knows how many survive."""
+    _, shapes, options = _split(arguments[2:])
+    products = 1 + len({"e", "c"}.intersection(options[-1].split(",")))
+    return products * _forward_flops(*shapes)

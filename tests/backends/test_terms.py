@@ -214,6 +214,18 @@ def test_a_lost_token_leaves_the_others_alone(harness, edges, lost, softcap, fil
         assert np.abs(clean.forward.nll[others] - harness.numbers(result)["nll"][others]).max() < 1e-3
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_target_out_of_range_is_lost_where_smoothing_leaves_it_no_weight(harness, edges, reduction):
+    case = make_case(15, (edges.n[-1],), edges.v[-1], edges.d[-1], edges.dtype, check_targets=False, reduction=reduction)
+    case.targets[1] = len(case.c)
+    result = harness.forward(case.with_options(label_smoothing=1.0, filter_eps=None))
+    loss, grads = harness.numbers(result)["loss"], harness.backward(result)
+    assert np.isnan(loss if reduction == "mean" else loss[1])
+    assert np.isnan(grads.e[1]).all()
+    assert np.isnan(grads.c).all()
+    assert np.isfinite(np.delete(grads.e, 1, axis=0)).all()
+
+
 def test_a_target_out_of_range_is_lost_whatever_the_class_weights(harness, edges):
     """It counts as 1 in the mean's denominator."""
     case = make_case(14, (edges.n[-1],), edges.v[-1], edges.d[-1], edges.dtype, check_targets=False)
@@ -261,7 +273,7 @@ def test_the_building_blocks_scale_their_logits(harness, edges):
     case = make_case(10, (2, edges.n[-1]), edges.v[-1] + 1, edges.d[-1], edges.dtype, softcap=4.0, bias=True, shift=1)
     case = with_arrays(case, logit_scale=True)
     numbers = harness.numbers(harness.forward(case))
-    np.testing.assert_array_equal(harness.call("indexed_dot", case), numbers["target_logit"])
+    np.testing.assert_allclose(harness.call("indexed_dot", case), numbers["target_logit"], rtol=1e-5, atol=1e-5)
     lse = harness.call("linear_logsumexp", case, targets=False)
     np.testing.assert_allclose(lse, numbers["lse"], rtol=1e-5, atol=1e-5)
 

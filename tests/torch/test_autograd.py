@@ -144,6 +144,35 @@ def test_saved_tensors_may_be_packed(inputs):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "label_smoothing": 0.1}, {"filter_eps": 2.0**-4}], ids=str)
+def test_what_is_kept_is_taken_again_from_autograd(inputs, options):
+    """Between forward and backward FSDP fills a parameter's memory with something else, and gathers the parameter elsewhere."""
+
+    def gradients(spoilt):
+        e, c, targets, bias = leaves([x.clone() for x in inputs])
+        more = [torch.linspace(0.5, 1.5, n, device=e.device) for n in (N, V, N)]
+        given = dict(zip(("logit_scale", "class_weights", "token_weights"), more, strict=True))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.clone(), lambda x: x.clone()):
+            loss = cct.linear_cross_entropy(e, c, targets, bias, **given, **options)
+        for x in (e, c, targets, bias, *more) if spoilt else ():
+            x.detach().fill_(7)
+        loss.backward()
+        return e.grad, c.grad, bias.grad
+
+    for a, b in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(a, b)
+        assert b.abs().max() > 0
+
+
+@pytest.mark.parametrize("freed", range(4))
+def test_memory_that_was_freed_is_not_read(inputs, freed):
+    tensors = [x.detach() for x in leaves(inputs)]
+    tensors[freed].untyped_storage().resize_(0)
+    name = ("e", "c", "targets", "bias")[freed]
+    with pytest.raises(ValueError, match=f"{name}: its memory was freed; of a parameter that FSDP shards"):
+        cct.linear_cross_entropy(*tensors)
+
+
 def test_the_lse_alone(inputs):
     tensors, exact = leaves(inputs, torch.float64), leaves(inputs, torch.float64)
     tensors[3], exact[3] = (x[3].detach().double().requires_grad_() for x in (tensors, exact))
@@ -174,6 +203,51 @@ def test_the_backward_may_be_run_again(inputs):
     loss.backward()
     for a, b in zip(grads_of(tensors), once, strict=True):
         torch.testing.assert_close(a, 2 * b)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+class TestManyUpstreamGradientsAtOnce:
+    """Which PyTorch hands over as one tensor that stands for several."""
+
+    @pytest.mark.parametrize("needed", ["ecb", "e", "cb"])
+    def test_is_grads_batched(self, inputs, needed):
+        tensors = [x.requires_grad_(name in needed) for name, x in zip("ect", leaves(inputs), strict=False)]
+        tensors += [leaves(inputs)[3].requires_grad_("b" in needed)]
+        loss, lse = cct.linear_cross_entropy(*tensors, reduction="none", return_lse=True, filter_eps=2.0**-4)
+        wanted = [x for x in tensors if x.requires_grad]
+        upstream = torch.randn(2, 3, N, device=loss.device)
+        batched = torch.autograd.grad((loss, lse), wanted, tuple(upstream), is_grads_batched=True, retain_graph=True)
+        only = torch.autograd.grad(loss, wanted, upstream[0], is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            one = torch.autograd.grad((loss, lse), wanted, tuple(upstream[:, i]), retain_graph=True)
+            without_lse = torch.autograd.grad(loss, wanted, upstream[0, i], retain_graph=True)
+            for a, b, c, d in zip(batched, one, only, without_lse, strict=True):
+                assert torch.equal(a[i], b)
+                assert torch.equal(c[i], d)
+
+    def test_vectorized_jacobian(self, inputs):
+        e, c, targets, bias = (x[:9].detach() for x in inputs)
+
+        def per_token(e, c, bias):
+            return cct.linear_cross_entropy(e, c, targets % 9, bias, reduction="none", filter_eps=None)
+
+        at_once, one_by_one = (
+            torch.autograd.functional.jacobian(per_token, (e, c, bias), vectorize=vectorize) for vectorize in (True, False)
+        )
+        for a, b in zip(at_once, one_by_one, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_full_backward_hooks_of_the_module(inputs):
+    module, seen = cct.LinearCrossEntropy(reduction="sum"), []
+    module.register_full_backward_pre_hook(lambda module, d_loss: (2 * d_loss[0],))
+    module.register_full_backward_hook(lambda module, grads, d_loss: seen.extend(grads))
+    tensors, expected = leaves(inputs), leaves(inputs)
+    module(*tensors).backward()
+    (2 * cct.linear_cross_entropy(*expected, reduction="sum")).backward()
+    for a, b, of_hook in zip(grads_of(tensors), grads_of(expected), [seen[i] for i in (0, 1, 3)], strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(of_hook, b)
 
 
 def test_second_derivatives_are_refused(inputs):

@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 cct = pytest.importorskip("cce_numba.torch")
+from cce_numba.options import DEFAULTS  # noqa: E402
 
 N, V, D = 40, 3000, 16
 
@@ -118,6 +119,85 @@ def test_options_that_change(device):
             return call(*tensors, *options)
 
         assert_same(results(lambda *t, o=(shift, softcap, z_loss): compiled(*t, *o), tensors), results(same, tensors))
+
+
+@pytest.fixture
+def compiled_once(device):
+    """Compiles a function and says of how many programs: `graphs`."""
+    compiler = torch._dynamo.lookup_backend("aot_eager")
+
+    def compiled(function):
+        def count(graph, inputs):
+            compiled.graphs += 1
+            return compiler(graph, inputs)
+
+        compiled.graphs = 0
+        return torch.compile(function, fullgraph=True, backend=count)
+
+    return compiled
+
+
+@pytest.mark.parametrize("names", [("logit_scale", "z_loss"), ("softcap", "label_smoothing", "filter_eps")], ids="+".join)
+def test_numbers_that_change_in_each_step(device, compiled_once, names):
+    """As schedules make them: the second value says that there will be more, and from then on they are inputs."""
+
+    def function(e, c, targets, bias, *numbers):
+        options = dict(zip(names, numbers, strict=True))
+        return cct.linear_cross_entropy(e, c, targets, bias, return_lse=True, **options)
+
+    compiled, tensors = compiled_once(function), problem(device)
+    before = {"softcap": 5.0, "filter_eps": 0.001}
+    for step in range(12):  # more than the 8 programs that a compiler makes of one function
+        numbers = [before.get(name, 0.0) + 0.03 * (step + 1) for name in names]
+        actual, expected = (results(lambda *t, f=f, n=numbers: f(*t, *n), tensors) for f in (compiled, function))
+        assert_same(actual, expected)
+    assert compiled_once.graphs <= 2
+    numbers = [DEFAULTS[name] if name != "filter_eps" else None for name in names]  # and back to what leaves them out
+    actual, expected = (results(lambda *t, f=f: f(*t, *numbers), tensors) for f in (compiled, function))
+    assert_same(actual, expected)
+
+
+def test_a_number_that_changes_is_checked_when_it_runs(compiled_once):
+    compiled = compiled_once(lambda *tensors, scale: cct.linear_cross_entropy(*tensors, logit_scale=scale))
+    tensors = problem("cpu")
+    for scale in (0.5, 0.6, 0.7):
+        compiled(*tensors, scale=scale)
+    with pytest.raises(ValueError, match="logit_scale: must be positive and finite in float32, or None, got -1"):
+        compiled(*tensors, scale=-1.0)
+
+
+class Tail(torch.nn.Module):
+    """A head with its loss; the weights require grad."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.loss = torch.nn.Linear(D, 300), cct.LinearCrossEntropy(return_lse=True, **options)
+
+    def forward(self, e, targets):
+        return self.loss(e, self.head.weight, targets, self.head.bias)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("options", [{"shift": 1}, {"reduction": "none", "filter_eps": None}], ids=str)
+def test_export_of_any_batch(strict, options):
+    """In one program for all batches and lengths, though survivors' memory follows from both."""
+    batch, length = (
+        torch.export.Dim("batch"),
+        torch.export.Dim("length", min=3),
+    )  # of a slice PyTorch asks whether it is of length 1
+
+    def inputs(*shape):
+        return torch.randn(*shape, D), torch.randint(0, 300, shape)
+
+    module, sizes = Tail(**options), {0: batch, 1: length}
+    program = torch.export.export(module, inputs(3, 9), dynamic_shapes=(sizes, sizes), strict=strict).module()
+    for shape in ((3, 9), (1, 3), (4, 200)):
+        given = inputs(*shape)
+        actual, expected = (
+            [*of(*given), *torch.autograd.grad(of(*given)[0].sum(), of.parameters())] for of in (program, module)
+        )
+        assert_same(actual, expected)
 
 
 def test_the_module_and_autocast(device):

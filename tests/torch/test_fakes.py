@@ -19,6 +19,7 @@ from cce_numba import arguments, gpu, interchange  # noqa: E402
 from cce_numba.backend import BACKENDS, backend_module  # noqa: E402
 from cce_numba.options import DEFAULTS, Options  # noqa: E402
 from cce_numba.torch import fakes, operators  # noqa: E402
+from cce_numba.torch.call import SAVED  # noqa: E402
 
 pytestmark = pytest.mark.skipif(SimulatorHarness.is_active(), reason="about PyTorch alone")
 N, V, D = 300, 5000, 64
@@ -62,8 +63,9 @@ def test_sizes_that_are_left_open_stay_open():
 
     graph = make_fx(forward, tracing_mode="symbolic")(*inputs)
     (node,) = [node for node in graph.graph.nodes if "cce_numba" in str(node.target)]
-    loss, lse, _, _, tokens, survivors, _ = node.meta["val"]
-    for of_n in (loss.shape[0], lse.shape[0], tokens.shape[0], *survivors.shape):
+    loss, *saved = node.meta["val"]
+    of_name = dict(zip(SAVED, saved, strict=True))
+    for of_n in (loss.shape[0], of_name["lse"].shape[0], of_name["tokens"].shape[0], *of_name["survivors"].shape):
         assert isinstance(of_n, torch.SymInt)
     environment = node.meta["val"][0].fake_mode.shape_env
     n, v = (node.meta["val"].shape[0].node.expr for node in list(graph.graph.nodes)[:2])
@@ -124,10 +126,10 @@ def test_an_operator_on_a_device_that_is_not_there(monkeypatch, backend, dtype, 
         grads = operators.backward_op(found[0], None, *found[1:], e, c, targets, None, None, None, None, *encoded, "c")
     wide = torch.float64 if dtype == "float64" else torch.float32
     mean_logit = N if "label_smoothing" in options else 0
-    expected = [((), wide), ((N,), wide), ((N,), wide), ((), torch.int64), ((N,), tokens), ((rows, row_bytes), torch.uint8)]
-    assert shapes(found) == [*expected, ((mean_logit,), wide)]
-    assert shapes(without) == [*expected[:-1], ((0, 0), torch.uint8), ((mean_logit,), wide)]
-    assert shapes(grads) == [((V, D), c.dtype)]
+    expected = [((), wide), *[((N,), wide)] * 4, ((), torch.int64), ((N,), tokens)]
+    assert shapes(found) == [*expected, ((rows * row_bytes,), torch.uint8), ((mean_logit,), wide)]
+    assert shapes(without) == [*expected, ((0,), torch.uint8), ((mean_logit,), wide)]
+    assert shapes(grads) == [((0,), c.dtype), ((V, D), c.dtype), ((0,), c.dtype)]
     assert set(chosen) == {backend}
 
 
@@ -137,8 +139,8 @@ def test_an_operator_on_a_device_that_is_not_there(monkeypatch, backend, dtype, 
 def test_survivors_for_gradients_that_are_filtered(wrt, filter_e, filter_c, recorded):
     given = {"filter_e_grad": filter_e, "filter_c_grad": filter_c}
     e, c, targets = torch.empty(N, D), torch.empty(V, D), torch.empty(N, dtype=torch.long)
-    found = fakes.forward(e, c, targets, torch.empty(V), given, wrt)
-    assert tuple(found[5].shape) == ((3, 625) if recorded else (0, 0))
+    _, *saved = fakes.forward(e, c, targets, torch.empty(V), given, wrt)
+    assert tuple(saved[SAVED.index("survivors")].shape) == ((3 * 625,) if recorded else (0,))
 
 
 def test_shapes_that_do_not_fit_are_told():

@@ -28,7 +28,7 @@ OPTIONS = st.fixed_dictionaries(
     },
     optional={
         "logit_scale": st.sampled_from([1.0, 0.5, "tokens"]),
-        "label_smoothing": st.sampled_from([0.0, 0.1]),
+        "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
         "z_loss": st.sampled_from([0.0, 0.01]),
         "class_weights": st.just("entries"),
         "token_weights": st.just("tokens"),
@@ -54,6 +54,8 @@ def make(problem, options, dtype=torch.float64, device="cpu"):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     shape, V, D = problem["shape"], problem["V"], problem["D"]
+    if options.get("shift") and not options["shift"] < shape[-1]:  # which is an error
+        options = options | {"shift": 0}
     inputs = {"e": normal(*shape, D), "c": normal(V, D) * 2 / D**0.5}
     if problem["bias"]:
         inputs["bias"] = normal(V)
@@ -204,7 +206,7 @@ def test_the_order_of_the_arguments_is_that_of_cut_cross_entropy():
     names = [*names.split(), "filter_e_grad", "filter_c_grad", "impl"]
     parameters = inspect.signature(cct.linear_cross_entropy).parameters
     assert [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == names
-    assert set(parameters) == {"e", "c", "targets", "return_lse", "impl", *DEFAULTS}
+    assert set(parameters) == {"e", "c", "targets", "return_lse", "impl", "others", *DEFAULTS}
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
     assert defaults == {**DEFAULTS, "return_lse": False, "impl": "cce"}
     module = [*inspect.signature(cct.LinearCrossEntropy).parameters]
@@ -224,10 +226,13 @@ def test_small_and_empty(device, shape, reduction):
         assert not grad.any()
 
 
-def test_a_shift_beyond_the_end():
+@pytest.mark.parametrize("impl", ["cce", "torch_compile"])
+@pytest.mark.parametrize("shift", [3, 5])
+def test_a_shift_beyond_the_end(impl, shift):
+    """Theirs is nan, since it is a mean of none."""
     inputs, targets, _ = make(SOME | {"shape": (2, 3)}, {})
-    loss, lse = cct.linear_cross_entropy(**inputs, targets=targets, shift=5, reduction="none", return_lse=True)
-    assert loss.shape == lse.shape == (2, 0)
+    with pytest.raises(ValueError, match=rf"shift: must be less than the number of tokens of a sequence, 3 of .*got {shift}"):
+        cct.linear_cross_entropy(**inputs, targets=targets, shift=shift, impl=impl)
 
 
 def test_the_module(device):
@@ -243,6 +248,8 @@ def test_the_module(device):
     assert "softcap=20.0" in repr(module)
     assert "filter_eps" not in repr(module)
     assert repr(cct.LinearCrossEntropy()) == "LinearCrossEntropy()"
+    assert "class_weights=<torch.float32 (3000,)>" in repr(module)
+    assert repr(module).count("\n") == 0
 
 
 def test_the_module_s_options_are_attributes_and_its_tensors_move_with_it():
@@ -289,7 +296,7 @@ class TestZLoss:
             cct.compute_z_loss([1.0])
         with pytest.raises(TypeError, match=r"lse: must be of a floating-point dtype, got torch\.int64"):
             cct.compute_z_loss(torch.ones(3, dtype=torch.long))
-        with pytest.raises(TypeError, match="targets: must be integers, got dtype float32"):
+        with pytest.raises(TypeError, match="targets: must be integers, the ids of entries, got dtype float32"):
             cct.compute_z_loss(torch.ones(3), torch.ones(3))
         with pytest.raises(TypeError, match="ignore_index: must be an integer, got None"):
             cct.compute_z_loss(torch.ones(3), torch.ones(3, dtype=torch.long), ignore_index=None)

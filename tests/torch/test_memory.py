@@ -8,10 +8,12 @@ import weakref
 import numpy as np
 import pytest
 
+import cce_numba as cce
 from tests.helpers.harness import SimulatorHarness
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 memory = pytest.importorskip("cce_numba.torch.memory")
+cct = pytest.importorskip("cce_numba.torch")
 pytestmark = pytest.mark.skipif(SimulatorHarness.is_active(), reason="about PyTorch and CuPy alone")
 
 
@@ -96,6 +98,50 @@ def test_an_array_of_a_tensor_shares_its_memory(dtype):
     assert array.dtype == dtype
     assert array.tolist() == tensor.tolist()
     assert array.__array_interface__["data"][0] == tensor.data_ptr()
+
+
+def tensors_of_a_problem():
+    torch.manual_seed(0)
+    shapes = {"e": (6, 4), "c": (50, 4), "bias": (50,), "logit_scale": (6,), "class_weights": (50,), "token_weights": (6,)}
+    tensors = {name: torch.rand(shape) + 0.5 for name, shape in shapes.items()}
+    tensors = {name: x.requires_grad_(name in ("e", "c", "bias")) for name, x in tensors.items()}
+    return tensors | {"targets": torch.randint(0, 50, (6,))}
+
+
+def with_grad(**tensors):
+    with torch.no_grad():
+        cce.linear_cross_entropy_with_grad(**tensors)
+
+
+def with_result(**tensors):
+    with torch.no_grad():
+        cce.backward(cce.forward(**tensors))
+
+
+CALLS = {
+    "autograd": lambda **tensors: cct.linear_cross_entropy(**tensors).backward(),
+    "operators": lambda **tensors: torch.autograd.grad(cct.linear_cross_entropy(**tensors), tensors["c"], create_graph=True),
+    "into .grad": cct.linear_cross_entropy_backward,
+    "arrays in one call": with_grad,
+    "arrays in two calls": with_result,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("call", CALLS)
+def test_storages_stay_resizable(call, dtype):
+    """After `tensor.numpy()` PyTorch never resizes a storage again, as FSDP does with those of parameters."""
+    tensors = tensors_of_a_problem()
+    for name in ("e", "c", "bias"):
+        tensors[name] = tensors[name].detach().to(dtype).requires_grad_()
+    CALLS[call](**tensors)
+    for tensor in (*tensors.values(), *(x.grad for x in tensors.values() if x.grad is not None)):
+        tensor.untyped_storage().resize_(0)
+        tensor.untyped_storage().resize_(tensor.nbytes)
+    spoilt = torch.rand(3)
+    spoilt.numpy()
+    with pytest.raises(RuntimeError, match="not resizable"):  # as long as PyTorch is so
+        spoilt.untyped_storage().resize_(0)
 
 
 def test_the_allocator_is_set_for_the_call_alone(monkeypatch):

@@ -40,18 +40,17 @@ def used(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"filter_eps": None, "reduction": "sum"},
-        {"filter_eps": 2.0**-4, "shift": 2, "reduction": "none"},
-        {"softcap": 5.0, "label_smoothing": 0.1},
-        {"logit_scale": 0.5, "z_loss": 0.1, "class_weights": "entries", "token_weights": "tokens"},
-        {"logit_scale": "tokens"},
+    ("dtype", "options"),
+    [  # each takes some 10 s, so each option comes with one dtype
+        (torch.bfloat16, {}),
+        (torch.float32, {"filter_eps": None, "reduction": "sum"}),
+        (torch.bfloat16, {"filter_eps": 2.0**-4, "shift": 2, "reduction": "none"}),
+        (torch.float32, {"softcap": 5.0, "label_smoothing": 0.1}),
+        (torch.bfloat16, {"logit_scale": 0.5, "z_loss": 0.1, "class_weights": "entries", "token_weights": "tokens"}),
+        (torch.float32, {"logit_scale": "tokens"}),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_opcheck(device, options, dtype, used, monkeypatch):
     """Schemas tell the truth, fakes' shapes and strides are the operators', and autograd is registered as it must be."""
     from cce_numba.torch import autograd, operators
@@ -78,7 +77,7 @@ def test_options_are_the_same_once_decoded(filter_eps):
     options = numbers | {"reduction": "sum", "backend": "cpu", "filter_eps": filter_eps, "filter_c_grad": False, "shift": 3}
     decoded = operators._decoded(*operators._encoded(options | {"softcap": 5.0, "check_targets": True}))
     assert decoded == options | {"softcap": 5.0, "check_targets": True}
-    checked = Options.of(BFLOAT16, call.given([None] * len(call.TENSORS), decoded))
+    checked = Options.of(BFLOAT16, call.given(decoded))
     assert checked.filter_eps == (2.0**-16 if filter_eps else None)
     assert checked.filter_is_auto == (filter_eps == "auto")
 
@@ -119,7 +118,7 @@ def test_two_rows_for_each_block(options, two_rows, request):
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
             loss = function(e, c, targets.abs(), bias, **options)
         loss.backward()
-        assert ((4 if has_two else 2), 375) in kept, "survivors"
+        assert ((4 if has_two else 2) * 375,) in kept, "survivors"
         return grads_of((e, c, bias))
 
     has_two = "filter_eps" not in options and options.get("filter_c_grad", True)
@@ -156,7 +155,7 @@ def test_rows_of_a_device_are_kept_whole(block_rows, monkeypatch):
     saved = [memory.tensor_of(array) for array in arrays]
     kept = saved[call.SAVED.index("survivors")]
     assert kept.data_ptr() == given.data_ptr()
-    assert torch.equal(kept, given)
+    assert torch.equal(kept, given.flatten())
     survivors = call._statistics(p, form, saved).survivors
     np.testing.assert_array_equal(survivors, given.numpy()[:, :125])
     assert survivors.strides == (144, 1)
@@ -271,9 +270,47 @@ def test_vmap():
     assert torch.equal(batched, torch.stack([cct.linear_cross_entropy(x, c, targets, bias) for x in (e, 2 * e)]))
 
 
-def forward_mode(loss_of, e):
-    """With an onlooker, so that the operator is called."""
-    with forward_ad.dual_level(), Names():
+@pytest.mark.parametrize("needed", ["ecb", "e", "c", ""])
+def test_flops_are_those_of_the_products(needed):
+    """Of all entries: what survives is not known beforehand. The logits are made twice, which PyTorch's own loss keeps."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    e, c, targets, bias = (x.detach() for x in problem())
+    for name, x in zip("ecb", (e, c, bias), strict=True):
+        x.requires_grad_(name in needed)
+    counted = {}
+    for impl in ("cce", "torch_compile"):
+        with FlopCounterMode(display=False) as counter:
+            loss = cct.linear_cross_entropy(e, c, targets, bias, impl=impl)
+            if needed:
+                loss.backward()
+        counted[impl] = counter.get_total_flops()
+    assert counted["cce"] == counted["torch_compile"] + (2 * N * V * D if needed else 0)
+    assert counted["torch_compile"] == 2 * N * V * D * (1 + ("e" in needed) + ("c" in needed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("options", [{"reduction": "none", "shift": 2}, {"softcap": 5.0, "label_smoothing": 0.1}], ids=str)
+def test_meta_tensors_give_shapes(options, dtype):
+    """Of a step that is too large to run here, as FSDP's and accelerate's models are made."""
+
+    def step(e, c, targets, bias):
+        loss, lse = cct.linear_cross_entropy(e, c, targets, bias, return_lse=True, **options)
+        (loss.sum() + lse.sum()).backward()
+        return [loss, lse, e.grad, c.grad, bias.grad]
+
+    real = problem(dtype=dtype)
+    on_meta = [x.detach().to("meta").requires_grad_(x.requires_grad) for x in real]
+    for a, b in zip(step(*on_meta), step(*real), strict=True):
+        assert a.is_meta
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    huge = torch.empty(10**6, 4096, device="meta"), torch.empty(256_000, 4096, device="meta")
+    assert cct.linear_cross_entropy(*huge, torch.empty(10**6, device="meta", dtype=torch.long)).shape == ()
+
+
+def forward_mode(loss_of, e, seen=True):
+    """With an onlooker, so that the operator is called, or without."""
+    with forward_ad.dual_level(), Names() if seen else contextlib.nullcontext():
         return forward_ad.unpack_dual(loss_of(forward_ad.make_dual(e, e)))
 
 
@@ -286,8 +323,10 @@ def forward_mode(loss_of, e):
         lambda loss_of, e: torch.func.vmap(torch.func.grad(loss_of))(torch.stack([e, e])),
         lambda loss_of, e: torch.func.hessian(loss_of)(e),
         lambda loss_of, e: forward_mode(loss_of, e),
+        lambda loss_of, e: forward_mode(loss_of, e, seen=False),
+        lambda loss_of, e: torch.autograd.functional.jacobian(loss_of, e, vectorize=True, strategy="forward-mode"),
     ],
-    ids=["grad", "vjp", "jvp", "vmap of grad", "hessian", "forward mode"],
+    ids=["grad", "vjp", "jvp", "vmap of grad", "hessian", "forward mode", "forward mode, unseen", "jacobian"],
 )
 def test_transforms_that_differentiate_are_refused(transform):
     e, c, targets, _ = (x[:9].detach() for x in problem())

@@ -1,4 +1,4 @@
-"""The tensor-core kernels, compiled for a real GPU without one: every configuration that can be launched.
+"""The tensor-core kernels, compiled for a real GPU without one.
 
 What would silently cost speed is an error here: spilled registers, products that the assembler serialised, or exchanges of
 registers that it ignored.
@@ -41,10 +41,20 @@ def check_fits(compiled: offline.Compiled, spilled_bytes: int = 0) -> None:
     assert compiled.count(r"call(\.uni)?") == 0
 
 
-@pytest.mark.parametrize("record", [False, True], ids=["", "record"])
-@pytest.mark.parametrize("capped", [False, True], ids=["", "capped"])
-@pytest.mark.parametrize("bias", BIASES)
-@pytest.mark.parametrize("dtype", DTYPES)
+# Each pair of options, and what is launched most.
+CONFIGURATIONS = [
+    ("bf16", "none", False, False),
+    ("bf16", "none", False, True),
+    ("bf16", "none", True, True),
+    ("bf16", "float32", False, False),
+    ("bf16", "same", True, False),
+    ("f16", "none", False, False),
+    ("f16", "float32", True, True),
+    ("f16", "same", False, True),
+]
+
+
+@pytest.mark.parametrize(("dtype", "bias", "capped", "record"), CONFIGURATIONS)
 def test_the_forward(dtype, bias, capped, record):
     """One test for each configuration, with all that is to be said of it: compiling is what takes time."""
     tiles = HopperTiles()
