@@ -5,6 +5,7 @@ Vocabulary blocks are the outer loop, so that a block of `dC` is complete, and r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,35 @@ from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows
 from cce_numba.cpu.elements import add_rows, gradient_block
-from cce_numba.cpu.threads import for_each
+from cce_numba.cpu.threads import at_most, for_each, multiply, spans
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.integers import ceil_div
 from cce_numba.progress import advance
 from cce_numba.terms import outer_product
 
 _ROWS_OF_A_THREAD = 128  # of G, at a time
+_FEWEST_DIMENSIONS = 64  # of dC, that are worth a product of their own
 _ROWS_TO_FINISH = 512  # at a time: adding to what is there takes a copy of it
+
+
+@dataclass(eq=False)
+class _Part:
+    """Some tokens, and what the gradients take of a block of the vocabulary for them; columns count from the block's first.
+
+    Attributes:
+        tokens: (n,) those that take part.
+        columns: (k,) of which G is made; None means all of the block.
+        for_e, for_c: those that dE, and dC and dbias, are made of; None means all.
+        e: (n, D) rows of the tokens.
+        g: (n, columns of for_c) G.
+    """
+
+    tokens: Any
+    columns: Any
+    for_e: Any
+    for_c: Any
+    e: Any = None
+    g: Any = None
 
 
 def backward(
@@ -76,28 +98,40 @@ def _sweep(
         if d_c_sums_itself:
             d_c[v0:v1] = 0
         d_bias_sum = np.zeros(v1 - v0)
-        for n0, n1 in ranges(last - first, step):
-            tokens = weights.taking_part(statistics.tokens[first + n0 : first + n1])
-            kept = _kept_columns(statistics, first + n0, v0, v1) if filter_e or filter_c else None
-            if len(tokens) == 0 or (filter_all and kept is not None and len(kept) == 0):
-                continue
-            columns = kept if filter_all else None
-            e = rows(p.e, tokens, dtype)
-            g = _gradient_of_logits(p, statistics, weights, tokens, e, c, v0, columns)
+
+        def part_of(span: tuple[int, int], v0: int = v0, v1: int = v1) -> _Part:
+            tokens = weights.taking_part(statistics.tokens[first + span[0] : first + span[1]])
+            kept = _kept_columns(statistics, first + span[0], v0, v1) if filter_e or filter_c else None
+            return _Part(tokens, kept if filter_all else None, kept if filter_e else None, kept if filter_c else None)
+
+        def find(part: _Part, v0: int = v0, c: Any = c) -> None:
+            """Finds G for the part's tokens, and adds to their rows of dE, which are nobody else's."""
+            part.e = rows(p.e, part.tokens, dtype)
+            present = _rows(c, part.columns)
+            g = multiply(part.e, present.T)
+            _make_gradient(g, p, statistics, weights, part, slice(v0, v0 + len(c)))
             if d_e is not None:
-                partial = _columns(g, columns, kept if filter_e else None) @ _rows(c, kept if filter_e else None)
-                d_e_sum[tokens if d_e_sum is d_e else np.searchsorted(statistics.tokens[first:last], tokens)] += partial
-            if d_c is None and d_bias is None:
-                continue
-            g = _columns(g, columns, kept if filter_c else None)
-            if d_c is not None and filter_c and kept is not None:
-                add_rows(d_c_sum, kept, g.T @ e)
-            elif d_c is not None and n0 == 0:
-                np.matmul(g.T, e, out=d_c_sum)
-            elif d_c is not None:
-                d_c_sum += g.T @ e
+                wanted = present if part.for_e is part.columns else _rows(c, part.for_e)
+                partial = multiply(_columns(g, part.columns, part.for_e), wanted)
+                own = part.tokens if d_e_sum is d_e else np.searchsorted(statistics.tokens[first:last], part.tokens)
+                d_e_sum[own] += partial
+            part.g = None if d_c is None and d_bias is None else _columns(g, part.columns, part.for_c)
+
+        for n0, n1 in ranges(last - first, tiles.block_n):
+            parts = [part_of((n0 + start, n0 + stop)) for start, stop in ranges(n1 - n0, step)]
+            parts = [part for part in parts if len(part.tokens) and (part.columns is None or len(part.columns))]
+            if len(parts) == 1:
+                find(parts[0])  # whose products are shared among threads
+            elif parts:
+                # Each thread has a copy of the rows of c that survive. All of them together fit where two blocks of c do.
+                most = max(0 if part.columns is None else len(part.columns) for part in parts)
+                with at_most(2 * tiles.block_v // max(1, most)):
+                    for_each(find, parts)
+            if d_c is not None:
+                _add_to_d_c(d_c_sum, parts)
             if d_bias is not None:
-                d_bias_sum[slice(None) if not filter_c or kept is None else kept] += g.sum(axis=0, dtype=np.float64)
+                for part in parts:
+                    d_bias_sum[slice(None) if part.for_c is None else part.for_c] += part.g.sum(axis=0, dtype=np.float64)
         if d_c is not None:
             _add_outer(d_c_sum, outer.c, range(v0, v1))
             if not d_c_sums_itself:
@@ -119,6 +153,24 @@ def _add_outer(total: Any, pair: Any, rows: Any) -> None:
         for start, stop in ranges(len(total), _ROWS_TO_FINISH):
             some = rows[start:stop]
             total[start:stop] += outer_product(pair, slice(some.start, some.stop) if isinstance(some, range) else some)
+
+
+def _add_to_d_c(d_c_sum: Any, parts: list[_Part]) -> None:
+    """Adds G.T @ e of each part to d_c_sum (v, D). Threads share the hidden dimensions, so each adds in the same order."""
+    if len(parts) == 1 and parts[0].for_c is None:
+        d_c_sum += multiply(parts[0].g.T, parts[0].e)
+        return
+
+    def add(span: tuple[int, int]) -> None:
+        some = slice(*span)
+        for part in parts:
+            product = part.g.T @ part.e[:, some]
+            if part.for_c is None:
+                d_c_sum[:, some] += product
+            else:
+                add_rows(d_c_sum[:, some], part.for_c, product)
+
+    for_each(add, spans(d_c_sum.shape[1], _FEWEST_DIMENSIONS))
 
 
 def _finish(gradient: Any, tokens: Any, total: Any, adds: bool) -> None:
@@ -146,15 +198,13 @@ def _columns(g: Any, present: Any, wanted: Any) -> Any:
     return g if wanted is present else g[:, wanted]
 
 
-def _gradient_of_logits(
-    p: Problem, statistics: Statistics, weights: Weights, tokens: Any, e: Any, c: Any, v0: int, columns: Any
-) -> Any:
-    """G (n, k) of these tokens and columns (counted from v0; None means all of c's block), from recomputed logits."""
-    z = e @ _rows(c, columns).T
-    finish_logits(z, p, tokens, slice(v0, v0 + len(c)) if columns is None else columns + v0)
-    wanted = p.targets[tokens] - v0
+def _make_gradient(z: Any, p: Problem, statistics: Statistics, weights: Weights, part: _Part, block: slice) -> None:
+    """Turns the products z (n, k) of the part's tokens and columns, of this block of the vocabulary, into G, in place."""
+    tokens, columns = part.tokens, part.columns
+    finish_logits(z, p, tokens, block if columns is None else columns + block.start)
+    wanted = p.targets[tokens] - block.start
     if columns is None:
-        target_column = np.where((wanted >= 0) & (wanted < len(c)), wanted, -1)
+        target_column = np.where((wanted >= 0) & (wanted < block.stop - block.start), wanted, -1)
     else:
         found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
         target_column = np.where(columns[found] == wanted, found, -1)
@@ -170,11 +220,10 @@ def _gradient_of_logits(
         target_column,
     )
     # Nothing is filtered where there is such a term: all columns of the block are here.
-    of_class = np.empty(0, z.dtype) if weights.uniform is None else class_weights(p, slice(v0, v0 + len(c)))
+    of_class = np.empty(0, z.dtype) if weights.uniform is None else class_weights(p, block)
 
     def fill(span: tuple[int, int]) -> None:
         some = slice(*span)
         gradient_block(z[some], *(x[some] for x in per_token), of_class, inverse_softcap)
 
     for_each(fill, ranges(len(tokens), _ROWS_OF_A_THREAD))
-    return z

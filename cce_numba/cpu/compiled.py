@@ -54,7 +54,10 @@ class _Kept(caching.NullCache):
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
         facts = repr(sorted((name, sorted(x) if isinstance(x, set) else x) for name, x in options.items()))
         self._name = function.__name__
-        self._facts = f"{function.__module__}.{function.__qualname__} {facts}".encode() + function.__code__.co_code
+        # What a function made by another has of it, like the dtype that it is for, is compiled in.
+        made_of = serialize.dumps(tuple(cell.cell_contents for cell in function.__closure__ or ()))
+        code = function.__code__.co_code
+        self._facts = f"{function.__module__}.{function.__qualname__} {facts}".encode() + code + made_of
 
     @property
     def cache_path(self) -> str | None:

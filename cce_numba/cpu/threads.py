@@ -18,27 +18,63 @@ from cce_numba.arguments import Problem
 from cce_numba.cpu import blas
 
 _T = TypeVar("_T")
-_count: ContextVar[int | None] = ContextVar("threads", default=None)
+_SMALL = 2**25  # multiplications in a product, which one thread does in a millisecond or so
+_FEWEST_ROWS = 64  # of a product, that are worth a call of their own
+_count: ContextVar[int] = ContextVar("threads", default=1)
 
 
 @contextlib.contextmanager
 def of(p: Problem) -> Iterator[None]:
-    """Inside, and in this thread, work and products take as many threads as the caller's library may take.
+    """Inside, and in this thread, work is shared by as many threads as the caller's library may take.
 
     For PyTorch's tensors that is `torch.get_num_threads()`. For other arrays it is what NumPy's BLAS may take, which
-    OPENBLAS_NUM_THREADS, OMP_NUM_THREADS and `threadpoolctl` choose.
+    OPENBLAS_NUM_THREADS, OMP_NUM_THREADS and `threadpoolctl` choose. A small problem is not worth waking another thread.
+
+    Each product is left to one thread. OpenBLAS's own threads wait for each other in a loop at every product, which takes many
+    times as long as the product if another process keeps a core busy.
     """
-    of_blas = blas.threads()
-    count = of_blas or _cores()
+    count = blas.threads() or _cores()
     if p.kind.library == "torch":
         count = sys.modules["torch"].get_num_threads()
-    count = max(1, min(count, _cores()))
-    token = _count.set(count)
+    token = _count.set(1 if p.N * p.V * p.D < _SMALL else max(1, min(count, _cores())))
     try:
-        with blas.limited(count) if of_blas is not None and count < of_blas else contextlib.nullcontext():
+        with blas.limited(1):
             yield
     finally:
         _count.reset(token)
+
+
+@contextlib.contextmanager
+def at_most(count: int) -> Iterator[None]:
+    """Inside, and in this thread, no more threads than these share work."""
+    token = _count.set(max(1, min(count, _allowed())))
+    try:
+        yield
+    finally:
+        _count.reset(token)
+
+
+def spans(total: int, multiple: int) -> Iterator[tuple[int, int]]:
+    """Consecutive [start, stop), two for each thread: a multiple of `multiple` long, all but the last.
+
+    More than one for each thread, so that one that gets less of its core leaves work to the others.
+    """
+    step = -(-total // (2 * _allowed())) if _allowed() > 1 else total
+    step = max(1, -(-step // multiple)) * multiple
+    return ((start, min(start + step, total)) for start in range(0, total, step))
+
+
+def multiply(a: Any, b: Any, out: Any = None) -> Any:
+    """a (m, k) @ b (k, n), its rows shared among threads."""
+    if out is None:
+        out = np.empty((a.shape[0], b.shape[1]), a.dtype)
+
+    def part(span: tuple[int, int]) -> None:
+        rows = slice(*span)
+        np.matmul(a[rows], b, out=out[rows])
+
+    for_each(part, spans(len(a), _FEWEST_ROWS))
+    return out
 
 
 def for_each(function: Callable[[_T], Any], items: Iterable[_T]) -> None:
@@ -49,8 +85,11 @@ def for_each(function: Callable[[_T], Any], items: Iterable[_T]) -> None:
     """
     waiting = deque(items)
 
+    shares = len(waiting) > 1
+
     def work() -> None:
-        with np.errstate(all="ignore"):  # each thread has its own; inf and nan speak for themselves
+        # Each thread has its own settings. Inf and nan speak for themselves; and what is shared already is not shared again.
+        with np.errstate(all="ignore"), at_most(1) if shares else contextlib.nullcontext():
             while waiting:
                 try:
                     item = waiting.popleft()
@@ -63,7 +102,7 @@ def for_each(function: Callable[[_T], Any], items: Iterable[_T]) -> None:
                     raise
 
     helpers = []
-    for _ in range(min(_count.get() or _cores(), len(waiting)) - 1):
+    for _ in range(min(_allowed(), len(waiting)) - 1):
         try:
             helpers.append(_pool().submit(work))
         except RuntimeError:
@@ -76,6 +115,10 @@ def for_each(function: Callable[[_T], Any], items: Iterable[_T]) -> None:
     for error in errors:
         if error is not None:
             raise error
+
+
+def _allowed() -> int:
+    return _count.get()
 
 
 @cache

@@ -71,6 +71,20 @@ def test_a_name_tells_what_machine_code_depends_on(directory, monkeypatch):
     assert len(list(directory.iterdir())) == 2 + len(environment)
 
 
+def times(factor):
+    @compiled(nogil=True)
+    def product(x):
+        return factor * x
+
+    return product
+
+
+def test_functions_that_one_function_makes_are_told_apart(directory):
+    """They have one name and one code; what they are made of is compiled in."""
+    assert [times(factor)(3.0) for factor in (2.0, 5.0, np.float32(2), 2.0)] == [6.0, 15.0, 6.0, 6.0]
+    assert len(list(directory.iterdir())) == 3
+
+
 def truncated(path):
     path.write_bytes(path.read_bytes()[:-1])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import threading
@@ -44,6 +43,7 @@ def threads_taken(p):
 def four_cores(monkeypatch):
     """As far as `threads` can see."""
     monkeypatch.setattr(threads, "_cores", lambda: 4)
+    monkeypatch.setattr(threads, "_SMALL", 0)
     threads._pool.cache_clear()
     yield
     threads._pool.cache_clear()
@@ -63,7 +63,7 @@ def product_threads():
 @pytest.mark.parametrize("count", [1, 2])
 def test_numpys_arrays_take_as_many_threads_as_its_blas(product_threads, count):
     product_threads(count)
-    assert threads_taken(problem()) == (count, count)
+    assert threads_taken(problem()) == (count, 1)
 
 
 @NEEDS_OPENBLAS
@@ -77,7 +77,7 @@ def test_tensors_take_as_many_threads_as_pytorch(product_threads):
         assert threads_taken(problem(torch.from_numpy)) == (1, 1)
         assert blas.threads() == 2, "and NumPy has its own again"
         torch.set_num_threads(3)
-        assert threads_taken(problem(torch.from_numpy))[0] == 3
+        assert threads_taken(problem(torch.from_numpy)) == (3, 1)
     finally:
         torch.set_num_threads(before)
 
@@ -95,11 +95,48 @@ def test_limits_of_calls_that_overlap(product_threads):
     assert (blas._control()[0](), blas.threads()) == (2, 2)
 
 
+@pytest.mark.usefixtures("four_cores")
 def test_each_item_has_its_turn_once():
     seen = []
-    threads.for_each(seen.append, range(1000))
+    with threads.of(problem()), threads.at_most(1):
+        threads.for_each(seen.append, range(10))
+    assert seen == list(range(10))
+    seen.clear()
+    with threads.of(problem()):
+        threads.for_each(seen.append, range(1000))
     assert sorted(seen) == list(range(1000))
     threads.for_each(pytest.fail, ())
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_a_small_problem_wakes_nobody(monkeypatch):
+    monkeypatch.setattr(threads, "_SMALL", 65)
+    assert threads_taken(problem())[0] == 1
+    monkeypatch.setattr(threads, "_SMALL", 64)
+    assert threads_taken(problem())[0] > 1
+
+
+@pytest.mark.usefixtures("four_cores")
+def test_what_is_shared_is_not_shared_again():
+    seen = set()
+
+    def inner(_):
+        threads.for_each(lambda _: seen.add((threads._allowed(), threading.get_ident())), range(3))
+        time.sleep(0.01)
+
+    with threads.of(problem()):
+        threads.for_each(inner, range(8))
+    assert {allowed for allowed, _ in seen} == {1}
+
+
+@pytest.mark.usefixtures("four_cores")
+@pytest.mark.parametrize("shape", [(1, 3, 2), (63, 5, 4), (64, 1, 1), (129, 7, 3), (600, 20, 30)])
+def test_a_product_whose_rows_are_shared(shape):
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(-9, 9, (k, m)).astype(float).T, rng.integers(-9, 9, (k, n)).astype(float)
+    with threads.of(problem()):
+        np.testing.assert_array_equal(threads.multiply(a, b), a @ b)
 
 
 @pytest.mark.usefixtures("four_cores")
@@ -112,7 +149,7 @@ def test_an_error_in_any_thread_is_raised_here(where):
         if (threading.get_ident() == here) == (where == "this thread"):
             raise ArithmeticError("as it happens")
 
-    with pytest.raises(ArithmeticError, match="as it happens"):
+    with threads.of(problem()), pytest.raises(ArithmeticError, match="as it happens"):
         threads.for_each(fail, range(50))
 
 
@@ -122,8 +159,10 @@ def test_without_a_thread_to_be_had_this_one_works(monkeypatch):
             raise RuntimeError("cannot schedule new futures after interpreter shutdown")
 
     monkeypatch.setattr(threads, "_pool", Over)
+    monkeypatch.setattr(threads, "_SMALL", 0)
     seen = []
-    threads.for_each(lambda i: seen.append((i, threading.get_ident())), range(5))
+    with threads.of(problem()):
+        threads.for_each(lambda i: seen.append((i, threading.get_ident())), range(5))
     assert seen == [(i, threading.get_ident()) for i in range(5)]
 
 
@@ -131,7 +170,7 @@ PROGRAM = """
 import atexit, threading, time
 import numpy as np, cce_numba as cce
 rng = np.random.default_rng(0)
-e, c, targets = rng.standard_normal((600, 8)), rng.standard_normal((90, 8)), rng.integers(0, 90, 600)
+e, c, targets = rng.standard_normal((600, 80)), rng.standard_normal((900, 80)), rng.integers(0, 900, 600)
 def work(what):
     print(what, cce.linear_cross_entropy_with_grad(e, c, targets)[0], flush=True)
 def later():
@@ -145,9 +184,7 @@ atexit.register(work, "atexit")
 
 
 def test_work_goes_on_when_the_main_thread_is_over():
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ
-    )
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     losses = dict(line.split() for line in done.stdout.splitlines())
     assert set(losses) == {"main", "thread", "atexit"}, done.stderr

@@ -12,7 +12,6 @@ import math
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from cce_numba import folds
 from cce_numba import survivors as rule
@@ -22,7 +21,7 @@ from cce_numba.cpu.folds.fold import Given, Tile
 from cce_numba.cpu.folds.max_sum import State as MaxSumState
 from cce_numba.integers import ceil_div
 
-_threshold = njit(nogil=True)(rule.make_threshold(np.float64))
+_threshold = compiled(nogil=True)(rule.make_threshold(np.float64))
 
 
 class State(NamedTuple):
