@@ -50,6 +50,12 @@ def four_cores(monkeypatch):
 
 
 @pytest.fixture
+def four_threads(four_cores, monkeypatch):
+    """Four cores, and nothing that limits NumPy's arrays to fewer threads."""
+    monkeypatch.setattr(blas, "threads", lambda: 4)
+
+
+@pytest.fixture
 def product_threads():
     """Sets how many threads a product takes, as `threadpoolctl` and the environment do; until the test ends."""
     get, put = blas._control()
@@ -95,7 +101,7 @@ def test_limits_of_calls_that_overlap(product_threads):
     assert (blas._control()[0](), blas.threads()) == (2, 2)
 
 
-@pytest.mark.usefixtures("four_cores")
+@pytest.mark.usefixtures("four_threads")
 def test_each_item_has_its_turn_once():
     seen = []
     with threads.of(problem()), threads.at_most(1):
@@ -108,7 +114,7 @@ def test_each_item_has_its_turn_once():
     threads.for_each(pytest.fail, ())
 
 
-@pytest.mark.usefixtures("four_cores")
+@pytest.mark.usefixtures("four_threads")
 def test_a_small_problem_wakes_nobody(monkeypatch):
     monkeypatch.setattr(threads, "_SMALL", 65)
     assert threads_taken(problem())[0] == 1
@@ -116,7 +122,7 @@ def test_a_small_problem_wakes_nobody(monkeypatch):
     assert threads_taken(problem())[0] > 1
 
 
-@pytest.mark.usefixtures("four_cores")
+@pytest.mark.usefixtures("four_threads")
 def test_what_is_shared_is_not_shared_again():
     seen = set()
 
@@ -129,7 +135,7 @@ def test_what_is_shared_is_not_shared_again():
     assert {allowed for allowed, _ in seen} == {1}
 
 
-@pytest.mark.usefixtures("four_cores")
+@pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("shape", [(1, 3, 2), (63, 5, 4), (64, 1, 1), (129, 7, 3), (600, 20, 30)])
 def test_a_product_whose_rows_are_shared(shape):
     m, k, n = shape
@@ -139,7 +145,7 @@ def test_a_product_whose_rows_are_shared(shape):
         np.testing.assert_array_equal(threads.multiply(a, b), a @ b)
 
 
-@pytest.mark.usefixtures("four_cores")
+@pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize("where", ["this thread", "another"])
 def test_an_error_in_any_thread_is_raised_here(where):
     here = threading.get_ident()
