@@ -257,6 +257,37 @@ def collect_bits(n: int, keep: Callable[..., Any]) -> Any:
     return as_intrinsic(define, len(operands), f"collect_bits_{keep.__name__}")
 
 
+def collect_bits_by_column(n: int, weight: Callable[..., Any], keep: Callable[..., Any], *extras: Any) -> Any:
+    """As `collect_bits`, where columns have numbers too: `weight(column, *extras)`, `keep(z, by_row, weight) -> bool`.
+
+    In a kernel: `words = bits(fragment, first_column, by_row_0, by_row_1, *extras)`, columns and `extras` as in `map_elements`.
+    """
+    operands = (fragment_type(n), I32, F32, F32, *extras)
+    result = types.UniTuple(U32, n // 32)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(keep.__name__, operands[:4], given[:4])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            weigh = _inlined(context, builder, weight, F32(I32, *extras))
+            call = _inlined(context, builder, keep, types.boolean(F32, F32, F32))
+            fragment, first_column, by_row = values[0], values[1], values[2:4]
+            zero = ir.Constant(ir.IntType(32), 0)
+            words = [zero] * (n // 32)
+            for upper in (i for i in range(n // 2) if row_of(i) == 0):
+                column = builder.add(first_column, ir.Constant(ir.IntType(32), column_of(upper)))
+                of_column = weigh(column, *values[4:])
+                both = (call(builder.extract_value(fragment, i), by_row[row_of(i)], of_column) for i in (upper, upper + 2))
+                word, bit = divmod(column_of(upper), 32)
+                bits = builder.select(builder.or_(*both), ir.Constant(ir.IntType(32), 1 << bit), zero)
+                words[word] = builder.or_(words[word], bits)
+            return context.make_tuple(builder, result, words)
+
+        return result(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"collect_bits_by_column_{keep.__name__}")
+
+
 def _inlined(context: Any, builder: Any, function: Callable[..., Any], signature: Any) -> Callable[..., Any]:
     """A Python function, compiled into the module that is being built, as something to call on LLVM values."""
     compiled = context.compile_subroutine(builder, function, signature)

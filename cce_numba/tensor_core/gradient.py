@@ -16,7 +16,7 @@ exp2, fma = arithmetic.exp2, arithmetic.fma
 
 
 @functools.cache
-def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
+def make_gradient(capped: bool, scaled: bool, smoothed: bool, finished: bool = False) -> Any:
     """The device function `g = gradient(x, entry, token, softcap, class_weight)`, a float32.
 
     x, float32, is the product of a token's row of e and an entry's row of c, plus the entry's bias. The logit that it becomes,
@@ -33,6 +33,7 @@ def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
         capped: there is a softcap; else cap(y) = y.
         scaled: logits have a scale; else it is 1.
         smoothed: there is a uniform weight; else it is 0.
+        finished: the function is given z instead of x.
 
     `token` is a `records.RowWeights`. g is 0 for entry -1, which is nobody's, and for a token all of whose weights are 0,
     whatever its logits are: not even a NaN gets through.
@@ -41,9 +42,9 @@ def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def gradient(z: Any, entry: Any, token: Any, softcap: Any, class_weight: Any) -> Any:
         """See `make_gradient`; z, float32, begins as the product x with its bias, and becomes the logit."""
-        if scaled:
+        if scaled and not finished:
             z = finish(z, None, token.scale, None)
-        if capped:
+        if capped and not finished:
             z = finish(z, None, None, softcap)
         g = token.softmax * exp2(fma(z, LOG2E, -token.shift))
         if entry == token.target:

@@ -66,6 +66,8 @@ class Survivors(Record):
     coarse_words = I64  # from a word to the word of dC's bits, whose threshold is higher; 0 without any
     log_eps = F32  # natural logarithm of the threshold
     log_coarser = F32  # how much higher that of dC's bits is
+    first_block = I32  # number of the first block of these bits, among all blocks of listed tokens
+    seed = pointer_to(np.int64)  # (1,) of the unbiased filter's draws; null for the filter that drops
 
 
 class Vocabulary(Record):
@@ -109,6 +111,13 @@ class SurvivorBits(Record):
     words = pointer_to(np.uint32)  # (blocks, pitch_words): bit v & 31 of word v >> 5; 0 if all columns survive
     pitch_words = I64  # from one block to the next
     coarse_words = I64  # from a word to the word of the columns that dC needs, whose threshold is higher; 0 if it is the same
+
+
+class Chance(Record):
+    """The unbiased filter's threshold and the seed of its draws (see `cce_numba.survivors`)."""
+
+    eps = F32  # a probability
+    seed = pointer_to(np.int64)  # (1,); null for the filter that drops, and where nothing is filtered
 
 
 class RowWeights(Record):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
+from cce_numba.hopper.backward.chance import make_decide, make_find_maxima
 from cce_numba.hopper.backward.column_sums import sum_of_column
 from cce_numba.hopper.backward.finish_rows import make_finish_rows
 from cce_numba.hopper.backward.jobs import D_E, END, LOGITS, make_job_ring
@@ -72,7 +73,9 @@ def make_two_row_weights(scaled: bool, smoothed: bool) -> Any:
 
 
 @functools.cache
-def make_consume(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool) -> Any:
+def make_consume(
+    tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool, by_chance: bool
+) -> Any:
     """The device function of a consumer warpgroup; see `kernel.make_backward_kernel`."""
     jobs_, turns_ = make_job_ring(tiles), make_turns(tiles)
     field, wait_job, job_empty = jobs_.field, jobs_.wait_full, jobs_.empty
@@ -82,7 +85,9 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums:
     multiply_logits = make_multiply(tiles, name, a_m_major=False, b_n_major=False)
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
-    store_g = make_store_g(block_v, dtype, capped, with_sums, scaled, smoothed)
+    store_g = make_store_g(block_v, dtype, capped, with_sums, scaled, smoothed, by_chance)
+    find_maxima, decide = make_find_maxima(block_v, capped, scaled), make_decide(block_v)
+    scales_bytes, warp_bytes = np.uint32(tiles.scales_bytes), np.uint32(4 * block_v)
     two_row_weights = make_two_row_weights(scaled, smoothed)
     store_sums, add_to_sums, add_sums = make_store_sums(block_v), make_add_to_sums(block_v), make_add_sums(block_v)
     half_bytes = np.uint64(SUMS_STEP * (block_v // 8))  # of 64 rows of a tile of dE that is not complete
@@ -95,24 +100,43 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums:
 
     @cuda.jit(device=True, forceinline=True)
     def store_logits(
-        upper: Any, lower: Any, jobs: Any, s: Any, consumer: Any, thread: Any, staging: Any, terms: Any, tables: Any,
-        workspace: Any,
+        upper: Any, lower: Any, smem: Any, s: Any, consumer: Any, thread: Any, staging: Any, terms: Any, chance: Any,
+        tables: Any, workspace: Any,
     ) -> None:  # fmt: skip
-        """Turns the products of a job LOGITS into G, in the workspace. terms: a `LogitTerms`."""
+        """Turns the products of a job LOGITS into G, in the workspace.
+
+        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`.
+        """
+        jobs = smem.jobs
         lane = np.int32(thread & 31)
         row = np.int32((thread >> 5) * 16 + (lane >> 2))  # the thread's rows are this one, and 8, 64, 72 further down
         ids, biases, stored = opaque(columns_smem(jobs, s)), opaque(bias_smem(jobs, s)), field(jobs, s, WORD.stored)
-        columns = ListColumns(ids=ids, biases=biases, stored=stored)
+        scales = opaque(np.uint32(smem.scales + np.uint32(consumer) * scales_bytes))
+        columns = ListColumns(ids=ids, biases=biases, scales=scales, stored=stored)
         slot = np.int64(field(jobs, s, WORD.slot))
         g = np.uint64(workspace.g + np.uint64(slot * G_ROW_BYTES))
         sums = np.uint64(workspace.sums + np.uint64(4 * (slot * PARTS + (thread >> 5))))
-        position = np.int64(field(jobs, s, WORD.block_or_tile)) * COLUMN_TILE + row
+        block = np.int64(field(jobs, s, WORD.block_or_tile))
+        position = block * COLUMN_TILE + row
         to = GTile(g=g, sums=sums, staging=staging, consumer=consumer)
         row_of_weights = np.uint64(address_of(tables.rows) + np.uint64(_ROW_BYTES * position))
+        next_half = np.uint64(row_of_weights + np.uint64(64 * _ROW_BYTES))
+        if by_chance:
+            maxima = np.uint32(staging + np.uint32(thread >> 5) * warp_bytes)
+            row_0, row_1 = two_row_weights(position, row_of_weights, terms, tables)
+            log_sums = tables.log_sums[position], tables.log_sums[position + 8]
+            upper = find_maxima(upper, columns, row_0, row_1, log_sums, terms.softcap, maxima)
+            row_0, row_1 = two_row_weights(position + 64, next_half, terms, tables)
+            log_sums = tables.log_sums[position + 64], tables.log_sums[position + 72]
+            lower = find_maxima(
+                lower, columns, row_0, row_1, log_sums, terms.softcap, np.uint32(maxima + np.uint32(4) * warp_bytes)
+            )
+            decide(columns, staging, chance, block, consumer, thread)
+            columns = ListColumns(ids=ids, biases=biases, scales=opaque(scales), stored=stored)
         row_0, row_1 = two_row_weights(position, row_of_weights, terms, tables)
         store_g(upper, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
         to = GTile(g=np.uint64(g + np.uint64(128)), sums=np.uint64(sums + np.uint64(16)), staging=staging, consumer=consumer)
-        row_0, row_1 = two_row_weights(position + 64, np.uint64(row_of_weights + np.uint64(64 * _ROW_BYTES)), terms, tables)
+        row_0, row_1 = two_row_weights(position + 64, next_half, terms, tables)
         store_g(lower, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
         memory.fence_proxy_async_all()  # the bulk copy engine will read G
 
@@ -167,11 +191,11 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums:
 
     @cuda.jit(device=True, forceinline=True)
     def consume(
-        smem: Any, consumer: Any, thread: Any, terms: Any, tables: Any, workspace: Any, outputs: Any, dims: Any
+        smem: Any, consumer: Any, thread: Any, terms: Any, chance: Any, tables: Any, workspace: Any, outputs: Any, dims: Any
     ) -> None:  # fmt: skip
         """By a consumer: computes every other job of this CTA, the first consumer from job 0 on, the second from job 1 on.
 
-        smem: a `SharedMemory`. terms: a `LogitTerms`.
+        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`.
         """
         jobs, ring, unscale = smem.jobs, smem.ring, tables.weight_scale[1]
         staging = np.uint32(smem.staging + np.uint32(consumer) * np.uint32(STAGING_BYTES))
@@ -186,7 +210,7 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums:
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_logits(zeros(), zeros(), ring, first_use, k_steps, thread)
                 hand_over(ring, consumer, first_use, k_steps, thread)
-                store_logits(upper, lower, jobs, s, consumer, thread, staging, terms, tables, workspace)
+                store_logits(upper, lower, smem, s, consumer, thread, staging, terms, chance, tables, workspace)
             elif kind == D_E:
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_d_e(zeros(), zeros(), ring, first_use, k_steps, thread)

@@ -19,7 +19,7 @@ from cce_numba.integers import ceil_div
 from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import Output, SurvivorBits, WeightedTokens
+from cce_numba.tensor_core.records import Chance, Output, SurvivorBits, WeightedTokens
 from cce_numba.tensor_core.survey import Products, survey
 
 TILES, CLUSTER_TILES = BackwardTiles(cluster=1), BackwardTiles(cluster=2)
@@ -80,13 +80,17 @@ def _pass(
     scaled, smoothed = p.logit_scale is not None, weights.uniform is not None
     # The neighbouring jobs of a cluster must take equally many stages, so those of dE and dC must be tiles of the same rows.
     tiles = CLUSTER_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
-    kernel = make_backward_kernel(tiles, p.dtype, p.options.softcap is not None, d_bias is not None, scaled, smoothed)
+    by_chance = p.options.is_unbiased and not keep_all
+    chance = Chance(eps=p.options.filter_eps, seed=statistics.draw_seed.data.ptr) if by_chance else Chance(eps=0.0, seed=0)
+    capped, with_sums = p.options.softcap is not None, d_bias is not None
+    kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, by_chance)
     kernel.launch(
         gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
         maps,
         matrix_of(e),
         matrix_of(c),
         terms_of(p, weights.uniform),
+        chance,
         statistics.n_valid.data.ptr,
         layout.survey.at(tables),
         layout.at(base),

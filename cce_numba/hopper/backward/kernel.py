@@ -26,7 +26,7 @@ from cce_numba.hopper.backward.tiles import STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.ring import make_ring
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import cluster, control, memory
-from cce_numba.tensor_core.records import U64, LogitTerms, Matrix
+from cce_numba.tensor_core.records import U64, Chance, LogitTerms, Matrix
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, Tables
 
@@ -41,7 +41,13 @@ def dims_of(shape: Any) -> Any:
 
 @kernel_factory
 def make_backward_kernel(
-    tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool = False, smoothed: bool = False
+    tiles: BackwardTiles,
+    dtype: np.dtype,
+    capped: bool,
+    with_sums: bool,
+    scaled: bool = False,
+    smoothed: bool = False,
+    by_chance: bool = False,
 ) -> Kernel:
     """The kernel for 16-bit `dtype`, which looks at no option that it was not made for.
 
@@ -52,11 +58,13 @@ def make_backward_kernel(
         with_sums: the gradient of the bias is wanted: the sum of each column of G.
         scaled: logits have a scale for each token.
         smoothed: G is less by a uniform weight of each token times class weights.
+        by_chance: columns survive by chance, see `chance`. Nothing is filtered where logits are smoothed.
     """
     copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype)
-    consume = make_consume(tiles, dtype, capped, with_sums, scaled, smoothed)
+    consume = make_consume(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance)
     staging_bytes = np.uint32(tiles.consumers * STAGING_BYTES)
     init_ring, init_jobs, ring_bytes = make_ring(tiles).init, make_job_ring(tiles).init, np.uint32(tiles.ring_bytes)
+    jobs_bytes = np.uint32(tiles.jobs_bytes)
     lower_registers = control.lower_registers(tiles.producer_registers)
     raise_registers = control.raise_registers(tiles.consumer_registers)
     block_n, first_gatherer = tiles.block_n, 128 - 32 * tiles.gatherers
@@ -66,6 +74,7 @@ def make_backward_kernel(
         e: Any,  # Matrix (N, D)
         c: Any,  # Matrix (V, D)
         terms: Any,  # LogitTerms
+        chance: Any,  # Chance
         n_valid: Any,  # pointer to (1,): how many tokens are listed
         tables: Any,  # the survey's Tables
         workspace: Any,  # Workspace, whose counters are zeros
@@ -76,7 +85,7 @@ def make_backward_kernel(
         staging = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
         ring = np.uint32(staging + staging_bytes)
         jobs = np.uint32(ring + ring_bytes)
-        smem = SharedMemory(staging=staging, ring=ring, jobs=jobs)
+        smem = SharedMemory(staging=staging, ring=ring, jobs=jobs, scales=np.uint32(jobs + jobs_bytes))
         thread = np.int32(cuda.threadIdx.x)
         warpgroup, rank = thread >> 7, np.int32(cluster.cta_rank())
         dims = dims_of(shape)
@@ -95,13 +104,13 @@ def make_backward_kernel(
                 gather(smem, np.int32(thread - first_gatherer), e, c, tables, workspace, dims)
         else:
             raise_registers()
-            consume(smem, np.int32(warpgroup - 1), np.int32(thread & 127), terms, tables, workspace, outputs, dims)
+            consume(smem, np.int32(warpgroup - 1), np.int32(thread & 127), terms, chance, tables, workspace, outputs, dims)
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while the other still writes to its shared memory
 
     return Kernel(
         backward_kernel,
-        (U64, Matrix, Matrix, LogitTerms, pointer_to(np.int64), Tables, Workspace, Outputs, Shape),
+        (U64, Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, Workspace, Outputs, Shape),
         threads=tiles.threads,
         cluster=tiles.cluster,
         smem_bytes=tiles.smem_bytes,

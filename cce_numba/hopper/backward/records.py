@@ -67,6 +67,7 @@ class SharedMemory(Record):
     staging = U32  # STAGING_BYTES of each consumer, through which tiles leave
     ring = U32  # the ring of stages, see `hopper.ring`
     jobs = U32  # the job ring, see `jobs`
+    scales = U32  # 192 float32 of each consumer: what the unbiased filter multiplies columns of G by
 
 
 class Header(Record):
@@ -150,6 +151,7 @@ class ListColumns(Record):
 
     ids = U32  # address in shared memory of (192,) int32: vocabulary entries, -1 past the list's end
     biases = U32  # address in shared memory of (192,) float32
+    scales = U32  # address in shared memory of (192,) float32, for the unbiased filter
     stored = I32  # columns that are stored, a multiple of 64
 
 

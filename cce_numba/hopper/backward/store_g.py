@@ -39,21 +39,22 @@ def store_words(address: Any, words: Any) -> None:
 
 
 @functools.cache
-def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool) -> Any:
+def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool, by_chance: bool) -> Any:
     """The function `store_g(x, columns, to, row_0, row_1, softcap, class_weights)` for a fragment of 64 tokens x n columns.
 
-    x holds products of rows of e and of c, without biases. `columns` is a `ListColumns`, whose two addresses must come out of
-    an ordered instruction (see `memory.load_shared_2_i32_freely`). `to` is a `GTile`. row_0 and row_1 are the `RowWeights` of
-    the thread's two rows. class_weights: address of (V,) float32, or 0 if all are 1.
+    x holds products of rows of e and of c, without biases; logits if by_chance. `columns` is a `ListColumns`, whose addresses
+    must come out of an ordered instruction (see `memory.load_shared_2_i32_freely`). `to` is a `GTile`. row_0 and row_1 are the
+    `RowWeights` of the thread's two rows. class_weights: address of (V,) float32, or 0 if all are 1.
 
     G_BOX columns at a time are transposed in shared memory, and stored in rows of 128 bytes while the next ones are computed.
 
     Args:
         capped, scaled, smoothed: see `gradient.make_gradient`.
         with_sums: the sum of each column of G over the 16 tokens of a warp is stored, for the gradient of the bias.
+        by_chance: columns are multiplied by `columns.scales`.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
-    gradient = make_gradient(capped, scaled, smoothed)
+    gradient = make_gradient(capped, scaled, smoothed, finished=by_chance)
 
     @cuda.jit(device=True, forceinline=True)
     def eight_columns(
@@ -66,7 +67,9 @@ def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled:
         lane = np.int32(cuda.threadIdx.x & 31)
         place = np.uint32(4 * (column + 2 * (lane & 3)))
         v = memory.load_shared_2_i32_freely(columns.ids + place)
-        bias = memory.load_shared_2_f32_freely(columns.biases + place)
+        bias = (np.float32(0), np.float32(0))
+        if not by_chance:
+            bias = memory.load_shared_2_f32_freely(columns.biases + place)
         weight_0 = weight_1 = np.float32(1)
         if smoothed:
             weight_0, weight_1 = class_weight_of(v[0], class_weights), class_weight_of(v[1], class_weights)
@@ -74,6 +77,9 @@ def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled:
         g_01 = gradient(x[1] + bias[1], v[1], row_0, softcap, weight_1)
         g_10 = gradient(x[2] + bias[0], v[0], row_1, softcap, weight_0)
         g_11 = gradient(x[3] + bias[1], v[1], row_1, softcap, weight_1)
+        if by_chance:
+            scale = memory.load_shared_2_f32_freely(columns.scales + place)
+            g_00, g_01, g_10, g_11 = g_00 * scale[0], g_01 * scale[1], g_10 * scale[0], g_11 * scale[1]
         if with_sums:
             sum_0, sum_1 = sums_of_rows(g_00 + g_10, g_01 + g_11)
             own = np.int32(column + 2 * lane)

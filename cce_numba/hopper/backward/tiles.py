@@ -60,6 +60,11 @@ class BackwardTiles(HopperTiles):
         return self.known_jobs * (self.job_bytes + 16) + 8 + 24
 
     @property
+    def scales_bytes(self) -> int:
+        """Bytes of what each consumer multiplies the columns of its job by."""
+        return 4 * LIST_TILE
+
+    @property
     def smem_bytes(self) -> int:
-        """Bytes of a CTA's shared memory: alignment, what tiles leave through, the ring of stages, the job ring."""
-        return 1024 + self.consumers * STAGING_BYTES + self.ring_bytes + self.jobs_bytes
+        """Bytes of a CTA's shared memory: alignment, what tiles leave through, the ring of stages, the job ring, scales."""
+        return 1024 + self.consumers * (STAGING_BYTES + self.scales_bytes) + self.ring_bytes + self.jobs_bytes

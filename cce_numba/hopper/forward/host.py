@@ -15,19 +15,21 @@ from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.forward.layout import Layout, copy_rows
 from cce_numba.integers import ceil_div
 from cce_numba.survivors import coarse_eps_of, log_threshold
-from cce_numba.tensor_core.folds import FOLDS, Fold, number_count, result_names
+from cce_numba.tensor_core.draws import write_draw_seed
+from cce_numba.tensor_core.folds import FOLDS, SURVIVORS_BY_CHANCE, Fold, number_count, result_names
 from cce_numba.tensor_core.indexed_dot import launch_indexed_dot
 from cce_numba.tensor_core.merge import Split, ctas_for, make_merge_kernel
 from cce_numba.tensor_core.problem import matrix_of, terms_of
 from cce_numba.tensor_core.records import Found, Parts, Survivors, Tokens, Vocabulary
 from cce_numba.tensor_core.tokens import list_tokens
 
-_NO_SURVIVORS = Survivors(bits=0, pitch_words=0, coarse_words=0, log_eps=0.0, log_coarser=0.0)
+_NO_SURVIVORS = Survivors(bits=0, pitch_words=0, coarse_words=0, log_eps=0.0, log_coarser=0.0, first_block=0, seed=0)
 
 
 def forward(p: Problem, layout: Layout, record: bool, folds: tuple[Fold, ...] | None = None) -> Statistics:
     """What the folds find of each token; by default those that the problem wants, with survivors if `record`."""
-    folds = folds or tuple(FOLDS[name] for name in fold_names.wanted(p, record))
+    known = FOLDS | {fold_names.SURVIVORS: SURVIVORS_BY_CHANCE} if p.options.is_unbiased else FOLDS
+    folds = folds or tuple(known[name] for name in fold_names.wanted(p, record))
     arrays = _Arrays.of(p, layout, folds)
     if p.N:
         _launch(p, layout, folds, arrays)
@@ -44,6 +46,7 @@ class _Arrays:
         names: of the results.
         bounds: (N,) float32 logits of the targets, by which survivors are found; None if these are not recorded.
         bits: (blocks, pitch_words) uint32 survivor bits, twice as many rows if dC has its own; None if not recorded.
+        seed: (1,) int64, of the unbiased filter's draws; None for the filter that drops, and if no survivors are recorded.
         n_valid, tokens, found, survivors: addresses of the same, as kernels take them.
     """
 
@@ -52,6 +55,7 @@ class _Arrays:
     names: tuple[str, ...]
     bounds: Any
     bits: Any
+    seed: Any
     n_valid: int
     tokens: int
     found: Found
@@ -63,13 +67,16 @@ class _Arrays:
         N, names = p.N, result_names(folds)
         numbers = xp.empty((len(names), N), np.float32)
         listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
-        bounds, bits, survivors = None, None, _NO_SURVIVORS
+        bounds, bits, seed, survivors = None, None, None, _NO_SURVIVORS
         if any(fold.name == fold_names.SURVIVORS for fold in folds):
             bounds = xp.empty(N, np.float32)
             bits, survivors = _survivor_bits(p, layout)
+            if p.options.is_unbiased:
+                seed = xp.zeros(1, np.int64)
+                survivors = survivors._replace(seed=seed.data.ptr)
         targets, n_valid = 0 if p.targets is None else p.targets.data.ptr, listing.data.ptr
         found = Found(numbers.data.ptr, N, targets, 0 if bounds is None else bounds.data.ptr)
-        return _Arrays(listing, numbers, names, bounds, bits, n_valid, n_valid + 8, found, survivors)
+        return _Arrays(listing, numbers, names, bounds, bits, seed, n_valid, n_valid + 8, found, survivors)
 
     def statistics(self, p: Problem, layout: Layout) -> Statistics:
         """As the rest of the package takes it."""
@@ -84,6 +91,7 @@ class _Arrays:
             target_logit=results.pop("target_logit", None),
             survivors=None if self.bits is None else self.bits.view(np.uint8)[:, : ceil_div(p.V, 8)],
             survivor_block=layout.tiles.survivor_block,
+            draw_seed=None if self.seed is None else self.seed[0],
             mean_logit=None if total_logit is None else total_logit / np.float32(p.V),
             folded=results,
         )
@@ -101,6 +109,8 @@ def _survivor_bits(p: Problem, layout: Layout) -> tuple[Any, Survivors]:
         coarse_words=0 if coarse_eps is None else layout.blocks * layout.pitch_words,
         log_eps=log_eps,
         log_coarser=0.0 if coarse_eps is None else log_coarse_eps - log_eps,
+        first_block=0,
+        seed=0,
     )
     return bits, survivors
 
@@ -116,7 +126,10 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: _Arrays
     list_tokens(p, tokens, n_valid, found, arrays.names, (*e_map, *c_map), maps)
     terms, e_rows = terms_of(p), matrix_of(e)
     if arrays.bits is not None:
-        launch_indexed_dot(p, e_rows, terms, Tokens(tokens, n_valid, 0, p.N), found.bound, survivors)
+        every = Tokens(tokens, n_valid, 0, p.N)
+        launch_indexed_dot(p, e_rows, terms, every, found.bound, survivors)
+        if arrays.seed is not None:
+            write_draw_seed(p, every, survivors.seed)
 
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
     capped, scaled = p.options.softcap is not None, p.logit_scale is not None
@@ -130,7 +143,7 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: _Arrays
         for first_token, n_tokens in layout.batches():
             batch = Tokens(tokens + 4 * first_token, n_valid, first_token, n_tokens)
             first_word = survivors.pitch_words * (first_token // tiles.block_n)
-            kept = survivors._replace(bits=survivors.bits + 4 * first_word)
+            kept = survivors._replace(bits=survivors.bits + 4 * first_word, first_block=first_token // tiles.block_n)
             kernel.launch(
                 layout.workers * tiles.cluster,
                 maps,

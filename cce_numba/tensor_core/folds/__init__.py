@@ -27,7 +27,7 @@ from __future__ import annotations
 from cce_numba.tensor_core.folds.chain import Fold, Row, RowPair, Tile, chain, number_count, result_names
 from cce_numba.tensor_core.folds.max_sum import MAX_SUM
 from cce_numba.tensor_core.folds.mean_logit import MEAN_LOGIT
-from cce_numba.tensor_core.folds.survivors import SURVIVORS
+from cce_numba.tensor_core.folds.survivors import SURVIVORS, SURVIVORS_BY_CHANCE
 from cce_numba.tensor_core.folds.target_logit import TARGET_LOGIT
 
 FOLDS = {fold.name: fold for fold in (MAX_SUM, TARGET_LOGIT, MEAN_LOGIT, SURVIVORS)}
@@ -37,6 +37,7 @@ __all__ = [
     "MAX_SUM",
     "MEAN_LOGIT",
     "SURVIVORS",
+    "SURVIVORS_BY_CHANCE",
     "TARGET_LOGIT",
     "Fold",
     "Row",

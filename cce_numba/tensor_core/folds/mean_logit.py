@@ -12,15 +12,13 @@ from numba.cuda import types
 
 from cce_numba import folds
 from cce_numba.launch.record import Record
-from cce_numba.ptx import arithmetic, control, memory
+from cce_numba.ptx import arithmetic, memory
 from cce_numba.tensor_core.folds.chain import Fold
+from cce_numba.tensor_core.folds.columns import kept_number, make_keep_columns
 from cce_numba.tensor_core.fragment import fold_columns
 from cce_numba.tensor_core.quads import quad_sum
 from cce_numba.tensor_core.records import F32
 from cce_numba.tensor_core.tokens import token_at
-
-_WARPGROUP = 128  # threads
-_FIRST_BARRIER = 2  # of consumer 0; its own barriers follow each other
 
 
 class Totals(Record):
@@ -30,9 +28,15 @@ class Totals(Record):
     total_1 = F32
 
 
-def kept_weight(column: Any, columns_smem: Any) -> Any:
-    """The class weight of a tile's column."""
-    return memory.load_shared_f32_freely(np.uint32(columns_smem + np.uint32(4 * column)))
+@cuda.jit(device=True, forceinline=True)
+def class_weight_of(v: Any, tile: Any) -> Any:
+    """The class weight of an entry: 1 if there are no weights, 0 past the vocabulary."""
+    weight = np.float32(0)
+    if v < tile.V:
+        weight = np.float32(1)
+        if tile.class_weights != 0:
+            weight = memory.load_global_f32(tile.class_weights + np.uint64(4 * v))
+    return weight
 
 
 def add_weighted(so_far: Any, z: Any, weight: Any) -> Any:
@@ -43,19 +47,11 @@ def add_weighted(so_far: Any, z: Any, weight: Any) -> Any:
 @functools.cache
 def make(n: int) -> SimpleNamespace:
     """See `tensor_core.folds`."""
-    add_row_totals = fold_columns(n, kept_weight, add_weighted, types.uint32)
+    add_row_totals, keep_columns = (
+        fold_columns(n, kept_number, add_weighted, types.uint32),
+        make_keep_columns(n, class_weight_of),
+    )
     opaque = arithmetic.opaque_u32
-
-    @cuda.jit(device=True, forceinline=True)
-    def keep_weight(column: Any, tile: Any) -> None:
-        """Puts the class weight of a tile's column into shared memory: 1 if there are no weights, 0 past the vocabulary."""
-        if column < n:
-            v, weight = tile.v_tile * n + column, np.float32(0)
-            if v < tile.V:
-                weight = np.float32(1)
-                if tile.class_weights != 0:
-                    weight = memory.load_global_f32(tile.class_weights + np.uint64(4 * v))
-            memory.store_shared_f32(np.uint32(tile.columns_smem + np.uint32(4 * column)), weight)
 
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
@@ -70,12 +66,7 @@ def make(n: int) -> SimpleNamespace:
     @cuda.jit(device=True, forceinline=True)
     def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
         """Adds class weight times logit of half a tile, over this lane's columns, to the two rows' totals."""
-        if tile.half == 0:  # both halves have the same columns
-            barrier = np.uint32(_FIRST_BARRIER + tile.consumer)
-            control.barrier_sync(barrier, np.uint32(_WARPGROUP))  # all have read the weights of the tile before
-            keep_weight(tile.thread, tile)
-            keep_weight(np.int32(tile.thread + _WARPGROUP), tile)
-            control.barrier_sync(barrier, np.uint32(_WARPGROUP))
+        keep_columns(tile)
         own_column = np.int32(2 * (tile.thread & 3))
         total_0, total_1 = add_row_totals(z, own_column, state.total_0, state.total_1, opaque(tile.columns_smem))
         return Totals(total_0, total_1)

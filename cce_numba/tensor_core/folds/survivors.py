@@ -1,7 +1,8 @@
 """Survivor bits: which vocabulary entries the backward must look at for a block of tokens (see `cce_numba.survivors`).
 
 A bit is set if the probability may reach the threshold, judged by a lower bound of the row's final log-sum-exp: the largest of
-the target's logit, what earlier parts of the vocabulary have given, and what this worker has seen so far.
+the target's logit, what earlier parts of the vocabulary have given, and what this worker has seen so far. The unbiased filter
+has a threshold for each column of each block of tokens: eps times the column's draw.
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ from typing import Any
 
 import numpy as np
 from numba import cuda
+from numba.cuda import types
 
 from cce_numba import folds
 from cce_numba.launch.record import Record
 from cce_numba.ptx import arithmetic, control, memory
 from cce_numba.survivors import SURVIVOR_BLOCK, make_threshold
+from cce_numba.tensor_core.draws import draw
+from cce_numba.tensor_core.exponentials import LN2, log2
 from cce_numba.tensor_core.folds.chain import Fold
-from cce_numba.tensor_core.fragment import collect_bits
+from cce_numba.tensor_core.folds.columns import kept_number, make_keep_columns
+from cce_numba.tensor_core.fragment import collect_bits, collect_bits_by_column
 from cce_numba.tensor_core.records import F32
 from cce_numba.tensor_core.tokens import token_at
 
@@ -42,10 +47,32 @@ def may_survive(z: Any, threshold: Any) -> Any:
     return z >= threshold
 
 
-@functools.cache
+def may_survive_by_chance(z: Any, threshold: Any, log_u: Any) -> Any:
+    """Whether the probability may reach eps * u."""
+    return z >= threshold + log_u
+
+
+@cuda.jit(device=True, forceinline=True)
+def log_draw(v: Any, tile: Any) -> Any:
+    """The natural logarithm of the draw of an entry for the tile's block of tokens."""
+    return LN2 * log2(draw(tile.survivors.first_block + tile.block, v, tile.survivors.seed[0]))
+
+
 def make(n: int) -> SimpleNamespace:
-    """See `tensor_core.folds`."""
+    """For the filter that drops; see `tensor_core.folds`."""
+    return _make(n, by_chance=False)
+
+
+def make_by_chance(n: int) -> SimpleNamespace:
+    """For the unbiased filter; see `tensor_core.folds`."""
+    return _make(n, by_chance=True)
+
+
+@functools.cache
+def _make(n: int, by_chance: bool) -> SimpleNamespace:
     survivor_words, words = collect_bits(n, may_survive), n // 32
+    words_by_chance = collect_bits_by_column(n, kept_number, may_survive_by_chance, types.uint32)
+    keep_columns = make_keep_columns(n, log_draw)
 
     @cuda.jit(device=True, forceinline=True)
     def bound_of(position: Any, rows: Any, found: Any) -> Any:
@@ -85,6 +112,11 @@ def make(n: int) -> SimpleNamespace:
         """Flags the columns of half a tile: in the plane of the filter, and in that of dC if it has a threshold of its own."""
         threshold_0 = threshold_of(maximum(state.bound_0, lse[0]), tile.survivors.log_eps)
         threshold_1 = threshold_of(maximum(state.bound_1, lse[1]), tile.survivors.log_eps)
+        if by_chance:
+            keep_columns(tile)
+            own_column, columns_smem = np.int32(2 * (tile.thread & 3)), arithmetic.opaque_u32(tile.columns_smem)
+            set_bits(words_by_chance(z, own_column, threshold_0, threshold_1, columns_smem), tile, np.int64(0))
+            return state
         if tile.survivors.coarse_words != 0:
             coarser = tile.survivors.log_coarser
             set_bits(survivor_words(z, threshold_0 + coarser, threshold_1 + coarser), tile, tile.survivors.coarse_words)
@@ -124,3 +156,4 @@ def make(n: int) -> SimpleNamespace:
 
 
 SURVIVORS = Fold(folds.SURVIVORS, make, numbers=0)
+SURVIVORS_BY_CHANCE = Fold(folds.SURVIVORS, make_by_chance, numbers=0)

@@ -34,7 +34,7 @@ def make_list_kernel(smoothed: bool = False) -> Kernel:
         sizes: Any,
         tables: Any,
     ) -> None:
-        """The first kind fills rows, row_of and whole; the second keys, key_counts and pairs."""
+        """The first kind fills rows, log_sums, row_of and whole; the second keys, key_counts and pairs."""
         cta = cuda.blockIdx.x
         if cta < token_ctas:
             list_tokens(cta, tokens, sizes, tables)
@@ -51,13 +51,13 @@ def _make_list_tokens(smoothed: bool) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def list_tokens(cta: Any, tokens: Any, sizes: Any, tables: Any) -> None:
-        """By a CTA: fills rows, row_of and whole for the cta-th 1024 listed tokens, of which a thread has one."""
+        """By a CTA: fills rows, log_sums, row_of and whole for the cta-th 1024 listed tokens, of which a thread has one."""
         listed, rows, weight_scale = tokens.listed, tables.rows, tables.weight_scale
         all_of_warp = cuda.shared.array(32, np.int32)
         t = cuda.threadIdx.x
         position = cta * threads + t
         row, target, is_next = np.int32(-1), np.int32(-1), False
-        of_softmax, of_target, shift = np.float32(0), np.float32(0), infinity
+        of_softmax, of_target, shift, log_sum = np.float32(0), np.float32(0), infinity, np.float32(0)
         if position < tokens.n_valid[0]:
             n = listed[position]
             x, y = tokens.softmax_weight[n], tokens.target_weight[n]
@@ -70,13 +70,14 @@ def _make_list_tokens(smoothed: bool) -> Any:
                 log_sum = fma(tokens.log_sum[n], log2e, residual_of(tokens.max_logit[n]))
                 of_softmax = x * weight_scale[0] * exp2(-log_sum)
                 if tokens.target_logit[n] != tokens.target_logit[n]:
-                    of_softmax = nan  # the target is out of range: this token's gradient is lost
+                    of_softmax = log_sum = nan  # the target is out of range: this token's gradient is lost
                 is_next = position % block_n == 0 or listed[position - 1] + 1 == n
         if position < sizes.blocks * block_n:
             rows[4 * position] = of_softmax
             rows[4 * position + 1] = of_target
             rows[4 * position + 2] = shift
             as_int32(rows)[4 * position + 3] = target
+            tables.log_sums[position] = log_sum
             tables.row_of[position] = row
         all_next = cuda.all_sync(FULL, is_next)
         if t & 31 == 0:

@@ -60,6 +60,8 @@ class Tables(Record):
     # exponentials (`exponentials`), target_weight * weight_scale[0], the shift of these exponentials, and, as the bits of an
     # int32, the target, -1 for none.
     rows = Table(np.float32, lambda s: (s.blocks * SURVIVOR_BLOCK, 4))
+    # Of each listed token, the base-2 logarithm of the sum of 2^(log2(e) * z - shift) over its logits z; NaN if it is lost.
+    log_sums = Table(np.float32, lambda s: (s.blocks * SURVIVOR_BLOCK,))
     row_of = Table(np.int32, lambda s: (s.blocks * SURVIVOR_BLOCK,))  # row of e of each listed token, -1 if it has no weight
     whole = Table(np.uint32, lambda s: (s.block_words,))  # bit b: block b is whole
     active = Table(np.uint32, lambda s: (s.block_words,))  # bit b: block b is active

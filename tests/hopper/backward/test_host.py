@@ -21,7 +21,7 @@ from cce_numba.hopper.backward import host
 from cce_numba.hopper.backward.records import Outputs, Shape, Workspace
 from cce_numba.launch.kernel import Kernel
 from cce_numba.options import Options
-from cce_numba.tensor_core.records import LogitTerms, Matrix, SurvivorBits, WeightedTokens
+from cce_numba.tensor_core.records import Chance, LogitTerms, Matrix, SurvivorBits, WeightedTokens
 from cce_numba.tensor_core.survey.tables import Sizes, Tables
 
 N, V, D = 300, 1000, 200
@@ -103,7 +103,7 @@ def test_launches_are_in_order_and_kernels_take_their_records(launches):
     assert ctas == 132
     assert kernel.cluster == 2, "200 hidden entries are two tiles"
     kinds = [type(value) for value in values]
-    assert kinds == [int, Matrix, Matrix, LogitTerms, int, Tables, Workspace, Outputs, Shape]
+    assert kinds == [int, Matrix, Matrix, LogitTerms, Chance, int, Tables, Workspace, Outputs, Shape]
 
 
 def test_what_is_there_is_told_by_its_address(launches):
@@ -125,7 +125,7 @@ def test_what_is_there_is_told_by_its_address(launches):
     assert (tokens.softmax_weight, tokens.target_weight) == (softmax.data.ptr, target.data.ptr)
     assert tokens.largest_weight not in (0, softmax.data.ptr)
     assert tokens.listed == found.tokens.data.ptr
-    assert (tokens.n_valid, values[4]) == (found.n_valid.data.ptr,) * 2
+    assert (tokens.n_valid, values[5]) == (found.n_valid.data.ptr,) * 2
     assert (tokens.max_logit, tokens.log_sum) == (found.max_logit.data.ptr, found.log_sum.data.ptr)
     assert tokens.target_logit == found.target_logit.data.ptr
     assert tokens.targets == p.targets.data.ptr
