@@ -15,7 +15,7 @@ import numpy as np
 
 from cce_numba import interchange
 from cce_numba.interchange import BFLOAT16, Kind
-from cce_numba.options import DEFAULTS, Options, compute_dtype_of, positive
+from cce_numba.options import DEFAULTS, Options, compute_dtype_of, integer, positive
 
 DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
 GRADIENTS = ("e", "c", "bias")
@@ -79,6 +79,8 @@ class Problem(_Sized):
         logit_scale: (N,) of the compute dtype, contiguous, what multiplies each token's logits before the softcap; None for 1.
         class_weights: (V,) of the compute dtype, contiguous, or None.
         token_weights: (N,) of the compute dtype, contiguous, already shifted, as targets are; or None.
+        filter_seed: what the caller adds to the seed of the unbiased filter's draws: an integer in [0, 2**32), or (1,) int64 on
+            the device, whose lower 32 bits count. A forward alone reads it.
         options: the checked options.
         e_shape: shape of the caller's `e`.
         token_shape: shape of the tokens before the shift; their product is N.
@@ -92,6 +94,7 @@ class Problem(_Sized):
     logit_scale: Any  # or None
     class_weights: Any  # or None
     token_weights: Any  # or None
+    filter_seed: Any
     options: Options
     e_shape: tuple[int, ...]
     token_shape: tuple[int, ...]
@@ -184,6 +187,7 @@ def problem(
         logit_scale=_logit_scale(given.get("logit_scale"), native_e),
         class_weights=None if class_weights is None else _class_weights(class_weights, native_e, native_c),
         token_weights=None if token_weights is None else _token_weights(token_weights, native_e, checked),
+        filter_seed=_filter_seed(given.get("filter_seed", 0), native_e),
         options=checked,
         e_shape=tuple(native_e.shape),
         token_shape=token_shape,
@@ -372,6 +376,21 @@ def _token_weights(token_weights: Any, e: Any, checked: Options) -> Any:
     if native.shape != e.shape[:-1]:
         raise ValueError(f"token_weights: must have the shape of targets, {e.shape[:-1]}, got {native.shape}")
     return _flat(_shifted(native, checked, 0))
+
+
+def _filter_seed(filter_seed: Any, e: Any) -> Any:
+    """An integer in [0, 2**32), or (1,) int64 where it is on e's device: to read it there would wait for the device."""
+    if not hasattr(filter_seed, "dtype") or isinstance(filter_seed, np.generic):
+        return integer("filter_seed", filter_seed) % 2**32
+    native = interchange.take("filter_seed", filter_seed)
+    if native.dtype.kind not in "iu":
+        raise TypeError(f"filter_seed: must be an integer or a 0-d array of one, got dtype {native.dtype}")
+    if native.shape != ():
+        raise ValueError(f"filter_seed: must be an integer or a 0-d array of one, got shape {native.shape}")
+    if not interchange.is_on_device(native):  # a host scalar is welcome anywhere
+        return int(native) % 2**32
+    _check_same_device("filter_seed", native, e)
+    return native.reshape(1).astype(np.int64, copy=False)
 
 
 def _real(name: str, array: Any, e: Any, *, booleans: bool = False) -> Any:

@@ -45,6 +45,8 @@ class Statistics:
         survivor_block: tokens in a block of `survivors`.
         mean_logit: (N,) mean over the vocabulary of class weight times logit, 0 where ignored, of the compute dtype; None
             unless `Options.smooths_capped`: else it follows from e and c (`terms.py`).
+        draw_seed: 0-d int64 in [0, 2**32), the seed of the unbiased filter's draws (`survivors.py`), on the arrays' device; None
+            for the filter that drops, and where no survivors were recorded.
         folded: (N,) results of further folds (`folds.py`) by name, 0 where ignored.
     """
 
@@ -57,6 +59,7 @@ class Statistics:
     survivors: Any  # or None
     survivor_block: int
     mean_logit: Any = None
+    draw_seed: Any = None
     folded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -171,7 +174,8 @@ class Backend(Protocol):
         """Log-sum-exp and target logit per token; with `record_survivors`, also what the backward must look at.
 
         A column survives in a block if a token of the block has it as its target, or may give it a probability of at
-        least `filter_eps`: `survivors.py` has the rule. Also the mean logit, if the problem `smooths_capped`.
+        least `filter_eps`: `survivors.py` has the rule. For the unbiased filter it also says which columns may survive by
+        chance, and the seed of the draws. Also the mean logit, if the problem `smooths_capped`.
         """
 
     def reduced_nll(self, p: Problem, statistics: Statistics) -> Any:
@@ -185,7 +189,8 @@ class Backend(Protocol):
         """Writes the gradients that follow from G (see `Weights`), or adds them to what is there.
 
         dE[n] = sum over v of G[n, v] * c[v]; dC[v] = sum over n of G[n, v] * e[n]; dbias[v] = sum over n of G[n, v]. Tokens
-        that do not count, or whose weights are all 0, take no part. N is at least 1.
+        that do not count, or whose weights are all 0, take no part. N is at least 1. The unbiased filter decides here, by the
+        exact probabilities of the tokens that take part, and multiplies columns of G: `survivors.py` has the rule.
 
         into: e (N, D), c (V, D), bias (V,), None where not wanted; each of its input's dtype or the compute dtype, and strided,
             on a device with contiguous rows.

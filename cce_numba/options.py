@@ -20,6 +20,8 @@ import numpy as np
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
+Filter = Literal["drop", "unbiased"]
+FILTERS = ("drop", "unbiased")
 
 # What other functions call our options (those of PyTorch, Liger, transformers, ...), and what there is to say of ours.
 _ELSEWHERE = {
@@ -41,7 +43,8 @@ _ELSEWHERE = {
     "accum_dtype": ("accum_c_fp32", " (and 'accum_e_fp32')"),
 }
 _IMMUTABLE = (bool, int, float, str, type(None))
-_ARRAYS = ("bias", "logit_scale", "class_weights", "token_weights")  # options that `Options` knows nothing of
+# Options that `Options` knows nothing of: arrays, or what may be one.
+_ARRAYS = ("bias", "logit_scale", "class_weights", "token_weights", "filter_seed")
 
 
 class LossOptions(TypedDict, total=False):
@@ -57,6 +60,8 @@ class LossOptions(TypedDict, total=False):
     z_loss: float
     class_weights: Any
     token_weights: Any
+    filter: Filter
+    filter_seed: Any
     filter_eps: float | str | None
     filter_e_grad: bool
     filter_c_grad: bool
@@ -77,6 +82,8 @@ DEFAULTS: dict[str, Any] = {
     "z_loss": 0.0,
     "class_weights": None,
     "token_weights": None,
+    "filter": "drop",
+    "filter_seed": 0,
     "filter_eps": "auto",
     "filter_e_grad": True,
     "filter_c_grad": True,
@@ -104,8 +111,8 @@ class Options:
     """The options of the loss that are not arrays, in canonical form.
 
     Attributes:
-        ignore_index, softcap, reduction, label_smoothing, z_loss, filter_e_grad, filter_c_grad, accum_e_fp32, accum_c_fp32: as
-            in `LossOptions`.
+        ignore_index, softcap, reduction, label_smoothing, z_loss, filter, filter_e_grad, filter_c_grad, accum_e_fp32,
+            accum_c_fp32: as in `LossOptions`.
         shift: how many tokens later the target of a token stands.
         filter_eps: a probability, or None where all gradients are exact.
         filter_is_auto: the threshold was not the caller's choice, so a backend may leave out more where that costs no accuracy
@@ -118,6 +125,7 @@ class Options:
     shift: int
     label_smoothing: float
     z_loss: float
+    filter: Filter
     filter_eps: float | None
     filter_is_auto: bool
     filter_e_grad: bool
@@ -156,6 +164,7 @@ class Options:
             shift=values["shift"],
             label_smoothing=values["label_smoothing"],
             z_loss=values["z_loss"],
+            filter=values["filter"],
             filter_eps=_auto_eps(dtype) if is_auto else values["filter_eps"],
             filter_is_auto=is_auto,
             filter_e_grad=values["filter_e_grad"],
@@ -186,6 +195,11 @@ class Options:
         if self.filter_eps is None:
             return False
         return ("e" in wrt and self.filter_e_grad) or (("c" in wrt or "bias" in wrt) and self.filter_c_grad)
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether a gradient is filtered by chance, so that it is right on average; see `survivors.py`."""
+        return self.filter == "unbiased" and self.filters
 
     @property
     def smooths_capped(self) -> bool:
@@ -224,15 +238,18 @@ def _checked_once(dtype: np.dtype, **values: Any) -> Options:
 def _checked(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
     if not isinstance(value["reduction"], str) or value["reduction"] not in REDUCTIONS:
         raise ValueError(f"reduction: must be one of {', '.join(map(repr, REDUCTIONS))}, got {value['reduction']!r}")
+    if not isinstance(value["filter"], str) or value["filter"] not in FILTERS:
+        raise ValueError(f"filter: must be one of {', '.join(map(repr, FILTERS))}, got {value['filter']!r}")
     if value["check_targets"] is not None:
         flag("check_targets", value["check_targets"])
     largest = float(np.finfo(compute_dtype_of(dtype)).max)
     canonical = {
         "reduction": cast(Reduction, value["reduction"]),
+        "filter": cast(Filter, value["filter"]),
         "softcap": None if value["softcap"] is None else positive("softcap", value["softcap"], dtype, "a positive number"),
         "filter_eps": _filter_eps(value["filter_eps"]),
         "label_smoothing": _number("label_smoothing", value["label_smoothing"], "a number in [0, 1]", lambda x: 0 <= x <= 1),
-        "ignore_index": _integer("ignore_index", value["ignore_index"]),
+        "ignore_index": integer("ignore_index", value["ignore_index"]),
         "shift": _shift(value["shift"]),
         "z_loss": _number("z_loss", value["z_loss"], "a finite number >= 0", lambda x: 0 <= x <= largest),
     }
@@ -275,18 +292,19 @@ def _float(name: str, value: Any, what: str) -> float:
         return math.inf
 
 
-def _integer(name: str, value: Any) -> int:
+def integer(name: str, value: Any) -> int:
+    """An integer of 64 bits; raises TypeError or ValueError, naming the argument, for anything else."""
     try:
-        integer = operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: must be an integer, got {value!r}") from None
-    if not -(2**63) <= integer < 2**63:
+    if not -(2**63) <= number < 2**63:
         raise ValueError(f"{name}: must fit in 64 bits, got {value!r}")
-    return integer
+    return number
 
 
 def _shift(shift: Any) -> int:
-    value = int(shift) if isinstance(shift, bool | np.bool_) else _integer("shift", shift)
+    value = int(shift) if isinstance(shift, bool | np.bool_) else integer("shift", shift)
     if value < 0:
         raise ValueError(f"shift: must be False, True or an integer >= 0, got {shift!r}")
     return value

@@ -12,6 +12,27 @@ log-sum-exp of the logits so far. The probability of v is exp(z - lse) <= exp(z 
 reaches eps, and a little more. It is "not below" rather than "at least" so that NaN survives: where a token is lost (its
 log-sum-exp or target logit is NaN) all entries of its block survive, since its gradient is NaN everywhere. A forward that
 compares with "at least" must see to that by other means.
+
+That is the rule of `filter="drop"`, which drops for good: gradients are biased. With `filter="unbiased"` nothing is lost on average.
+Let pmax be the largest probability of an entry v among the tokens of a block b that take part. If pmax < eps, and v is the target
+of none of these tokens, then v survives if
+
+    pmax > eps * u        u = draw(b, mix(v ^ seed)), spread evenly over (0, 1)
+
+and its column of G is multiplied by eps / pmax, in all rows. It survives with probability pmax / eps, so its share of every
+gradient is right on average. All other columns are kept as they are, and so is the whole block if one of its tokens is lost. The
+forward, which has lower bounds alone, flags what
+
+    not (z[n, v] < threshold(bound[n], log_threshold(eps) + log(u)))
+
+says, and that is a little more. The backward, which computes these logits again, decides by the exact probabilities.
+
+A draw is no state. Its seed follows from the targets that count, in any order, and from the caller's `filter_seed`:
+
+    seed = mix(mix(filter_seed) + sum of mix(targets[n]) over the tokens that count)        modulo 2**32
+
+So the same inputs give the same bits, a recomputed forward draws the same, and a CUDA graph draws anew when its inputs change.
+`reference/roulette.py` defines the same apart from this package.
 """
 
 from __future__ import annotations
@@ -47,6 +68,9 @@ RELATIVE_SLACK = 4e-5
 # (2^-14 for bfloat16) has the error that dE has at the second (2^-16).
 _COARSER = 4
 
+GOLDEN = 2654435769  # 2**32 times the golden ratio's fraction, 0.6180339887: draws of neighbouring blocks lie far apart
+_LOW_BITS = 0xFFFFFFFF
+
 _ROWS_BYTES = 32 * 2**20  # of e, and of c, at a time, in the compute dtype
 _MOST_ROWS = 1024
 
@@ -69,6 +93,97 @@ def make_threshold(real: Any) -> Callable[[Any, Any], Any]:
     return threshold
 
 
+def low_word(x: Any) -> Any:
+    """The lower 32 bits of Python's integers, or of arrays of int64: what `numpy.uint32` is to compiled code.
+
+    >>> low_word(-1)
+    4294967295
+    """
+    return x & _LOW_BITS
+
+
+def make_mix(word: Any) -> Callable[[Any], Any]:
+    """Makes `mix(x)`, a hash of the lower 32 bits of an integer, one to one: each bit may change every bit of the result.
+
+    It is a plain function for each backend to compile. `word` takes an integer to its lower 32 bits: `numpy.uint32` in code that
+    Numba compiles, which then has 32-bit instructions alone; `low_word` in Python, in the simulator, and for arrays of int64.
+    Multipliers have 31 bits, so that no product overflows int64. They are from https://github.com/skeeto/hash-prospector.
+
+    >>> make_mix(low_word)(1)
+    2261973619
+    """
+
+    def mix(x: Any) -> Any:
+        x = word(x)
+        x = word((x ^ (x >> 16)) * 0x21F0AAAD)
+        x = word((x ^ (x >> 15)) * 0x735A2D97)
+        return word(x ^ (x >> 15))
+
+    return mix
+
+
+def make_draw(word: Any) -> Callable[[Any, Any], Any]:
+    """Makes `draw(block, hashed)`, u of a block and an entry v whose hash is `mix(v ^ seed)`: float32 in (0, 1).
+
+    u is the fraction of hashed / 2**32 + block * 0.618..., cut to 23 bits: an odd multiple of 2**-24, the same in any arithmetic.
+    `block` counts the blocks of counting tokens from 0. `word`: see `make_mix`.
+
+    >>> float(make_draw(low_word)(0, 2**31)) * 2**24 - 2**23
+    1.0
+    """
+    unit = np.float32(2.0**-24)
+
+    def draw(block: Any, hashed: Any) -> Any:
+        return np.float32(word((word(hashed + block * GOLDEN) >> 8) | 1)) * unit
+
+    return draw
+
+
+def make_scale(real: Any) -> Callable[[Any, Any, Any], Any]:
+    """Makes `scale(largest, eps, u)`, what a column of G is multiplied by, in arithmetic of `np.float32` or `np.float64`.
+
+    It is 0 for a column that is dropped, eps / largest for one that survives by chance, and 1 for others. `largest`: of the
+    column's probabilities; inf or NaN for one that is kept as it is: a target's, or all of a block with a lost token. `eps` and
+    `u`: the threshold and the draw, of `real`. A largest probability of 0 never survives, even if eps * u is 0.
+
+    >>> scale = make_scale(np.float64)
+    >>> [float(scale(largest, 0.25, 0.4)) for largest in (0.5, 0.125, 0.0625)]
+    [1.0, 2.0, 0.0]
+    """
+    zero, one = real(0), real(1)
+
+    def scale(largest: Any, eps: Any, u: Any) -> Any:
+        result = one
+        if largest <= eps * u:
+            result = zero
+        elif largest < eps:
+            result = eps / largest
+        return result
+
+    return scale
+
+
+_mix, _draw = make_mix(low_word), make_draw(low_word)
+
+
+def draw_seed(targets: np.ndarray, filter_seed: int) -> np.ndarray:
+    """0-d int64 in [0, 2**32), the seed of the draws, on the host. targets: int64, of the tokens that count.
+
+    >>> int(draw_seed(np.array([3, 5]), 0))
+    2224232729
+    """
+    return np.array(_mix(_mix(filter_seed) + int(_mix(targets).sum())))
+
+
+def draws(blocks: Any, entries: Any, seed: Any) -> Any:
+    """The draws u of blocks and entries, int64 arrays that broadcast: float32. With array operations.
+
+    >>> [f"{u:.4f}" for u in draws(0, np.array([0, 1]), 7)]
+    ['0.9197', '0.8550']
+    """
+    return _draw(blocks, _mix(entries ^ seed))
+
+
 def log_threshold(eps: float | None) -> float:
     """Natural log of the probability `eps`, less the absolute slack; -inf for None, which keeps all.
 
@@ -80,13 +195,16 @@ def log_threshold(eps: float | None) -> float:
 
 def coarse_eps_of(options: Options) -> float | None:
     """A higher threshold, for the gradients of c and bias alone, for a backend that has a second one; None where it has not."""
-    if options.filter_eps is None or not (options.filter_is_auto and options.filter_c_grad):
+    if options.is_unbiased or options.filter_eps is None or not (options.filter_is_auto and options.filter_c_grad):
         return None
     return _COARSER * options.filter_eps
 
 
 def unpack_survivors(statistics: Statistics, V: int) -> np.ndarray:
-    """(ceil(n_valid / block), V) bool on the host, from the packed bits. Waits for the device, if there is one."""
+    """(ceil(n_valid / block), V) bool on the host, from the packed bits. Waits for the device, if there is one.
+
+    Of the unbiased filter these are the columns that the forward flags, of which the backward drops some.
+    """
     bits = statistics.survivors[: ceil_div(int(statistics.n_valid), statistics.survivor_block)]
     host = bits if isinstance(bits, np.ndarray) else bits.get()
     return np.unpackbits(host, axis=1, bitorder="little")[:, :V].astype(bool)
@@ -94,6 +212,8 @@ def unpack_survivors(statistics: Statistics, V: int) -> np.ndarray:
 
 def dropped_mass(p: Problem, statistics: Statistics) -> Any:
     """(N,) of the compute dtype: the sum of the softmax over dropped entries; 0 where ignored or nothing was recorded.
+
+    Of the unbiased filter: over the entries that this seed's draws drop, if all tokens that count take part.
 
     It is that sum itself, not 1 less what is kept, which would cancel. With array operations, for all backends: it is computed
     afterwards for whoever asks, so it need not be fast, but its memory stays bounded. Waits for the device.
@@ -116,10 +236,30 @@ def dropped_mass(p: Problem, statistics: Statistics) -> Any:
                 bits = statistics.survivors[n0 // block : ceil_div(n0 + len(some), block), v0 // 8 : ceil_div(v1, 8)]
                 drops = (bits[:, :, None] >> xp.arange(8, dtype=np.uint8) & 1).reshape(len(bits), -1)[:, : v1 - v0] == 0
                 probabilities = _softmax(p, some, c, v0, statistics.lse)
+                if statistics.draw_seed is not None:
+                    drops |= _dropped_by_chance(p, statistics, some, n0 // block, probabilities, v0)
                 dropped = xp.where(drops.repeat(block, axis=0)[: len(some)], probabilities, 0)
                 total[n0 : n0 + group] += dropped.sum(axis=1, dtype=np.float64)
     result[tokens] = total.astype(p.compute_dtype)
     return result
+
+
+def _dropped_by_chance(p: Problem, statistics: Statistics, tokens: Any, first_block: int, probabilities: Any, v0: int) -> Any:
+    """(n_blocks, v) bool: what the unbiased filter drops in these tokens' blocks, from the entry v0 on.
+
+    probabilities: (n, v), of tokens that are whole blocks but for the last one.
+    """
+    xp, block, (n, V) = p.xp, statistics.survivor_block, probabilities.shape
+    n_blocks = ceil_div(n, block)
+    lost = xp.isnan(statistics.target_logit[tokens])  # other lost tokens have probabilities of NaN
+    padded = xp.zeros((n_blocks * block, V), probabilities.dtype)
+    padded[:n] = xp.where(lost[:, None], np.nan, probabilities)
+    largest = padded.reshape(n_blocks, block, V).max(axis=1)
+    columns = p.targets[tokens] - v0
+    here = (columns >= 0) & (columns < V)
+    largest[(xp.arange(n) // block)[here], columns[here]] = np.inf
+    u = draws(xp.arange(first_block, first_block + n_blocks)[:, None], xp.arange(v0, v0 + V), statistics.draw_seed)
+    return largest <= p.options.filter_eps * u
 
 
 def _softmax(p: Problem, tokens: Any, c: Any, v0: int, lse: Any) -> Any:

@@ -12,9 +12,10 @@ import numpy as np
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, threads
-from cce_numba.cpu.elements import add_rows, gradient_block
+from cce_numba.cpu.elements import add_rows, column_scales, gradient_block
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.progress import advance
+from cce_numba.survivors import draws
 from cce_numba.terms import outer_product
 
 _ROWS_OF_A_THREAD = 128  # of G, at a time
@@ -36,6 +37,9 @@ def backward(
     else:
         sweeps = [(first, last, into.e, None, None) for first, last in ranges(len(tokens), tiles.dE_group)]
         sweeps += [(0, len(tokens), None, into.c, into.bias)]
+    if p.options.is_unbiased and p.options.filter_eps_e != p.options.filter_eps_c:  # G is multiplied for one, not for the other
+        sweeps = [each for sweep in sweeps for each in ((*sweep[:3], None, None), (*sweep[:2], None, *sweep[3:]))]
+        sweeps = [sweep for sweep in sweeps if any(gradient is not None for gradient in sweep[2:])]
     steps = -(-p.V // tiles.block_v)
     for done, (first, last, *gradients) in enumerate(sweeps):
         for step in _sweep(p, tiles, statistics, weights, adds, first, last, *gradients):
@@ -81,7 +85,18 @@ def _sweep(
                 continue
             columns = kept if filter_all else None
             e = rows(p.e, tokens, dtype)
-            g = _gradient_of_logits(p, statistics, weights, tokens, e, c, v0, columns)
+            z = _logits(p, tokens, e, c, v0, columns)
+            if filter_all and statistics.draw_seed is not None:
+                scales = _scales(p, statistics, tokens, (first + n0) // statistics.survivor_block, z, v0, columns)
+                survives = np.flatnonzero(scales)
+                if len(survives) == 0:
+                    continue
+                if len(survives) < len(scales):
+                    z, scales = z[:, survives], scales[survives]
+                    columns = kept = survives if kept is None else kept[survives]
+            g = _gradient_of_logits(p, statistics, weights, tokens, z, v0, v1, columns)
+            if filter_all and statistics.draw_seed is not None:
+                g *= scales
             if d_e is not None:
                 partial = _columns(g, columns, kept if filter_e else None) @ _rows(c, kept if filter_e else None)
                 d_e_sum[tokens if d_e_sum is d_e else np.searchsorted(statistics.tokens[first:last], tokens)] += partial
@@ -144,18 +159,40 @@ def _columns(g: Any, present: Any, wanted: Any) -> Any:
     return g if wanted is present else g[:, wanted]
 
 
-def _gradient_of_logits(
-    p: Problem, statistics: Statistics, weights: Weights, tokens: Any, e: Any, c: Any, v0: int, columns: Any
-) -> Any:
-    """G (n, k) of these tokens and columns (counted from v0; None means all of c's block), from recomputed logits."""
+def _logits(p: Problem, tokens: Any, e: Any, c: Any, v0: int, columns: Any) -> Any:
+    """(n, k) the logits of these tokens, whose rows are e, and columns, counted from v0; None means all of c's block."""
     z = e @ _rows(c, columns).T
     finish_logits(z, p, tokens, slice(v0, v0 + len(c)) if columns is None else columns + v0)
+    return z
+
+
+def _scales(p: Problem, statistics: Statistics, tokens: Any, block: int, z: Any, v0: int, columns: Any) -> Any:
+    """(k,) what the unbiased filter multiplies columns of G by in a block of tokens, by their logits z (n, k); 0 drops one."""
+    scales = np.ones(z.shape[1], z.dtype)
+    max_logit, log_sum = statistics.max_logit[tokens], statistics.log_sum[tokens]
+    if not np.isfinite(max_logit + log_sum).all() or np.isnan(statistics.target_logit[tokens]).any():
+        return scales  # a token is lost
+    entries = np.arange(v0, v0 + len(scales)) if columns is None else v0 + columns
+    u = draws(block, entries, statistics.draw_seed)
+    column_scales(z, max_logit, log_sum, u, float(p.options.filter_eps), scales)
+    target_column = _target_columns(p, tokens, v0, v0 + len(scales), columns)
+    scales[target_column[target_column >= 0]] = 1
+    return scales
+
+
+def _target_columns(p: Problem, tokens: Any, v0: int, v1: int, columns: Any) -> Any:
+    """(n,) where each token's target stands among the columns, counted from v0 (None means all of [v0, v1)), or -1."""
     wanted = p.targets[tokens] - v0
     if columns is None:
-        target_column = np.where((wanted >= 0) & (wanted < len(c)), wanted, -1)
-    else:
-        found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
-        target_column = np.where(columns[found] == wanted, found, -1)
+        return np.where((wanted >= 0) & (wanted < v1 - v0), wanted, -1)
+    found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
+    return np.where(columns[found] == wanted, found, -1)
+
+
+def _gradient_of_logits(
+    p: Problem, statistics: Statistics, weights: Weights, tokens: Any, z: Any, v0: int, v1: int, columns: Any
+) -> Any:
+    """G (n, k) of these tokens and columns (counted from v0; None means all of [v0, v1)), in the memory of their logits z."""
     inverse_softcap = z.dtype.type(0 if p.options.softcap is None else 1 / p.options.softcap)
     # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
     softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, weights.softmax[tokens])
@@ -165,10 +202,10 @@ def _gradient_of_logits(
         softmax_weight.astype(z.dtype, copy=False),
         weights.target[tokens],
         (weights.target if weights.uniform is None else weights.uniform)[tokens],
-        target_column,
+        _target_columns(p, tokens, v0, v1, columns),
     )
     # Nothing is filtered where there is such a term: all columns of the block are here.
-    of_class = np.empty(0, z.dtype) if weights.uniform is None else class_weights(p, slice(v0, v0 + len(c)))
+    of_class = np.empty(0, z.dtype) if weights.uniform is None else class_weights(p, slice(v0, v1))
 
     def fill(span: tuple[int, int]) -> None:
         some = slice(*span)
