@@ -48,7 +48,7 @@ def test_the_forms_of_the_backends(tensors, backend, scale, dtype, filter_eps, f
             pytest.skip(str(why))
         eps, word = (float("nan"), filter_eps) if filter_eps == "auto" else (filter_eps, "")
         options = [-100, 0, 1, int(filter_c_grad), -1], [float("nan"), eps, scale, 0.0, 0.0], f"mean,{backend},{word}"
-        arguments = (e, c, targets, None, None, None, None, *options, "e,c")
+        arguments = (e, c, targets, *[None] * 5, *options, "e,c")
         torch.library.opcheck(operators.forward_op, arguments, test_utils="test_faketensor")
 
 
