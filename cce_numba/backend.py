@@ -45,8 +45,8 @@ class Statistics:
         survivor_block: tokens in a block of `survivors`.
         mean_logit: (N,) mean over the vocabulary of class weight times logit, 0 where ignored, of the compute dtype; None
             unless `Options.smooths_capped`: else it follows from e and c (`terms.py`).
-        draw_seed: 0-d int64 in [0, 2**32), the seed of the unbiased filter's draws (`survivors.py`), on the arrays' device; None
-            for the filter that drops, and where no survivors were recorded.
+        draw_seed: 0-d int64 in [0, 2**32), the seed of the unbiased filter's draws (`survivors.py`), on the arrays' device;
+            None for the filter that drops, and where no survivors were recorded.
         folded: (N,) results of further folds (`folds.py`) by name, 0 where ignored.
     """
 

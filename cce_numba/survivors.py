@@ -13,15 +13,15 @@ reaches eps, and a little more. It is "not below" rather than "at least" so that
 log-sum-exp or target logit is NaN) all entries of its block survive, since its gradient is NaN everywhere. A forward that
 compares with "at least" must see to that by other means.
 
-That is the rule of `filter="drop"`, which drops for good: gradients are biased. With `filter="unbiased"` nothing is lost on average.
-Let pmax be the largest probability of an entry v among the tokens of a block b that take part. If pmax < eps, and v is the target
-of none of these tokens, then v survives if
+That is the rule of `filter="drop"`, which drops for good: gradients are biased. With `filter="unbiased"` nothing is lost on
+average. Let pmax be the largest probability of an entry v among the tokens of a block b that take part. If pmax < eps, and v is
+the target of none of these tokens, then v survives if
 
     pmax > eps * u        u = draw(b, mix(v ^ seed)), spread evenly over (0, 1)
 
 and its column of G is multiplied by eps / pmax, in all rows. It survives with probability pmax / eps, so its share of every
-gradient is right on average. All other columns are kept as they are, and so is the whole block if one of its tokens is lost. The
-forward, which has lower bounds alone, flags what
+gradient is right on average. All other columns are kept as they are, and so is the whole block if one of its tokens is lost.
+The forward, which has lower bounds alone, flags what
 
     not (z[n, v] < threshold(bound[n], log_threshold(eps) + log(u)))
 
@@ -105,9 +105,10 @@ def low_word(x: Any) -> Any:
 def make_mix(word: Any) -> Callable[[Any], Any]:
     """Makes `mix(x)`, a hash of the lower 32 bits of an integer, one to one: each bit may change every bit of the result.
 
-    It is a plain function for each backend to compile. `word` takes an integer to its lower 32 bits: `numpy.uint32` in code that
-    Numba compiles, which then has 32-bit instructions alone; `low_word` in Python, in the simulator, and for arrays of int64.
-    Multipliers have 31 bits, so that no product overflows int64. They are from https://github.com/skeeto/hash-prospector.
+    It is a plain function for each backend to compile. `word` takes an integer to its lower 32 bits: `numpy.uint32` in code
+    that Numba compiles, which then has 32-bit instructions alone; `low_word` in Python, in the simulator, and for arrays of
+    int64. Multipliers have 31 bits, so that no product overflows int64. They are from
+    https://github.com/skeeto/hash-prospector.
 
     >>> make_mix(low_word)(1)
     2261973619
@@ -125,8 +126,8 @@ def make_mix(word: Any) -> Callable[[Any], Any]:
 def make_draw(word: Any) -> Callable[[Any, Any], Any]:
     """Makes `draw(block, hashed)`, u of a block and an entry v whose hash is `mix(v ^ seed)`: float32 in (0, 1).
 
-    u is the fraction of hashed / 2**32 + block * 0.618..., cut to 23 bits: an odd multiple of 2**-24, the same in any arithmetic.
-    `block` counts the blocks of counting tokens from 0. `word`: see `make_mix`.
+    u is the fraction of hashed / 2**32 + block * 0.618..., cut to 23 bits: an odd multiple of 2**-24, the same in any
+    arithmetic. `block` counts the blocks of counting tokens from 0. `word`: see `make_mix`.
 
     >>> float(make_draw(low_word)(0, 2**31)) * 2**24 - 2**23
     1.0

@@ -150,7 +150,8 @@ def per_token(logit_scale, token_weights, shape, shift):
 def kept_product(g, x, keep=None):
     """`g (n, k) @ x (k, D)` over the entries of g that `keep (n, k)` keeps; None keeps all.
 
-    Keep is bool, or numbers that multiply g, of which 0 drops an entry. Row by row, because a dropped entry must add nothing at all, and 0 * inf is NaN.
+    Keep is bool, or numbers that multiply g, of which 0 drops an entry. Row by row, because a dropped entry must add nothing at
+    all, and 0 * inf is NaN.
 
     >>> kept_product(np.array([[2.0, np.nan]]), np.array([[3.0], [np.inf]]), np.array([[True, False]])).tolist()
     [[6.0]]

@@ -1,9 +1,9 @@
 """The unbiased filter: what is too small to matter is kept by chance, and then multiplied, so that nothing is lost on average.
 
-Let `pmax` be the largest probability that a vocabulary entry has for the tokens of a block. If `pmax < eps`, and the entry is the
-target of none of these tokens, it survives in the block if `pmax > eps * u`. Its column of G is then multiplied by `eps / pmax`.
-The draw `u` is spread evenly over (0, 1), so the entry survives with probability `pmax / eps`, and its share of every gradient is
-right on average ("Russian roulette" of Monte Carlo methods).
+Let `pmax` be the largest probability that a vocabulary entry has for the tokens of a block. If `pmax < eps`, and the entry is
+the target of none of these tokens, it survives in the block if `pmax > eps * u`. Its column of G is then multiplied by `eps /
+pmax`. The draw `u` is spread evenly over (0, 1), so the entry survives with probability `pmax / eps`, and its share of every
+gradient is right on average ("Russian roulette" of Monte Carlo methods).
 
 A draw is no state: it is a function of the block, the entry and a seed. The seed follows from the targets and from a number of
 the caller's. So the same inputs give the same bits, wherever and how often they are computed.
@@ -21,8 +21,8 @@ GOLDEN = 2654435769  # 2^32 times the golden ratio's fraction, 0.6180339887
 def mixed(x):
     """A hash of 32-bit integers, one to one: each bit of x may change every bit of the result.
 
-    The constants are those of the search at https://github.com/skeeto/hash-prospector. Both fit in 31 bits, so that products fit
-    in int64. The lower 32 bits of an integer count.
+    The constants are those of the search at https://github.com/skeeto/hash-prospector. Both fit in 31 bits, so that products
+    fit in int64. The lower 32 bits of an integer count.
 
     >>> mixed(np.array([0, 1, 2])).tolist()
     [0, 2261973619, 229111015]
@@ -45,8 +45,8 @@ def draw_seed(targets, filter_seed=0):
 def draws(n_blocks, vocabulary, seed):
     """The draws u, `(n_blocks, vocabulary)`: odd multiples of 2^-24, which float32 holds exactly.
 
-    u is the fraction of `hash / 2^32 + block * 0.6180339887`. The hash is the entry's own, so the draws of different entries are
-    independent. Those of one entry lie evenly spread over any run of blocks.
+    u is the fraction of `hash / 2^32 + block * 0.6180339887`. The hash is the entry's own, so the draws of different entries
+    are independent. Those of one entry lie evenly spread over any run of blocks.
 
     >>> draws(3, 2, seed=7).round(4).tolist()
     [[0.9197, 0.855], [0.5377, 0.473], [0.1558, 0.091]]

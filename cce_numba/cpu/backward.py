@@ -174,7 +174,8 @@ def _scales(p: Problem, statistics: Statistics, tokens: Any, block: int, z: Any,
         return scales  # a token is lost
     entries = np.arange(v0, v0 + len(scales)) if columns is None else v0 + columns
     u = draws(block, entries, statistics.draw_seed)
-    column_scales(z, max_logit, log_sum, u, float(p.options.filter_eps), scales)
+    assert p.options.filter_eps is not None, "otherwise there is no seed"
+    column_scales(z, max_logit, log_sum, u, p.options.filter_eps, scales)
     target_column = _target_columns(p, tokens, v0, v0 + len(scales), columns)
     scales[target_column[target_column >= 0]] = 1
     return scales

@@ -44,7 +44,7 @@ class OfToken(NamedTuple):
 def make_gradient_of_logits_kernel(
     tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, uniform: bool, unbiased: bool
 ) -> ArrayKernel:
-    """The kernel for `e` and `c` of `dtype`. `uniform`: whether G has its third term. `unbiased`: whether columns are multiplied."""
+    """The kernel for `e` and `c` of `dtype`. `uniform`: whether G has its third term. `unbiased`: whether by that filter."""
     real = real_of(dtype)
     scale_of_column = cuda.jit(device=True)(make_scale(real))
     load, _ = conversions(dtype)
@@ -88,7 +88,7 @@ def make_gradient_of_logits_kernel(
 
     @cuda.jit(device=True)
     def probability_of(z: Any, v: Any, of_token: Any) -> Any:
-        """What a token has to say of the column v: its probability; inf if it is its target, or the token is lost; 0 if dead."""
+        """A token's say in the fate of column v: its probability; inf if v is its target or the token is lost; 0 if dead."""
         log_sum_exp = of_token.max_logit + of_token.log_sum
         probability = real(math.exp((z - of_token.max_logit) - of_token.log_sum))
         if v == of_token.target or of_token.softmax_weight != of_token.softmax_weight or log_sum_exp - log_sum_exp != 0:
