@@ -128,9 +128,8 @@ def make_gradient_of_logits_kernel(
             # The largest probability of each column: each thread of its own rows, then across the threads of a column.
             largest = cuda.shared.array(largest_shape, real)
             scales = cuda.shared.array(block_v, real)
-            own = cuda.local.array(thread_v, real)
             for j in range(thread_v):
-                own[j] = real(0)
+                largest[y, column_of(j)] = real(0)
             for i in range(thread_n):
                 position = n0 + y * thread_n + i
                 if position < n_valid:
@@ -139,9 +138,7 @@ def make_gradient_of_logits_kernel(
                     for j in range(thread_v):
                         v = columns.listed[n_block, min(first + column_of(j), count - 1)]
                         z = logit_of(acc[i, j], bias_of(terms, v), scale, terms)
-                        own[j] = max(own[j], probability_of(z, v, of_token))
-            for j in range(thread_v):
-                largest[y, column_of(j)] = own[j]
+                        largest[y, column_of(j)] = max(largest[y, column_of(j)], probability_of(z, v, of_token))
             cuda.syncthreads()
             for r in range(t, block_v, threads):
                 most = largest[0, r]

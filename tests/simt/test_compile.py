@@ -21,6 +21,7 @@ if SimulatorHarness.is_active():
 from cce_numba.commands.precompile import kernels_of
 
 TERMS = ("bias", "softcap", "label-smoothing", "class-weights", "logit-scale")
+OPTIONS = {"plain": ("bias",), "unbiased": ("bias", "unbiased"), "terms": TERMS}
 LARGE = {"lse_kernel", "gradient_of_logits_kernel", "d_e_kernel", "d_c_kernel"}
 
 
@@ -35,9 +36,7 @@ CONFIGURATIONS += zip(DTYPES, [(8, 0)] * 4, ["terms", "plain", "terms", "plain"]
     ("dtype", "cc", "what"), CONFIGURATIONS, ids=[f"{d}, sm_{a}{b}, {w}" for d, (a, b), w in CONFIGURATIONS]
 )
 def test_kernels_compile_within_their_budget(dtype, cc, what):
-    _, kernels = kernels_of(
-        "simt", dtype.name, TERMS if what == "terms" else ["bias", "unbiased"] if what == "unbiased" else ["bias"], cc
-    )
+    _, kernels = kernels_of("simt", dtype.name, OPTIONS[what], cc)
     small = {"list_tokens_kernel", "finish_kernel", "list_columns_kernel", "d_bias_kernel"}
     if what == "unbiased":
         small.add("draw_seed_kernel")
