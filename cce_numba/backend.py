@@ -37,8 +37,8 @@ class Statistics:
         max_logit: (N,) the largest logit, 0 where ignored.
         log_sum: (N,) natural logarithm of the sum of exp(logit - max_logit), 0 where ignored. These two keep the digits that
             the log-sum-exp of large logits has lost.
-        target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets. Rounded as
-            the logits are that the other two are made of.
+        target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets. It has
+            the rounding of the logits that max_logit and log_sum are made of, so differences from these keep their digits.
         survivors: (at least ceil(n_valid / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
             consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive: then all do.
             Further rows, and memory between rows, are the backend's own: `StatisticsForm` says what there is.
@@ -168,10 +168,13 @@ class Backend(Protocol):
         """Tiles and memory for this problem."""
 
     def indexed_dot(self, p: Problem, plan: Plan) -> Any:
-        """(N,) the target's logit per token, as `Statistics.target_logit`."""
+        """(N,) the target's logit per token, one dot product each; 0 where ignored, NaN for a target out of range.
+
+        `Statistics.target_logit` is the same number, rounded otherwise.
+        """
 
     def forward(self, p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
-        """Log-sum-exp and target logit per token; with `record_survivors`, also what the backward must look at.
+        """Largest logit, log-sum-exp and target logit per token; with `record_survivors`, also what the backward must look at.
 
         A column survives in a block if a token of the block has it as its target, or may give it a probability of at
         least `filter_eps`: `survivors.py` has the rule. For the unbiased filter it also says which columns may survive by

@@ -72,7 +72,7 @@ def forward(problem: Problem, plan: Plan, wrt: Collection[str] = ()) -> ForwardP
 
 
 def indexed_dot(problem: Problem, plan: Plan) -> Any:
-    """(N,) the target's logit per token and nothing else, as `Statistics.target_logit`."""
+    """(N,) the target's logit per token and nothing else; see `backend.Backend`."""
     return backend_module(plan.backend).indexed_dot(problem, plan)
 
 

@@ -65,8 +65,12 @@ def _facts(device: int) -> Gpu:
 
 def why_not(on_device: bool) -> str | None:
     """Why no kernel can run on arrays that are on a GPU, or are not, or None if kernels can."""
-    if on_device:
-        return _missing_compiler()
+    return _missing_compiler() if on_device else _on_the_host()
+
+
+@functools.cache
+def _on_the_host() -> str:
+    """What to do with arrays that are not on a GPU; asked in every call, so it is looked for once."""
     if importlib.util.find_spec("cupy") is None:
         return "the arrays are on the host, and CuPy, which GPU arrays need, is not installed: pip install 'cce_numba[cuda13]'"
     if not importlib.import_module("numba.cuda").is_available():

@@ -42,9 +42,13 @@ class Kind:
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
-        """Inside, the device and the stream that the caller's library works on are current, for CuPy and for Numba."""
+        """Inside, the device and the stream that the caller's library works on are current, for CuPy and for Numba.
+
+        For host arrays, what `numpy.seterr` asks for does not count inside: inf and nan go where the arithmetic puts them.
+        """
         if self.device is None:
-            yield
+            with np.errstate(all="ignore"):
+                yield
             return
         with contextlib.ExitStack() as stack:
             gpu.bind_context()
@@ -193,7 +197,7 @@ def kind_of(array: Any, native: Any) -> Kind:
     if library in ("numba", "numba_cuda"):
         return Kind(library, device, _export_numba)
     if library not in ("numpy", "cupy") and hasattr(array, "__array_namespace__"):
-        return Kind(library, device, array.__array_namespace__().from_dlpack)
+        return Kind(library, device, functools.partial(_export_by_dlpack, array.__array_namespace__()))
     return Kind(library, device, _export_native)
 
 
@@ -332,6 +336,12 @@ def _export_torch(native: Any) -> Any:
     # CuPy's current stream is PyTorch's (see `Kind.current`): nothing is to be ordered, for which DLPack would record an event.
     tensor = torch.from_dlpack(bits.__dlpack__(stream=-1) if is_on_device(bits) else bits)
     return tensor.view(torch.bfloat16) if native.dtype == BFLOAT16 else tensor
+
+
+def _export_by_dlpack(namespace: Any, native: Any) -> Any:
+    if native.dtype == BFLOAT16 and not is_on_device(native):  # NumPy exports no bfloat16 by DLPack
+        return namespace.asarray(native)
+    return namespace.from_dlpack(native)
 
 
 def _export_numba(native: Any) -> Any:

@@ -61,8 +61,7 @@ DENSE_SHARE = 0.7
 # Logits are compared in the compute dtype, with rounding errors of up to 1e-5 (1 + |z|) in each; so a logit whose probability
 # is exactly eps could fall below the threshold. This much slack, absolute and relative to the bound, keeps it. It has the
 # effect of an eps that is some 0.1 % lower (more for logits of hundreds).
-_SLACK = 1e-3
-RELATIVE_SLACK = 4e-5
+_SLACK, _RELATIVE_SLACK = 1e-3, 4e-5
 
 # Where the caller leaves the choice to us, the threshold of dC is so many times the filter's own. On real text, dC at the first
 # (2^-14 for bfloat16) has the error that dE has at the second (2^-16).
@@ -85,7 +84,7 @@ def make_threshold(real: Any) -> Callable[[Any, Any], Any]:
     >>> float(make_threshold(np.float64)(2.0, log_threshold(2.0**-16)).round(3))
     -9.091
     """
-    slack = real(RELATIVE_SLACK)  # of `real`, or kernels of float32 would compute this in float64
+    slack = real(_RELATIVE_SLACK)  # of `real`, or kernels of float32 would compute this in float64
 
     def threshold(bound: Any, log_eps: Any) -> Any:
         return bound - slack * abs(bound) + log_eps

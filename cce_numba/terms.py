@@ -4,18 +4,20 @@ A backend gives each token's log-sum-exp and target logit. The loss of the token
 
     loss = nll_weight * (lse - target_logit) + smooth_weight * (mean_class_weight * lse - mean_logit) + z_weight * lse**2
 
-where lse is max_logit + log_sum, which are kept apart (`backend.Statistics`): what is subtracted is as large as their sum.
+    nll_weight         token weight * class weight of the target * (1 - label_smoothing)
+    smooth_weight      token weight * label_smoothing
+    z_weight           token weight * z_loss
+    mean_class_weight  the mean of the class weights over the vocabulary
+    mean_logit         the mean of class weight times logit over the vocabulary
+    lse                max_logit + log_sum (`backend.Statistics`), two numbers that are kept apart
 
+What is subtracted from lse is subtracted from max_logit, and log_sum is added afterwards. For lse is as large as the logits
+are, and would have lost the digits of a small loss. Label smoothing is that of `torch.nn.functional.cross_entropy`.
 
-    nll_weight     token weight * class weight of the target * (1 - label_smoothing)
-    smooth_weight  token weight * label_smoothing
-    z_weight       token weight * z_loss
-
-with means over the vocabulary: that of the class weights, and that of class weight times logit. Label smoothing is that of
-`torch.nn.functional.cross_entropy`. So each token's gradient with respect to its logits is a multiple of the softmax, less a
-multiple of the one-hot target, less a multiple of the class weights (`backend.Weights`). The last part is not small anywhere,
-so no filter could leave it out. Without a softcap it is of rank one, a factor per token times a factor per entry, and known
-without any logit (`Weights.outer`): backends add it to what they compute.
+So each token's gradient with respect to its logits is a multiple of the softmax, less a multiple of the one-hot target, less a
+multiple of the class weights (`backend.Weights`). The last part is not small anywhere, so no filter could leave it out.
+Without a softcap it is of rank one, a factor per token times a factor per entry, and known without any logit
+(`Weights.outer`): backends add it to what they compute.
 
 `terms_of` says which of two classes a problem's loss is: `Nll`, the negative log-likelihood alone, or `Terms`, all of the
 above. Both have `per_token`, `reduced` and `gradient_weights`.
@@ -165,8 +167,9 @@ class Terms:
             smooth_weight = times(self.smooth_weight, d_loss)
             softmax_weight = softmax_weight + smooth_weight * self._mean_class_weight
         if self.z_weight is not None:
-            # A lost token's gradient is NaN by its log-sum-exp. Its weight stays finite, so that weights can be scaled.
-            lse = p.xp.nan_to_num(self.statistics.lse, nan=0.0, posinf=0.0, neginf=0.0)
+            # A lost token's gradient is NaN by its log-sum-exp. Its weight stays finite, so that weights can be scaled, and is
+            # not 0, with which the token would take no part.
+            lse = p.xp.nan_to_num(self.statistics.lse, nan=1.0, posinf=1.0, neginf=1.0)
             softmax_weight = softmax_weight + times(self.z_weight, d_loss) * (lse + lse)
         return Weights(softmax_weight, target_weight), smooth_weight
 
@@ -205,7 +208,10 @@ class Terms:
         total = xp.zeros(p.D, np.float64)
         weights = xp.ones(p.V, p.compute_dtype) if p.class_weights is None else p.class_weights
         for v0, v1 in _pieces(p, p.V):
-            total += weights[v0:v1] @ p.c[v0:v1].astype(p.compute_dtype, copy=False)
+            weight, c = weights[v0:v1], p.c[v0:v1].astype(p.compute_dtype, copy=False)
+            if p.class_weights is not None:  # zero times an inf would be NaN
+                c = xp.where((weight == 0)[:, None], xp.zeros((), c.dtype), c)
+            total += weight @ c
         no_bias = xp.zeros((), p.compute_dtype)
         mean_bias = no_bias if p.bias is None else _mean(p, times(weights, p.bias.astype(p.compute_dtype, copy=False)))
         return (total / p.V).astype(p.compute_dtype), mean_bias

@@ -8,7 +8,8 @@
 # * see how much memory they take, and why,
 # * split the loss into two pieces, neither of which needs all logits at the same time.
 #
-# You need Python and NumPy. No GPU is needed for any lesson: without one, kernels run in Numba's simulator.
+# You need Python and NumPy. No GPU is needed for any lesson: Numba, which compiles Python functions for NVIDIA's GPUs, has a
+# simulator that runs the same functions on any computer.
 
 # %%
 import lessons
@@ -25,16 +26,19 @@ from lessons import drawings, figures, measured, texts
 # %% [markdown]
 # ## What a model says
 #
-# Here are 128 tokens of *Moby Dick*, and what SmolLM2 (135 million parameters) thought of each of them. The vocabulary has
-# 49152 entries: pieces of words. For each token the model gives one number to every entry, its **logit**. The larger the logit,
-# the likelier the model holds that entry to come next.
+# A language model has a fixed **vocabulary**: a list of words and pieces of words, its *entries*. It reads a text as a row of
+# these pieces, the **tokens**. At each token it guesses which entry comes next, and gives one number to every entry, its
+# **logit**. The larger the logit, the likelier the model holds that entry to come next.
+#
+# Here are 128 tokens of *Moby Dick*, and what SmolLM2 (a model of 135 million parameters, with a vocabulary of 49152 entries)
+# thought at each of them: a matrix of logits with a row for each token and a column for each entry.
 
 # %%
 real = texts.smollm2()
 real.logits.shape
 
 # %%
-n = 91
+n = 91  # one of the tokens
 top = np.argsort(-real.logits[n])[:6]
 probabilities = reference.softmax(real.logits[n : n + 1])[0]
 context = "".join(real.text(real.targets[n - 12 : n]))
@@ -45,19 +49,25 @@ drawings.bars(
 )  # fmt: skip
 
 # %% [markdown]
-# Softmax turns logits into probabilities: $p_v = e^{z_v} / \sum_w e^{z_w}$. The **loss** of a token is $-\log p$ of the entry
-# that really came next, its *target*. A loss of 0 means "I was certain"; one of 3 nats means "I gave it 5 %".
+# The full bar is the entry that really came next, the token's *target*. The percentages are made of logits by the **softmax**:
+# if $z_v$ is the token's logit of entry $v$, the probability of that entry is
+#
+# $$ p_v = \frac{e^{z_v}}{\sum_w e^{z_w}} $$
+#
+# where the sum goes over all entries $w$ of the vocabulary. The **loss** of a token is $-\log p$ of its target. The logarithm
+# is the natural one, and its unit is called *nat*. A loss of 0 means "I was certain"; one of 3 nats means "I gave it 5 %".
 
 # %%
 probabilities = reference.softmax(real.logits)
 nll = -np.log(probabilities[np.arange(128), real.targets])
-drawings.told_words(real.text(real.targets[:64]), nll[:64], "The higher the bar, the more a word surprised the model")
+drawings.told_words(real.text(real.targets[:64]), nll[:64], "The taller the bar under a word, the more it surprised the model")
 
 # %% [markdown]
 # ## Where logits come from
 #
-# For each of $N$ tokens the model has a vector of $D$ numbers: its embedding, a row of $e$. For each of $V$ entries the
-# classifier has one, too: a row of $c$. A logit is their dot product, so all of them together are one matrix product:
+# For each of $N$ tokens the model has computed a vector of $D$ numbers, its embedding: a row of the matrix $e$. For each of the
+# $V$ entries of the vocabulary, the model's last layer (the *classifier*) has one, too: a row of the matrix $c$. A logit is
+# their dot product, so all of them together are one matrix product:
 #
 # $$ z = e\, c^\top, \qquad z_{nv} = \sum_d e_{nd}\, c_{vd} $$
 #
@@ -120,7 +130,7 @@ figures.show(figure, "Memory of stored logits against the vocabulary")
 # %% [markdown]
 # And once is not enough. A training step stores the logits, their probabilities, the gradient of the loss with respect to them,
 # and often a copy in another number format. Here is a whole training step of a small transformer, as it was measured on an
-# H100.
+# H100, a GPU for data centres with 80 GB of memory.
 
 # %% jupyter={"source_hidden": true}
 step = measured.benchmark("training_step_h100")
@@ -161,7 +171,8 @@ drawings.bars([(name, memory[name]) for name in order], "z", title, "MiB", width
 # * The **indexed dot** needs one logit per token, that is one dot product of a row of $e$ with one row of $c$.
 # * The **log-sum-exp** needs every logit, but only for a moment: each adds its $e^z$ to a sum, and is not needed again.
 #
-# So go through the vocabulary in blocks, and keep one number per token between them.
+# So go through the vocabulary a few entries at a time, and keep one number per token in between. The logits of all tokens for
+# these few entries are called a **tile**.
 
 
 # %%
@@ -169,7 +180,7 @@ def frugal_loss(e, c, targets, block_v=8):
     target_logit = np.sum(e * c[targets], axis=1)  # (N,): one dot product per token
     total = np.zeros(len(e))  # (N,): all that is kept of the logits
     for v0 in range(0, len(c), block_v):
-        z = e @ c[v0 : v0 + block_v].T  # (N, block_v): used here, then overwritten
+        z = e @ c[v0 : v0 + block_v].T  # a tile (N, block_v): used here, then overwritten
         total += np.exp(z).sum(axis=1)
     return (np.log(total) - target_logit).mean()
 
@@ -184,7 +195,7 @@ frugal_loss(e, c, targets), loss
 #
 # ## Measure it
 #
-# The package does the same on a CPU, too, with gradients. `tracemalloc` counts what NumPy allocates.
+# The package does the same on a CPU, too. `tracemalloc` counts what NumPy allocates.
 
 # %%
 import tracemalloc
@@ -199,13 +210,13 @@ def peak_mib(function):
 
 
 rng = np.random.default_rng(1)
-N, V, D = 512, 32768, 64
+N, V, D = 256, 32768, 64
 big_e = rng.standard_normal((N, D), dtype=np.float32)
 big_c = rng.standard_normal((V, D), dtype=np.float32) / 8
 big_targets = rng.integers(0, V, N)
 loss_of = {
     "NumPy, logits stored": lambda: plain_loss(big_e, big_c, big_targets),
-    "NumPy, block by block": lambda: frugal_loss(big_e, big_c, big_targets, 1024),
+    "NumPy, tile by tile": lambda: frugal_loss(big_e, big_c, big_targets, 1024),
     "cce_numba on the CPU": lambda: cce.linear_cross_entropy(big_e, big_c, big_targets, backend="cpu"),
 }
 assert np.ptp([float(function()) for function in loss_of.values()]) < 1e-4

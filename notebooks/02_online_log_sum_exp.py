@@ -21,13 +21,14 @@ from numba import cuda
 import reference
 from lessons import drawings, figures, measured
 
-xp = machine.array_module()  # CuPy on a GPU, else NumPy
+xp = machine.array_module()  # CuPy on a GPU (NumPy's functions, for arrays in its memory), else NumPy
 
 # %% [markdown]
 # ## Where float32 breaks
 #
-# float32 ends at $3.4 \cdot 10^{38}$, and $e^{89}$ is beyond that. It also has a smallest number, about $10^{-45}$, so
-# $e^{-104}$ is 0. Logits of real models reach 30, and nothing keeps them from reaching 100.
+# GPUs compute in float32, numbers of 32 bits. float32 ends at $3.4 \cdot 10^{38}$, and $e^{89}$ is beyond that. It also has a
+# smallest positive number, about $10^{-45}$, so $e^{-104}$ is 0. Logits of real models reach 30, and nothing keeps them from
+# reaching 100.
 
 
 # %%
@@ -103,7 +104,8 @@ drawings.states(tiles.tolist(), history)
 #
 # ## The merge law
 #
-# Two workers may each have seen a part of the row. Their states merge by the same rule:
+# Two workers may each have seen a part of the row. Their states $(m_1, s_1)$ and $(m_2, s_2)$ merge by the same rule. Write
+# $\oplus$ for "merged with", and $M$ for the larger of the two maxima:
 #
 # $$ (m_1, s_1) \oplus (m_2, s_2) = \big(M,\; s_1 e^{m_1 - M} + s_2 e^{m_2 - M}\big), \qquad M = \max(m_1, m_2) $$
 #
@@ -140,9 +142,10 @@ print(f"truth {truth:.8f}, a thousand orders: from {found.min():.8f} to {found.m
 #
 # ## Rounding in long sums
 #
-# A vocabulary has 256 000 entries. Adding that many terms one by one in float32 loses digits, because a small term is rounded
-# to what the large sum can resolve. Two remedies, and the shipped kernels have both: add in tiles first (a sum of sums), and
-# keep what rounding took away (Kahan's sum; in the kernel its variable is called `row_lost`).
+# A vocabulary may have 256 000 entries. Adding that many terms one by one in float32 loses digits: float32 keeps 24 binary
+# digits of the sum, and what a small term has beyond them is rounded away. There are two remedies, and the shipped kernels have
+# both. Add in tiles first, which makes a sum of sums. And keep what rounding took away, to put it back with the next tile: that
+# is Kahan's sum. (In the kernel the variable is called `lost`.)
 
 
 # %%
@@ -178,7 +181,8 @@ figure, axes = figures.new(6.6, 2.8)
 for (name, values), colour in zip(errors.items(), ("trouble", "c", "survivor"), strict=True):
     axes.loglog(sizes, np.maximum(values, 1e-9), "o-", ms=3.5, color=figures.light(colour), label=name)
 axes.axhline(2**-24, color=figures.light("quiet"), lw=0.8)
-axes.text(300, 2**-24 * 1.15, "rounding once", color=figures.light("quiet"))
+beside = {"transform": axes.get_yaxis_transform(), "va": "center", "color": figures.light("quiet")}
+axes.text(1.01, 2**-24, "rounding\nonce: $2^{-24}$", **beside)
 axes.set(xlabel="terms in the sum, V", ylabel="relative error", title="What rounding does to long float32 sums")
 axes.legend()
 figures.show(figure, "Relative error of float32 sums by length, added in three ways")
@@ -189,7 +193,8 @@ figures.show(figure, "Relative error of float32 sums by length, added in three w
 # A **kernel** is a function that very many threads of a GPU run at the same time. `@cuda.jit` makes one out of a Python
 # function. Here each thread takes one row, and asks for its own number with `cuda.grid(1)`. Lesson 3 explains how threads are
 # launched; for now read it as the body of a loop over rows. (`[1, 8]` launches one block of eight threads, of which five have a
-# row.)
+# row.) A kernel returns nothing: it writes its results into an array that it is given. `np.float32(0)` instead of `0.0` keeps
+# Numba from computing in float64, Python's own numbers.
 
 
 # %%
@@ -226,14 +231,17 @@ np.testing.assert_allclose(machine.to_host(lse), reference.logsumexp(z.astype(np
 #
 # ## Measure it
 #
-# Reading stored logits once instead of twice is what the online form was invented for ([Milakov and Gimelshein,
-# 2018](https://arxiv.org/abs/1805.02867)). Here it is something else: a tile of logits is needed once, so it need not be stored
-# at all. What that is worth, you will see in lesson 6. The time of this little kernel mostly shows how *not* to use a GPU: few
-# threads, each reading far from its neighbours.
+# Reading stored logits once, and not once for the maximum and once more for the sum, is what the online form was invented for
+# ([Milakov and Gimelshein, 2018](https://arxiv.org/abs/1805.02867)). Here it is something else: a tile of logits is needed
+# once, so it need not be stored at all. What that is worth, you will see in lesson 6. The time of this little kernel mostly
+# shows how *not* to use a GPU: few threads, each reading far from its neighbours. It takes some two hundred times as long as
+# the GPU's memory needs to deliver the logits. Why that is so, lesson 3 explains.
 
 # %%
 N, V = 1024, 32768
 recorded = measured.lesson("ladder")
+gpu = measured.gpu(recorded)
+bandwidth = measured.BANDWIDTH[gpu]
 if machine.has_gpu():
     many = xp.random.default_rng(0).standard_normal((N, V), dtype=np.float32)
     out = xp.empty(N, np.float32)
@@ -241,12 +249,12 @@ if machine.has_gpu():
 else:
     here = None
 measured.Table(
-    ("log-sum-exp of stored logits, 1024 × 32768", "ms here", "ms, H100"),
+    ("log-sum-exp of stored logits, 1024 × 32768", "ms here", f"ms, {gpu}"),
     [
-        ("one thread a row", here, recorded and recorded["online_lse_ms"]),
-        ("reading them once at 3.35 TB/s, the H100's data sheet", None, 1e3 * N * V * 4 / 3.35e12),
+        ("one thread a row", here, recorded["online_lse_ms"]),
+        (f"reading them once at {bandwidth} TB/s, the {gpu}'s data sheet", None, 1e3 * N * V * 4 / (1e12 * bandwidth)),
     ],
-    measured.source(recorded) if recorded else "Not yet recorded on an H100.",
+    measured.source(recorded),
 )
 
 # %% [markdown]

@@ -4,7 +4,7 @@
 # The kernel of lesson 4 reads global memory as little as it should. It still does not come near the GPU's arithmetic. In this
 # lesson you will
 #
-# * find out why, with one ratio: how much arithmetic is done for each number that is read,
+# * find out why, with one ratio: how many numbers are read for each multiplication,
 # * let each thread compute a small tile in its registers,
 # * see the ladder of steps by which the shipped kernel came to two thirds of the speed of NVIDIA's own library.
 
@@ -21,12 +21,14 @@ import reference
 from lessons import figures, measured
 from lessons.stepper import Layout, Shown, record, walk
 
-xp = machine.array_module()  # CuPy on a GPU, else NumPy
+xp = machine.array_module()  # CuPy on a GPU (NumPy's functions, for arrays in its memory), else NumPy
 
 # %% [markdown]
 # ## On paper
 #
-# In each clock cycle a multiprocessor of an H100 can begin
+# A *multiply-add*, `total += a * b`, is one instruction of a GPU. It works on **registers**: the few numbers that a thread has
+# at hand without asking any memory, such as its variable `total`. Whatever lies in shared memory must be read into a register
+# first. In each clock cycle a multiprocessor of an H100 can begin
 #
 # * 4 multiply-adds of a whole warp (it has 128 arithmetic units, and a warp has 32 threads), but only
 # * 1 request of a warp to shared memory (32 banks of one word).
@@ -35,18 +37,18 @@ xp = machine.array_module()  # CuPy on a GPU, else NumPy
 # requests, and takes 8 cycles for what could be done in 1. Its arithmetic units are idle for seven eighths of the time, however
 # well everything else is done.
 #
-# Now let a thread compute $R \times R$ results. For each term of the sum it reads $R$ numbers of $e$ and $R$ of $c$ into
-# registers, and makes $R^2$ multiply-adds out of them:
+# Now let a thread compute $R \times R$ logits, its results. For each term of the sum it reads $R$ numbers of $e$ and $R$ of $c$
+# into registers, and makes $R^2$ multiply-adds out of them:
 #
-# | $R$ | reads | multiply-adds | reads for each | share of the arithmetic that shared memory allows |
+# | $R$ | reads | multiply-adds | reads for each multiply-add | share of the arithmetic that shared memory allows |
 # |---|---|---|---|---|
 # | 1 | 2 | 1 | 2 | 1/8 |
 # | 2 | 4 | 4 | 1 | 1/4 |
 # | 4 | 8 | 16 | 1/2 | 1/2 |
 # | 8 | 16 | 64 | 1/4 | 1 |
 #
-# The tile of the block grows as well. With 16 × 16 threads and $R = 8$ it is 128 × 128, and each element that is loaded from
-# global memory serves 128 results.
+# (The last column is 1 / 4 divided by the reads for each multiply-add, but at most 1.) The tile of the block grows as well.
+# With 16 × 16 threads and $R = 8$ it is 128 × 128, and each element that is loaded from global memory serves 128 results.
 #
 # ## NumPy first
 #
@@ -64,8 +66,9 @@ assert np.allclose(sums, a @ b.T)
 # %% [markdown]
 # ## The kernel
 #
-# `cuda.local.array` with a constant size becomes registers, if all its indices are known when the kernel is compiled. Two
-# details:
+# `cuda.local.array` is an array that each thread has for itself. With a constant size it becomes registers, if all its indices
+# are known when the kernel is compiled: the compiler writes out short loops of constant length. Let a block have $T \times T$
+# threads, so its tile has $B = T R$ rows and columns; and let a slice have $K$ terms of the sums. Two details:
 #
 # * The slices lie in shared memory with $k$ first, `e_smem[k, row]`: so the rows that neighbouring threads want are neighbours.
 # * Thread $x$ takes columns $x, x + T, x + 2T, \ldots$ and not $R$ neighbours, for the same reason.
@@ -156,6 +159,7 @@ blocked = walk(
         shared=[Shown("e_smem", "e", words=1), Shown("c_smem", "c", words=1)],
         tile=lambda held: [(held["n0"], held["v0"], B, B)],
         say={"e_smem": "The threads share out a slice of e and one of c", "z": "Each thread writes its 16 results"},
+        say_read={"e_smem": "The sums grow by the terms of the slice"},
     ),
 )
 blocked
@@ -166,7 +170,7 @@ blocked.still(1)
 # %% [markdown]
 # ## Count
 #
-# On paper: $2 B D$ loads from global memory for $B^2$ logits; $2 R$ reads of shared memory for $R^2$ multiply-adds.
+# On paper: $2 B D$ loads from global memory for the tile's $B^2$ logits; $2 R$ reads of shared memory for $R^2$ multiply-adds.
 
 # %%
 slices = -(-D // K)
@@ -175,8 +179,8 @@ assert budget.holds
 budget
 
 # %% [markdown]
-# And here is the table from above, counted: for whole warps, with bank conflicts, where threads of a warp that want the same
-# word are served together.
+# And here is the table from above, counted: requests of whole warps, where one with a bank conflict counts as many times as it
+# takes turns, and threads that want the same word are served together.
 
 
 # %%
@@ -203,9 +207,11 @@ assert ratios == {1: 2.0, 2: 1.0, 4: 0.5}
 # ## The roof
 #
 # The same argument holds for every level of memory, and is usually drawn as a **roofline**. The *arithmetic intensity* is the
-# number of operations for each byte that is read. Below the knee, memory decides; beyond it, arithmetic. The figures are those
-# of the H100's data sheet: 3.35 TB/s, and 67 TFLOP/s of float32 without tensor cores. For each kernel the intensity is what its
-# loads from global memory would be without any cache.
+# number of operations for each byte that is read. A multiply-add counts as two operations, so the kernel of lesson 3 makes 2 of
+# them for 2 numbers of 4 bytes: 1/4. Left of the knee, memory decides how fast a kernel can be; right of it, arithmetic does.
+# The figures are those of the H100's data sheet: 3.35 TB/s, and 67 TFLOP/s ($10^{12}$ operations a second) in float32 without
+# tensor cores. The dots say where a kernel would be if all its loads went to memory. Caches can lift it above its dot;
+# everything else pulls it down.
 
 # %% jupyter={"source_hidden": true}
 bandwidth, peak = 3.35, 67.0  # TB/s, TFLOP/s
@@ -216,7 +222,7 @@ axes.loglog(intensity, np.minimum(peak, bandwidth * intensity), color=figures.li
 for (name, x), colour in zip(kernels.items(), ("trouble", "c", "survivor"), strict=True):
     y = min(peak, bandwidth * x)
     axes.plot(x, y, "o", color=figures.light(colour))
-    axes.annotate(f"{name}\nat most {y:.3g}", (x, y), xytext=(8, -22), textcoords="offset points", fontsize=8)
+    axes.annotate(f"{name}\n{y:.3g} TFLOP/s", (x, y), xytext=(8, -22), textcoords="offset points", fontsize=8)
 axes.set(
     xlabel="operations for each byte from global memory", ylabel="TFLOP/s", ylim=(0.2, 150), title="What memory allows, H100"
 )
@@ -226,8 +232,8 @@ figures.show(figure, "Roofline of an H100 in float32, with the kernels of lesson
 # ## The ladder
 #
 # The shipped kernels (`cce_numba/simt/product.py`) are this kernel with 128 × 128 tiles and $R = 8$, and three more ideas. Each
-# was measured on an H100 before the next was tried. The figures are shares of cuBLAS's speed, of a forward that does not only
-# multiply, but folds the logits as in lesson 6 (`benchmarks/NOTES.md`).
+# was measured on an H100 before the next was tried. The figures are shares of cuBLAS's speed. They are for the forward of
+# lesson 6, which does not only multiply, but also makes a log-sum-exp of the logits (`benchmarks/NOTES.md`).
 
 # %% jupyter={"source_hidden": true}
 steps = [
@@ -251,17 +257,21 @@ figures.show(figure, "Share of cuBLAS's speed after each of six steps")
 # %% [markdown]
 # What each step teaches:
 #
-# * **Loads wait.** A load from global memory takes some 500 cycles. In the first version each load stood behind an `if`, and
-#   waited for the one before it. Loading the *next* slice into registers before multiplying *this* one hides that time.
+# * **Loads make you wait.** A load from global memory takes some 500 cycles. In the first version each load stood behind an
+#   `if`, and waited for the one before it. Loading the *next* slice into registers before multiplying *this* one hides that
+#   time.
 # * **Registers are a budget.** 65536 of them are shared by all threads of a multiprocessor. When a thread needs more than it is
 #   given, the compiler *spills* to memory. Half the slice made room for two blocks at a time, of which one loads while the
 #   other computes.
-# * **Integers cost as much as floats.** With the loop over terms rolled up, 30 integer instructions stood beside 64
-#   multiply-adds.
+# * **Integers cost as much as floats.** Who computes an address or counts a loop makes integer instructions: 30 of them for
+#   each 64 multiply-adds, as long as the loop over terms was a loop. *Unrolled*, which means written out term by term, it needs
+#   few.
 # * **Doubt your clock.** The fifth step changed no kernel at all: the calls had been timed one by one, host time and all.
 #
 # Here is the innermost function as it is shipped. It is the loop body of our kernel; another function writes it out eight
-# times.
+# times. `a_smem` and `b_smem` are the two slices, and a thread has `thread_n` × `thread_v` results, for us $R \times R$. It
+# takes its columns in groups of `vector` = 4 neighbours, which one instruction can read. `threads_v` is the number of threads
+# along the vocabulary.
 
 # %%
 from lessons import shipped
@@ -283,12 +293,16 @@ if machine.has_gpu():
     here["cuBLAS"] = scale * machine.gpu_ms(lambda: xp.matmul(ee, cc.T, out=zz), 5)
 recorded = measured.ladder()
 measured.Table(
-    ("z = e @ c.T, N = 2048, V = 32768, D = 1024, float32", "ms here", "ms, H100"),
-    [(name, here.get(name), ms) for name, ms in recorded.up_to("blocked_kernel")],
+    ("z = e @ c.T, N = 2048, V = 32768, D = 1024, float32", "ms here", f"ms, {recorded.gpu}", f"TFLOP/s, {recorded.gpu}"),
+    [(name, here.get(name), ms, 2e-9 * 2048 * 32768 * 1024 / ms) for name, ms in recorded.up_to("blocked_kernel")],
     recorded.source,
 )
 
 # %% [markdown]
+# Now compare with the paper. Without bank conflicts, lesson 4's kernel was allowed one eighth of the arithmetic, that is 8.4 of
+# 67 TFLOP/s. It reached 8.1: shared memory was all that held it back. `blocked_kernel` has that behind it, and is nearly twice
+# as fast. What it still lacks are the steps of the ladder.
+#
 # ## Exercises
 #
 # 1. A multiprocessor has 65536 registers, and a thread at most 255. A thread with $R \times R$ results needs about $R^2 + 2R +

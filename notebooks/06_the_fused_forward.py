@@ -19,13 +19,14 @@ import cce_numba as cce
 import reference
 from lessons import measured, shipped
 
-xp = machine.array_module()  # CuPy on a GPU, else NumPy
+xp = machine.array_module()  # CuPy on a GPU (NumPy's functions, for arrays in its memory), else NumPy
 
 # %% [markdown]
 # ## NumPy first
 #
-# Everything so far in one loop. Blocks of tokens would run at the same time on a GPU. Tiles of the vocabulary come one after
-# the other, and each is used up before the next one comes.
+# Everything so far in two loops. On a GPU, the rounds of the outer one run at the same time: each is a block of threads, and
+# has some tokens for itself. The rounds of the inner one are tiles of the vocabulary. They come one after the other, and each
+# is used up before the next one comes.
 
 
 # %%
@@ -54,19 +55,30 @@ assert np.allclose(fused_lse(e, c), reference.forward(e, c, targets).lse)
 # %% [markdown]
 # ## The kernel
 #
-# This is the forward's kernel as it is shipped, in `cce_numba/simt/forward.py`. You know nearly all of it. `products_tile` is
-# the blocked product of lesson 5, for rows that are picked by number. Then products become logits: a bias, a scale, a softcap,
-# and $-\infty$ for columns beyond the last. And `step` folds the tile into the running state. (`tokens.listed` are the numbers
-# of the tokens that count, so that ignored tokens cost nothing.)
+# This is the forward's kernel as it is shipped, in `cce_numba/simt/forward.py`. You know nearly all of it:
+#
+# * A **CTA** is a block of threads, by NVIDIA's other name for it (*cooperative thread array*). It has `block_n` tokens, and
+#   takes tiles of `block_v` entries.
+# * `products_tile` is the blocked product of lesson 5, for rows that are picked by number. It leaves the tile in `acc`, in the
+#   registers of the block's threads.
+# * Then products become logits, which in some models takes a bias for each entry, a scale, or a *softcap* $s$ that bends large
+#   logits down, $s \tanh(z / s)$. Columns beyond the last entry become $-\infty$, which adds 0 to a sum of exponentials.
+# * `step` folds the tile into the running states of the block's tokens, and `write` writes what is left at the end.
+# * In training, some tokens have no target (the padding behind a text, say) and are *ignored*. `tokens.listed` are the numbers
+#   of the others, `tokens.n_valid[0]` is how many there are. So ignored tokens cost nothing.
+# * Arguments come in *records*, such as `tokens`: named tuples of arrays and numbers.
 
 # %%
 print(shipped.source("lse_kernel", "forward"))
 
 # %% [markdown]
-# What happens to a tile is not written into the kernel. A **fold** says it, with four parts: `begin` a state, `step` with a
-# tile, `merge` two states, `store` the result. The kernel is made for a tuple of folds. One of them is the log-sum-exp; here is
-# its step. A row's logits are spread over the threads of a row, so each thread first finds the maximum of its own, and says so
-# in `partial`; after a barrier, one thread takes the maximum of these; then the same for the sums.
+# What happens to a tile is not written into the kernel. A **fold** says it, with five functions: `begin` makes a state in
+# shared memory, `step` folds a tile into it, and `row` takes out of it what is left of one token; for splits, which come below,
+# `merge` makes one of two such rows, and `store` stores the result. The kernel is made for a tuple of folds. The first is
+# always the log-sum-exp, with lesson 2's pair (`largest`, `sum`) for each token. Here is its step. A row's logits are spread
+# over several threads, so each thread first finds the largest of its own, and says so in `partial`; after a barrier, one thread
+# takes the largest of these; then the same for the sums. The thread at (x, y) holds `tile.logits`, `thread_n` rows by
+# `thread_v` columns.
 
 # %%
 print(shipped.source("step", "folds.max_sum"))
@@ -74,14 +86,23 @@ print(shipped.source("step", "folds.max_sum"))
 # %% [markdown]
 # `lost` is Kahan's sum from lesson 2: what rounding took away is kept, and put back with the next tile.
 #
+# A second fold is the smallest one there is: whichever thread finds a token's target among its columns stores that logit. So
+# the loss, $\text{lse} - z_\text{target}$, takes no second pass. Here is its step; the barrier at the end is for the next fold.
+
+# %%
+print(shipped.source("step", "folds.target_logit"))
+
+# %% [markdown]
 # ## Step through it
 #
-# The table at the right is the state of each token. Watch it when a tile is complete: the maximum moves, the sum is rescaled,
-# the exponentials join. When the next tile comes, the logits of the last one are nowhere any more. They are drawn as dashed
-# boxes, for memory's sake.
+# The table at the right is the state of each token: the running max and sum. Watch it when a tile is complete: the maximum
+# moves, the sum is rescaled, the exponentials join. When the next tile comes, the logits of the last one are nowhere any more.
+# They are drawn as dashed boxes, in memory of them. (Slices lie in shared memory as in lesson 5: a row for each term. The
+# columns at their right, which nobody uses, keep threads off each other's banks.)
 #
-# The green row at the bottom are **survivor bits**, one for each column and block of tokens. A second fold sets them: may this
-# column have a probability of at least `filter_eps` for some token? Lesson 7 says why one wants to know that.
+# The green row at the bottom are **survivor bits**, one for each column and block of tokens. A third fold sets them: may this
+# column have a probability of at least `filter_eps` for some token of the block? Lesson 7 says why one wants to know that, and
+# what the third column of the table is for, a *bound*: a number that the log-sum-exp is known not to be below.
 
 # %%
 walked = shipped.forward(e, c, targets, filter_eps=2.0**-4)
@@ -103,23 +124,25 @@ walked.still(walked.step_that_writes("survivor_bits", 2))
 # %% [markdown]
 # ## Count
 #
-# For each tile of $4 \times 8$ logits the block reads 4 rows of $e$ and 8 of $c$, $D$ elements each. There are 3 tiles. Rows
-# beyond the last entry are read as copies of the last one, and their logits become $-\infty$: that is cheaper than asking each
-# time.
+# For each tile of $4 \times 8$ logits the block reads 4 rows of $e$ and 8 of $c$, $D$ elements each. There are 3 tiles. Rows of
+# $c$ beyond the last entry are read as copies of the last one, and their logits become $-\infty$: that is cheaper than asking
+# each time.
 
 # %%
 tiles, block_n, block_v = 3, 4, 8
 budget = walked.compare(
-    e=tiles * block_n * D, c=tiles * block_v * D, write_part_max=block_n, write_part_sum=block_n, write_survivor_bits=tiles
-)
+    e=tiles * block_n * D, c=tiles * block_v * D,
+    write_part_max=block_n, write_part_sum=block_n, write_target_logit=block_n, write_survivor_bits=tiles,
+)  # fmt: skip
 assert budget.holds
 budget
 
 # %% [markdown]
-# What is written is two numbers for each token and one byte for each tile of eight columns. Stored logits would be 80 numbers.
+# What is written is three numbers for each token (max, sum and the target's logit) and one byte for each tile of eight columns.
+# Stored logits would be 80 numbers.
 #
-# At full size, blocks of 128 tokens and 128 columns read $2D/128$ numbers for each logit, and the fold's exponentials hide
-# among the multiply-adds. The memory that it takes, asked of the package:
+# At full size, tiles of 128 tokens by 128 columns read $2D/128$ numbers for each logit. How much memory it takes, the package
+# can be asked:
 
 # %%
 big_e, big_c = np.zeros((8192, 1), np.float32), np.zeros((131072, 1), np.float32)
@@ -130,16 +153,16 @@ print(f"stored logits {plan.stored_logits_bytes / 2**20:,.0f} MiB, survivor bits
 # ## Splits
 #
 # Blocks of 128 tokens are few when there are few tokens. With $N = 256$ there would be two of them, for 132 multiprocessors. So
-# several blocks share the same tokens, and each takes a part of the vocabulary: a **split**. Here two of them share block 0,
-# and this is the second. It begins in the middle of the vocabulary, and knows nothing of the first.
+# several CTAs share the same block of tokens, and each takes a part of the vocabulary: a **split**. Here two of them share the
+# first four tokens, and this is the second. It begins in the middle of the vocabulary, and knows nothing of the first.
 
 # %%
 second = shipped.forward(e, c, targets, filter_eps=2.0**-4, split=1, splits=2)
 second.still(-2)
 
 # %% [markdown]
-# Each split leaves a (max, sum) for each token. A tiny kernel merges them, by the law of lesson 2. Here is that merge in NumPy,
-# on what the shipped kernel left in memory:
+# Each split leaves a (max, sum) for each token. A tiny kernel, `finish_kernel`, merges them by the law of lesson 2. Here is
+# that merge in NumPy, on what the shipped kernel left in memory:
 
 # %%
 largest, total = second.record.results["part_max"], second.record.results["part_sum"]  # (splits, N) each
@@ -193,7 +216,8 @@ measured.Table(
 )
 
 # %% [markdown]
-# cuBLAS only multiplies, and leaves 268 MB of logits behind, which somebody would have to read again.
+# cuBLAS only multiplies, and leaves 268 MB of logits behind, which somebody would have to read again. (The "indexed dot" of the
+# last line is a small kernel that computes the target's logit before the first tile, as a bound for the survivor bits.)
 #
 # ## Exercises
 #

@@ -310,7 +310,7 @@ tame = arrays(np.float32, st.tuples(st.integers(1, 2), st.integers(1, 9)), eleme
 unseen = []
 for name, kernel in broken.items():
     try:
-        find(tame, lambda z, kernel=kernel: not shifts(kernel, z), settings=calm, random=Random(0))
+        find(tame, lambda z, kernel=kernel: not shifts(kernel, z), settings=settings(calm, max_examples=30), random=Random(0))
     except NoSuchExample:
         unseen.append(name)
 print(f"exercise 1: the property finds {len(broken) - len(unseen)} of {len(broken)} faults")

@@ -229,7 +229,7 @@ def backward(
     d_bias = kept_product(g.T, np.ones((len(g), 1)), keep_c)[:, 0]  # the column of c whose e is always 1
     if label_smoothing:
         g = -scale[:, None] * softcap_slope(z, softcap) * u[:, None] * of_class
-        d_valid[part] += g @ c
+        d_valid[part] += kept_product(g, c, np.broadcast_to(of_class != 0, g.shape))  # a class of weight 0 takes no part
         d_c += g.T @ e_shifted[valid][part]
         d_bias += g.sum(axis=0)
     d_e = np.zeros(e.shape)

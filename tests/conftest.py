@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # With as many processes as cores, threads of each would only wait for those of the others. Libraries read this when they load.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -24,6 +25,14 @@ settings.register_profile("long", max_examples=500, **_CALM)
 settings.load_profile(os.environ.get("CCE_TEST_PROFILE", "simulator" if SimulatorHarness.is_active() else "quick"))
 
 REQUIRE_GPU = os.environ.get("CCE_REQUIRE_GPU") == "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A worker that has nothing left takes tests from another one: the slowest, those in the simulator, stand in a row."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.option.dist == "load" else None
 
 
 def skip_or_fail_without_gpu() -> None:

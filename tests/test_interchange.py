@@ -178,3 +178,48 @@ class TestTorchOnCuda:
 
         assert interchange._export_torch(Result()).tolist() == [1, 1, 1]
         assert asked == [-1]
+
+
+class Bfloat16ByArrayAlone:
+    """An array of a library that, as JAX, has bfloat16 on the host, which NumPy neither takes nor gives by DLPack."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array
+
+    def __array_namespace__(self):
+        return Namespace
+
+
+class Namespace:
+    @staticmethod
+    def asarray(array):
+        return Bfloat16ByArrayAlone(array)
+
+    @staticmethod
+    def from_dlpack(array):
+        array.__dlpack__()  # raises BufferError for bfloat16
+        return Bfloat16ByArrayAlone(array)
+
+
+def test_bfloat16_gradients_reach_a_library_that_has_them():
+    e, c = (Bfloat16ByArrayAlone(x.astype(ml_dtypes.bfloat16)) for x in (CASE.e, CASE.c))
+    with pytest.raises(BufferError):
+        e.array.__dlpack__()
+    loss, grads = cce.linear_cross_entropy_with_grad(e, c, CASE.targets)
+    assert isinstance(loss, Bfloat16ByArrayAlone)
+    assert grads.e.array.dtype == grads.c.array.dtype == ml_dtypes.bfloat16
+    want = cce.linear_cross_entropy_with_grad(e.array, c.array, CASE.targets)[1]
+    np.testing.assert_array_equal(grads.c.array, want.c)
+
+
+def test_bfloat16_gradients_reach_jax():
+    jnp = pytest.importorskip("jax.numpy", reason="JAX is not installed")
+    e, c = (jnp.asarray(x, jnp.bfloat16) for x in (CASE.e, CASE.c))
+    _, grads = cce.linear_cross_entropy_with_grad(e, c, CASE.targets)
+    assert (type(grads.e), grads.e.dtype) == (type(e), jnp.bfloat16)

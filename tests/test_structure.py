@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from pathlib import Path
 
@@ -66,7 +67,10 @@ def within(package: str) -> list[Path]:
             "cce_numba.ptx",
             sorted(name for name in MODULES if name.startswith("cce_numba.") and not name.startswith("cce_numba.ptx")),
         ),
-        ("cce_numba.launch", ["cce_numba.hopper", "cce_numba.simt", "cce_numba.tensor_core", "cce_numba.ptx"]),
+        (
+            "cce_numba.launch",
+            [f"cce_numba.{name}" for name in ("hopper", "simt", "cpu", "tensor_core", "ptx", "commands")],
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )
@@ -94,6 +98,15 @@ def test_no_module_imports_itself_through_others():
 
     for module in sorted(loaded):
         walk(module, ())
+
+
+@pytest.mark.parametrize("package", ["launch", "simt", "cpu", "commands"])
+def test_no_cycle_within_a_package(package):
+    """Not even by what functions import when they are called."""
+    inside = {name for name in MODULES if name.startswith(f"cce_numba.{package}.")}
+    assert len(inside) > 4
+    graph = {name: (imports_of(PACKAGES[name]) & inside) - {name} for name in inside}
+    list(graphlib.TopologicalSorter(graph).static_order())
 
 
 def test_the_reference_is_its_own():

@@ -3,7 +3,7 @@
 random      logits are normal, targets have nothing to do with them: nearly every entry survives the filter
 real        an archive of a real last layer, extended to the shape that is wanted
 calibrated  made up to be as sparse as a real model with a vocabulary of 256 000; `sparsity` measures that
-archive     reading an archive; `npz` reads the file without trusting it
+archive     reading an archive, which is not trusted (`cce_numba/commands/npz.py`)
 """
 
 from __future__ import annotations

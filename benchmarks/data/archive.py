@@ -14,8 +14,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from benchmarks.data import npz
-from benchmarks.data.npz import Wanted
+from cce_numba.commands import npz
+from cce_numba.commands.npz import Wanted
 
 _WANTED = {
     "classifier_q": Wanted("i", 1, 3),

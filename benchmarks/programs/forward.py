@@ -194,5 +194,5 @@ def validated(inputs: Inputs) -> dict[str, Any]:
 
 
 def allowed_bytes(N: int, V: int, *, bits: bool) -> int:
-    """1 MiB and 12 bytes a token; with survivor bits, a bit for each vocabulary entry and 128 tokens as well."""
-    return 2**20 + 12 * N + (-(-N // 128) * -(-V // 8) if bits else 0)
+    """2 MiB and 20 bytes a token; with survivor bits, 4 bytes more, and a bit for each vocabulary entry and 128 tokens."""
+    return 2**21 + 20 * N + (4 * N + -(-N // 128) * -(-V // 8) if bits else 0)

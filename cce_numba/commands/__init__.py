@@ -1,8 +1,9 @@
 """The commands of `python -m cce_numba`, one file each, and what they share.
 
 `demo.py` is the way into the demo: it takes a problem from `problems.py`, runs it under `measure.py`, compares it in
-`agreement.py`, and shows what `report.py` holds through `show.py`. `info.py` tells about the machine, which it asks
-`machine.py` about, and about compiled kernels. `precompile.py` compiles kernels, for calls that have any of `options.py`.
+`agreement.py`, and shows what `report.py` holds through `show.py`. `npz.py` reads files that are not trusted. `info.py` tells
+about the machine, which it asks `machine.py` about, and about compiled kernels. `precompile.py` compiles kernels, for calls
+that have any of `options.py`.
 
 Nothing here is imported before a command needs it, so that `--help` is fast and needs no optional package.
 """

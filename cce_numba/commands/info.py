@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cce_numba import arguments
+from cce_numba import arguments, disk
 from cce_numba import plan as planning
 from cce_numba.backend import backend_module
 from cce_numba.commands import Exit, machine, show
@@ -82,7 +82,7 @@ def _choices(xp: Any, dtype: np.dtype) -> dict[str, Any]:
 
 def _cache() -> dict[str, Any]:
     """Compiled kernels on disk: those that this version of the package loads, by subpackage, and all others."""
-    entries, place = cubin_cache.entries(), cubin_cache.directory()
+    entries, place = cubin_cache.entries(), disk.directory()
     kernels: dict[str, dict[str, Any]] = {}
     for entry in entries:
         if entry.is_current:

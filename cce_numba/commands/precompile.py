@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 import cce_numba as cce
+from cce_numba import disk
 from cce_numba.backend import BackendUnavailable
 from cce_numba.commands import DTYPES, Exit, UsageError, machine, show
 from cce_numba.commands.measure import progress
@@ -56,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             try:
                 made.append((item, was_there, precompile(item.kernel, item.cc).stat().st_size))
             except OSError as error:
-                raise UsageError(f"precompile: {cubin_cache.directory()} cannot be written: {error}") from error
+                raise UsageError(f"precompile: {disk.directory()} cannot be written: {error}") from error
     found = _summary(made)
     show.as_json(found) if arguments.json else _show(found)
     return Exit.FINE
@@ -119,7 +120,7 @@ def _summary(made: list[tuple[Wanted, bool, int]]) -> dict[str, Any]:
         group = groups.setdefault((item.backend, item.dtype, item.cc), new | {"compiled": 0, "there_before": 0, "bytes": 0})
         group["there_before" if was_there else "compiled"] += 1
         group["bytes"] += nbytes
-    return {"directory": str(cubin_cache.directory()), "kernels": list(groups.values())}
+    return {"directory": str(disk.directory()), "kernels": list(groups.values())}
 
 
 def _show(found: dict[str, Any]) -> None:

@@ -3,11 +3,13 @@
 Reading order:
 
     tiles      how a problem is cut, so that the workspace stays small at any vocabulary
-    blocks     rows in the dtype that products are computed in; products become logits; the threads
+    blocks     rows in the dtype that products are computed in; products become logits
     forward    a block of logits after the other goes to the folds
     folds/     what becomes of it; `max_sum` is the log-sum-exp
     backward   the surviving logits again, G from them, and the gradients from G
     elements   loops over elements that Numba compiles: exponentials, G, sums of rows
+    threads    how many threads a call takes, and how they share its work; `blas` limits those of the BLAS
+    compiled   how functions are compiled, and kept on disk
     backend    what `backend.Backend` asks for
 
 Words:

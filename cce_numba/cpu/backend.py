@@ -12,6 +12,7 @@ from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.cpu import backward as backward_loops
 from cce_numba.cpu import forward as forward_loops
+from cce_numba.cpu import threads
 from cce_numba.cpu.tiles import choose_tiles
 from cce_numba.plan import Plan
 from cce_numba.survivors import SURVIVOR_BLOCK
@@ -55,13 +56,15 @@ def plan(p: Problem) -> Plan:
 @_quiet
 def indexed_dot(p: Problem, plan: Plan) -> Any:
     """See `backend.Backend`."""
-    return forward_loops.target_logits(p, forward_loops.counting_tokens(p), plan.tiles.block_n)
+    with threads.of(p):
+        return forward_loops.target_logits(p, forward_loops.counting_tokens(p), plan.tiles.block_n)
 
 
 @_quiet
 def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
     """See `backend.Backend`."""
-    return forward_loops.forward(p, plan.tiles, record_survivors)
+    with threads.of(p):
+        return forward_loops.forward(p, plan.tiles, record_survivors)
 
 
 @_quiet
@@ -70,6 +73,8 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     return terms.reduced_nll(p, statistics)
 
 
+@_quiet
 def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
-    backward_loops.backward(p, plan.tiles, statistics, weights, into, adds)
+    with threads.of(p):
+        backward_loops.backward(p, plan.tiles, statistics, weights, into, adds)

@@ -5,21 +5,47 @@ Vocabulary blocks are the outer loop, so that a block of `dC` is complete, and r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
-from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows, threads
+from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows
 from cce_numba.cpu.elements import add_rows, column_scales, gradient_block
+from cce_numba.cpu.threads import at_most, for_each, multiply, spans
 from cce_numba.cpu.tiles import CpuTiles
+from cce_numba.integers import ceil_div
 from cce_numba.progress import advance
 from cce_numba.survivors import draws
 from cce_numba.terms import outer_product
 
 _ROWS_OF_A_THREAD = 128  # of G, at a time
+_FEWEST_DIMENSIONS = 64  # of dC, that are worth a product of their own
 _ROWS_TO_FINISH = 512  # at a time: adding to what is there takes a copy of it
+
+
+@dataclass(eq=False)
+class _Part:
+    """Some tokens, and what the gradients take of a block of the vocabulary for them; columns count from the block's first.
+
+    Attributes:
+        tokens: (n,) those that take part.
+        block: number of the block of counting tokens that they are from, where something is filtered.
+        columns: (k,) of which G is made; None means all of the block.
+        for_e, for_c: those that dE, and dC and dbias, are made of; None means all.
+        e: (n, D) rows of the tokens.
+        g: (n, columns of for_c) G.
+    """
+
+    tokens: Any
+    block: int
+    columns: Any
+    for_e: Any
+    for_c: Any
+    e: Any = None
+    g: Any = None
 
 
 def backward(
@@ -40,7 +66,7 @@ def backward(
     if p.options.is_unbiased and p.options.filter_eps_e != p.options.filter_eps_c:  # G is multiplied for one, not for the other
         sweeps = [each for sweep in sweeps for each in ((*sweep[:3], None, None), (*sweep[:2], None, *sweep[3:]))]
         sweeps = [sweep for sweep in sweeps if any(gradient is not None for gradient in sweep[2:])]
-    steps = -(-p.V // tiles.block_v)
+    steps = ceil_div(p.V, tiles.block_v)
     for done, (first, last, *gradients) in enumerate(sweeps):
         for step in _sweep(p, tiles, statistics, weights, adds, first, last, *gradients):
             advance("backward", done * steps + step, len(sweeps) * steps)
@@ -68,6 +94,7 @@ def _sweep(
     filter_e = recorded and d_e is not None and p.options.filter_eps_e is not None
     filter_c = recorded and (d_c is not None or d_bias is not None) and p.options.filter_eps_c is not None
     filter_all = (filter_e or d_e is None) and (filter_c or (d_c is None and d_bias is None))
+    by_chance = filter_all and statistics.draw_seed is not None
     step = tiles.survivor_block if filter_e or filter_c else tiles.block_n
     d_e_sum = d_e if d_e is None or d_e.dtype == dtype else np.zeros((last - first, p.D), dtype)
     # The BLAS writes to contiguous rows alone. And it costs less accuracy to add the old gradient at the end of a sum.
@@ -78,39 +105,53 @@ def _sweep(
         if d_c_sums_itself:
             d_c[v0:v1] = 0
         d_bias_sum = np.zeros(v1 - v0)
-        for n0, n1 in ranges(last - first, step):
-            tokens = weights.taking_part(statistics.tokens[first + n0 : first + n1])
-            kept = _kept_columns(statistics, first + n0, v0, v1) if filter_e or filter_c else None
-            if len(tokens) == 0 or (filter_all and kept is not None and len(kept) == 0):
-                continue
-            columns = kept if filter_all else None
-            e = rows(p.e, tokens, dtype)
-            z = _logits(p, tokens, e, c, v0, columns)
-            if filter_all and statistics.draw_seed is not None:
-                scales = _scales(p, statistics, tokens, (first + n0) // statistics.survivor_block, z, v0, columns)
+
+        def part_of(span: tuple[int, int], v0: int = v0, v1: int = v1) -> _Part:
+            position = first + span[0]
+            tokens = weights.taking_part(statistics.tokens[position : first + span[1]])
+            kept = _kept_columns(statistics, position, v0, v1) if filter_e or filter_c else None
+            for_e, for_c = kept if filter_e else None, kept if filter_c else None
+            return _Part(tokens, position // tiles.survivor_block, kept if filter_all else None, for_e, for_c)
+
+        def find(part: _Part, v0: int = v0, c: Any = c) -> None:
+            """Finds G for the part's tokens, and adds to their rows of dE, which are nobody else's."""
+            part.e, block = rows(p.e, part.tokens, dtype), slice(v0, v0 + len(c))
+            present = _rows(c, part.columns)
+            g = multiply(part.e, present.T)
+            finish_logits(g, p, part.tokens, block if part.columns is None else part.columns + v0)
+            scales = None
+            if by_chance:
+                scales = _scales(p, statistics, part, g, block)
                 survives = np.flatnonzero(scales)
-                if len(survives) == 0:
-                    continue
                 if len(survives) < len(scales):
-                    z, scales = z[:, survives], scales[survives]
-                    columns = kept = survives if kept is None else kept[survives]
-            g = _gradient_of_logits(p, statistics, weights, tokens, z, v0, v1, columns)
-            if filter_all and statistics.draw_seed is not None:
+                    g, scales, present = g[:, survives], scales[survives], present[survives]
+                    part.columns = survives if part.columns is None else part.columns[survives]
+                    part.for_e, part.for_c = (part.columns if filters else None for filters in (filter_e, filter_c))
+            _make_gradient(g, p, statistics, weights, part, block)
+            if scales is not None:
                 g *= scales
             if d_e is not None:
-                partial = _columns(g, columns, kept if filter_e else None) @ _rows(c, kept if filter_e else None)
-                d_e_sum[tokens if d_e_sum is d_e else np.searchsorted(statistics.tokens[first:last], tokens)] += partial
-            if d_c is None and d_bias is None:
-                continue
-            g = _columns(g, columns, kept if filter_c else None)
-            if d_c is not None and filter_c and kept is not None:
-                add_rows(d_c_sum, kept, g.T @ e)
-            elif d_c is not None and n0 == 0:
-                np.matmul(g.T, e, out=d_c_sum)
-            elif d_c is not None:
-                d_c_sum += g.T @ e
+                wanted = present if part.for_e is part.columns else _rows(c, part.for_e)
+                partial = multiply(_columns(g, part.columns, part.for_e), wanted)
+                own = part.tokens if d_e_sum is d_e else np.searchsorted(statistics.tokens[first:last], part.tokens)
+                d_e_sum[own] += partial
+            part.g = None if d_c is None and d_bias is None else _columns(g, part.columns, part.for_c)
+
+        for n0, n1 in ranges(last - first, tiles.block_n):
+            parts = [part_of((n0 + start, n0 + stop)) for start, stop in ranges(n1 - n0, step)]
+            parts = [part for part in parts if len(part.tokens) and (part.columns is None or len(part.columns))]
+            if len(parts) == 1:
+                find(parts[0])  # whose products are shared among threads
+            elif parts:
+                # Each thread has a copy of the rows of c that survive. All of them together fit where two blocks of c do.
+                most = max(0 if part.columns is None else len(part.columns) for part in parts)
+                with at_most(2 * tiles.block_v // max(1, most)):
+                    for_each(find, parts)
+            if d_c is not None:
+                _add_to_d_c(d_c_sum, parts)
             if d_bias is not None:
-                d_bias_sum[slice(None) if not filter_c or kept is None else kept] += g.sum(axis=0, dtype=np.float64)
+                for part in parts:
+                    d_bias_sum[slice(None) if part.for_c is None else part.for_c] += part.g.sum(axis=0, dtype=np.float64)
         if d_c is not None:
             _add_outer(d_c_sum, outer.c, range(v0, v1))
             if not d_c_sums_itself:
@@ -134,6 +175,24 @@ def _add_outer(total: Any, pair: Any, rows: Any) -> None:
             total[start:stop] += outer_product(pair, slice(some.start, some.stop) if isinstance(some, range) else some)
 
 
+def _add_to_d_c(d_c_sum: Any, parts: list[_Part]) -> None:
+    """Adds G.T @ e of each part to d_c_sum (v, D). Threads share the hidden dimensions, so each adds in the same order."""
+    if len(parts) == 1 and parts[0].for_c is None:
+        d_c_sum += multiply(parts[0].g.T, parts[0].e)
+        return
+
+    def add(span: tuple[int, int]) -> None:
+        some = slice(*span)
+        for part in parts:
+            product = part.g.T @ part.e[:, some]
+            if part.for_c is None:
+                d_c_sum[:, some] += product
+            else:
+                add_rows(d_c_sum[:, some], part.for_c, product)
+
+    for_each(add, spans(d_c_sum.shape[1], _FEWEST_DIMENSIONS))
+
+
 def _finish(gradient: Any, tokens: Any, total: Any, adds: bool) -> None:
     """Rounds `total` to the gradient's rows of these tokens (None: to all), or adds it to them; overwrites `total`."""
     for start, stop in ranges(len(total), _ROWS_TO_FINISH):
@@ -145,7 +204,7 @@ def _finish(gradient: Any, tokens: Any, total: Any, adds: bool) -> None:
 
 def _kept_columns(statistics: Statistics, position: int, v0: int, v1: int) -> Any:
     """Survivors of [v0, v1), counted from v0, in the block of the counting token at `position`; None means all."""
-    bits = statistics.survivors[position // statistics.survivor_block, v0 // 8 : -(-v1 // 8)]
+    bits = statistics.survivors[position // statistics.survivor_block, v0 // 8 : ceil_div(v1, 8)]
     kept = np.flatnonzero(np.unpackbits(bits, count=v1 - v0, bitorder="little"))
     return None if len(kept) == v1 - v0 else kept
 
@@ -159,41 +218,36 @@ def _columns(g: Any, present: Any, wanted: Any) -> Any:
     return g if wanted is present else g[:, wanted]
 
 
-def _logits(p: Problem, tokens: Any, e: Any, c: Any, v0: int, columns: Any) -> Any:
-    """(n, k) the logits of these tokens, whose rows are e, and columns, counted from v0; None means all of c's block."""
-    z = e @ _rows(c, columns).T
-    finish_logits(z, p, tokens, slice(v0, v0 + len(c)) if columns is None else columns + v0)
-    return z
-
-
-def _scales(p: Problem, statistics: Statistics, tokens: Any, block: int, z: Any, v0: int, columns: Any) -> Any:
-    """(k,) what the unbiased filter multiplies columns of G by in a block of tokens, by their logits z (n, k); 0 drops one."""
+def _scales(p: Problem, statistics: Statistics, part: _Part, z: Any, block: slice) -> Any:
+    """(k,) what the unbiased filter multiplies columns of G by, of a part with logits z (n, k); 0 drops one."""
+    tokens, columns = part.tokens, part.columns
     scales = np.ones(z.shape[1], z.dtype)
     max_logit, log_sum = statistics.max_logit[tokens], statistics.log_sum[tokens]
     if not np.isfinite(max_logit + log_sum).all() or np.isnan(statistics.target_logit[tokens]).any():
         return scales  # a token is lost
-    entries = np.arange(v0, v0 + len(scales)) if columns is None else v0 + columns
-    u = draws(block, entries, statistics.draw_seed)
+    entries = np.arange(block.start, block.stop) if columns is None else block.start + columns
+    u = draws(part.block, entries, statistics.draw_seed)
     assert p.options.filter_eps is not None, "otherwise there is no seed"
     column_scales(z, max_logit, log_sum, u, p.options.filter_eps, scales)
-    target_column = _target_columns(p, tokens, v0, v0 + len(scales), columns)
+    target_column = _target_columns(p, tokens, columns, block)
     scales[target_column[target_column >= 0]] = 1
     return scales
 
 
-def _target_columns(p: Problem, tokens: Any, v0: int, v1: int, columns: Any) -> Any:
-    """(n,) where each token's target stands among the columns, counted from v0 (None means all of [v0, v1)), or -1."""
-    wanted = p.targets[tokens] - v0
+def _target_columns(p: Problem, tokens: Any, columns: Any, block: slice) -> Any:
+    """(n,) where each token's target stands among the columns (None means all of the block), or -1."""
+    wanted = p.targets[tokens] - block.start
     if columns is None:
-        return np.where((wanted >= 0) & (wanted < v1 - v0), wanted, -1)
+        return np.where((wanted >= 0) & (wanted < block.stop - block.start), wanted, -1)
+    if len(columns) == 0:
+        return np.full(len(tokens), -1)
     found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
     return np.where(columns[found] == wanted, found, -1)
 
 
-def _gradient_of_logits(
-    p: Problem, statistics: Statistics, weights: Weights, tokens: Any, z: Any, v0: int, v1: int, columns: Any
-) -> Any:
-    """G (n, k) of these tokens and columns (counted from v0; None means all of [v0, v1)), in the memory of their logits z."""
+def _make_gradient(z: Any, p: Problem, statistics: Statistics, weights: Weights, part: _Part, block: slice) -> None:
+    """Turns the logits z (n, k) of the part's tokens and columns, of this block of the vocabulary, into G, in place."""
+    tokens = part.tokens
     inverse_softcap = z.dtype.type(0 if p.options.softcap is None else 1 / p.options.softcap)
     # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
     softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, weights.softmax[tokens])
@@ -203,14 +257,13 @@ def _gradient_of_logits(
         softmax_weight.astype(z.dtype, copy=False),
         weights.target[tokens],
         (weights.target if weights.uniform is None else weights.uniform)[tokens],
-        _target_columns(p, tokens, v0, v1, columns),
+        _target_columns(p, tokens, part.columns, block),
     )
     # Nothing is filtered where there is such a term: all columns of the block are here.
-    of_class = np.empty(0, z.dtype) if weights.uniform is None else class_weights(p, slice(v0, v1))
+    of_class = np.empty(0, z.dtype) if weights.uniform is None else class_weights(p, block)
 
     def fill(span: tuple[int, int]) -> None:
         some = slice(*span)
         gradient_block(z[some], *(x[some] for x in per_token), of_class, inverse_softcap)
 
-    list(threads().map(fill, ranges(len(tokens), _ROWS_OF_A_THREAD)))
-    return z
+    for_each(fill, ranges(len(tokens), _ROWS_OF_A_THREAD))

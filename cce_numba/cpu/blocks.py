@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,14 +39,3 @@ def class_weights(p: Problem, columns: slice) -> Any:
     if p.class_weights is None:
         return np.ones(columns.stop - columns.start, p.compute_dtype)
     return p.class_weights[columns]
-
-
-@cache
-def threads() -> ThreadPoolExecutor:
-    """Threads for work that releases the interpreter lock, one for each core that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return ThreadPoolExecutor(cores, thread_name_prefix="cce_numba")
-
-
-if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads: it makes its own
-    os.register_at_fork(after_in_child=threads.cache_clear)

@@ -10,9 +10,10 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload, register_jitable
 
+from cce_numba.cpu.compiled import compiled
 from cce_numba.survivors import make_scale
 
 _LOG2_E = np.float32(1.4426950408889634)
@@ -25,7 +26,7 @@ _ZERO, _ONE = np.float32(0), np.float32(1)
 _scale_of = register_jitable(make_scale(np.float64))
 
 
-@njit(cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def exp_float32(x: Any) -> Any:
     """exp of a float32 <= 88, to 2 units in the last place; 0 below -87; NaN stays NaN. Unlike libm's, it vectorises."""
     clamped = _SMALLEST if x < _SMALLEST else x
@@ -40,11 +41,13 @@ def exp_float32(x: Any) -> Any:
 
 
 def exp(x):  # type: ignore[no-untyped-def]  # Numba compares the parameters of these pairs, annotations included
-    """In compiled functions: the vectorised exp for float32, libm's for float64."""
+    """In compiled functions: the vectorised exp for float32, libm's for float64. In plain Python: NumPy's."""
+    return np.exp(x)
 
 
 def rounded(x, z):  # type: ignore[no-untyped-def]
-    """In compiled functions: x in the dtype of the array z."""
+    """x in the dtype of the array z."""
+    return z.dtype.type(x)
 
 
 @overload(exp)
@@ -60,7 +63,7 @@ def _rounded_by_dtype(x, z):  # type: ignore[no-untyped-def]
     return lambda x, z: dtype(x)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@compiled(nogil=True, fastmath={"contract"})
 def gradient_block(
     z: Any,
     max_logit: Any,
@@ -100,7 +103,7 @@ def gradient_block(
             row[column] -= target_weight[n] * (_ONE - tanh * tanh)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def column_scales(z: Any, max_logit: Any, log_sum: Any, u: Any, eps: float, scales: Any) -> None:
     """Writes to scales (v,) what the unbiased filter multiplies columns of G by: `survivors.make_scale`.
 
@@ -116,7 +119,7 @@ def column_scales(z: Any, max_logit: Any, log_sum: Any, u: Any, eps: float, scal
         scales[v] = _scale_of(math.exp(np.float64(largest[v])), eps, np.float64(u[v]))
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def add_rows(destination: Any, rows: Any, source: Any) -> None:
     """destination[rows[k], d] += source[k, d], rows distinct; one pass over memory."""
     for k in range(rows.shape[0]):

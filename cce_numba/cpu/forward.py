@@ -10,8 +10,9 @@ from cce_numba import logit
 from cce_numba.arguments import Problem
 from cce_numba.backend import Statistics
 from cce_numba.cpu import folds as folds_
-from cce_numba.cpu.blocks import finish_logits, ranges, rows, threads
+from cce_numba.cpu.blocks import finish_logits, ranges, rows
 from cce_numba.cpu.folds.fold import Given, Tile
+from cce_numba.cpu.threads import for_each, spans
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.integers import ceil_div
 from cce_numba.progress import advance
@@ -40,7 +41,8 @@ def target_logits(p: Problem, tokens: Any, block_n: int) -> Any:
 def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
     """What the folds of a problem find.
 
-    A block of logits is cut into tiles of tokens that share survivor bits, which threads take to the folds one by one.
+    Threads share the rows of a block of logits. What one of them has multiplied it takes to the folds, in tiles of tokens that
+    share survivor bits.
     """
     tokens = counting_tokens(p)
     # Survivors want a bound of the log-sum-exp before the first tile.
@@ -55,16 +57,19 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
         e = rows(p.e, tokens[n0:n1], p.compute_dtype)
         for v_block, (v0, v1) in enumerate(ranges(p.V, block_v)):
             z = z_buffer[: (n1 - n0) * (v1 - v0)].reshape(n1 - n0, v1 - v0)
-            np.matmul(e, p.c[v0:v1].astype(p.compute_dtype, copy=False).T, out=z)
-            finish_logits(z, p, tokens[n0:n1], slice(v0, v1))
+            c = p.c[v0:v1].astype(p.compute_dtype, copy=False)
 
-            def fold_rows(span: tuple[int, int], n0: int = n0, columns: slice = slice(v0, v1), z: Any = z) -> None:
-                first, last = span
-                tile = Tile(z[first:last], slice(n0 + first, n0 + last), columns)
-                for fold, state in zip(folds, states, strict=True):
-                    fold.step(state, states[0], tile)
+            def fold_rows(span: tuple[int, int], n0: int = n0, v0: int = v0, z: Any = z, e: Any = e, c: Any = c) -> None:
+                some, columns = slice(*span), slice(v0, v0 + len(c))
+                np.matmul(e[some], c.T, out=z[some])
+                finish_logits(z[some], p, tokens[n0 + span[0] : n0 + span[1]], columns)
+                for first in range(*span, tiles.survivor_block):
+                    last = min(first + tiles.survivor_block, span[1])
+                    tile = Tile(z[first:last], slice(n0 + first, n0 + last), columns)
+                    for fold, state in zip(folds, states, strict=True):
+                        fold.step(state, states[0], tile)
 
-            list(threads().map(fold_rows, ranges(n1 - n0, tiles.survivor_block)))
+            for_each(fold_rows, spans(n1 - n0, tiles.survivor_block))
             advance("forward", n_block * v_blocks + v_block + 1, n_blocks * v_blocks)
 
     results: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cce_numba import folds as fold_names
 from cce_numba import gpu, terms
 from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
@@ -61,7 +62,7 @@ _plans: dict[Any, HopperPlan] = {}  # made so far: training asks for the same on
 def plan(p: Problem) -> HopperPlan:
     """Tiles and bytes."""
     layout = _module("hopper.forward.layout").Layout.of(p, _TILES)
-    key = layout, p.dtype, p.device, p.options, p.bias is not None
+    key = layout, p.dtype, p.device, p.options, p.bias is not None, p.targets is not None
     if (known := _plans.get(key)) is not None:
         return known
     if len(_plans) >= 256:
@@ -70,7 +71,10 @@ def plan(p: Problem) -> HopperPlan:
 
 
 def _make_plan(p: Problem, layout: Any) -> HopperPlan:
-    smoothed = p.options.smooths_capped
+    folds, filters = _module("tensor_core.folds"), p.options.filters
+    chosen = tuple(folds.FOLDS[name] for name in fold_names.wanted(p, filters))
+    # The tokens' list, the folds' results and, where survivors are recorded, the bound that they begin with: 4 bytes each.
+    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters) * p.N
     how = f"forward and backward on the tensor cores of {p.device}"
     if layout.e_copied:
         how += f"; e is copied, since {layout.e_copied}"
@@ -91,10 +95,9 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         tiles=_TILES,
         layout=layout,
         stored_logits_bytes=p.logits_bytes,
-        # Smoothing adds up logits as well.
-        forward_bytes=layout.scratch_bytes(1 + smoothed) + layout.copy_bytes + (12 + 4 * smoothed) * p.N,
-        survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if p.options.filters else 0,
-        backward_bytes=_module("hopper.backward.workspace").workspace_bytes(p) + (4 * p.N if smoothed else 0),
+        forward_bytes=layout.scratch_bytes(folds.number_count(chosen)) + layout.copy_bytes + of_tokens_bytes,
+        survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if filters else 0,
+        backward_bytes=_module("hopper.backward.workspace").workspace_bytes(p) + (4 * p.N if p.options.smooths_capped else 0),
         coarse_eps=coarse_eps,
     )
 

@@ -82,7 +82,7 @@ def make_ring(tiles: HopperTiles) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def release(ring: Any, use: Any, thread: Any) -> None:
-        """By a consumer warpgroup (thread 0 to 127): its products with this stage are done. One thread tells each CTA."""
+        """By a consumer warpgroup (thread 0 to 127): its products with this stage are done. It tells each CTA."""
         if thread & 31 == 0 and thread >> 5 < ctas:
             barrier = empty(ring, stage_of(use))
             if ctas == 1:

@@ -5,8 +5,7 @@ functions, so the name is not known beforehand), the SHA-256 of the machine code
 be deleted at any time. No launch fails for want of a file: what cannot be read is compiled, and what cannot be written is
 compiled again by the next process. The log says why, at level debug.
 
-The environment variable CCE_CACHE_DIR names the directory. Without it, that is `~/.cache/cce_numba`. An empty CCE_CACHE_DIR
-turns the cache off.
+`cce_numba/disk.py` says which directory that is, and whose files are loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import importlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,8 +25,11 @@ from typing import Any
 
 from numba import cuda
 
+from cce_numba import disk
+
 MAX_BYTES = 256 * 2**20  # of all files together; beyond that the oldest are deleted
 _SUFFIX = ".cce-cubin"  # nobody else's, since files that end so are deleted
+_MAX_HEADER_BYTES = 64 * 2**10
 _ROOT = Path(__file__).parents[1]
 _IMPORTED = time.time()
 _log = logging.getLogger(__name__)
@@ -59,22 +60,13 @@ class Entry:
         return parts[1] if len(parts) > 2 else ""
 
 
-def directory() -> Path | None:
-    """Where files are, or would be; None if the cache is off, or there is no home directory."""
-    if (chosen := os.environ.get("CCE_CACHE_DIR")) is not None:
-        return Path(chosen) if chosen else None
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cce_numba"
-    except RuntimeError as error:  # there is no home
-        _log.debug("no kernels are kept: %s", error)
-        return None
-
-
 def why_unusable() -> str | None:
     """Why no kernel is kept here, or None if kernels are."""
-    place = directory()
+    place = disk.directory()
     if place is None:
         return "CCE_CACHE_DIR is empty, or there is no home directory"
+    if (reason := disk.why_untrusted(place)) is not None:
+        return reason
     if _sources() is None:
         return "the package's sources cannot be read, or one has changed since this process imported them"
     there = next(path for path in (place, *place.absolute().parents) if path.exists())
@@ -85,12 +77,12 @@ def why_unusable() -> str | None:
 
 def entries() -> list[Entry]:
     """The files of the cache, by name."""
-    place, sources = directory(), _sources()
+    place, sources = disk.directory(), _sources()
     found = []
     for path in sorted(place.glob(f"*{_SUFFIX}")) if place is not None else ():
         with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # one that was just deleted, or is none
             with open(path, "rb") as file:
-                told = json.loads(file.readline())
+                told = json.loads(file.readline(_MAX_HEADER_BYTES))
             is_current = sources is not None and told.get("sources") == sources
             kernel, cc = str(told.get("kernel", "")), str(told.get("compute_capability", ""))
             found.append(Entry(path, path.stat().st_size, kernel, cc, is_current))
@@ -98,7 +90,7 @@ def entries() -> list[Entry]:
 
 
 def path_of(name: str, facts: Mapping[str, Any], cc: tuple[int, int]) -> Path | None:
-    """The file for a kernel's machine code; None if no files are kept.
+    """The file for a kernel's machine code; None if no files are kept, and none are shared.
 
     The name is made of the package's sources, since a kernel is a function and all that it calls; of `facts`; of the compute
     capability; and of what compiles. numba-cuda writes the code, so each of its releases counts. numba-cuda takes little but
@@ -110,7 +102,7 @@ def path_of(name: str, facts: Mapping[str, Any], cc: tuple[int, int]) -> Path | 
         facts: what else the machine code depends on, as JSON can hold it.
         cc: the compute capability.
     """
-    place, sources = directory(), _sources()
+    place, sources = disk.directory() or disk.shared_directory(), _sources()
     if place is None or sources is None:
         return None
     told = {"sources": sources, "facts": dict(facts), "cc": list(cc), "compiler": _compiler()}
@@ -119,33 +111,39 @@ def path_of(name: str, facts: Mapping[str, Any], cc: tuple[int, int]) -> Path | 
 
 
 def load(path: Path | None) -> Any:
-    """The kernel in a file, loaded by numba for the current device; None if there is none that can be loaded."""
-    if path is None or (found := read(path)) is None:
-        return None
-    symbol, image = found
-    try:
-        code = importlib.import_module("cuda.core").ObjectCode.from_cubin(image)
-        return cuda.current_context().create_module_image(code).get_function(symbol)
-    except Exception as error:  # of the driver, of whatever class: a fault of the file costs a compilation, never a launch
-        _log.debug("%s does not load, so it is compiled again: %s", path, error)
-        _delete(path)
-        return None
+    """The kernel in a file, or in the shared file of its name, loaded by numba for the current device; None if none can be."""
+    for place, shared in disk.places(path):
+        if (found := read(place, shared=shared)) is None:
+            continue
+        symbol, image = found
+        try:
+            code = importlib.import_module("cuda.core").ObjectCode.from_cubin(image)
+            return cuda.current_context().create_module_image(code).get_function(symbol)
+        except Exception as error:  # of the driver, of whatever class: a fault of the file costs a compilation, never a launch
+            _log.debug("%s does not load, so it is compiled again: %s", place, error)
+            _delete(place, shared)
+    return None
 
 
 def store(path: Path | None, symbol: str, image: bytes, kernel: str = "", cc: tuple[int, int] = (0, 0)) -> None:
     """Writes a kernel's file, if it can be written, and deletes the oldest files beyond MAX_BYTES; arguments as of `write`."""
-    if path is None:
+    if path is None or path.parent == disk.shared_directory():
         return
     try:
         write(path, symbol, image, kernel, cc)
+    except disk.Untrusted as error:
+        _warn(path, error)
     except OSError as error:
         _log.debug("%s cannot be written: %s", path, error)
 
 
-def read(path: Path) -> tuple[str, bytes] | None:
-    """`(name within the machine code, machine code)`, or None; a file that is damaged is deleted."""
+def read(path: Path, *, shared: bool = False) -> tuple[str, bytes] | None:
+    """`(name within the machine code, machine code)`, or None; a file that is damaged is deleted, unless it is shared."""
     try:
-        header, _, image = path.read_bytes().partition(b"\n")
+        header, _, image = disk.read(path, shared=shared).partition(b"\n")
+    except disk.Untrusted as error:
+        _warn(path, error)
+        return None
     except OSError as error:
         _log.debug("%s is not read: %s", path, error)
         return None
@@ -156,7 +154,7 @@ def read(path: Path) -> tuple[str, bytes] | None:
     except (ValueError, LookupError, TypeError):
         pass
     _log.debug("%s is damaged, so it is compiled again", path)
-    _delete(path)
+    _delete(path, shared)
     return None
 
 
@@ -170,18 +168,10 @@ def write(path: Path, symbol: str, image: bytes, kernel: str, cc: tuple[int, int
         kernel: the kernel's `identity`, for `entries`.
         cc: the compute capability, for `entries`.
     """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = {"kernel": kernel, "compute_capability": f"{cc[0]}.{cc[1]}", "sources": _sources()}
     header = json.dumps({"symbol": symbol, "sha256": hashlib.sha256(image).hexdigest(), **about})
-    place, name = tempfile.mkstemp(suffix=_SUFFIX, dir=path.parent)
-    try:
-        with open(place, "wb") as file:
-            file.write(header.encode() + b"\n" + image)
-        os.replace(name, path)
-    except BaseException:
-        _delete(Path(name))
-        raise
-    _delete_oldest(path)
+    disk.write(path, (header.encode() + b"\n", image))
+    disk.delete_oldest(path, MAX_BYTES)
 
 
 def _sources() -> str | None:
@@ -222,19 +212,10 @@ def _version(module: str, numbers: int) -> str:
     return f"{module} {'.'.join(importlib.import_module(module).__version__.split('.')[:numbers])}"
 
 
-def _delete_oldest(newest: Path) -> None:
-    """Deletes the oldest files of the directory, but not `newest`, until all together have at most MAX_BYTES."""
-    files = []
-    for path in newest.parent.glob(f"*{_SUFFIX}"):
-        with suppress(OSError):  # another process deletes as well
-            files.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-    total = sum(size for _, size, _ in files)
-    for _, size, path in sorted(files):
-        if total > MAX_BYTES and path != newest:
-            _delete(path)
-            total -= size
+def _delete(path: Path, shared: bool) -> None:
+    if not shared:
+        disk.delete(path)
 
 
-def _delete(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
+def _warn(path: Path, reason: OSError) -> None:
+    disk.warn_once(path.parent, f"compiled kernels are neither loaded nor kept: {reason}")

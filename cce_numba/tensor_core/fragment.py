@@ -1,7 +1,7 @@
 """What can be done with a tile of logits in registers: ordinary functions of one logit, applied to a thread's whole fragment.
 
-A thread holds two rows of a (64, n) tile and n / 4 columns of each (layout in `ptx.wgmma`), in n / 2 registers. Registers have
-no index at run time, so each function is written out for every element when the kernel is compiled.
+A thread holds two rows of a (64, n) tile and n / 4 columns of each, in n / 2 registers (layout in `ptx.fragment`). Registers
+have no index at run time, so each function is written out for every element when the kernel is compiled.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
+from cce_numba.launch.inlined import finish, slope_of_cap
 from cce_numba.ptx import arithmetic
 from cce_numba.tensor_core.exponentials import LOG2E
 
@@ -22,7 +22,7 @@ def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
     x, float32, is the product of a token's row of e and an entry's row of c, plus the entry's bias. The logit that it becomes,
     and the gradient of the loss with respect to scale * x, are
 
-        z = cap(token.scale * x)                        cap(y) = softcap * tanh(y / softcap)
+        z = cap(token.scale * x)                        as `cce_numba.logit` says
         g = (token.softmax * 2^(log2(e) * z - token.shift)
              - token.target_weight * (entry == token.target)
              - token.uniform * class_weight) * cap'(token.scale * x)
@@ -42,16 +42,16 @@ def make_gradient(capped: bool, scaled: bool, smoothed: bool) -> Any:
     def gradient(z: Any, entry: Any, token: Any, softcap: Any, class_weight: Any) -> Any:
         """See `make_gradient`; z, float32, begins as the product x with its bias, and becomes the logit."""
         if scaled:
-            z = z * token.scale
+            z = finish(z, None, token.scale, None)
         if capped:
-            z = softcap * math.tanh(z / softcap)
+            z = finish(z, None, None, softcap)
         g = token.softmax * exp2(fma(z, LOG2E, -token.shift))
         if entry == token.target:
             g -= token.target_weight
         if smoothed:
             g -= token.uniform * class_weight
         if capped:
-            g *= np.float32(1) - (z / softcap) * (z / softcap)
+            g *= slope_of_cap(z / softcap)
         a, b, uniform = token.softmax, token.target_weight, token.uniform
         if entry < 0 or (a == np.float32(0) and b == np.float32(0) and (not smoothed or uniform == np.float32(0))):
             g = np.float32(0)

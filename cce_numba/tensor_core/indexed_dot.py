@@ -9,6 +9,7 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.arguments import Problem
+from cce_numba.integers import ceil_div
 from cce_numba.launch.inlined import finish
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import memory
@@ -34,6 +35,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
 
     @cuda.jit(device=True, forceinline=True)
     def dot_of_four(x: Any, y: Any, total: Any) -> Any:
+        """total plus the dot product of four 16-bit numbers in x, a uint64, and four in y."""
         for i in range(4):
             shift = np.uint64(16 * i)
             total += wide(x >> shift & np.uint64(0xFFFF)) * wide(y >> shift & np.uint64(0xFFFF))
@@ -100,4 +102,4 @@ def launch_indexed_dot(
     aligned, (c_pitch_bytes, c_step_bytes) = matrices.why_not(p.c) is None, p.c.strides
     kernel = make_indexed_dot_kernel(p.dtype, bias_dtype, aligned, p.logit_scale is not None)
     c, targets = Matrix(p.c.data.ptr, c_pitch_bytes), p.targets.data.ptr
-    kernel.launch(-(-p.N // _WARPS), e, c, c_step_bytes, terms, targets, tokens, p.V, p.D, target_logit, survivors)
+    kernel.launch(ceil_div(p.N, _WARPS), e, c, c_step_bytes, terms, targets, tokens, p.V, p.D, target_logit, survivors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cce_numba import gpu
+from cce_numba.integers import ceil_div
 
 _LARGEST_PITCH_BYTES = 2**32  # what is copied row by row multiplies with 32 bits
 _ALIGNMENT_BYTES = 16  # of the address and of the distance between rows
@@ -27,12 +28,12 @@ def why_not(matrix: Any) -> str | None:
 
 def pitch_bytes(matrix: Any) -> int:
     """Bytes from one row to the next, of a matrix that the copy engine can read."""
-    return matrix.strides[0] if matrix.shape[0] > 1 else -(-matrix.shape[1] * 2 // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    return matrix.strides[0] if matrix.shape[0] > 1 else 2 * padded_columns(matrix.shape[1])
 
 
 def padded_columns(columns: int) -> int:
     """The row length of a copy that the engine can read."""
-    return -(-columns // 8) * 8
+    return ceil_div(columns, 8) * 8
 
 
 def why_not_by_rows(matrix: Any) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from cce_numba.integers import ceil_div
 from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.launch.record import Record
 from cce_numba.tensor_core import schedule
@@ -14,7 +15,7 @@ from cce_numba.tensor_core.records import I32, Found, Parts, Survivors, Tokens
 from cce_numba.tensor_core.tokens import token_at
 
 _WARPS = 4  # of a CTA, each with a token
-_COLUMNS = 32  # of the tiles that the folds are made for; no tile comes here, so that any number would do
+_COLUMNS = 32  # of the tiles that the folds are made for. No tile comes here, so any number would do
 
 
 class Split(Record):
@@ -57,4 +58,4 @@ def make_merge_kernel(group_n: int, folds: tuple[Fold, ...]) -> Kernel:
 
 def ctas_for(N: int) -> int:
     """Enough for a warp a token."""
-    return -(-N // _WARPS)
+    return ceil_div(N, _WARPS)

@@ -27,7 +27,7 @@ def begin(simulator: bool = True) -> Any:
     if machine.has_gpu():
         print(f"Kernels run on {machine.name()}.")
     elif simulator:
-        print("No GPU here: kernels run in Numba's simulator, and times are those that were recorded on an H100.")
+        print("No GPU here: kernels run in Numba's simulator. Times were recorded on the GPU that each table names.")
     else:
-        print("No GPU here: what only a GPU can answer is shown as it was recorded on an H100.")
+        print("No GPU here: what only a GPU can answer is shown as it was recorded on an H100 or H200.")
     return machine

@@ -36,6 +36,16 @@ def _spans(recorded: dict[str, Any], consumer: int, k_steps: int) -> list[tuple[
     return spans
 
 
+def medians(recorded: dict[str, Any]) -> dict[str, float]:
+    """Cycles that a consumer's products of a tile, its fold and its waiting for a turn take, medians over both consumers."""
+    k_steps = -(-recorded["problem"]["D"] // recorded["tiles"]["block_d"])
+    cycles: dict[str, list[float]] = {"products": [], "fold": [], "waits": []}
+    for consumer in range(2):
+        for start, stop, _, words in _spans(recorded, consumer, k_steps):
+            cycles[words if words in cycles else "products"].append(stop - start)
+    return {name: float(np.median(found)) for name, found in cycles.items()}
+
+
 def _inside(spans: Spans, first: float, last: float) -> Spans:
     return [
         (max(0.0, start - first), min(last, stop) - first, colour, words)

@@ -14,6 +14,9 @@ def told_words(words: Sequence[str], losses: Sequence[float], title: str, width:
     """A text, and under each word a bar: how many nats it surprised the model by."""
     parts, x, y = [text(14, 20, title, "bold")], 14.0, 46.0
     scale = 14 / max(4.0, float(np.max(losses)))
+    for at, nats in ((width - 150, 1), (width - 78, 5)):  # to compare with
+        parts.append(rect(at, 10, 20, scale * nats, "f-g", extra=f'opacity="{0.35 + 0.65 * min(1, nats / 8):.2f}"'))
+        parts.append(text(at + 25, 20, f"{nats} nat{'s' if nats > 1 else ''}", "quiet"))
     for word, nats in zip(words, losses, strict=True):
         shown = word.replace("\n", "¶").strip() or "␣"
         wide = 6.6 * len(shown) + 6
@@ -84,9 +87,10 @@ def launch(shape: tuple[int, int], block_dim: tuple[int, int], chosen: tuple[int
     """A result of `shape` (rows, columns) under a grid of blocks of (x, y) threads, one of which, by (x, y), is drawn full."""
     rows, columns = shape
     across, down = block_dim
-    size, x0, y0, gap = 19.0, 34.0, 50.0, 7.0
+    size, x0, y0, gap = 19.0, 34.0, 64.0, 16.0
     blocks_x, blocks_y = -(-columns // across), -(-rows // down)
     parts = [text(x0, 20, f"a grid of {blocks_x} × {blocks_y} blocks, each of {across} × {down} threads", "bold")]
+    parts.append(text(x0, 38, "x runs to the right, along the vocabulary; y runs down, along the tokens", "quiet"))
     for by in range(blocks_y):
         for bx in range(blocks_x):
             left, top = x0 + bx * (across * size + gap), y0 + by * (down * size + gap)
@@ -264,18 +268,26 @@ def swizzle(place: np.ndarray, column: int = 2) -> Picture:
 Spans = Sequence[tuple[float, float, str, str]]  # (start, stop, colour, words) of what somebody does
 
 
-def gantt(rows: Sequence[tuple[str, Spans]], title: str, unit: str, *, width: float = 760, until: float = 0) -> Picture:
-    """Who does what when: for each row its name, and its spans, up to a time."""
+def gantt(
+    rows: Sequence[tuple[str, Spans]], title: str, unit: str, *, width: float = 760, until: float = 0,
+    key: Sequence[tuple[str, str]] = (),
+) -> Picture:  # fmt: skip
+    """Who does what when: for each row its name, and its spans, up to a time. key: what colours mean, (colour, words)."""
     end = until or max(stop for _, spans in rows for _, stop, _, _ in spans)
     x0, y0, high, gap = 104.0, 38.0, 20.0, 7.0
-    scale = (width - x0 - 16) / end
-    parts = [text(14, 20, title, "bold")]
+    scale = (width - x0 - 30) / end
+    parts, x = [text(14, 20, title, "bold")], width - 30
+    for colour, words in reversed(key):
+        x -= 6.2 * len(words)
+        parts.append(text(x, 20, words, "quiet"))
+        parts.append(rect(x - 16, 11, 11, 11, f"f-{colour}", extra='fill-opacity=".8"'))
+        x -= 32
     bottom = y0 + len(rows) * (high + gap)
     step = 10 ** np.floor(np.log10(end / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if end / (factor * step) <= 8)
     for tick in np.arange(0, end + step / 2, step):
         x = x0 + tick * scale
-        if x <= width - 12:
+        if x <= width - 26:
             parts.append(svg.line(x, y0 - 6, x, bottom, width=0.7))
             parts.append(text(x, bottom + 12, f"{tick:,.0f}", "tiny quiet", anchor="middle"))
     parts.append(text(width - 14, bottom + 24, unit, "small quiet", anchor="end"))
@@ -291,7 +303,7 @@ def gantt(rows: Sequence[tuple[str, Spans]], title: str, unit: str, *, width: fl
                 rect(x0 + start * scale, y, wide, high, f"f-{colour} l-paper", extra='fill-opacity=".8" stroke-width=".6"')
             )
             if words and wide > 5.5 * len(words) + 2:
-                style = 'style="fill:var(--paper)"'
+                style = "" if colour == "line" else 'style="fill:var(--paper)"'  # lines are pale
                 parts.append(
                     text(x0 + (start + stop) / 2 * scale, y + high / 2 + 3.5, words, "small", anchor="middle", extra=style)
                 )

@@ -18,8 +18,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from . import simulator
-
 _VARIABLE = "NUMBA_ENABLE_CUDASIM"
 _for_good = contextlib.ExitStack()
 
@@ -51,7 +49,7 @@ def choose(simulator_instead: bool = True) -> None:
                 "Numba was imported before `lessons`, without its simulator: restart the kernel, import `lessons` first"
             )
         os.environ[_VARIABLE] = "1"
-        _for_good.enter_context(simulator.steady())
+        _for_good.enter_context(importlib.import_module("cce_numba.launch.simulator").steady())
         warnings.filterwarnings("ignore", category=RuntimeWarning)  # as on a GPU, which says nothing when a number overflows
 
 

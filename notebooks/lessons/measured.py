@@ -1,4 +1,4 @@
-"""Figures that were measured on an H100, read from where they were recorded, to stand beside what is measured here."""
+"""Figures that were measured on a GPU, read from where they were recorded, to stand beside what is measured here."""
 
 from __future__ import annotations
 
@@ -20,10 +20,21 @@ def benchmark(name: str) -> dict[str, Any]:
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-def lesson(name: str) -> dict[str, Any] | None:
-    """One of `notebooks/recorded`, which `record_on_gpu.py` makes; None if it has not been made."""
-    path = NOTEBOOKS / "recorded" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def lesson(name: str) -> dict[str, Any]:
+    """One of `notebooks/recorded`, which `record_on_gpu.py` makes."""
+    return json.loads((NOTEBOOKS / "recorded" / f"{name}.json").read_text())
+
+
+BANDWIDTH = {"H100": 3.35, "H200": 4.8}  # TB/s between a GPU and its memory, by their data sheets
+
+
+def gpu(recorded: dict[str, Any]) -> str:
+    """The GPU that a figure was measured on, in one word.
+
+    >>> gpu({"surroundings": {"gpu": "NVIDIA H100 80GB HBM3, 580.95"}})
+    'H100'
+    """
+    return recorded["surroundings"]["gpu"].removeprefix("NVIDIA ").split()[0].rstrip(",")
 
 
 def source(recorded: dict[str, Any]) -> str:
@@ -39,14 +50,16 @@ class Ladder:
     """Milliseconds of the product e @ c.T, N = 2048, V = 32768, D = 1024 in float32, by the lessons' kernels, slowest first.
 
     Attributes:
-        ms: by kernel, and "cuBLAS"; None where it was not recorded.
+        ms: by kernel, and "cuBLAS".
+        gpu: in one word.
         source: where and when.
     """
 
-    ms: dict[str, float | None]
+    ms: dict[str, float]
+    gpu: str
     source: str
 
-    def up_to(self, name: str) -> list[tuple[str, float | None]]:
+    def up_to(self, name: str) -> list[tuple[str, float]]:
         """The kernels up to one of them, and cuBLAS."""
         names = list(self.ms)
         return [(known, self.ms[known]) for known in (*names[: names.index(name) + 1], CUBLAS)]
@@ -57,10 +70,9 @@ RUNGS = ("naive_kernel", "turned_kernel", "tiled_kernel", "padded_kernel", "bloc
 
 
 def ladder() -> Ladder:
-    """As recorded for the lessons; without that only cuBLAS is known, from the benchmark of the portable kernels."""
-    recorded, portable = lesson("ladder"), benchmark("simt_h100")
-    ms = recorded["ms"] if recorded else {CUBLAS: portable["results"]["cuBLAS e @ c.T, fp32"]["median_ms"]}
-    return Ladder({name: ms.get(name) for name in (*RUNGS, CUBLAS)}, source(recorded or portable))
+    """As recorded for the lessons."""
+    recorded = lesson("ladder")
+    return Ladder({name: recorded["ms"][name] for name in (*RUNGS, CUBLAS)}, gpu(recorded), source(recorded))
 
 
 @dataclass(frozen=True)

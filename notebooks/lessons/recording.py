@@ -22,8 +22,9 @@ from numba.cuda.simulator import kernel as simulated
 from numba.cuda.simulator import kernelapi
 from numba.cuda.simulator.cudadrv import devicearray
 
+from cce_numba.launch.simulator import steady
+
 from .record import Accesses, Line, Memory, Record
-from .simulator import steady
 
 SMALL = 512  # elements of a local array that a step's registers keep
 _NOT_THE_KERNELS = (devicearray.__file__, __file__)
@@ -260,7 +261,7 @@ def _watching(wanted: Callable[[str, int], bool], block: tuple[int, ...], source
         prepared = [_prepared(argument, names[i], arrays) for i, argument in enumerate(arguments)]
         _session = _Session(name, (*block, *(0,) * (3 - len(block))), arrays, sources)
         try:
-            with steady(_shared_array):  # here, since the package makes its own arrangements for each launch
+            with steady(_shared_array):  # here, within what the package itself does for each launch
                 call(kernel, *prepared)
             records.append(_session.finished({k: v.copy() for k, v in arrays.items()}))
         finally:

@@ -27,6 +27,9 @@ ON_GPU = {"block_n": 128, "block_v": 128, "block_k": 8, "thread_n": 8, "thread_v
 
 _NOT_SHOWN = "composed.py", "numbers.py"  # what passes calls and numbers on
 _STAGED = "A slice of {} and one of {}, fetched before, land in shared memory"
+_FETCHED = "The next slice is fetched from global memory, into registers"
+_MULTIPLIED = "The sums grow by the products of the slice in shared memory"
+_LIST = "The next surviving columns are looked up"
 
 
 def forward(
@@ -55,10 +58,20 @@ def forward(
             "e_smem": _STAGED.format("e", "c"),
             "row_max": "The running max of each token moves, and its sum is rescaled",
             "row_sum": "The tile's exponentials join the running sums",
+            "partial": (
+                "The logits are complete. Each thread finds the largest of its own in each row",
+                "Each thread adds up the exponentials of its own logits in each row",
+            ),
+            "target_logit": "Who has a token's target among its columns stores the target's logit",
             "row_bound": "The log-sum-exp so far is a better bound",
             "hits": "Each thread marks the columns that may matter",
             "survivor_bits": "Survivor bits are written: one for each column of the tile",
             "part_max": "The (max, sum) of each token are written: all that is left of the logits",
+        },
+        say_read={
+            "target": "Each thread looks for its tokens' targets among its columns, and finds none",
+            "e_smem": _MULTIPLIED,
+            "e": _FETCHED,
         },
     )
     return drawn(record, layout)
@@ -113,6 +126,7 @@ def gradient_of_logits(
             "e_smem": _STAGED.format("e", "c"),
             "g": "The sums are logits; from each follows its element of G, which is stored",
         },
+        say_read={"e_smem": _MULTIPLIED, "e": _FETCHED},
     )
     return drawn(record, layout)
 
@@ -133,12 +147,13 @@ def gradient_of_e(
         decimals=2,
         shared=[Shown("g_smem", "g", words=1), Shown("c_smem", "c", words=1)],
         tile=lambda held: [(n0, d0, tiles["block_n"], tiles["block_v"])],
-        begins="The next surviving columns are looked up",
+        begins=_LIST,
         say={
-            "c_rows": "The next surviving columns are looked up",
-            "g_smem": _STAGED.format("G", "c"),
+            "c_rows": _LIST,
+            "g_smem": "Their slices of G and of c are fetched, and land in shared memory",
             "sum": "Each thread writes its elements of dE; nobody else does",
         },
+        say_read={"g_smem": _MULTIPLIED},
     )
     return drawn(record, layout)
 
@@ -159,12 +174,16 @@ def gradient_of_c(
         decimals=2,
         shared=[Shown("g_smem", "g", words=1), Shown("e_smem", "e", words=1)],
         tile=lambda held: [(v0, d0, tiles["block_n"], tiles["block_v"])],
-        begins="Which of the tile's entries survive in the next block of tokens",
+        begins="The sums are 0, and the first block of tokens has survivors somewhere in the vocabulary",
         say={
-            "any_kept": "Which of the tile's entries survive in the next block of tokens",
+            "any_kept": "Which of the tile's entries survive in this block of tokens",
             "e_rows": "The next tokens are looked up",
-            "g_smem": _STAGED.format("G", "e"),
+            "g_smem": "Their slices of G and of e are fetched, and land in shared memory",
             "d_c": "Each thread writes its elements of dC; nobody else does",
+        },
+        say_read={
+            "g_smem": _MULTIPLIED,
+            "any_kept": "Does any of them survive? If none did, the block of tokens would be skipped",
         },
     )
     return drawn(record, layout)

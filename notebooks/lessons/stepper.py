@@ -66,7 +66,9 @@ class Layout:
         rows: the table of the running state of rows.
         bits: an array of bytes of which each bit is a column of the result, and the row of it that this block writes.
         tile: variables of thread 0 -> (row, column, rows, columns) of each part of the result that the block works on.
-        say: array -> what it means when it is written; of several, the first is the caption.
+        say: array -> what it means when it is written, or several phrases that take turns; of several arrays, the first is
+            the caption.
+        say_read: array -> what it means when it is read, in steps of which `say` says nothing; of several arrays, all.
         begins: the caption of the first step, where all of them may be written.
         decimals: of the numbers in the result.
     """
@@ -81,7 +83,8 @@ class Layout:
     rows: Rows | None = None
     bits: tuple[str, int] | None = None
     tile: Callable[[Mapping[str, Any]], Sequence[tuple[int, int, int, int]]] | None = None
-    say: Mapping[str, str] = field(default_factory=dict)
+    say: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
+    say_read: Mapping[str, str] = field(default_factory=dict)
     begins: str = ""
     decimals: int = 1
 
@@ -357,10 +360,8 @@ class _Drawing:
 
     def _caption(self, step: int, ends: Any) -> str:
         record = self.record
-        said = [self.layout.begins] if step == 0 and self.layout.begins else []
-        for array, phrase in self.layout.say.items():
-            if not said and array in record.arrays and len(record.of(array, write=True, step=step)):
-                said.append(phrase)
+        begins = [self.layout.begins] if step == 0 and self.layout.begins else []
+        said = begins or self._said(step, self.layout.say, True)[:1] or self._said(step, self.layout.say_read, False)
         counts = []
         seen = dict.fromkeys(shown.array for shown in self.shown.values())
         for write, verb in ((False, "reads"), (True, "writes")):
@@ -371,10 +372,23 @@ class _Drawing:
             if parts:
                 counts.append(f"{verb} {', '.join(parts)}")
         races = sorted({array for when, array, _ in self.raced if when == step})
-        last = f" Then all wait at line {ends.number}." if ends is not None else " Then the block has finished."
-        trouble = f" RACE in {', '.join(races)}: no barrier stands between who writes and who reads." if races else ""
-        words = ". ".join(said)
-        return (f"{words}. " if words else "") + ("It " + " and ".join(counts) + "." if counts else "") + trouble + last
+        parts = [
+            *(f"{words}." for words in said),
+            f"It {' and '.join(counts)}." if counts else "",
+            f"RACE in {', '.join(races)}: no barrier stands between who writes and who reads." if races else "",
+            f"Then all wait at line {ends.number}." if ends is not None else "Then the block has finished.",
+        ]
+        return " ".join(part for part in parts if part)
+
+    def _said(self, step: int, phrases: Mapping[str, str | tuple[str, ...]], write: bool) -> list[str]:
+        """Phrases of the arrays that are written (or read) in a step; those that take turns do so by the steps that do it."""
+        found = []
+        for array, phrase in phrases.items():
+            if array in self.record.arrays:
+                steps = np.unique(self.record.of(array, write=write).step).tolist()
+                if step in steps:
+                    found.append(phrase if isinstance(phrase, str) else phrase[steps.index(step) % len(phrase)])
+        return found
 
 
 def _short(value: float, decimals: int) -> str:

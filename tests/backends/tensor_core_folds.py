@@ -27,7 +27,7 @@ INFINITY = np.float32(math.inf)
 @cuda.jit(device=True, forceinline=True)
 def earlier(position: Any, rows: Any, found: Any, at: Any) -> Any:
     """A result of earlier parts of the vocabulary."""
-    return found.results[at * found.pitch + token_at(rows.tokens, min(position, rows.listed - 1))]
+    return found.results[at * found.pitch + token_at(rows.tokens, min(position, rows.n_listed - 1))]
 
 
 @cuda.jit(device=True, forceinline=True)

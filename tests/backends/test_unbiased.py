@@ -54,6 +54,14 @@ def unbiased(case, data):
     return case.with_options(filter="unbiased", **options)
 
 
+def takes_part(expected):
+    """(n_valid,) whether a token has a weight that is not 0: of its target, of the softmax."""
+    options, (of_token, of_target, of_class) = expected.case.options, expected.weights
+    smoothing, z_loss = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+    by_token = smoothing * of_class.mean() != 0 or z_loss != 0
+    return (of_target * (1 - smoothing) != 0) | (by_token & (of_token != 0))
+
+
 @FEW
 @given(data=st.data())
 def test_what_is_kept_and_what_it_is_multiplied_by(harness, edges, data):
@@ -62,13 +70,10 @@ def test_what_is_kept_and_what_it_is_multiplied_by(harness, edges, data):
     exact = data.draw(st.sampled_from([{}, {}, {"filter_e_grad": False}, {"filter_c_grad": False}]), label="exact")
     case = unbiased(case, data).with_options(**exact)
     expected, result = expect(case), harness.forward(case)
-    part = None
-    if (weights := case.options.get("token_weights")) is not None:
-        part = expected.weights[0] != 0
-        assume(not (case.options.get("class_weights") is not None and (weights != 0).any()))  # a target's may be 0 too
+    part = takes_part(expected)
     scales = scales_of(case, result, expected, part)
     kept = harness.kept(result, len(case.c))
-    if kept is not None and len(kept) and part is None:
+    if kept is not None and len(kept) and part.all():
         assert kept[scales != 0].all(), "the forward keeps at least as much"
     check_gradients(expected, harness.backward(result), scales)
 

@@ -38,7 +38,7 @@ def matrix(rows, columns, apart=None):
 def problem(D, bias=None, apart=None, **given):
     return SimpleNamespace(
         N=N, V=V, D=D, e=matrix(N, D, apart), c=matrix(V, D, apart), bias=bias, dtype=BFLOAT16, device="cuda:0",
-        options=Options.of(BFLOAT16, given), logits_bytes=4 * N * V,
+        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, given), logits_bytes=4 * N * V,
     )  # fmt: skip
 
 
@@ -49,6 +49,21 @@ def test_the_gradient_of_a_bias_takes_workspace_whichever_was_planned_first():
     assert second.backward_bytes == workspace_bytes(problem(64, bias=with_bias)) != first.backward_bytes
     assert backend.plan(problem(64)) is first
     assert backend.plan(problem(64, bias=with_bias)) is second
+
+
+@pytest.mark.parametrize(
+    ("given", "numbers", "results", "bound"),
+    [
+        ({"filter_eps": None}, 2, ["lse", "max_logit", "log_sum", "target_logit"], 0),
+        ({}, 2, ["lse", "max_logit", "log_sum", "target_logit"], 1),
+        ({"softcap": 5.0, "label_smoothing": 0.1}, 3, ["lse", "max_logit", "log_sum", "target_logit", "total_logit"], 0),
+    ],
+    ids=["exact", "filtered", "smoothed under a softcap"],
+)
+def test_the_forward_takes_what_its_folds_take(given, numbers, results, bound):
+    """Numbers of a row between workers; for each token its results, its place in the list, and a bound for survivors."""
+    plan = backend.plan(problem(64, **given))
+    assert plan.forward_bytes == plan.layout.scratch_bytes(numbers) + 4 * (len(results) + 1 + bound) * N
 
 
 def test_work_is_told():

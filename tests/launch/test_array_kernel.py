@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -130,6 +131,62 @@ def test_in_the_simulator_kernels_write_to_the_arrays_that_they_get():
     np.testing.assert_array_equal(out[0], 0)
     np.testing.assert_array_equal(out[1:], 2 * (2 * values[1:] + 1))
     np.testing.assert_array_equal(base[:, 1::2], 0)
+
+
+def mirrored_kernel(out, waits):
+    """out[t] = the number of the thread that mirrors t, through shared memory; -1 if it has not written it yet."""
+    smem = cuda.shared.array(16, np.int64)
+    t = cuda.threadIdx.x
+    smem[t] = -1
+    cuda.syncthreads()
+    smem[t] = t
+    if waits:
+        cuda.syncthreads()
+    out[cuda.blockIdx.x, t] = smem[15 - t]
+
+
+def uneven_kernel(out):
+    """Thread t waits at t barriers, and counts them."""
+    for _ in range(cuda.threadIdx.x):
+        cuda.syncthreads()
+        out[cuda.threadIdx.x] += 1
+
+
+def failing_kernel(out):
+    """Thread 3 fails while others wait."""
+    if cuda.threadIdx.x == 3:
+        raise ValueError("three")
+    cuda.syncthreads()
+    out[cuda.threadIdx.x] = 1
+
+
+@simulated
+def test_in_the_simulator_threads_meet_at_barriers():
+    kernel, out = ArrayKernel(mirrored_kernel, block=16), np.zeros((2, 16), np.int64)
+    kernel.launch(2, out, True)
+    np.testing.assert_array_equal(out, [np.arange(15, -1, -1)] * 2)
+    counts = np.zeros(5, np.int64)
+    ArrayKernel(uneven_kernel, block=5).launch(1, counts)
+    np.testing.assert_array_equal(counts, np.arange(5))
+
+
+@simulated
+def test_in_the_simulator_a_missing_barrier_shows_every_time_alike():
+    kernel, out = ArrayKernel(mirrored_kernel, block=16), np.zeros((2, 16), np.int64)
+    kernel.launch(2, out, False)
+    np.testing.assert_array_equal(out[0], out[1])
+    early = out[0] == -1
+    np.testing.assert_array_equal(early, ~early[::-1])  # of two threads, one comes too early
+    assert 0 < early[:8].sum() < 8  # the order is not that of their numbers
+
+
+@simulated
+def test_in_the_simulator_a_thread_that_fails_is_named_and_ends_the_others():
+    before, out = threading.active_count(), np.zeros(8, np.int64)
+    with pytest.raises(ValueError, match=r"tid=\[3, 0, 0\] ctaid=\[0, 0, 0\]: three"):
+        ArrayKernel(failing_kernel, block=8).launch(1, out)
+    assert not out.any()
+    assert threading.active_count() == before
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 import struct
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from cce_numba import disk
 from cce_numba.interchange import BFLOAT16
 from tests.helpers.harness import SimulatorHarness
 
@@ -290,7 +292,7 @@ def test_what_is_written_is_read(directory):
 
 def test_what_is_in_the_cache_is_told(directory, monkeypatch):
     assert cubin_cache.entries() == []
-    assert cubin_cache.directory() == directory
+    assert disk.directory() == directory
     named = "cce_numba.simt.forward.make_lse_kernel(tiles=SimtTiles(...))"
     store(directory / "a.cce-cubin", "a symbol", bytes(1000), named, (9, 0))
     monkeypatch.setattr(cubin_cache, "_sources", lambda: "older sources")
@@ -383,6 +385,57 @@ def test_the_oldest_files_go_first(directory, monkeypatch):
     assert sorted(path.name for path in directory.iterdir()) == ["1.cce-cubin", "3.cce-cubin", "5.cce-cubin", "foreign"]
     store(paths[0], "symbol", bytes(9000))
     assert sorted(path.name for path in directory.iterdir()) == ["0.cce-cubin", "foreign"], "the newest stays in any case"
+
+
+# Whose files
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Gives what `load` hands to the driver, in place of what the driver would make of it."""
+    code = SimpleNamespace(from_cubin=lambda image: image)
+    monkeypatch.setattr(cubin_cache.importlib, "import_module", lambda name: SimpleNamespace(ObjectCode=code))
+    module = lambda image: SimpleNamespace(get_function=lambda symbol: (symbol, image))  # noqa: E731
+    context = SimpleNamespace(create_module_image=module)
+    monkeypatch.setattr(cubin_cache.cuda, "current_context", lambda: context)
+    monkeypatch.setattr(disk, "_warned", set())
+    return load
+
+
+@pytest.mark.parametrize("path", ["", "kernel.cce-cubin"])
+def test_what_others_can_write_to_is_not_loaded(directory, loads, path):
+    kernel = directory / "kernel.cce-cubin"
+    store(kernel, "symbol", b"code")
+    assert loads(kernel) == ("symbol", b"code")
+    (directory / path).chmod(0o770)
+    with pytest.warns(RuntimeWarning, match="compiled kernels are neither loaded nor kept: .* other users"):
+        assert loads(kernel) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loads(kernel) is None, "and no other warning tells"
+        if not path:
+            store(directory / "another.cce-cubin", "symbol", b"code")
+    assert [file.name for file in directory.iterdir()] == ["kernel.cce-cubin"], "nothing is deleted, nothing is added"
+    if not path:
+        assert "other users" in cubin_cache.why_unusable()
+
+
+def test_what_another_user_owns_is_loaded_if_the_caller_says_so(directory, loads, monkeypatch, tmp_path):
+    shared = tmp_path / "shared"
+    store(shared / "kernel.cce-cubin", "symbol", b"code")
+    owner = os.geteuid()
+    monkeypatch.setattr(disk.os, "geteuid", lambda: owner + 1)
+    monkeypatch.setenv("CCE_CACHE_DIR", str(shared))
+    with pytest.warns(RuntimeWarning, match="belongs to user"):
+        assert loads(shared / "kernel.cce-cubin") is None
+    monkeypatch.setenv("CCE_SHARED_CACHE_DIR", str(shared))
+    monkeypatch.setenv("CCE_CACHE_DIR", "")
+    assert path_of(make(), (9, 0)).parent == shared
+    assert loads(directory / "kernel.cce-cubin") == loads(shared / "kernel.cce-cubin") == ("symbol", b"code")
+    store(shared / "another.cce-cubin", "symbol", b"code")
+    (shared / "kernel.cce-cubin").write_bytes(b"damaged")
+    assert loads(shared / "kernel.cce-cubin") is None
+    assert [file.name for file in shared.iterdir()] == ["kernel.cce-cubin"], "nothing is written, nothing is deleted"
 
 
 # Without a device

@@ -75,6 +75,27 @@ def test_its_picture_shows_logits_rows_and_bits():
     assert not bits.all()
 
 
+def test_every_step_says_what_it_does():
+    e, c, targets = problem(6, 17, 10)
+    walk = shipped.forward(e, c, targets, filter_eps=EPS)
+    captions = [frame.caption for frame in walk.scene.frames]
+    assert not [caption for caption in captions if caption.startswith(("It ", "Then "))]
+    folds = (
+        "largest of its own",
+        "running max",
+        "exponentials of its own",
+        "join",
+        "target",
+        "bound",
+        "marks",
+        "bits are written",
+    )
+    for which in (1, 2, 3):  # writes of the first tile, and of the others
+        first = walk.step_that_writes("row_max", which) - 1
+        for caption, words in zip(captions[first:], folds, strict=False):
+            assert words in caption
+
+
 def test_a_split_sees_its_part_of_the_vocabulary():
     e, c, targets = problem(4, 24, 5)
     r = shipped.record_forward(e, c, targets, split=1, splits=2, filter_eps=EPS)

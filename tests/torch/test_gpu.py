@@ -46,9 +46,8 @@ def test_the_forms_of_the_backends(tensors, backend, scale, dtype, filter_eps, f
             cce.explain(e, c, targets, backend=backend or None)
         except cce.BackendUnavailable as why:
             pytest.skip(str(why))
-        eps, word = (float("nan"), filter_eps) if filter_eps == "auto" else (filter_eps, "")
-        options = [-100, 0, 1, int(filter_c_grad), -1], [float("nan"), eps, scale, 0.0, 0.0], f"mean,{backend},{word}"
-        arguments = (e, c, targets, *[None] * 5, *options, "e,c")
+        given = {"backend": backend, "logit_scale": scale, "filter_eps": filter_eps, "filter_c_grad": filter_c_grad}
+        arguments = (e, c, targets, *[None] * 5, *operators._encoded(given), "e,c")
         torch.library.opcheck(operators.forward_op, arguments, test_utils="test_faketensor")
 
 

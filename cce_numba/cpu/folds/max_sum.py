@@ -6,9 +6,9 @@ import math
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from cce_numba import folds
+from cce_numba.cpu.compiled import compiled
 from cce_numba.cpu.elements import exp, rounded
 from cce_numba.cpu.folds.fold import Given, Tile
 
@@ -54,7 +54,7 @@ class MaxSum:
         return {name: given.of_all_tokens(result) for name, result in results.items()}
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract"})
+@compiled(nogil=True, fastmath={"reassoc", "contract"})
 def _sum_exp(row: Any, shift: Any) -> Any:
     """Sum of exp(row - shift), in the dtype of the row."""
     total = shift * _ZERO + _ZERO
@@ -63,7 +63,7 @@ def _sum_exp(row: Any, shift: Any) -> Any:
     return total
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _fold_rows(z: Any, tile_max: Any, largest: Any, total: Any) -> None:
     """Folds logits z (n, v), whose rows have the maxima tile_max (n,), into largest and total, (n,) float64."""
     for n in range(z.shape[0]):

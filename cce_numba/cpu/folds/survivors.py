@@ -12,15 +12,16 @@ import math
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from cce_numba import folds
 from cce_numba import survivors as rule
+from cce_numba.cpu.compiled import compiled
 from cce_numba.cpu.elements import rounded
 from cce_numba.cpu.folds.fold import Given, Tile
 from cce_numba.cpu.folds.max_sum import State as MaxSumState
 from cce_numba.integers import ceil_div
-from cce_numba.survivors import RELATIVE_SLACK
+
+_threshold = compiled(nogil=True)(rule.make_threshold(np.float64))
 
 
 class State(NamedTuple):
@@ -81,14 +82,14 @@ class Survivors:
         return {"survivors": None if share > rule.DENSE_SHARE * len(bits) * p.V else bits}
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _flag(row: Any, threshold: Any, flags: Any) -> None:
     """Flags what is not below the threshold; NaN is not below anything."""
     for v in range(row.shape[0]):
         flags[v] |= not (row[v] < threshold)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _bound(largest: Any, total: Any, target_logit: Any) -> Any:
     """A lower bound of a token's log-sum-exp, float64: its target's logit, or the log-sum-exp so far."""
     bound = np.float64(target_logit)
@@ -99,19 +100,19 @@ def _bound(largest: Any, total: Any, target_logit: Any) -> Any:
     return bound
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _flag_columns(z: Any, largest: Any, total: Any, target_logit: Any, log_eps: float, flags: Any) -> None:
     """Flags, in flags (v,) bool, the columns of logits z (n, v) that some row does not drop; the other arrays are (n,)."""
     for n in range(z.shape[0]):
         bound = _bound(largest[n], total[n], target_logit[n])
-        _flag(z[n], rounded(bound - RELATIVE_SLACK * abs(bound) + log_eps, z), flags)
+        _flag(z[n], rounded(_threshold(bound, log_eps), z), flags)
 
 
-@njit(cache=True, nogil=True)
+@compiled(nogil=True)
 def _flag_columns_by_chance(z: Any, largest: Any, total: Any, target_logit: Any, log_eps: Any, flags: Any) -> None:
     """As `_flag_columns`, with a threshold for each column: log_eps (v,) of z's dtype."""
     for n in range(z.shape[0]):
         bound = _bound(largest[n], total[n], target_logit[n])
-        row, least = z[n], rounded(bound - RELATIVE_SLACK * abs(bound), z)
+        row, least = z[n], rounded(_threshold(bound, 0.0), z)
         for v in range(row.shape[0]):
             flags[v] |= not (row[v] < least + log_eps[v])

@@ -19,6 +19,7 @@ from numba.cuda import types
 from cce_numba.hopper.backward.tiles import PANEL, STAGING_BYTES
 from cce_numba.ptx import arithmetic, memory
 from cce_numba.tensor_core.fragment import change_chunks, visit_chunks
+from cce_numba.tensor_core.numbers import widen
 from cce_numba.tensor_core.records import F32, I32, U32, U64
 
 _ROW_BYTES = np.uint32(2 * PANEL)
@@ -35,7 +36,7 @@ def make_add_rows(n: int, dtype: np.dtype) -> Any:
 
     rows: addresses of the thread's first number in each of its two rows. is_float32: whether they hold float32, else `dtype`.
     """
-    widen = arithmetic.widen_f16 if dtype == np.float16 else arithmetic.widen_bf16
+    wide = widen(dtype)
     eight, sixteen, lower = np.int32(8), np.uint32(16), np.uint32(0xFFFF)
 
     @cuda.jit(device=True, forceinline=True)
@@ -45,11 +46,12 @@ def make_add_rows(n: int, dtype: np.dtype) -> Any:
         address = np.uint64(row + (np.uint64(column) << np.uint64(1 + is_float32)))
         first = memory.load_if_u32(address, mine)
         second = memory.load_if_u32(np.uint64(address + np.uint64(4)), np.uint32(mine & np.uint32(is_float32)))
-        old_x = float_of_bits(first) if is_float32 != 0 else widen(np.uint32(first & lower))
-        old_y = float_of_bits(second) if is_float32 != 0 else widen(np.uint32(first >> sixteen))
+        old_x = float_of_bits(first) if is_float32 != 0 else wide(np.uint32(first & lower))
+        old_y = float_of_bits(second) if is_float32 != 0 else wide(np.uint32(first >> sixteen))
         return fma(x, factor, old_x), fma(y, factor, old_y)
 
     def add(z: Any, first: Any, rows: Any, columns: Any, is_float32: Any, factor: Any) -> Any:
+        """z, the thread's 8 numbers of 16 columns from `first` on, times factor, plus what the rows hold there."""
         return (
             plus(z[0], z[1], rows[0], first, columns, is_float32, factor)
             + plus(z[2], z[3], rows[1], first, columns, is_float32, factor)
@@ -77,6 +79,7 @@ def make_store_rows(n: int, dtype: np.dtype) -> Any:
         memory.store_once_if_4_u32(to, words[0], words[1], words[2], words[3], wanted)
 
     def store(z: Any, first: Any, staging: Any, rows: Any, columns: Any, factor: Any) -> Any:
+        """By a warp: stores 16 rows of a panel of 64 columns; z: the thread's 32 numbers of it."""
         lane, warp = np.uint32(cuda.threadIdx.x & 31), np.uint32((cuda.threadIdx.x >> 5) & 3)
         staging = np.uint32(staging + warp * _WARP_BYTES)
         # Matrices 0 and 1 are rows 0-7 and 8-15, of eight columns; 2 and 3 are the same of the next eight. A row's 16 bytes
@@ -124,6 +127,7 @@ def make_store_rows_in_float32(n: int) -> Any:
         memory.store_if_2_f32(np.uint64(row + np.uint64(4 * first)), x, y, wanted)
 
     def store(z: Any, first: Any, rows: Any, columns: Any, factor: Any) -> Any:
+        """Stores z, the thread's 4 numbers of 8 columns from `first` on."""
         store_two(rows[0], z[0] * factor, z[1] * factor, first, columns)
         store_two(rows[1], z[2] * factor, z[3] * factor, first, columns)
         return np.int32(0)

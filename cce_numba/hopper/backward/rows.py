@@ -52,6 +52,8 @@ def copy_row_or_zeros(smem: Any, id: Any, source: Any, pitch_bytes: Any, present
 
 
 def _make_copy_rows(copy_one: Any) -> Any:
+    """The device function that copies eight rows; copy_one: `copy_row` or `copy_row_or_zeros`."""
+
     @cuda.jit(device=True, forceinline=True)
     def copy_eight(smem: Any, ids: Any, source: Any, pitch_bytes: Any, present: Any) -> None:
         """Copies the thread's 16 bytes of eight rows to a panel."""

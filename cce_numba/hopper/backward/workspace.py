@@ -149,7 +149,7 @@ class WorkspaceLayout:
 
 @functools.lru_cache(maxsize=256)
 def _known(layout: WorkspaceLayout) -> WorkspaceLayout:
-    """The one of equal layouts that came first, and so knows already what follows from it."""
+    """Of equal layouts, the one that was made first: what follows from its sizes has been computed already."""
     return layout
 
 

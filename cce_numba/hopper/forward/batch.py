@@ -19,7 +19,7 @@ class Batch(Record):
     """The tokens of a launch."""
 
     tokens = U64  # address of int32: rows of e, ascending
-    listed = I32  # how many
+    n_listed = I32  # how many
     per_round = I32  # groups of them, see `tensor_core.schedule`
 
 
@@ -33,7 +33,7 @@ def make_who_am_i(tiles: HopperTiles) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def who_am_i(batch: Any) -> Any:
-        workers, groups = quotient(cuda.gridDim.x, ctas), quotient(batch.listed + group_n - 1, group_n)
+        workers, groups = quotient(cuda.gridDim.x, ctas), quotient(batch.n_listed + group_n - 1, group_n)
         return quotient(cuda.blockIdx.x, ctas), workers, groups, np.int32(cluster.cta_rank())
 
     return who_am_i

@@ -76,11 +76,13 @@ def make_merge_consumers(tiles: HopperTiles, folds: tuple[Fold, ...]) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def write(mine: Any, row: Any, smem: Any, parts: Any, place: Any) -> None:
+        """Merges one row's numbers of consumer 0, `mine`, with those that consumer 1 left in shared memory, and stores them."""
         other = load_shared(np.uint32(smem + np.uint32(4 * row)))
         store(merge(mine, other), parts.numbers + np.uint64(4 * np.int64(place + row)), 4 * parts.pitch)
 
     @cuda.jit(device=True, forceinline=True)
     def merge_consumers(upper: Any, lower: Any, row: Any, me: Any, smem: Any, parts: Any, place: Any) -> None:
+        """By both consumers: consumer 1 puts its numbers of each row into shared memory, consumer 0 merges and stores."""
         row_0, row_1 = numbers(upper)
         row_2, row_3 = numbers(lower)
         is_first_of_row = me.thread & 3 == 0
@@ -106,7 +108,8 @@ def make_consume(
     """The device function of a consumer warpgroup, for the options of `kernel.make_forward_kernel`.
 
     `consume(ring, me, batch, terms, found, has_earlier, parts, survivors, vocabulary, k_steps)`: ring is the ring's shared
-    address, and k_steps the stages of a tile, ceil(D / 64); the others are the kernel's parameters.
+    address, me a `Consumer`, batch a `Batch`, and k_steps the stages of a tile, ceil(D / 64); the others are the kernel's
+    parameters. A tile is (128, 192) logits. A thread has two fragments of it: its part of the upper and of the lower 64 tokens.
     """
     ring_, folded = make_ring(tiles), chain(folds, tiles.block_v)
     stage_of, parity_of, full, turn = ring_.stage_of, ring_.parity_of, ring_.full, ring_.turn
@@ -119,7 +122,7 @@ def make_consume(
     who_am_i = make_who_am_i(tiles)
     has_bias = bias_dtype is not None
     bias_fragment: Any = make_bias_fragment(tiles.block_v, bias_dtype) if bias_dtype is not None else None
-    # What was folded would be kept until it is overwritten, in registers that scales need.
+    # Zeros tell LLVM that the logits of the tile before are no longer needed. It would keep them in registers that scales need.
     clears = not has_bias and scaled
     block_n, block_v, ctas = tiles.block_n, tiles.block_v, tiles.cluster
     ring_bytes, scales_offset_bytes = np.uint32(tiles.ring_bytes), np.uint32(tiles.scales_offset_bytes)
@@ -129,9 +132,10 @@ def make_consume(
 
     @cuda.jit(device=True, forceinline=True)
     def rows_at(n0: Any, row: Any, batch: Any, rows_smem: Any, V: Any, has_earlier: Any, resumes: Any) -> Any:
+        """The `RowPair` of the lane's rows `row` and `row + 8` in the block that begins at position n0 of the batch."""
         position = np.int32(n0 + row)
         return RowPair(
-            position, np.int32(position + 8), batch.tokens, batch.listed, row, rows_smem, V, has_earlier, resumes
+            position, np.int32(position + 8), batch.tokens, batch.n_listed, row, rows_smem, V, has_earlier, resumes
         )  # fmt: skip
 
     @cuda.jit(device=True, forceinline=True)
@@ -139,6 +143,7 @@ def make_consume(
         ring: Any, me: Any, batch: Any, terms: Any, found: Any, has_earlier: Any, parts: Any, survivors: Any, vocabulary: Any,
         k_steps: Any,
     ) -> None:  # fmt: skip
+        """By a warpgroup: multiplies and folds every other tile that its cluster takes; then merges both consumers' states."""
         worker, workers, groups, rank = who_am_i(batch)
         consumer, thread = me.number, me.thread
         lane = np.int32(thread & 31)
@@ -163,7 +168,7 @@ def make_consume(
             lower_states = begin(rows_at(n0, np.int32(row + 64), batch, rows_smem, V, has_earlier, resumes), found)
             if scaled:  # in shared memory: there are no registers for them
                 if consumer == 0:
-                    token = token_at(batch.tokens, min(n0 + thread, batch.listed - 1))
+                    token = token_at(batch.tokens, min(n0 + thread, batch.n_listed - 1))
                     scale = memory.load_global_f32(terms.scale + np.uint64(4 * token))
                     memory.store_shared_f32(scales + np.uint32(4 * thread), scale)
                 control.barrier_sync(_MERGE_BARRIER, both_consumers)
@@ -177,7 +182,7 @@ def make_consume(
                 column = np.int32(v0 + 2 * (arithmetic.opaque_i32(thread) & 3))
                 if has_bias:  # products are added to it
                     upper = bias_fragment(column, terms.bias, V)
-                    # Not a copy, and not from the same addresses: there are no registers to hold either.
+                    # Loaded again, from addresses that LLVM takes for others: registers hold neither a copy nor addresses.
                     lower = bias_fragment(arithmetic.opaque_i32(column), terms.bias, V)
                 elif clears:
                     upper, lower = zeros(), zeros()

@@ -13,6 +13,7 @@ from cce_numba.backend import Statistics
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.forward.layout import Layout, copy_rows
+from cce_numba.integers import ceil_div
 from cce_numba.survivors import coarse_eps_of, log_threshold
 from cce_numba.tensor_core.folds import FOLDS, Fold, number_count, result_names
 from cce_numba.tensor_core.indexed_dot import launch_indexed_dot
@@ -81,7 +82,7 @@ class _Arrays:
             max_logit=results.pop("max_logit"),
             log_sum=results.pop("log_sum"),
             target_logit=results.pop("target_logit", None),
-            survivors=None if self.bits is None else self.bits.view(np.uint8)[:, : -(-p.V // 8)],
+            survivors=None if self.bits is None else self.bits.view(np.uint8)[:, : ceil_div(p.V, 8)],
             survivor_block=layout.tiles.survivor_block,
             mean_logit=None if total_logit is None else total_logit / np.float32(p.V),
             folded=results,

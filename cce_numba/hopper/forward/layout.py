@@ -90,7 +90,7 @@ class Layout:
         return 2 * 8 * tensor_map.WORDS
 
     def scratch_bytes(self, numbers: int) -> int:
-        """Tensor maps, and the partial results of a launch: so many float32 for each token of each slot."""
+        """Tensor maps, and the partial results of a launch: `numbers` float32 for each token of each slot."""
         return self.map_bytes + 4 * numbers * self.part_numbers
 
     @functools.cached_property
@@ -136,7 +136,7 @@ class Layout:
 
 @functools.lru_cache(maxsize=256)
 def _known(layout: Layout) -> Layout:
-    """The one of equal layouts that came first, and so knows already what follows from it."""
+    """Of equal layouts, the one that was made first: what follows from its sizes has been computed already."""
     return layout
 
 

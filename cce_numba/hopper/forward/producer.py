@@ -18,7 +18,13 @@ from cce_numba.tensor_core.tokens import are_neighbours, token_at
 
 @functools.cache
 def make_produce(tiles: HopperTiles) -> Any:
-    """The device function of the thread that fetches tiles with the bulk copy engine."""
+    """The device function of the thread that fetches tiles with the bulk copy engine.
+
+    `produce(ring, e_map, c_map, batch, first_v, n_tiles, k_steps)`: ring is the ring's shared address; e_map and c_map are the
+    addresses of the tensor maps of e (N, D) and c (V, D); batch is a `Batch`. first_v is the row of c, counted from the first
+    that c_map reaches, with which the launch's part of the vocabulary begins. That part has n_tiles tiles, of k_steps stages
+    each, ceil(D / 64).
+    """
     ring_ = make_ring(tiles)
     wait_empty, stage_of, full, e_smem, c_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem, ring_.c_smem
     block_n, block_v, block_d, ctas = tiles.block_n, tiles.block_v, tiles.block_d, tiles.cluster
@@ -31,8 +37,9 @@ def make_produce(tiles: HopperTiles) -> Any:
     def produce(
         ring: Any, e_map: Any, c_map: Any, batch: Any, first_v: Any, n_tiles: Any, k_steps: Any
     ) -> None:  # fmt: skip
+        """By one thread: fetches this CTA's part of all tiles that its cluster takes, a stage of 64 terms at a time."""
         worker, workers, groups, rank = who_am_i(batch)
-        tokens, n_listed = batch.tokens, batch.listed
+        tokens, n_listed = batch.tokens, batch.n_listed
         tma.fence_tensor_map(e_map)
         tma.fence_tensor_map(c_map)
         use, index = np.uint32(0), np.int32(0)
@@ -72,7 +79,12 @@ def make_produce(tiles: HopperTiles) -> Any:
 
 @functools.cache
 def make_gather(tiles: HopperTiles) -> Any:
-    """The device function of the warps that fetch rows of e one by one, 16 bytes a lane, and swizzle them by hand."""
+    """The device function of the warps that fetch rows of e one by one, 16 bytes a lane, and swizzle them by hand.
+
+    `gather(ring, thread, e, batch, n_tiles, k_steps, D)`: thread is 0 to 63 among those of these warps, and e is a `Matrix`
+    (N, D); the others are as in `make_produce`. In a block whose tokens are neighbours there is nothing to fetch, and the warps
+    only arrive at the stages' barriers.
+    """
     ring_ = make_ring(tiles)
     wait_empty, stage_of, full, e_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem
     block_n, ctas = tiles.block_n, tiles.cluster
@@ -92,8 +104,9 @@ def make_gather(tiles: HopperTiles) -> Any:
     def gather(
         ring: Any, thread: Any, e: Any, batch: Any, n_tiles: Any, k_steps: Any, D: Any
     ) -> None:  # fmt: skip
+        """By two warps: fetches (128, 64) numbers of e for each stage, in blocks whose tokens are not neighbours."""
         worker, workers, groups, rank = who_am_i(batch)
-        tokens, n_listed = batch.tokens, batch.listed
+        tokens, n_listed = batch.tokens, batch.n_listed
         part, first_row = np.int32(thread & 7), np.int32(thread >> 3)
         source_0 = e.address + np.uint64(16 * part)
         row_bytes: Any = np.int32(2 * D - 16 * part)

@@ -22,7 +22,7 @@ from cce_numba.simt.folds.fold import Functions, Given
 from cce_numba.simt.folds.max_sum import make_log_sum_exp
 from cce_numba.simt.product import make_product
 from cce_numba.simt.tiles import SimtTiles
-from cce_numba.survivors import RELATIVE_SLACK, log_threshold
+from cce_numba.survivors import log_threshold, make_threshold
 
 _OUT_OF_REACH = 1e38  # a bound whose threshold no logit reaches
 
@@ -83,7 +83,8 @@ def _functions(tiles: SimtTiles, real: Any, unbiased: bool) -> Functions:
     threads_n, threads_v, thread_n, thread_v = tiles.threads_n, tiles.threads_v, tiles.thread_n, tiles.thread_v
     hits_shape = (threads_n, block_v)
     column_of, log_sum_exp = make_product(tiles, real).column_of, make_log_sum_exp(real)
-    zero, out_of_reach, slack = real(0), real(_OUT_OF_REACH), real(RELATIVE_SLACK)
+    zero, out_of_reach = real(0), real(_OUT_OF_REACH)
+    threshold_of = cuda.jit(device=True)(make_threshold(real))
 
     @cuda.jit(device=True)
     def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
@@ -121,7 +122,7 @@ def _functions(tiles: SimtTiles, real: Any, unbiased: bool) -> Functions:
             hit = 0
             for i in range(thread_n):
                 row = y * thread_n + i
-                threshold = state.bound[row] - slack * abs(state.bound[row]) + log_eps
+                threshold = threshold_of(state.bound[row], log_eps)
                 # "not below" rather than "at least": NaN survives.
                 if not (tile.logits[i, j] < threshold) or state.target[row] == tile.v0 + column:
                     hit = 1

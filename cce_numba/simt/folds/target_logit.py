@@ -60,6 +60,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
+        """The numbers and the targets of the block's tokens."""
         target = cuda.shared.array(block_n, np.int64)
         token = cuda.shared.array(block_n, np.int64)
         for r in range(cuda.threadIdx.y * threads_v + cuda.threadIdx.x, block_n, threads):
@@ -71,6 +72,7 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def step(state: Any, first_state: Any, arrays: Any, tile: Any) -> None:
+        """By the thread that holds it: stores the logit of each target that is in this tile."""
         for i in range(thread_n):
             row = cuda.threadIdx.y * thread_n + i
             for j in range(thread_v):
@@ -81,15 +83,17 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
 
     @cuda.jit(device=True)
     def row(state: Any, r: Any) -> Any:
+        """Nothing: there is nothing to merge."""
         return ()
 
     @cuda.jit(device=True)
     def merge(row: Any, later: Any) -> Any:
+        """Nothing: there is nothing to merge."""
         return ()
 
     @cuda.jit(device=True)
     def store(row: Any, first_row: Any, arrays: Any, place: Any) -> None:
-        """A target out of range is in no tile."""
+        """Writes NaN for a target out of range, which is in no tile."""
         target = arrays.targets[place.token]
         if place.exists and (target < 0 or target >= place.V):
             arrays.target_logit[place.token] = nan

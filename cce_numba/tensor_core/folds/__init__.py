@@ -4,16 +4,22 @@ A warp holds 16 rows of a tile, a lane two of them (`ptx.fragment`), and four la
 a tile of 128 rows at a time: a *pair* of rows of each lane. So a fold made for tiles of n columns is these device functions:
 
     begin(rows, found, at)                      the state of a pair of rows; rows: `RowPair`, found: `records.Found`
-    step(state, z, tile, lse, found, at)        the state after half a tile z, a fragment of n columns; tile: `Tile`;
-                                                lse: about the pair's natural log-sum-exp so far, with this tile
+    step(state, z, tile, lse, found, at)        the state after half a tile z, a fragment of n columns, -inf past the end of
+                                                the vocabulary; tile: `Tile`; lse: about the pair's natural log-sum-exp so
+                                                far, with this tile
     numbers(state)                              `(numbers of row 0, numbers of row 1)`, each a tuple of `Fold.numbers` float32:
                                                 what other workers need to know
     nothing()                                   such a tuple for a row of which nothing has been seen
     merge(numbers, numbers)                     such a tuple for what both have seen; in which order does not matter
     store(numbers, lse, row, found, survivors, at)   by all lanes of a warp: writes what the numbers say of a token; row: `Row`
 
-`at` is the place of the fold's first result in `Found.results`. `chain` makes one fold of several: the first is `max_sum`,
-which gives the others the log-sum-exp by two functions more, `lse_of_state` and `lse_of_numbers`.
+`at` is the place of the fold's first result in `Found.results`. The vocabulary may come in several launches, each of which
+stores results. In a launch after the first, `begin` goes on from these where `rows.resumes` says so: then one worker has what
+all have found, and the others begin with nothing. A step may use the named barrier 2 + `tile.consumer`, for the 128 threads of
+the consumer.
+
+`chain` makes one fold of several: the first is `max_sum`, which gives the others the log-sum-exp by two functions more,
+`lse_of_state` and `lse_of_numbers`.
 """
 
 from __future__ import annotations

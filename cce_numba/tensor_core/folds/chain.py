@@ -39,7 +39,7 @@ class RowPair(Record):
     position_0 = I32  # of the rows' tokens in the batch
     position_1 = I32
     tokens = U64  # address of the batch's tokens, int32
-    listed = I32  # tokens that the batch has: positions from there on are nobody's
+    n_listed = I32  # tokens that the batch has: positions from there on are nobody's
     row = I32  # of position_0 in the block of 128
     rows_smem = U32  # shared address of an int32 for each row of the block, of this consumer's own
     V = I32
@@ -160,6 +160,8 @@ def _chained(folds: tuple[Fold, ...], n: int, at: int) -> SimpleNamespace:
 
 @functools.cache
 def _no_fold() -> SimpleNamespace:
+    """The end of the chain: no state, no numbers."""
+
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any) -> Any:
         return ()

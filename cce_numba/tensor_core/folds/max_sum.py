@@ -37,7 +37,7 @@ class MaxSums(Record):
 
 
 def larger(so_far: Any, z: Any, _: Any) -> Any:
-    """NaN is in no maximum; but it is in every sum."""
+    """The larger of the two. A NaN is left out here, and gets into the sum of exponentials."""
     return maximum(so_far, z)
 
 
@@ -48,7 +48,10 @@ def add_exp(so_far: Any, z: Any, shift: Any) -> Any:
 
 @cuda.jit(device=True, forceinline=True)
 def rescaled(row_sum: Any, row_max: Any, shift: Any) -> Any:
-    """A sum with the shift of row_max, as one with another shift. The former must be the very number that was subtracted."""
+    """A sum that was made with the shift of row_max, turned into one with another shift.
+
+    `multiply` must give that first shift bit by bit, or the sum would change by the difference.
+    """
     return multiply(row_sum, exp2(multiply(row_max, LOG2E) - shift))
 
 
@@ -60,7 +63,7 @@ def make(n: int) -> SimpleNamespace:
     @cuda.jit(device=True, forceinline=True)
     def earlier(position: Any, rows: Any, found: Any, at: Any) -> Any:
         """(max, sum) of what earlier parts of the vocabulary have given."""
-        token = token_at(rows.tokens, min(position, rows.listed - 1))
+        token = token_at(rows.tokens, min(position, rows.n_listed - 1))
         largest = found.results[(at + MAX_LOGIT) * found.pitch + token]
         log_sum = found.results[(at + LOG_SUM) * found.pitch + token]
         return largest, exp2(fma(log_sum, LOG2E, residual_of(largest)))

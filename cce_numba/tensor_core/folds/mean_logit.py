@@ -62,7 +62,7 @@ def make(n: int) -> SimpleNamespace:
         """The pair's totals: 0, or what earlier parts of the vocabulary have left (in one of the four lanes of a row)."""
         total_0 = total_1 = np.float32(0)
         if rows.resumes and cuda.threadIdx.x & 3 == 0:  # one of the four lanes that share a row
-            last = rows.listed - 1
+            last = rows.n_listed - 1
             total_0 = found.results[at * found.pitch + token_at(rows.tokens, min(rows.position_0, last))]
             total_1 = found.results[at * found.pitch + token_at(rows.tokens, min(rows.position_1, last))]
         return Totals(total_0, total_1)

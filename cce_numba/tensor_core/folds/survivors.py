@@ -50,7 +50,7 @@ def make(n: int) -> SimpleNamespace:
     @cuda.jit(device=True, forceinline=True)
     def bound_of(position: Any, rows: Any, found: Any) -> Any:
         """The lower bound of the log-sum-exp of the token at a position, a float32; out of reach past the listed tokens."""
-        if position >= rows.listed:
+        if position >= rows.n_listed:
             return OUT_OF_REACH
         token = token_at(rows.tokens, position)
         bound = found.bound[token]

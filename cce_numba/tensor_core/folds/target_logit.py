@@ -30,9 +30,9 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def keep_target(position: Any, row: Any, rows: Any, found: Any) -> None:
-        """Puts a row's target into shared memory, -1 if it is none of the vocabulary's or the row is nobody's."""
+        """Puts a row's target into shared memory, -1 if it is out of range or the row is nobody's."""
         target = np.int32(-1)
-        if position < rows.listed:
+        if position < rows.n_listed:
             given = found.targets[token_at(rows.tokens, position)]
             if given >= 0 and given < rows.V:
                 target = np.int32(given)
@@ -41,7 +41,7 @@ def make(n: int) -> SimpleNamespace:
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
         """One of the four lanes that share a row keeps its target for all four."""
-        cuda.syncwarp()  # all have read those of the block before
+        cuda.syncwarp()  # all lanes have read the targets of the block before
         if cuda.threadIdx.x & 3 == 0:
             keep_target(rows.position_0, rows.row, rows, found)
             keep_target(rows.position_1, rows.row + 8, rows, found)
@@ -57,6 +57,7 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
+        """Stores the logit of each of the two rows whose target is in this half tile."""
         # `opaque` hides numbers from LLVM, which would otherwise hoist addresses that are hardly ever used, and spill them.
         thread = opaque(np.int32(tile.thread))
         lane = np.int32(thread & 31)
@@ -71,18 +72,22 @@ def make(n: int) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def numbers(state: Any) -> Any:
+        """Nothing: the logit is in memory already."""
         return (), ()
 
     @cuda.jit(device=True, forceinline=True)
     def nothing() -> Any:
+        """Nothing."""
         return ()
 
     @cuda.jit(device=True, forceinline=True)
     def merge(left: Any, right: Any) -> Any:
+        """Nothing: one worker alone meets the target."""
         return ()
 
     @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, lse: Any, row: Any, found: Any, survivors: Any, at: Any) -> None:
+        """Nothing: `step` has stored the logit, and `tokens.list_tokens` NaN for a target out of range."""
         return
 
     return SimpleNamespace(begin=begin, step=step, numbers=numbers, nothing=nothing, merge=merge, store=store)

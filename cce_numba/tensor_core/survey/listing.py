@@ -45,6 +45,7 @@ def make_list_kernel(smoothed: bool = False) -> Kernel:
 
 
 def _make_list_tokens(smoothed: bool) -> Any:
+    """The device function of CTAs of the first kind; smoothed: as in `make_list_kernel`."""
     threads, block_n, log2e, infinity, nan = THREADS, SURVIVOR_BLOCK, LOG2E, np.float32(math.inf), np.float32(math.nan)
     as_int32, as_bytes = view_as(types.int32), view_as(types.uint8)
 

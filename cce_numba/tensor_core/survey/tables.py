@@ -56,8 +56,9 @@ class Sizes(Record):
 class Tables(Record):
     """Addresses of what a survey makes. The words are those of the package's guide; j numbers sorted columns, t their tiles."""
 
-    # Of tokens: four numbers of each listed token, which are softmax_weight * weight_scale[0] divided by the sum of its
-    # exponentials, target_weight * weight_scale[0], their shift, and, as the bits of an int32, the target, -1 for none.
+    # Of tokens: four numbers of each listed token. They are softmax_weight * weight_scale[0] divided by the token's sum of
+    # exponentials (`exponentials`), target_weight * weight_scale[0], the shift of these exponentials, and, as the bits of an
+    # int32, the target, -1 for none.
     rows = Table(np.float32, lambda s: (s.blocks * SURVIVOR_BLOCK, 4))
     row_of = Table(np.int32, lambda s: (s.blocks * SURVIVOR_BLOCK,))  # row of e of each listed token, -1 if it has no weight
     whole = Table(np.uint32, lambda s: (s.block_words,))  # bit b: block b is whole

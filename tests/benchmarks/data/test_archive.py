@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.data import archive as archives
-from benchmarks.data import npz
+from cce_numba.commands import npz
 
 
 def test_an_archive_is_read(archive, archive_arrays):

@@ -40,9 +40,9 @@ def test_refuses_without_a_gpu(monkeypatch, capsys):
 
 
 def test_allowed_bytes():
-    assert forward.allowed_bytes(8192, 256_000, bits=False) == 2**20 + 12 * 8192
-    assert forward.allowed_bytes(8192, 256_000, bits=True) == 2**20 + 12 * 8192 + 64 * 32_000
-    assert forward.allowed_bytes(129, 9, bits=True) == 2**20 + 12 * 129 + 2 * 2
+    assert forward.allowed_bytes(8192, 256_000, bits=False) == 2**21 + 20 * 8192
+    assert forward.allowed_bytes(8192, 256_000, bits=True) == 2**21 + 24 * 8192 + 64 * 32_000
+    assert forward.allowed_bytes(129, 9, bits=True) == 2**21 + 24 * 129 + 2 * 2
 
 
 @pytest.mark.usefixtures("without_gpu")

@@ -17,7 +17,7 @@ from cce_numba import survivors
 from cce_numba.commands import machine
 from cce_numba.hopper.backward import workspace
 from cce_numba.hopper.backward.tiles import LIST_TILE
-from cce_numba.hopper.backward.workspace import Workspace
+from cce_numba.hopper.backward.workspace import WorkspaceLayout
 from tests.helpers.cases import DTYPES
 from tests.helpers.harness import CpuHarness
 
@@ -70,7 +70,7 @@ def test_small_rounds_are_several(filtered):
 
     def rounds():
         sizes = (*case.e.shape[:1], *case.c.shape)
-        layout = Workspace.of(*sizes, with_e=True, with_sums=True, keep_all=not filtered).survey
+        layout = WorkspaceLayout.of(*sizes, with_e=True, with_sums=True, keep_all=not filtered).survey
         return pairs // layout.cap
 
     with hopper_backward.small_rounds():

@@ -180,7 +180,7 @@ def test_a_graph_with_a_pool_of_its_own_leaves_the_memory_of_others_alone(hopper
 
 @pytest.mark.parametrize(("N", "D"), [(1, 64), (256, 16_384), (8192, 8192), (40_000, 64), (20_000, 12_288)])
 def test_memory_stays_within_what_is_promised(hopper, N, D):
-    """1 MiB and 12 bytes a token for the loss alone; the survivors' bits, two for each of whole tiles, beside it."""
+    """2 MiB and 20 bytes a token for the loss alone; the survivors' bits, two for each of whole tiles, and 4 bytes beside."""
     import cupy
 
     from cce_numba.commands.measure import peak_memory
@@ -192,12 +192,12 @@ def test_memory_stays_within_what_is_promised(hopper, N, D):
     cce.forward(e, c, targets)
     with peak_memory(on_device=True) as for_loss:
         cce.linear_cross_entropy(e, c, targets)
-    assert 0 < for_loss.value <= 2**20 + 12 * N
+    assert 0 < for_loss.value <= 2**21 + 20 * N
     with peak_memory(on_device=True) as with_bits:
         cce.forward(e, c, targets)
     bits = 2 * -(-N // 128) * -(-V // 192) * 24
     assert bits == cce.explain(e, c, targets).survivor_bytes
-    assert bits < with_bits.value <= 2**20 + 12 * N + bits
+    assert bits < with_bits.value <= 2**21 + 24 * N + bits
 
 
 @pytest.mark.parametrize("filter_eps", [2.0**-4, "auto"])

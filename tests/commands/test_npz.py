@@ -9,8 +9,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from benchmarks.data import npz
-from benchmarks.data.npz import Wanted
+from cce_numba.commands import npz
+from cce_numba.commands.npz import Wanted
 
 WANTED = {"x": Wanted("f", 8, 2)}
 

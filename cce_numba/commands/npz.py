@@ -32,11 +32,20 @@ class Header:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an array must be: kinds of its dtype, as `numpy.dtype.kind` has them, bytes of a number at most, dimensions."""
+    """What an array must be: kinds of its dtype, as `numpy.dtype.kind` has them, bytes of a number at most, dimensions.
+
+    None stands for any number of dimensions.
+    """
 
     kinds: str
     itemsize: int
-    ndim: int
+    ndim: int | None
+
+
+def names(path: str) -> list[str]:
+    """The arrays that a file has. Raises OSError if it cannot be read, ValueError if it is no npz file."""
+    with _opened(path) as file:
+        return [name.removesuffix(".npy") for name in file.namelist()]
 
 
 def headers(path: str, wanted: Mapping[str, Wanted]) -> dict[str, Header]:
@@ -46,14 +55,14 @@ def headers(path: str, wanted: Mapping[str, Wanted]) -> dict[str, Header]:
     """
     found = {}
     with _opened(path) as file:
-        names = set(file.namelist())
-        if missing := [name for name in wanted if f"{name}.npy" not in names]:
+        there = set(file.namelist())
+        if missing := [name for name in wanted if f"{name}.npy" not in there]:
             raise ValueError(f"lacks {', '.join(missing)}")
         for name, must_be in wanted.items():
             found[name] = header = _header(file, name)
             if header.dtype.kind not in must_be.kinds or header.dtype.itemsize > must_be.itemsize:
                 raise ValueError(f"{name} is {header.dtype}")
-            if len(header.shape) != must_be.ndim:
+            if must_be.ndim is not None and len(header.shape) != must_be.ndim:
                 raise ValueError(f"{name} must have {must_be.ndim} dimensions, its shape is {header.shape}")
     return found
 
@@ -83,7 +92,9 @@ def _opened(path: str) -> Iterator[zipfile.ZipFile]:
 
 
 def require_memory(nbytes: int) -> None:
-    """Raises ValueError if this is more than half of the machine's memory."""
+    """Raises ValueError if this is more than half of the machine's memory, where the system tells how much that is."""
+    if not hasattr(os, "sysconf"):
+        return
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if nbytes > _SHARE * machine:
         raise ValueError(f"would take {nbytes / 2**30:.1f} GiB, and this machine has {machine / 2**30:.1f}")
