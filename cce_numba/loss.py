@@ -54,7 +54,8 @@ class Result:
     def survivor_counts(self) -> np.ndarray:
         """(n_blocks,) how many vocabulary entries each block of counting tokens keeps in the backward.
 
-        A block is `plan.tiles.survivor_block` consecutive counting tokens. Waits for the device, if there is one.
+        A block is `plan.tiles.survivor_block` consecutive counting tokens. With `filter="unbiased"` it is how many the backward
+        computes again; some of these it then drops, by their exact probabilities. Waits for the device, if there is one.
 
         >>> e, c = np.eye(4, 8) * 50, np.eye(50, 8)
         >>> forward(e, c, np.arange(4)).survivor_counts()  # each of four certain tokens keeps its own target
@@ -73,6 +74,9 @@ class Result:
         everywhere if nothing is filtered, or nearly everything survives. A lost token (NaN) keeps all, and so drops 0. On
         `hopper` it is at most this: where more than 70 % of all pairs survive gradients take all, which only the device knows.
         What the gradients of `c` and `bias` leave out beyond (see `filter_eps`) is not counted.
+
+        With `filter="unbiased"` it is what this seed's draws leave out, if all tokens take part, and bounds no error: other
+        entries are multiplied to make up for it, and the error is 0 on average over seeds.
 
         Computes all logits again, at each call, in pieces whose memory does not grow with N or V; waits for the device.
 
@@ -112,6 +116,15 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         reduction: "mean" over the tokens that count (nan if none does), "sum", or "none". With weights, the mean divides by the
             sum of token weight times class weight of the target (nan, with gradients of 0, if that is 0).
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
+        filter: what becomes of an entry whose probability is below `filter_eps` in all tokens of a block, and which is the
+            target of none of them. "drop" leaves it out of the gradients. "unbiased" lets it survive with probability pmax /
+            filter_eps, pmax being the largest of these probabilities, and then multiplies what it adds by filter_eps / pmax. So
+            gradients are right on average over seeds, at any threshold. "hopper" has only "drop" as yet, so "simt" runs the
+            other.
+        filter_seed: an integer, or a 0-d array of one on e's device (its value is then read there, in a CUDA graph too). The
+            draws of "unbiased" follow from it and from the targets that count, and from nothing else. So the same inputs give
+            the same bits; whoever trains on the same targets again should give another one each time, such as the number of the
+            step.
         filter_eps: gradients leave out what has a probability below this in all of a block's tokens; "auto" is
             `finfo(dtype).eps / 512` (2^-16 for bfloat16), None is exact. The loss itself is always exact. With "auto",
             "hopper" leaves out more of the gradients of `c` and `bias`: 128 entries, in an order of its own, for a block of 128

@@ -59,6 +59,9 @@ def choose(p: Problem, backend: str | None) -> Plan:
     plan = backend_module(name).plan(p)
     if p.options.smooths_capped:
         plan = replace(plan, how=f"{plan.how}; nothing is filtered, since labels are smoothed under a softcap")
+    if p.options.is_unbiased:
+        by_chance = f"columns below {p.options.filter_eps:.3g} survive by chance, so that gradients are right on average"
+        plan = replace(plan, how=f"{plan.how}; {by_chance}")
     return replace(plan, rejected=rejected) if rejected else plan
 
 

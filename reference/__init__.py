@@ -6,6 +6,7 @@ Every kernel is tested against this package, and it is the place to start readin
 * `loss`             `forward` and `backward`: the loss and its gradients, from stored logits
 * `online`           the log-sum-exp folded tile by tile, and why tiles may be merged in any grouping
 * `filters`          which entries of the gradient are too small to matter, known already in the forward
+* `roulette`         a filter that is right on average: what is too small survives by chance, and is multiplied
 * `blocked`          all of it together in the kernels' loop order: a tile of logits at a time, none stored
 
 >>> import numpy as np
@@ -23,3 +24,4 @@ from .building_blocks import logit_gradient, logits, logsumexp, onehot, softcap_
 from .filters import auto_eps, column_filter, column_flags, dropped_mass, forward_flags, tile_filter
 from .loss import Forward, Gradients, backward, forward, weights
 from .online import merge, online_logsumexp, to_lse
+from .roulette import draw_seed, draws, of_tokens, roulette

@@ -39,8 +39,10 @@ def indexed_dot(e, c, targets, *, bias=None, softcap=None):
     return np.where(inside, z, np.nan)
 
 
-def forward(e, c, targets, *, bias=None, softcap=None, eps=None, block_n=4, block_v=8, block_d=16):
+def forward(e, c, targets, *, bias=None, softcap=None, eps=None, draws=None, block_n=4, block_v=8, block_d=16):
     """lse `(n,)`, target_logit `(n,)` and the survivor flags `(n_blocks, V)` of `filters.forward_flags`.
+
+    draws: `(n_blocks, V)` for the unbiased filter, whose threshold is eps * draw; None for the one that drops.
 
     >>> e, c, targets = np.array([[1.0], [-9.0]]), np.arange(4.0)[:, None], np.array([3, 0])
     >>> lse, target_logit, flags = forward(e, c, targets, eps=1e-3, block_n=1, block_v=2)
@@ -51,12 +53,13 @@ def forward(e, c, targets, *, bias=None, softcap=None, eps=None, block_n=4, bloc
     target = indexed_dot(e, c, targets, bias=bias, softcap=softcap)  # first, since it seeds the bound
     lse = np.zeros(n)
     flags = np.zeros((len(blocks(n, block_n)), vocabulary), bool)
-    for flag, n_block in zip(flags, blocks(n, block_n), strict=True):
+    thresholds = np.full(flags.shape, 1.0 if eps is None else eps) * (1.0 if draws is None else draws)
+    for flag, threshold, n_block in zip(flags, thresholds, blocks(n, block_n), strict=True):
         state = IDENTITY
         for v_block in blocks(vocabulary, block_v):
             tile = logits_tile(e[n_block], c[v_block], None if bias is None else bias[v_block], softcap, block_d)
             bound = np.maximum(target[n_block], to_lse(*state))
-            flag[v_block] = may_survive(tile, bound, eps).any(axis=0)
+            flag[v_block] = may_survive(tile, bound, None if eps is None else threshold[v_block]).any(axis=0)
             state = fold(state, tile)
         lse[n_block] = to_lse(*state)
         # Late news: targets survive whatever their probability, and so does the whole block of a token gone NaN.
@@ -65,8 +68,13 @@ def forward(e, c, targets, *, bias=None, softcap=None, eps=None, block_n=4, bloc
 
 
 @quiet
-def backward(e, c, targets, lse, flags, d_nll, d_lse, *, bias=None, softcap=None, block_n=4, chunk_v=16, block_d=16):
+def backward(
+    e, c, targets, lse, flags, d_nll, d_lse, *, bias=None, softcap=None, eps=None, draws=None, block_n=4, chunk_v=16, block_d=16
+):
     """Gradients of `sum(d_nll * nll + d_lse * lse)`, both upstream gradients `(n,)`, from the flagged columns alone.
+
+    With draws `(n_blocks, V)` the filter is the unbiased one. The forward has flagged some columns that it drops: here the
+    probabilities are known, so that `roulette` decides, and says what the columns of G are multiplied by.
 
     For each chunk of chunk_v vocabulary entries: G of the survivors, then dC of the chunk, complete in one go, then
     its share of dE. Every product has one owner per output, so the order of the sums is always the same.
@@ -82,7 +90,7 @@ def backward(e, c, targets, lse, flags, d_nll, d_lse, *, bias=None, softcap=None
     for chunk in blocks(len(c), chunk_v):
         # 1. G of the chunk: per block of tokens a compact list of surviving columns, and the logits of these again.
         workspace = []
-        for flag, n_block in zip(flags, blocks(len(e), block_n), strict=True):
+        for number, (flag, n_block) in enumerate(zip(flags, blocks(len(e), block_n), strict=True)):
             columns = chunk.start + np.flatnonzero(flag[chunk])
             n = n_block.start + np.flatnonzero((a[n_block] != 0) | (b[n_block] != 0))  # the others cost nothing
             z = logits_tile(e[n], c[columns], None if bias is None else bias[columns], softcap, block_d)
@@ -90,6 +98,13 @@ def backward(e, c, targets, lse, flags, d_nll, d_lse, *, bias=None, softcap=None
             if softcap is not None:
                 g *= 1.0 - (z / softcap) ** 2
             g[outside[n]] = np.nan
+            if draws is not None and len(n):
+                p = np.where(outside[n, None], np.nan, np.exp(z - lse[n, None]))
+                hot = (targets[n, None] == columns).any(axis=0)
+                largest = p.max(axis=0)
+                g *= np.where((largest < eps) & ~hot, eps / largest, 1.0)
+                kept = ~(largest <= eps * draws[number, columns]) | hot
+                columns, g = columns[kept], g[:, kept]
             workspace.append((n, columns, g))
         # 2. dC of the chunk: all tokens. Rows without survivors stay 0.
         for n, columns, g in workspace:

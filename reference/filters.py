@@ -78,6 +78,7 @@ def dropped_mass(probabilities, keep):
 def may_survive(tile, bound, eps):
     """Which logits of a tile `(n, block_v)` may reach `p >= eps`, given a lower bound `(n,)` of each token's lse.
 
+    eps is a number, or `(n, block_v)`, one for each logit.
     `p = exp(z - lse) <= exp(z - bound)`, so what is below eps against the bound is below eps in the end.
 
     >>> may_survive(np.array([[0.0, 4.0]]), bound=np.array([5.0]), eps=0.1).tolist()
@@ -88,8 +89,10 @@ def may_survive(tile, bound, eps):
     return ~(tile - bound[:, None] < np.log(eps))  # not >=, so that NaN survives
 
 
-def forward_flags(logits, targets, eps, block_n=128, block_v=128):
+def forward_flags(logits, targets, eps, block_n=128, block_v=128, draws=None):
     """`column_flags` as the forward can set them, before lse is known: never fewer, `(n_blocks, V)` bool.
+
+    With `draws (n_blocks, V)` in (0, 1) each column has the threshold eps * draw, and what `roulette` keeps is flagged.
 
     The bound is the target logit or the lse of the tiles so far, whichever is larger. It leaves out the column in
     question (a target is flagged anyway), so it lies below lse by at least p, hence by eps for a survivor: rounding
@@ -104,9 +107,10 @@ def forward_flags(logits, targets, eps, block_n=128, block_v=128):
     n, vocabulary = logits.shape
     survives = onehot(targets, vocabulary) != 0
     target, state = target_logit(logits, targets), IDENTITY
+    of_tokens = None if eps is None or draws is None else np.repeat(eps * draws, block_n, axis=0)[:n]
     for v_block in blocks(vocabulary, block_v):
         bound = np.maximum(target, to_lse(*state))
-        survives[:, v_block] |= may_survive(logits[:, v_block], bound, eps)
+        survives[:, v_block] |= may_survive(logits[:, v_block], bound, eps if of_tokens is None else of_tokens[:, v_block])
         state = fold(state, logits[:, v_block])
     survives |= np.isnan(logsumexp(logits))[:, None]  # a late NaN or +inf makes every p of its token NaN
     return np.logical_or.reduceat(survives, np.arange(0, n, block_n), axis=0)  # any() of each block of rows

@@ -150,7 +150,8 @@ def per_token(logit_scale, token_weights, shape, shift):
 def kept_product(g, x, keep=None):
     """`g (n, k) @ x (k, D)` over the entries of g that `keep (n, k)` keeps; None keeps all.
 
-    Row by row, because a dropped entry must add nothing at all, and 0 * inf is NaN.
+    Keep is bool, or numbers that multiply g, of which 0 drops an entry. Row by row, because a dropped entry must add nothing at
+    all, and 0 * inf is NaN.
 
     >>> kept_product(np.array([[2.0, np.nan]]), np.array([[3.0], [np.inf]]), np.array([[True, False]])).tolist()
     [[6.0]]
@@ -158,8 +159,8 @@ def kept_product(g, x, keep=None):
     if keep is None:
         return g @ x
     product = np.zeros((len(g), x.shape[-1]))
-    for row, kept in enumerate(keep):
-        product[row] = g[row, kept] @ x[kept]
+    for row, kept in enumerate(keep != 0):
+        product[row] = (g[row, kept] * keep[row, kept]) @ x[kept]
     return product
 
 
@@ -187,8 +188,8 @@ def backward(
 
     d_loss: upstream gradient of the loss, a scalar, or for "none" also of the shape of nll; None is 1.
     d_lse: upstream gradient of lse, a scalar or of the shape of nll; None is 0.
-    keep_e, keep_c: bool `(n_valid, V)`, the entries of G that dE, and that dC and dbias, are made of; None keeps all. What
-    label smoothing takes from all entries alike is never left out.
+    keep_e, keep_c: `(n_valid, V)`, the entries of G that dE, and that dC and dbias, are made of: bool, or numbers that multiply
+    them; None keeps all. What label smoothing takes from all entries alike is never left out nor multiplied.
     A token to which nothing flows back takes no part, so that a NaN in it stays there.
 
     >>> grads = backward(np.ones((1, 2)), np.zeros((2, 2)), np.array([0]), bias=np.zeros(2))

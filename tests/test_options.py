@@ -24,6 +24,7 @@ VALUES = st.fixed_dictionaries(
         "shift": st.integers(0, 3),
         "label_smoothing": st.sampled_from([0.0, 0.0, 0.1]),
         "z_loss": st.sampled_from([0.0, 0.5]),
+        "filter": st.sampled_from(["drop", "unbiased"]),
         "filter_eps": st.sampled_from(["auto", None, 2.0**-4]),
         **{name: st.booleans() for name in ("filter_e_grad", "filter_c_grad", "accum_e_fp32", "accum_c_fp32")},
     }
@@ -70,6 +71,7 @@ def test_survivors_are_recorded_for_a_gradient_that_is_filtered(values):
     assert (options.filter_eps_e is not None) == ("e" in filtered)
     assert (options.filter_eps_c is not None) == ("c" in filtered)
     assert options.filters == bool(filtered)
+    assert options.is_unbiased == (bool(filtered) and values["filter"] == "unbiased")
     for wrt in GRADIENTS:
         assert options.records_survivors(wrt) == bool({"c" if name == "bias" else name for name in wrt} & filtered)
 

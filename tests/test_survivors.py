@@ -13,12 +13,24 @@ from hypothesis import strategies as st
 from numba import cuda, njit
 
 import cce_numba as cce
+import reference
 from cce_numba.options import Options
-from cce_numba.survivors import coarse_eps_of, log_threshold, make_threshold
+from cce_numba.survivors import (
+    coarse_eps_of,
+    draw_seed,
+    draws,
+    log_threshold,
+    low_word,
+    make_draw,
+    make_mix,
+    make_scale,
+    make_threshold,
+)
 from tests.helpers import offline
 from tests.helpers.cases import DTYPES, make_case
 
 REALS = (np.float32, np.float64)
+MIX, DRAW = njit(make_mix(np.uint32)), njit(make_draw(np.uint32))
 numbers = st.floats(-3e4, 3e4)
 thresholds = st.sampled_from([2.0**-4, 2.0**-16, 2.0**-19, 2.0**-61])
 
@@ -111,3 +123,64 @@ def test_memory_is_bounded(N, V, D):
         tracemalloc.stop()
     assert extra <= 80 * 2**20
     assert np.median(mass) > 0
+
+
+# ---- draws
+
+
+WORDS = st.integers(0, 2**32 - 1)
+
+
+@given(block=st.integers(0, 2**20), v=st.integers(0, 2**31 - 1), seed=WORDS)
+def test_compiled_draws_have_the_bits_of_plain_ones_and_of_the_reference(block, v, seed):
+    """With 32-bit integers, as kernels have them, and with Python's; and all of an array at once."""
+    u = float(make_draw(low_word)(block, make_mix(low_word)(v ^ seed)))
+    assert u == DRAW(block, MIX(v ^ seed)) == draws(np.array([block]), np.array([v]), seed)[0]
+    assert 0 < u < 1
+
+
+def test_draws_and_seeds_are_the_reference_s():
+    targets = np.random.default_rng(0).integers(-5, 10**6, 200)
+    for filter_seed in (0, 7):
+        seed = draw_seed(targets, filter_seed)
+        assert seed == reference.draw_seed(targets, filter_seed)
+        ours = draws(np.arange(9)[:, None], np.arange(300), seed)
+        assert np.array_equal(ours, reference.draws(9, 300, int(seed)))
+        assert ours.dtype == np.float32
+
+
+@pytest.mark.parametrize("real", REALS)
+@given(q=st.floats(0, 2), eps=thresholds, u=st.floats(2.0**-24, 1 - 2.0**-24))
+def test_what_survives_by_chance_is_multiplied(real, q, eps, u):
+    scale = make_scale(real)(real(q * eps), real(eps), real(u))
+    assert type(scale) is real
+    if q >= 1 + 1e-6:
+        assert scale == 1
+    elif q < u * (1 - 1e-6):
+        assert scale == 0
+    elif u * (1 + 1e-6) < q < 1 - 1e-6:
+        assert abs(scale * q - 1) <= 1e-6
+
+
+@pytest.mark.parametrize("real", REALS)
+def test_targets_and_lost_tokens_are_kept_as_they_are_and_nothing_is_divided_by_zero(real):
+    scale = make_scale(real)
+    with np.errstate(invalid="ignore", under="ignore"):
+        for largest in (math.inf, math.nan):
+            assert scale(real(largest), real(0.5), real(0.9)) == 1
+        for eps in (0.5, 1e-44, 0.0):
+            assert scale(real(0), real(eps), real(2.0**-24)) == 0
+
+
+@pytest.mark.usefixtures("compiler")
+def test_on_a_gpu_a_draw_takes_32_bit_instructions_and_few():
+    mix, draw = (cuda.jit(device=True, forceinline=True)(make(np.uint32)) for make in (make_mix, make_draw))
+
+    def kernel(block, v, seed, out):
+        out[0] = draw(block, mix(v ^ seed))
+
+    word = cuda.types.uint32
+    compiled = offline.compile_function(kernel, cuda.types.void(word, word, word, cuda.types.float32[::1]))
+    assert compiled.count(r"call(\.uni)?") == 0
+    assert compiled.count(r"(mul|mad|shr|xor|or|cvt|and|add)\.\S*64") == 0
+    assert 10 <= compiled.count(r"(mul|mad|shr|xor|or|cvt|and|add)\.\S+") <= 14

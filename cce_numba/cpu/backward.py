@@ -13,11 +13,12 @@ import numpy as np
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows
-from cce_numba.cpu.elements import add_rows, gradient_block
+from cce_numba.cpu.elements import add_rows, column_scales, gradient_block
 from cce_numba.cpu.threads import at_most, for_each, multiply, spans
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.integers import ceil_div
 from cce_numba.progress import advance
+from cce_numba.survivors import draws
 from cce_numba.terms import outer_product
 
 _ROWS_OF_A_THREAD = 128  # of G, at a time
@@ -31,6 +32,7 @@ class _Part:
 
     Attributes:
         tokens: (n,) those that take part.
+        block: number of the block of counting tokens that they are from, where something is filtered.
         columns: (k,) of which G is made; None means all of the block.
         for_e, for_c: those that dE, and dC and dbias, are made of; None means all.
         e: (n, D) rows of the tokens.
@@ -38,6 +40,7 @@ class _Part:
     """
 
     tokens: Any
+    block: int
     columns: Any
     for_e: Any
     for_c: Any
@@ -60,6 +63,9 @@ def backward(
     else:
         sweeps = [(first, last, into.e, None, None) for first, last in ranges(len(tokens), tiles.dE_group)]
         sweeps += [(0, len(tokens), None, into.c, into.bias)]
+    if p.options.is_unbiased and p.options.filter_eps_e != p.options.filter_eps_c:  # G is multiplied for one, not for the other
+        sweeps = [each for sweep in sweeps for each in ((*sweep[:3], None, None), (*sweep[:2], None, *sweep[3:]))]
+        sweeps = [sweep for sweep in sweeps if any(gradient is not None for gradient in sweep[2:])]
     steps = ceil_div(p.V, tiles.block_v)
     for done, (first, last, *gradients) in enumerate(sweeps):
         for step in _sweep(p, tiles, statistics, weights, adds, first, last, *gradients):
@@ -88,6 +94,7 @@ def _sweep(
     filter_e = recorded and d_e is not None and p.options.filter_eps_e is not None
     filter_c = recorded and (d_c is not None or d_bias is not None) and p.options.filter_eps_c is not None
     filter_all = (filter_e or d_e is None) and (filter_c or (d_c is None and d_bias is None))
+    by_chance = filter_all and statistics.draw_seed is not None
     step = tiles.survivor_block if filter_e or filter_c else tiles.block_n
     d_e_sum = d_e if d_e is None or d_e.dtype == dtype else np.zeros((last - first, p.D), dtype)
     # The BLAS writes to contiguous rows alone. And it costs less accuracy to add the old gradient at the end of a sum.
@@ -100,16 +107,29 @@ def _sweep(
         d_bias_sum = np.zeros(v1 - v0)
 
         def part_of(span: tuple[int, int], v0: int = v0, v1: int = v1) -> _Part:
-            tokens = weights.taking_part(statistics.tokens[first + span[0] : first + span[1]])
-            kept = _kept_columns(statistics, first + span[0], v0, v1) if filter_e or filter_c else None
-            return _Part(tokens, kept if filter_all else None, kept if filter_e else None, kept if filter_c else None)
+            position = first + span[0]
+            tokens = weights.taking_part(statistics.tokens[position : first + span[1]])
+            kept = _kept_columns(statistics, position, v0, v1) if filter_e or filter_c else None
+            for_e, for_c = kept if filter_e else None, kept if filter_c else None
+            return _Part(tokens, position // tiles.survivor_block, kept if filter_all else None, for_e, for_c)
 
         def find(part: _Part, v0: int = v0, c: Any = c) -> None:
             """Finds G for the part's tokens, and adds to their rows of dE, which are nobody else's."""
-            part.e = rows(p.e, part.tokens, dtype)
+            part.e, block = rows(p.e, part.tokens, dtype), slice(v0, v0 + len(c))
             present = _rows(c, part.columns)
             g = multiply(part.e, present.T)
-            _make_gradient(g, p, statistics, weights, part, slice(v0, v0 + len(c)))
+            finish_logits(g, p, part.tokens, block if part.columns is None else part.columns + v0)
+            scales = None
+            if by_chance:
+                scales = _scales(p, statistics, part, g, block)
+                survives = np.flatnonzero(scales)
+                if len(survives) < len(scales):
+                    g, scales, present = g[:, survives], scales[survives], present[survives]
+                    part.columns = survives if part.columns is None else part.columns[survives]
+                    part.for_e, part.for_c = (part.columns if filters else None for filters in (filter_e, filter_c))
+            _make_gradient(g, p, statistics, weights, part, block)
+            if scales is not None:
+                g *= scales
             if d_e is not None:
                 wanted = present if part.for_e is part.columns else _rows(c, part.for_e)
                 partial = multiply(_columns(g, part.columns, part.for_e), wanted)
@@ -198,16 +218,36 @@ def _columns(g: Any, present: Any, wanted: Any) -> Any:
     return g if wanted is present else g[:, wanted]
 
 
-def _make_gradient(z: Any, p: Problem, statistics: Statistics, weights: Weights, part: _Part, block: slice) -> None:
-    """Turns the products z (n, k) of the part's tokens and columns, of this block of the vocabulary, into G, in place."""
+def _scales(p: Problem, statistics: Statistics, part: _Part, z: Any, block: slice) -> Any:
+    """(k,) what the unbiased filter multiplies columns of G by, of a part with logits z (n, k); 0 drops one."""
     tokens, columns = part.tokens, part.columns
-    finish_logits(z, p, tokens, block if columns is None else columns + block.start)
+    scales = np.ones(z.shape[1], z.dtype)
+    max_logit, log_sum = statistics.max_logit[tokens], statistics.log_sum[tokens]
+    if not np.isfinite(max_logit + log_sum).all() or np.isnan(statistics.target_logit[tokens]).any():
+        return scales  # a token is lost
+    entries = np.arange(block.start, block.stop) if columns is None else block.start + columns
+    u = draws(part.block, entries, statistics.draw_seed)
+    assert p.options.filter_eps is not None, "otherwise there is no seed"
+    column_scales(z, max_logit, log_sum, u, p.options.filter_eps, scales)
+    target_column = _target_columns(p, tokens, columns, block)
+    scales[target_column[target_column >= 0]] = 1
+    return scales
+
+
+def _target_columns(p: Problem, tokens: Any, columns: Any, block: slice) -> Any:
+    """(n,) where each token's target stands among the columns (None means all of the block), or -1."""
     wanted = p.targets[tokens] - block.start
     if columns is None:
-        target_column = np.where((wanted >= 0) & (wanted < block.stop - block.start), wanted, -1)
-    else:
-        found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
-        target_column = np.where(columns[found] == wanted, found, -1)
+        return np.where((wanted >= 0) & (wanted < block.stop - block.start), wanted, -1)
+    if len(columns) == 0:
+        return np.full(len(tokens), -1)
+    found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
+    return np.where(columns[found] == wanted, found, -1)
+
+
+def _make_gradient(z: Any, p: Problem, statistics: Statistics, weights: Weights, part: _Part, block: slice) -> None:
+    """Turns the logits z (n, k) of the part's tokens and columns, of this block of the vocabulary, into G, in place."""
+    tokens = part.tokens
     inverse_softcap = z.dtype.type(0 if p.options.softcap is None else 1 / p.options.softcap)
     # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
     softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, weights.softmax[tokens])
@@ -217,7 +257,7 @@ def _make_gradient(z: Any, p: Problem, statistics: Statistics, weights: Weights,
         softmax_weight.astype(z.dtype, copy=False),
         weights.target[tokens],
         (weights.target if weights.uniform is None else weights.uniform)[tokens],
-        target_column,
+        _target_columns(p, tokens, part.columns, block),
     )
     # Nothing is filtered where there is such a term: all columns of the block are here.
     of_class = np.empty(0, z.dtype) if weights.uniform is None else class_weights(p, block)

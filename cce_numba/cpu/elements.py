@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import overload
+from numba.extending import overload, register_jitable
 
 from cce_numba.cpu.compiled import compiled
+from cce_numba.survivors import make_scale
 
 _LOG2_E = np.float32(1.4426950408889634)
 # ln 2 in two parts, the first exact in few bits, so that x - n ln 2 loses nothing (Cody and Waite's reduction).
@@ -22,6 +23,7 @@ _ROUND = np.float32(1.5 * 2**23)  # adding it rounds to an integer, which then s
 _SMALLEST = np.float32(-87.0)  # exp of less is below the smallest normal float32
 _COEFFICIENTS = tuple(np.float32(1 / math.factorial(k)) for k in range(8))
 _ZERO, _ONE = np.float32(0), np.float32(1)
+_scale_of = register_jitable(make_scale(np.float64))
 
 
 @compiled(fastmath={"contract"})
@@ -99,6 +101,22 @@ def gradient_block(
         if column >= 0:
             tanh = at_target * inverse_softcap
             row[column] -= target_weight[n] * (_ONE - tanh * tanh)
+
+
+@compiled(nogil=True)
+def column_scales(z: Any, max_logit: Any, log_sum: Any, u: Any, eps: float, scales: Any) -> None:
+    """Writes to scales (v,) what the unbiased filter multiplies columns of G by: `survivors.make_scale`.
+
+    z (n, v): logits of a block of tokens, none of which is lost. max_logit and log_sum (n,): of the tokens. u (v,): the draws.
+    """
+    largest = np.full(z.shape[1], -np.inf, z.dtype)  # natural log of the largest probability
+    for n in range(z.shape[0]):
+        row = z[n]
+        for v in range(row.shape[0]):
+            log_probability = (row[v] - max_logit[n]) - log_sum[n]
+            largest[v] = log_probability if log_probability > largest[v] else largest[v]
+    for v in range(z.shape[1]):
+        scales[v] = _scale_of(math.exp(np.float64(largest[v])), eps, np.float64(u[v]))
 
 
 @compiled(nogil=True)

@@ -85,5 +85,6 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
         survivors=results.pop("survivors", None),
         survivor_block=tiles.survivor_block,
         mean_logit=results.pop("mean_logit", None),
+        draw_seed=results.pop("draw_seed", None),
         folded=results,
     )

@@ -11,6 +11,7 @@ Reading order:
     logits                a product becomes a logit
 
     tokens, indexed_dot   the list of tokens that count; the logit of each one's target
+    draws                 the draws of the unbiased filter, and their seed
     folds/                what becomes of a tile of logits; `max_sum` is the log-sum-exp
     forward               tiles of logits, folded; then splits merged
 

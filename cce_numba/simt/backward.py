@@ -8,7 +8,7 @@
 Gradients that are added to an array begin with what is in it, or meet it in the sum that is rounded.
 
 G is stored column by column, each at its place in the chunk, so both products can pick from it: what did not survive is
-neither written nor read.
+neither written nor read. Where the unbiased filter drops a column that the forward has flagged, zeros are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cce_numba.simt.gradient_of_bias import make_d_bias_kernel
 from cce_numba.simt.gradient_of_c import make_d_c_kernel
 from cce_numba.simt.gradient_of_e import Destination, make_d_e_kernel
 from cce_numba.simt.gradient_of_logits import make_gradient_of_logits_kernel
-from cce_numba.simt.records import Columns, Found, LogitTerms, Survivors, Tokens, Weights, bias_dtype_of
+from cce_numba.simt.records import Chance, Columns, Found, LogitTerms, Survivors, Tokens, Weights, bias_dtype_of
 from cce_numba.simt.tiles import SimtTiles
 
 WORKSPACE_BYTES = 64 * 2**20  # for G
@@ -55,12 +55,18 @@ def backward(
     d_e, d_c, d_bias = into.e, into.c, into.bias
     n_blocks, chunk = ceil_div(p.N, tiles.block_n), chunk_of(p, tiles)
     keep_all_e, keep_all_c = p.options.filter_eps_e is None, p.options.filter_eps_c is None
+    if p.options.is_unbiased and keep_all_e != keep_all_c and d_e is not None and not (d_c is None and d_bias is None):
+        for part in (Gradients(e=d_e), Gradients(c=d_c, bias=d_bias)):  # G is multiplied for one of them, not for the other
+            backward(p, tiles, statistics, given, part, adds)
+        return
     keep_all_g = (d_e is not None and keep_all_e) or ((d_c is not None or d_bias is not None) and keep_all_c)
 
     # Kernels take these again and again.
     e, c, terms, found = argument((p.e, p.c, LogitTerms.of(p), Found.of(p, statistics)))
     tokens = argument(Tokens(statistics.tokens, statistics.n_valid.reshape(1)))
     weights = argument(Weights.of(p, given))
+    chance = argument(Chance.of(p, statistics))
+    unbiased = statistics.draw_seed is not None and not keep_all_g
     bits = argument(xp.empty((1, 1), np.uint8) if statistics.survivors is None else statistics.survivors)
     kept_g, kept_e, kept_c = (Survivors(bits, keep_all) for keep_all in (keep_all_g, keep_all_e, keep_all_c))
     g = argument(xp.empty((chunk, p.N), p.compute_dtype))
@@ -77,8 +83,9 @@ def backward(
         list_columns_kernel.launch(n_blocks, kept_g, tokens, weights, columns)
         if len(lists) > 1:
             list_columns_kernel.launch(n_blocks, kept_e, tokens, weights, columns_e)
-        g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p), given.uniform is not None)
-        g_kernel.launch((n_blocks, ceil_div(v1 - v0, tiles.block_v)), e, c, terms, found, tokens, weights, columns, g)
+        g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p), given.uniform is not None, unbiased)
+        g_grid = n_blocks, ceil_div(v1 - v0, tiles.block_v)
+        g_kernel.launch(g_grid, e, c, terms, found, tokens, weights, columns, chance, g)
         if d_e is not None and into_e is not None:
             d_e_kernel = make_d_e_kernel(tiles, p.dtype, np.dtype(d_e.dtype))
             first, last = v0 == 0, v1 == p.V

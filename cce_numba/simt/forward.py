@@ -21,6 +21,7 @@ from cce_numba.integers import ceil_div
 from cce_numba.launch.array_kernel import ArrayKernel, argument
 from cce_numba.launch.kernel import kernel_factory
 from cce_numba.simt import folds as folds_
+from cce_numba.simt.draws import draw_seed
 from cce_numba.simt.folds.composed import compose
 from cce_numba.simt.folds.fold import Block, Fold, Given, Place, Tile
 from cce_numba.simt.indexed_dot import indexed_dot
@@ -150,6 +151,7 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
     tokens, terms = list_tokens(p), argument(LogitTerms.of(p))
     # Survivors want a bound of the log-sum-exp before the first tile.
     bound = indexed_dot(p, tokens, terms) if record_survivors and p.targets is not None else None
+    seed = draw_seed(p, tokens) if record_survivors and p.options.is_unbiased else None
     n_blocks, v_tiles = ceil_div(p.N, tiles.block_n), ceil_div(p.V, tiles.block_v)
     phases = [(0, v_tiles)]
     if record_survivors and v_tiles >= 2 * _HEAD:
@@ -157,7 +159,7 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
     splits = [count_splits(n_blocks, last - first) for first, last in phases]
 
     folds = folds_.of_problem(p, record_survivors)
-    records = [fold.arrays(Given(p, tiles, tokens, p.targets, bound)) for fold in folds]
+    records = [fold.arrays(Given(p, tiles, tokens, p.targets, bound, seed)) for fold in folds]
     shape = sum(splits), p.N
     parts = [tuple(xp.empty(shape, dtype) for dtype in fold.row_dtypes(p.compute_dtype)) for fold in folds]
     listed, of_folds, found = argument(tokens), argument(tuple(records)), argument(tuple(parts))
@@ -181,6 +183,7 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
         survivors=results.pop("survivors", None),
         survivor_block=tiles.survivor_block,
         mean_logit=results.pop("mean_logit", None),
+        draw_seed=None if seed is None else seed.reshape(()),
         folded=results,
     )
 

@@ -3,7 +3,8 @@
     G[n, v] = softmax weight[n] * softmax[n, v] - target weight[n] * (v == target[n]) - uniform weight[n] * class weight[v]
 
 times the derivative of the softcap. The last term exists only where label smoothing goes through a softcap; then all logits
-survive.
+survive. The unbiased filter multiplies columns of G, some of them by 0, as their largest probabilities in the block say. A CTA
+has all tokens of a block, so it knows these.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from numba import cuda
 from cce_numba.launch.array_kernel import ArrayKernel
 from cce_numba.launch.inlined import slope_of_cap
 from cce_numba.launch.kernel import kernel_factory
+from cce_numba.simt.draws import draw
 from cce_numba.simt.logits import make_products_tile, make_terms
 from cce_numba.simt.numbers import conversions, real_of
 from cce_numba.simt.product import make_product
 from cce_numba.simt.records import takes_part
 from cce_numba.simt.staging import ALIGNMENT, Operand
 from cce_numba.simt.tiles import SimtTiles
+from cce_numba.survivors import make_scale
 
 
 class OfToken(NamedTuple):
@@ -38,16 +41,20 @@ class OfToken(NamedTuple):
 
 
 @kernel_factory
-def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, uniform: bool) -> ArrayKernel:
-    """The kernel for `e` and `c` of `dtype`; `uniform` says whether G has its third term."""
+def make_gradient_of_logits_kernel(
+    tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, uniform: bool, unbiased: bool
+) -> ArrayKernel:
+    """The kernel for `e` and `c` of `dtype`. `uniform`: whether G has its third term. `unbiased`: whether by that filter."""
     real = real_of(dtype)
+    scale_of_column = cuda.jit(device=True)(make_scale(real))
     load, _ = conversions(dtype)
     product, products_tile = make_product(tiles, real), make_products_tile(tiles, load, real)
     bias_of, scale_of, logit_of = make_terms(bias_dtype, real)
     column_of = product.column_of
     e_shape, c_shape, acc_shape = product.a_shape, product.b_shape, product.acc_shape
     block_n, block_v, threads, threads_v = tiles.block_n, tiles.block_v, tiles.threads, tiles.threads_v
-    thread_n, thread_v, alignment = tiles.thread_n, tiles.thread_v, ALIGNMENT
+    thread_n, thread_v, threads_n, alignment = tiles.thread_n, tiles.thread_v, tiles.threads_n, ALIGNMENT
+    largest_shape, infinity = (threads_n, block_v), real(math.inf)
 
     @cuda.jit(device=True)
     def read_token(token: Any, found: Any, weights: Any) -> Any:
@@ -79,6 +86,15 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
             gradient *= slope_of_cap(z / softcap)
         return gradient if of_token.takes_part else real(0)  # not even with a NaN in its row
 
+    @cuda.jit(device=True)
+    def probability_of(z: Any, v: Any, of_token: Any) -> Any:
+        """A token's say in the fate of column v: its probability; inf if v is its target or the token is lost; 0 if dead."""
+        log_sum_exp = of_token.max_logit + of_token.log_sum
+        probability = real(math.exp((z - of_token.max_logit) - of_token.log_sum))
+        if v == of_token.target or of_token.softmax_weight != of_token.softmax_weight or log_sum_exp - log_sum_exp != 0:
+            probability = infinity
+        return probability if of_token.takes_part else real(0)
+
     def gradient_of_logits_kernel(
         e: Any,  # (N, D)
         c: Any,  # (V, D)
@@ -87,6 +103,7 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
         tokens: Any,  # Tokens
         weights: Any,  # Weights
         columns: Any,  # Columns
+        chance: Any,  # Chance
         g: Any,  # (entries of a chunk, N) real, to be written: row v - v0, at the token's position in the list
     ) -> None:
         """Grid (n_blocks, tiles of the chunk). Writes G where it survives, and nothing elsewhere."""
@@ -107,6 +124,30 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
             c_rows[r] = columns.listed[n_block, min(first + r, count - 1)]
         products_tile(acc, Operand(e, e_rows, e_smem), Operand(c, c_rows, c_smem))
 
+        if unbiased:
+            # The largest probability of each column: each thread of its own rows, then across the threads of a column.
+            largest = cuda.shared.array(largest_shape, real)
+            scales = cuda.shared.array(block_v, real)
+            for j in range(thread_v):
+                largest[y, column_of(j)] = real(0)
+            for i in range(thread_n):
+                position = n0 + y * thread_n + i
+                if position < n_valid:
+                    token = tokens.listed[position]
+                    scale, of_token = scale_of(terms, token), read_token(token, found, weights)
+                    for j in range(thread_v):
+                        v = columns.listed[n_block, min(first + column_of(j), count - 1)]
+                        z = logit_of(acc[i, j], bias_of(terms, v), scale, terms)
+                        largest[y, column_of(j)] = max(largest[y, column_of(j)], probability_of(z, v, of_token))
+            cuda.syncthreads()
+            for r in range(t, block_v, threads):
+                most = largest[0, r]
+                for other in range(1, threads_n):
+                    most = max(most, largest[other, r])
+                v = columns.listed[n_block, min(first + r, count - 1)]
+                scales[r] = scale_of_column(most, chance.eps, real(draw(n_block, v, chance.draw_seed[0])))
+            cuda.syncthreads()
+
         for i in range(thread_n):
             position = n0 + y * thread_n + i
             if position < n_valid:
@@ -117,6 +158,9 @@ def make_gradient_of_logits_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype
                     if column < count:
                         v = columns.listed[n_block, column]
                         z = logit_of(acc[i, j], bias_of(terms, v), scale, terms)
-                        g[v - columns.v0, position] = gradient_of(z, v, of_token, weights, terms.softcap)
+                        gradient = gradient_of(z, v, of_token, weights, terms.softcap)
+                        if unbiased:
+                            gradient *= scales[column_of(j)]
+                        g[v - columns.v0, position] = gradient
 
     return ArrayKernel(gradient_of_logits_kernel, block=(tiles.threads_v, tiles.threads_n), ctas=tiles.ctas)

@@ -112,6 +112,20 @@ def survives(survivors: Any, n_block: Any, v: Any) -> Any:
     return survivors.keep_all or (survivors.bits[n_block, v >> 3] >> (v & 7)) & 1 != 0
 
 
+class Chance(NamedTuple):
+    """What the unbiased filter decides by; see `cce_numba/survivors.py`."""
+
+    draw_seed: Any  # (1,) int64
+    eps: Any  # real
+
+    @staticmethod
+    def of(p: Problem, statistics: Statistics) -> Chance:
+        """That of a problem whose forward has drawn; else of the right types, for nobody to read."""
+        seed = statistics.n_valid if statistics.draw_seed is None else statistics.draw_seed
+        real: Any = p.compute_dtype.type
+        return Chance(seed.reshape(1), real(p.options.filter_eps or 0))
+
+
 class Columns(NamedTuple):
     """The vocabulary entries [v0, v1), a chunk, and those of them that each block of tokens keeps, as a list."""
 

@@ -77,7 +77,7 @@ class CutCrossEntropy(torch.autograd.Function):
             lse, *others = (memory.tensor_of(array) for array in (arrays if wrt else arrays[:1]))
         if wrt:
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*tensors, lse, *others)
+            ctx.save_for_backward(*call.for_backward(tensors), lse, *others)
             ctx.given, ctx.plan = given, plan
         return loss, lse
 

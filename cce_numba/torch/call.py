@@ -25,9 +25,10 @@ from cce_numba.options import DEFAULTS
 from cce_numba.plan import Plan
 from cce_numba.torch import memory
 
-TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights")  # all but the first three may be None
+# All but the first three may be None. A forward alone reads the last: backwards take the seed that it made, and have None.
+TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights", "filter_seed")
 _ON_CPU = Kind("torch", None, memory.tensor_of)
-SAVED = ("lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "mean_logit")
+SAVED = ("lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "mean_logit", "draw_seed")
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +95,11 @@ def backward(
     done.backward(0.0 if d_loss is None else d_loss, d_lse, destination)
 
 
+def for_backward(tensors: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
+    """Those of `TENSORS` that a backward reads: the others may change before it comes."""
+    return *tensors[:-1], None
+
+
 def gradients_like(tensors: Sequence[torch.Tensor | None], names: Iterable[str]) -> dict[str, torch.Tensor]:
     """Empty tensors for the gradients of these of `TENSORS`, contiguous."""
     inputs = dict(zip(TENSORS, tensors, strict=True))
@@ -109,6 +115,7 @@ def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: b
     after the last entry, where the backward may read, so all of their memory is kept.
     """
     tokens, bits, mean_logit = statistics.tokens, statistics.survivors, statistics.mean_logit
+    draw_seed = statistics.n_valid.reshape(1)[:0] if statistics.draw_seed is None else statistics.draw_seed
     if len(tokens) < p.N:
         tokens = np.concatenate([tokens, np.zeros(p.N - len(tokens), tokens.dtype)])
     n_bytes = form.survivor_bytes(p.N, p.V) if recorded else 0
@@ -124,7 +131,7 @@ def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: b
     if mean_logit is None:
         mean_logit = statistics.lse[:0]
     numbers = statistics.lse, statistics.max_logit, statistics.log_sum, statistics.target_logit
-    return *numbers, statistics.n_valid, tokens, bits, mean_logit
+    return *numbers, statistics.n_valid, tokens, bits, mean_logit, draw_seed
 
 
 def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -139,7 +146,7 @@ def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor]) -> Statistics:
     """What `_saved` was made of, out of tensors of it."""
-    *others, mean_logit = saved
+    *others, mean_logit, draw_seed = saved
     lse, max_logit, log_sum, target_logit, n_valid, tokens, bits = map(memory.array_of, others)
     if not p.on_device:
         tokens = tokens[: int(n_valid)]
@@ -156,4 +163,5 @@ def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor])
         survivors=bits[:, : ceil_div(p.V, 8)] if recorded else None,
         survivor_block=form.survivor_block,
         mean_logit=memory.array_of(mean_logit) if p.options.smooths_capped else None,
+        draw_seed=memory.array_of(draw_seed) if draw_seed.numel() else None,
     )

@@ -10,7 +10,7 @@ import torch
 
 from cce_numba import arguments, interchange
 from cce_numba.arguments import GRADIENTS
-from cce_numba.options import Options, flag
+from cce_numba.options import Options, flag, integer
 from cce_numba.torch import memory
 
 _DTYPES = [memory.TORCH_DTYPES[dtype] for dtype in arguments.DTYPES]
@@ -92,6 +92,28 @@ def _way_to_floats(name: str, tensor: torch.Tensor, targets: Any) -> str:
     if tensor.element_size() == 1 and tensor.dtype != torch.bool:
         return "; if these are quantized weights, pass what they stand for"
     return ""
+
+
+def filter_seed(seed: Any, of_e: torch.device | None = None) -> torch.Tensor | None:
+    """The seed as a tensor, or None for 0. So a compiler need not make a program for each integer.
+
+    Raises TypeError or ValueError unless it is an integer, or a 0-d tensor of one on e's device or on the CPU.
+    """
+    if not isinstance(seed, torch.Tensor):
+        place = of_e if of_e is not None and of_e.type == "meta" else "cpu"
+        if torch.compiler.is_compiling():
+            return torch.ones((), dtype=torch.int64, device=place) * seed
+        number = integer("filter_seed", seed)
+        return torch.tensor(number, device=place) if number else None
+    check_tensor("filter_seed", seed)
+    if seed.dtype == torch.bool or seed.is_floating_point() or seed.is_complex():
+        got = str(seed.dtype).removeprefix("torch.")
+        raise TypeError(f"filter_seed: must be an integer or a 0-d tensor of one, got dtype {got}")
+    if seed.ndim:
+        raise ValueError(f"filter_seed: must be an integer or a 0-d tensor of one, got shape {tuple(seed.shape)}")
+    if of_e is not None and seed.device.type != "cpu" and seed.device != of_e:
+        raise ValueError(f"filter_seed: must be on the device of e, {of_e}, or on the CPU, got a tensor on {seed.device}")
+    return seed
 
 
 def cast(e: torch.Tensor, c: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -37,7 +37,8 @@ def forward(
     if options.reduction == "none":
         loss_shape = targets[..., shift:].shape if shift else targets.shape
     form = _form(Outline(N, V, e.shape[-1], dtype, e.is_cuda, str(e.device), options), e.device, given.get("backend"))
-    rows, row_bytes = form.survivors_shape(N, V) if options.records_survivors(wrt) else (0, 0)
+    recorded = options.records_survivors(wrt)
+    rows, row_bytes = form.survivors_shape(N, V) if recorded else (0, 0)
     return (
         e.new_empty(loss_shape, dtype=wide),
         *(e.new_empty(N, dtype=wide) for _ in range(4)),
@@ -45,6 +46,7 @@ def forward(
         e.new_empty(N, dtype=memory.TORCH_DTYPES[form.tokens]),
         e.new_empty(rows * row_bytes, dtype=torch.uint8),
         e.new_empty(N if options.smooths_capped else 0, dtype=wide),
+        e.new_empty(() if recorded and options.is_unbiased else 0, dtype=torch.int64),
     )
 
 

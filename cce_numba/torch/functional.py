@@ -19,6 +19,7 @@ from cce_numba.torch import autograd, call, checks
 
 STORED_LOGITS = "torch_compile"
 _TENSOR_OPTIONS = ("logit_scale", "class_weights", "token_weights")
+_BUFFERS = (*_TENSOR_OPTIONS, "filter_seed")  # of the module, where they are tensors
 _DEFAULTS = DEFAULTS | {"impl": "cce", "return_lse": False}
 _NOT_IN_BASELINE = (*_TENSOR_OPTIONS, "label_smoothing", "z_loss")
 
@@ -45,6 +46,8 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     class_weights: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
+    filter: str = "drop",
+    filter_seed: int | torch.Tensor = 0,
     check_targets: bool | None = None,
     backend: str | None = None,
     **others: Any,
@@ -92,6 +95,10 @@ def linear_cross_entropy(
         z_loss: weight of `lse**2` in each token's loss.
         class_weights: (V,). Like all tensors that are not e, c or bias it gets no gradient, and must not require one.
         token_weights: of targets' shape.
+        filter: "drop" leaves out what is below `filter_eps`; "unbiased" keeps some of it by chance and multiplies that, so that
+            gradients are right on average; see `cce_numba.linear_cross_entropy`.
+        filter_seed: an integer, or a 0-d tensor of one on e's device, which may change in place from step to step, in a CUDA
+            graph too. A forward alone reads it.
         check_targets: True raises for a target out of range, on any device. None does so on the CPU; on CUDA, where looking
             would wait for the device, such a token's loss and gradient become NaN.
         backend: "cpu", "simt", "hopper", or None to choose by device and dtype.
@@ -128,6 +135,7 @@ def linear_cross_entropy(
         "softcap": softcap,
         "reduction": reduction,
         "shift": shift,
+        "filter": filter,
         "filter_eps": filter_eps,
         "filter_e_grad": filter_e_grad,
         "filter_c_grad": filter_c_grad,
@@ -154,7 +162,8 @@ def linear_cross_entropy(
             )
         loss, lse = _from_stored_logits(e, c, targets, bias, ignore_index, softcap, reduction, int(shift))
         return (loss, lse) if return_lse else loss
-    tensors = e, c, targets, bias, scales, class_weights, token_weights
+    seed = checks.filter_seed(filter_seed, e.device)
+    tensors = e, c, targets, bias, scales, class_weights, token_weights, None if filter == "drop" else seed
     loss, flat_lse = autograd.apply(tensors, {**given, **PRESETS[name]})
     if not return_lse:
         return loss
@@ -206,11 +215,13 @@ class LinearCrossEntropy(torch.nn.Module):
         for name in options:
             if name not in _DEFAULTS:
                 raise unknown(name, _DEFAULTS)
-        tensors = {name: x for name, x in options.items() if name in _TENSOR_OPTIONS and x is not None}
-        if isinstance(tensors.get("logit_scale"), numbers.Real):
-            del tensors["logit_scale"]
+        tensors = {name: x for name, x in options.items() if name in _BUFFERS and x is not None}
+        for name in ("logit_scale", "filter_seed"):
+            if isinstance(tensors.get(name), numbers.Real):
+                del tensors[name]
         for name, tensor in tensors.items():
             checks.check_tensor(name, tensor)
+        checks.filter_seed(options.get("filter_seed", 0))
         checks.check_options(torch.float32, {name: x for name, x in given.items() if name not in tensors}, return_lse)
         self._names = (*given, "impl", "return_lse")
         for name, value in (given | {"impl": _impl(impl), "return_lse": return_lse}).items():
@@ -312,7 +323,7 @@ def linear_cross_entropy_backward(
     inputs = {name: x for name, x in (("e", e), ("c", c), ("bias", bias)) if x is not None and x.requires_grad}
     with torch.no_grad():
         cast_e, cast_c, cast_bias = checks.cast(e, c, bias)
-        with call.prepared((cast_e, cast_c, targets, cast_bias, *[None] * len(tensors)), options) as (problem, plan):
+        with call.prepared((cast_e, cast_c, targets, cast_bias, *[None] * (len(call.TENSORS) - 4)), options) as (problem, plan):
             grads = {name: _accumulator(name, x) for name, x in inputs.items()}
             try:
                 destination = Destination.of(Gradients(**grads), True, frozenset(grads), problem)

@@ -22,7 +22,7 @@ from cce_numba.torch.call import SAVED, TENSORS
 # either a number or a word.
 _INTEGERS = ("ignore_index", "shift", "filter_e_grad", "filter_c_grad", "check_targets")
 _REALS = ("softcap", "filter_eps", "logit_scale", "label_smoothing", "z_loss")
-_WORDS = ("reduction", "backend", "filter_eps")
+_WORDS = ("reduction", "backend", "filter", "filter_eps")
 _INPUTS = ", ".join(["Tensor e, Tensor c, Tensor targets", *(f"Tensor? {name}" for name in TENSORS[3:])])
 # A compiler would make one program for each value of a number in a list, and gives up after a few. So those that it has left
 # open travel in a tensor: `open_reals`, float64 on the CPU; the last of `words` names them.
@@ -50,7 +50,7 @@ def backward(
     names: Iterable[str],
 ) -> dict[str, torch.Tensor]:
     """The gradients that are named, by the operator, which autograd records: to refuse second derivatives."""
-    results = backward_op(d_loss, d_lse, *saved, *tensors, *_encoded(given), ",".join(names))
+    results = backward_op(d_loss, d_lse, *saved, *call.for_backward(tensors), *_encoded(given), ",".join(names))
     return {name: grad for name, grad in zip(GRADIENTS, results, strict=True) if name in names}
 
 
@@ -69,11 +69,12 @@ def _encoded(given: Mapping[str, Any]) -> tuple[list[int], list[float], torch.Te
     if left_open:  # products, which compilers know to make without the number's value
         one = torch.ones((), dtype=torch.float64, device="cpu")
         open_reals = torch.stack([one * numbers[name] for name in left_open])
+    words = options["reduction"], options["backend"] or "", options["filter"], eps if isinstance(eps, str) else ""
     return (
         [int(numbers[name]) for name in _INTEGERS],
         [math.nan if numbers[name] is None or name in left_open else float(numbers[name]) for name in _REALS],
         open_reals,
-        ",".join([options["reduction"], options["backend"] or "", eps if isinstance(eps, str) else "", "+".join(left_open)]),
+        ",".join([*words, "+".join(left_open)]),
     )
 
 
@@ -158,7 +159,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     *tensors, integers, reals, open_reals, words, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.save_for_backward(*output[1:], *tensors, open_reals)
+    ctx.save_for_backward(*output[1:], *call.for_backward(tensors), open_reals)
     ctx.options = integers, reals, words
 
 

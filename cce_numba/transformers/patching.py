@@ -23,6 +23,8 @@ from cce_numba.transformers.patched import BASE, PATCH, Patch, name_of
 
 # The others of `linear_cross_entropy` are the model's to choose.
 OPTIONS = (
+    "filter",
+    "filter_seed",
     "filter_eps",
     "accum_e_fp32",
     "accum_c_fp32",

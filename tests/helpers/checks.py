@@ -177,6 +177,7 @@ def check_gradients(
 ) -> None:
     """Gradients (NumPy) against the reference's with the same entries of G kept: exact where `kept` is None.
 
+    kept: (n_valid, V) bool, or of the unbiased filter what multiplies G.
     coarse_eps: see `plan.Plan`. What dC and dbias may leave out for it is allowed for, entry by entry.
     """
     case, options = expected.case, expected.options
@@ -266,8 +267,11 @@ def gradient_tolerances(
 
     def of(keep: np.ndarray | None, terms: int, error: np.ndarray) -> np.ndarray:
         bound = error + (terms + 8) * unit * (g + error)
+        if keep is not None and keep.dtype != bool:  # it follows from a probability
+            return np.where(keep == 0, 0, keep * (bound + (g + error) * of_scale))
         return bound if keep is None else np.where(keep, bound, 0)
 
+    of_scale = np.nanmax(probability_margin(expected), initial=1) - 1
     rounded_error = g_error + rounding_of_g(g + g_error, np.maximum(a, b), case.e.dtype)
     d_e = np.zeros_like(e_all)
     view = d_e[..., : max(0, length - shift), :] if shift else d_e

@@ -21,12 +21,14 @@ if SimulatorHarness.is_active():
 from cce_numba.commands.precompile import kernels_of
 
 TERMS = ("bias", "softcap", "label-smoothing", "class-weights", "logit-scale")
+OPTIONS = {"plain": ("bias",), "unbiased": ("bias", "unbiased"), "terms": TERMS}
 LARGE = {"lse_kernel", "gradient_of_logits_kernel", "d_e_kernel", "d_c_kernel"}
 
 
 # Each dtype, for one compute capability or the other; and once with all that a call may have.
 CONFIGURATIONS = [(dtype, cc, "plain") for dtype, cc in zip(DTYPES, [(8, 0), (9, 0), (8, 0), (9, 0)], strict=True)]
 CONFIGURATIONS.append((np.dtype(np.float32), (9, 0), "terms"))
+CONFIGURATIONS += [(DTYPES[1], (9, 0), "unbiased"), (DTYPES[3], (9, 0), "unbiased")]
 
 
 @pytest.mark.usefixtures("compiler")
@@ -34,9 +36,11 @@ CONFIGURATIONS.append((np.dtype(np.float32), (9, 0), "terms"))
     ("dtype", "cc", "what"), CONFIGURATIONS, ids=[f"{d}, sm_{a}{b}, {w}" for d, (a, b), w in CONFIGURATIONS]
 )
 def test_kernels_compile_within_their_budget(dtype, cc, what):
-    _, kernels = kernels_of("simt", dtype.name, TERMS if what == "terms" else ["bias"], cc)
+    _, kernels = kernels_of("simt", dtype.name, OPTIONS[what], cc)
     small = {"list_tokens_kernel", "finish_kernel", "list_columns_kernel", "d_bias_kernel"}
-    if what == "plain":  # the bound of survivors, of which none are recorded where labels are smoothed under a softcap
+    if what == "unbiased":
+        small.add("draw_seed_kernel")
+    if what != "terms":  # the bound of survivors, of which none are recorded where labels are smoothed under a softcap
         small.add("indexed_dot_kernel")
     assert {kernel.function.__name__ for kernel in kernels} == LARGE | small
     tiles = choose_tiles(np.dtype(np.float64 if dtype == np.float64 else np.float32), simulated=False)

@@ -106,6 +106,7 @@ CASES = [
     ("simt", "float32", {}, torch.int64, 3, 625),
     ("simt", "float64", {}, torch.int64, 5, 625),
     ("simt", "bfloat16", {"backend": "simt"}, torch.int64, 3, 625),
+    ("simt", "bfloat16", {"filter": "unbiased"}, torch.int64, 3, 625),  # which hopper has not
 ]
 
 
@@ -121,14 +122,15 @@ def test_an_operator_on_a_device_that_is_not_there(monkeypatch, backend, dtype, 
         e, c = (torch.empty(n, D, device="cuda", dtype=getattr(torch, dtype)) for n in (N, V))
         targets = torch.empty(N, device="cuda", dtype=torch.long)
         encoded = operators._encoded(given | options)
-        found = operators.forward_op(e, c, targets, None, None, None, None, *encoded, "e,c")
-        without = operators.forward_op(e, c, targets, None, None, None, None, *encoded, "")
-        grads = operators.backward_op(found[0], None, *found[1:], e, c, targets, None, None, None, None, *encoded, "c")
+        found = operators.forward_op(e, c, targets, *[None] * 5, *encoded, "e,c")
+        without = operators.forward_op(e, c, targets, *[None] * 5, *encoded, "")
+        grads = operators.backward_op(found[0], None, *found[1:], e, c, targets, *[None] * 5, *encoded, "c")
     wide = torch.float64 if dtype == "float64" else torch.float32
     mean_logit = N if "label_smoothing" in options else 0
     expected = [((), wide), *[((N,), wide)] * 4, ((), torch.int64), ((N,), tokens)]
-    assert shapes(found) == [*expected, ((rows * row_bytes,), torch.uint8), ((mean_logit,), wide)]
-    assert shapes(without) == [*expected, ((0,), torch.uint8), ((mean_logit,), wide)]
+    seed = () if "filter" in options else (0,)
+    assert shapes(found) == [*expected, ((rows * row_bytes,), torch.uint8), ((mean_logit,), wide), (seed, torch.int64)]
+    assert shapes(without) == [*expected, ((0,), torch.uint8), ((mean_logit,), wide), ((0,), torch.int64)]
     assert shapes(grads) == [((0,), c.dtype), ((V, D), c.dtype), ((0,), c.dtype)]
     assert set(chosen) == {backend}
 

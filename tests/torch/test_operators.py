@@ -74,7 +74,8 @@ def test_options_are_the_same_once_decoded(filter_eps):
     from cce_numba.torch import call, operators
 
     numbers = {name: value for name, value in DEFAULTS.items() if name in operators._INTEGERS + operators._REALS}
-    options = numbers | {"reduction": "sum", "backend": "cpu", "filter_eps": filter_eps, "filter_c_grad": False, "shift": 3}
+    words = {"reduction": "sum", "backend": "cpu", "filter": "unbiased", "filter_eps": filter_eps}
+    options = numbers | words | {"filter_c_grad": False, "shift": 3}
     decoded = operators._decoded(*operators._encoded(options | {"softcap": 5.0, "check_targets": True}))
     assert decoded == options | {"softcap": 5.0, "check_targets": True}
     checked = Options.of(BFLOAT16, call.given(decoded))

@@ -24,7 +24,7 @@ class TestWhatCannotBePatched:
             patch(make().model)
 
     def test_no_such_option(self):
-        with pytest.raises(TypeError, match="softcap: is no option of patch, which takes filter_eps"):
+        with pytest.raises(TypeError, match="softcap: is no option of patch, which takes filter, filter_seed"):
             patch(make(), softcap=3.0)
 
     @pytest.mark.parametrize(

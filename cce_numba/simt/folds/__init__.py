@@ -32,4 +32,5 @@ FOLDS: dict[str, Fold] = {fold.name: fold for fold in (MaxSum(), TargetLogit(), 
 
 def of_problem(p: Problem, record_survivors: bool) -> tuple[Fold, ...]:
     """The folds that a problem's forward runs."""
-    return tuple(FOLDS[name] for name in folds.wanted(p, record_survivors))
+    chosen = FOLDS | {folds.SURVIVORS: Survivors(unbiased=True)} if p.options.is_unbiased else FOLDS
+    return tuple(chosen[name] for name in folds.wanted(p, record_survivors))

@@ -66,6 +66,7 @@ class Given:
         tokens: those that count.
         targets: (N,) int64, or None without targets.
         bound: (N,) of the compute dtype, the target's logit, a dot product by itself; None where no survivors are recorded.
+        draw_seed: (1,) int64, of the draws of the unbiased filter; None without it.
     """
 
     problem: Problem
@@ -73,6 +74,7 @@ class Given:
     tokens: Tokens
     targets: Any  # or None
     bound: Any  # or None
+    draw_seed: Any  # or None
 
 
 class Fold(Protocol):

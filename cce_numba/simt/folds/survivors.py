@@ -2,12 +2,13 @@
 
 An entry is dropped in a block if its probability is known to be below eps for every token of the block. It is known for a token
 if the logit is below bound + log(eps), where the bound is no larger than the token's log-sum-exp: the larger of the target's
-logit and the log-sum-exp of what was seen so far. A target survives in any case, and so does NaN. `cce_numba/survivors.py` has
-the rule.
+logit and the log-sum-exp of what was seen so far. A target survives in any case, and so does NaN. The unbiased filter has a
+threshold eps * u for each column instead, with draws u in (0, 1). `cce_numba/survivors.py` has the rules.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +17,7 @@ from numba import cuda
 
 from cce_numba import folds
 from cce_numba.integers import ceil_div
+from cce_numba.simt.draws import draw
 from cce_numba.simt.folds.fold import Functions, Given
 from cce_numba.simt.folds.max_sum import make_log_sum_exp
 from cce_numba.simt.product import make_product
@@ -39,13 +41,19 @@ class Arrays(NamedTuple):
     targets: Any  # (N,) int64
     target_logit: Any  # (N,) real
     log_eps: Any  # real: natural log of the threshold, with some slack
+    draw_seed: Any  # (1,) int64: of the unbiased filter
     bits: Any  # (n_blocks, ceil(V / 8)) uint8, little-endian over the vocabulary: the result
 
 
 @dataclass(frozen=True)
 class Survivors:
-    """The fold. A row has nothing to merge: different splits write different bytes of the bits."""
+    """The fold. A row has nothing to merge: different splits write different bytes of the bits.
 
+    Attributes:
+        unbiased: whether each column has a threshold of its own, by chance.
+    """
+
+    unbiased: bool = False
     name: ClassVar[str] = folds.SURVIVORS
     Row: ClassVar[Any] = None
 
@@ -58,7 +66,8 @@ class Survivors:
         p = given.problem
         log_eps = p.compute_dtype.type(log_threshold(p.options.filter_eps))
         bits = p.xp.zeros((ceil_div(p.N, given.tiles.survivor_block), ceil_div(p.V, 8)), np.uint8)
-        return Arrays(given.targets, given.bound, log_eps, bits)
+        any_array = given.tokens.n_valid  # which nobody reads
+        return Arrays(given.targets, given.bound, log_eps, given.draw_seed if self.unbiased else any_array, bits)
 
     def results(self, arrays: Arrays) -> dict[str, Any]:
         """See `fold.Fold`."""
@@ -66,10 +75,10 @@ class Survivors:
 
     def functions(self, tiles: SimtTiles, real: np.dtype) -> Functions:
         """See `fold.Fold`."""
-        return _functions(tiles, real.type)
+        return _functions(tiles, real.type, self.unbiased)
 
 
-def _functions(tiles: SimtTiles, real: Any) -> Functions:
+def _functions(tiles: SimtTiles, real: Any, unbiased: bool) -> Functions:
     block_n, block_v, threads = tiles.block_n, tiles.block_v, tiles.threads
     threads_n, threads_v, thread_n, thread_v = tiles.threads_n, tiles.threads_v, tiles.thread_n, tiles.thread_v
     hits_shape = (threads_n, block_v)
@@ -107,10 +116,13 @@ def _functions(tiles: SimtTiles, real: Any) -> Functions:
         # Each thread its own rows, of each of its columns; then across the threads of a column, eight columns a byte.
         for j in range(thread_v):
             column = column_of(j)
+            log_eps = arrays.log_eps
+            if unbiased:
+                log_eps += real(math.log(draw(tile.n_block, tile.v0 + column, arrays.draw_seed[0])))
             hit = 0
             for i in range(thread_n):
                 row = y * thread_n + i
-                threshold = threshold_of(state.bound[row], arrays.log_eps)
+                threshold = threshold_of(state.bound[row], log_eps)
                 # "not below" rather than "at least": NaN survives.
                 if not (tile.logits[i, j] < threshold) or state.target[row] == tile.v0 + column:
                     hit = 1
