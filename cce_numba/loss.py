@@ -119,8 +119,7 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         filter: what becomes of an entry whose probability is below `filter_eps` in all tokens of a block, and which is the
             target of none of them. "drop" leaves it out of the gradients. "unbiased" lets it survive with probability pmax /
             filter_eps, pmax being the largest of these probabilities, and then multiplies what it adds by filter_eps / pmax. So
-            gradients are right on average over seeds, at any threshold. "hopper" has only "drop" as yet, so "simt" runs the
-            other.
+            gradients are right on average over seeds, at any threshold.
         filter_seed: an integer, or a 0-d array of one on e's device (its value is then read there, in a CUDA graph too). The
             draws of "unbiased" follow from it and from the targets that count, and from nothing else. So the same inputs give
             the same bits; whoever trains on the same targets again should give another one each time, such as the number of the

@@ -81,23 +81,6 @@ def test_a_filter_that_is_left_out_is_told():
     assert cce.explain(e, c, targets, label_smoothing=0.1).survivor_bytes > 0
 
 
-def test_tensor_cores_leave_the_unbiased_filter_to_others(monkeypatch):
-    from cce_numba.hopper import backend
-
-    monkeypatch.setattr(backend.gpu, "SIMULATED", False)
-    monkeypatch.setattr(backend.gpu, "why_not", lambda on_device: None)
-    monkeypatch.setattr(backend.gpu, "current", lambda: SimpleNamespace(compute_capability=(9, 0)))
-    arrays = e.astype(np.float16), c.astype(np.float16), targets
-    for options, says in (
-        ({"filter": "unbiased"}, "no filter='unbiased' yet"),
-        ({"filter": "unbiased", "filter_e_grad": False}, "no filter='unbiased' yet"),
-        ({"filter": "unbiased", "filter_eps": None}, None),
-        ({"filter": "drop"}, None),
-    ):
-        reason = backend.why_not(arguments.problem(*arrays, options))
-        assert reason is None if says is None else says in reason
-
-
 @not_simulated
 def test_survivors_take_memory_where_some_gradient_is_filtered():
     """Where both are exact none are recorded, whichever way it was asked for."""

@@ -37,8 +37,6 @@ def why_not(p: Outline | Problem) -> str | None:
     major, minor = gpu.current().compute_capability
     if major != 9:
         return f"it needs compute capability 9.x (Hopper: H100, H200), and {p.device} has {major}.{minor}"
-    if p.options.is_unbiased:
-        return "its kernels have no filter='unbiased' yet, only 'drop' and exact gradients"
     if max(p.N, p.V, p.D) > _LARGEST:
         return f"it numbers tokens, entries and terms with 32 bits: N, V and D must be at most {_LARGEST:,}"
     return None

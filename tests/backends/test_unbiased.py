@@ -23,12 +23,6 @@ EPS = st.sampled_from([0.9, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-9, "auto"])
 FEW = settings(max_examples=12 if SimulatorHarness.is_active() else 60)
 
 
-@pytest.fixture(autouse=True)
-def has_it(request):
-    if "harness" in request.fixturenames and request.getfixturevalue("harness").backend == "hopper":
-        pytest.skip("backend hopper has no unbiased filter yet")
-
-
 def scales_of(case, result, expected, part=None):
     """(n_valid, V) what the reference multiplies G by, with the draws that are due; rejects a case within rounding of one."""
     options = Options.of(case.e.dtype, {"filter_eps": case.options["filter_eps"]})
