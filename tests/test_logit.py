@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numba import njit
@@ -30,21 +30,24 @@ def problems(draw):
 
 
 @given(problem=problems())
+@example(problem=(np.array([[2.0**-126]], np.float32), None, np.array([[0.125]], np.float32), 30.0))
 def test_arrays_and_numbers_have_the_same(problem):
     products, bias, scale, softcap = problem
     arrays, dtype = products.copy(), products.dtype
     logit.finish_in_place(arrays, bias, scale, softcap)
     assert arrays.dtype == dtype
+    # A quotient too small for a normal number is rounded to a multiple of the smallest, and then multiplied by the softcap.
+    underflow = 2 * float(np.finfo(dtype).smallest_subnormal) * max(1.0, softcap or 0.0)
     for (n, v), product in np.ndenumerate(products):
         of_bias = None if bias is None else dtype.type(bias[v])
         of_scale, of_softcap = None if scale is None else scale[n, 0], None if softcap is None else dtype.type(softcap)
         one = logit.finish(product, of_bias, of_scale, of_softcap)
-        np.testing.assert_allclose(arrays[n, v], one, rtol=4 * np.finfo(dtype).eps)
+        np.testing.assert_allclose(arrays[n, v], one, rtol=4 * np.finfo(dtype).eps, atol=underflow)
         exact = np.float64(product) + (0 if bias is None else np.float64(bias[v]))
         exact *= 1 if scale is None else np.float64(scale[n, 0])
         exact = exact if softcap is None else softcap * np.tanh(exact / softcap)
         magnitude = (abs(product) + abs(bias[v] if bias is not None else 0)) * (1 if scale is None else scale[n, 0])
-        np.testing.assert_allclose(one, exact, atol=8 * np.finfo(dtype).eps * (magnitude + abs(exact)))
+        np.testing.assert_allclose(one, exact, atol=8 * np.finfo(dtype).eps * (magnitude + abs(exact)) + underflow)
 
 
 def test_the_slope_is_that_of_the_cap():

@@ -16,6 +16,7 @@ import numpy as np
 
 from cce_numba.arguments import Problem
 from cce_numba.cpu import blas
+from cce_numba.integers import ceil_div
 
 _T = TypeVar("_T")
 _SMALL = 2**25  # multiplications in a product, which one thread does in a millisecond or so
@@ -59,8 +60,8 @@ def spans(total: int, multiple: int) -> Iterator[tuple[int, int]]:
 
     More than one for each thread, so that one that gets less of its core leaves work to the others.
     """
-    step = -(-total // (2 * _allowed())) if _allowed() > 1 else total
-    step = max(1, -(-step // multiple)) * multiple
+    step = ceil_div(total, 2 * _allowed()) if _allowed() > 1 else total
+    step = max(1, ceil_div(step, multiple)) * multiple
     return ((start, min(start + step, total)) for start in range(0, total, step))
 
 
@@ -84,7 +85,6 @@ def for_each(function: Callable[[_T], Any], items: Iterable[_T]) -> None:
     interpreter is shutting down, this thread does all of it.
     """
     waiting = deque(items)
-
     shares = len(waiting) > 1
 
     def work() -> None:

@@ -135,7 +135,8 @@ def make_consume(
         """The `RowPair` of the lane's rows `row` and `row + 8` in the block that begins at position n0 of the batch."""
         position = np.int32(n0 + row)
         return RowPair(
-            position, np.int32(position + 8), batch.tokens, batch.n_listed, row, rows_smem, V, has_earlier, resumes
+            position_0=position, position_1=np.int32(position + 8), tokens=batch.tokens, n_listed=batch.n_listed, row=row,
+            rows_smem=rows_smem, V=V, has_earlier=has_earlier, resumes=resumes,
         )  # fmt: skip
 
     @cuda.jit(device=True, forceinline=True)
@@ -214,12 +215,14 @@ def make_consume(
                 is_last, weights = v0 + block_v > V, terms.class_weights
                 upper = finish_logits(upper, own_scale, column, terms.softcap, V, is_last)
                 half = Tile(
-                    v_tile, V, block, np.int32(0), consumer, thread, batch.tokens, rows_smem, columns_smem, weights, survivors
+                    v_tile=v_tile, V=V, block=block, half=np.int32(0), consumer=consumer, thread=thread, tokens=batch.tokens,
+                    rows_smem=rows_smem, columns_smem=columns_smem, class_weights=weights, survivors=survivors,
                 )  # fmt: skip
                 upper_states = fold_tile(upper_states, upper, half, found)
                 lower = finish_logits(lower, own_scale + np.uint32(256), column, terms.softcap, V, is_last)
                 half = Tile(
-                    v_tile, V, block, np.int32(1), consumer, thread, batch.tokens, rows_smem, columns_smem, weights, survivors
+                    v_tile=v_tile, V=V, block=block, half=np.int32(1), consumer=consumer, thread=thread, tokens=batch.tokens,
+                    rows_smem=rows_smem, columns_smem=columns_smem, class_weights=weights, survivors=survivors,
                 )  # fmt: skip
                 lower_states = fold_tile(lower_states, lower, half, found)
             use = np.uint32(use + np.uint32(n_turns * k_steps))

@@ -13,6 +13,9 @@ a tile of 128 rows at a time: a *pair* of rows of each lane. So a fold made for 
     merge(numbers, numbers)                     such a tuple for what both have seen; in which order does not matter
     store(numbers, lse, row, found, survivors, at)   by all lanes of a warp: writes what the numbers say of a token; row: `Row`
 
+Where workers tell each other nothing, since what the fold finds is in memory at once, `chain.NOTHING_TO_TELL` has `numbers`,
+`nothing` and `merge`.
+
 `at` is the place of the fold's first result in `Found.results`. The vocabulary may come in several launches, each of which
 stores results. In a launch after the first, `begin` goes on from these where `rows.resumes` says so: then one worker has what
 all have found, and the others begin with nothing. A step may use the named barrier 2 + `tile.consumer`, for the 128 threads of

@@ -72,6 +72,28 @@ class Row(Record):
     V = I32
 
 
+@cuda.jit(device=True, forceinline=True)
+def _no_numbers(state: Any) -> Any:
+    """Of each of the two rows of a pair, no numbers."""
+    return (), ()
+
+
+@cuda.jit(device=True, forceinline=True)
+def _no_number() -> Any:
+    """Of a row, no numbers."""
+    return ()
+
+
+@cuda.jit(device=True, forceinline=True)
+def _merge_no_numbers(left: Any, right: Any) -> Any:
+    """Of a row that two workers have seen, no numbers."""
+    return ()
+
+
+# Three of a fold's functions, where workers tell each other nothing: what the fold finds is in memory at once.
+NOTHING_TO_TELL = {"numbers": _no_numbers, "nothing": _no_number, "merge": _merge_no_numbers}
+
+
 def number_count(folds: tuple[Fold, ...]) -> int:
     """How many float32 of a row workers tell each other."""
     return sum(fold.numbers for fold in folds)
@@ -171,19 +193,7 @@ def _no_fold() -> SimpleNamespace:
         return ()
 
     @cuda.jit(device=True, forceinline=True)
-    def numbers(states: Any) -> Any:
-        return (), ()
-
-    @cuda.jit(device=True, forceinline=True)
-    def nothing() -> Any:
-        return ()
-
-    @cuda.jit(device=True, forceinline=True)
-    def merge(left: Any, right: Any) -> Any:
-        return ()
-
-    @cuda.jit(device=True, forceinline=True)
     def store(all_numbers: Any, lse: Any, row: Any, found: Any, survivors: Any) -> None:
         return
 
-    return SimpleNamespace(begin=begin, step=step, numbers=numbers, nothing=nothing, merge=merge, store=store)
+    return SimpleNamespace(begin=begin, step=step, store=store, **NOTHING_TO_TELL)

@@ -22,7 +22,7 @@ from cce_numba.ptx import arithmetic, control, memory
 from cce_numba.survivors import SURVIVOR_BLOCK, make_threshold
 from cce_numba.tensor_core.draws import draw
 from cce_numba.tensor_core.exponentials import LN2, log2
-from cce_numba.tensor_core.folds.chain import Fold
+from cce_numba.tensor_core.folds.chain import NOTHING_TO_TELL, Fold
 from cce_numba.tensor_core.folds.columns import kept_number, make_keep_columns
 from cce_numba.tensor_core.fragment import collect_bits, collect_bits_by_column
 from cce_numba.tensor_core.records import F32
@@ -124,21 +124,6 @@ def _make(n: int, by_chance: bool) -> SimpleNamespace:
         return state
 
     @cuda.jit(device=True, forceinline=True)
-    def numbers(state: Any) -> Any:
-        """Nothing: the bits are in memory already."""
-        return (), ()
-
-    @cuda.jit(device=True, forceinline=True)
-    def nothing() -> Any:
-        """Nothing."""
-        return ()
-
-    @cuda.jit(device=True, forceinline=True)
-    def merge(left: Any, right: Any) -> Any:
-        """Bits of all workers meet in memory."""
-        return ()
-
-    @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, lse: Any, row: Any, found: Any, survivors: Any, at: Any) -> None:
         """The gradient of a token that is lost is NaN in every column, so all columns of its block must survive."""
         if survivors.pitch_words == 0:
@@ -152,7 +137,7 @@ def _make(n: int, by_chance: bool) -> SimpleNamespace:
                 memory.store_global_u32(at_word, all_of_word)
                 memory.store_global_u32(at_word + np.uint64(4 * survivors.coarse_words), all_of_word)
 
-    return SimpleNamespace(begin=begin, step=step, numbers=numbers, nothing=nothing, merge=merge, store=store)
+    return SimpleNamespace(begin=begin, step=step, store=store, **NOTHING_TO_TELL)
 
 
 SURVIVORS = Fold(folds.SURVIVORS, make, numbers=0)

@@ -16,7 +16,7 @@ from numba import cuda
 from cce_numba import folds
 from cce_numba.ptx import arithmetic, memory
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.folds.chain import Fold
+from cce_numba.tensor_core.folds.chain import NOTHING_TO_TELL, Fold
 from cce_numba.tensor_core.fragment import pick_columns
 from cce_numba.tensor_core.tokens import token_at
 
@@ -71,26 +71,11 @@ def make(n: int) -> SimpleNamespace:
         return state
 
     @cuda.jit(device=True, forceinline=True)
-    def numbers(state: Any) -> Any:
-        """Nothing: the logit is in memory already."""
-        return (), ()
-
-    @cuda.jit(device=True, forceinline=True)
-    def nothing() -> Any:
-        """Nothing."""
-        return ()
-
-    @cuda.jit(device=True, forceinline=True)
-    def merge(left: Any, right: Any) -> Any:
-        """Nothing: one worker alone meets the target."""
-        return ()
-
-    @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, lse: Any, row: Any, found: Any, survivors: Any, at: Any) -> None:
         """Nothing: `step` has stored the logit, and `tokens.list_tokens` NaN for a target out of range."""
         return
 
-    return SimpleNamespace(begin=begin, step=step, numbers=numbers, nothing=nothing, merge=merge, store=store)
+    return SimpleNamespace(begin=begin, step=step, store=store, **NOTHING_TO_TELL)
 
 
 TARGET_LOGIT = Fold(folds.TARGET_LOGIT, make, numbers=0, results=("target_logit",))
