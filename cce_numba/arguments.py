@@ -244,14 +244,14 @@ def check_devices(devices: Mapping[str, Any]) -> None:
 
     >>> check_devices({"e": "cpu", "c": "cuda:0", "targets": "cuda:0"})
     Traceback (most recent call last):
-    ValueError: e: must be on the device of c and targets, cuda:0, got an array on cpu
+    ValueError: e: must be on the device of c and targets, cuda:0, got cpu
     """
     on_e, *others = devices.values()
     if others and len(others) > 1 and all(device == others[0] != on_e for device in others):
-        raise ValueError(f"e: must be on the device of {' and '.join([*devices][1:])}, {others[0]}, got an array on {on_e}")
+        raise ValueError(f"e: must be on the device of {' and '.join([*devices][1:])}, {others[0]}, got {on_e}")
     for name, device in devices.items():
         if device != on_e:
-            raise ValueError(f"{name}: must be on the device of e, {on_e}, got an array on {device}")
+            raise ValueError(f"{name}: must be on the device of e, {on_e}, got {device}")
 
 
 def check_shift(shift: int, shape: tuple[int, ...]) -> None:

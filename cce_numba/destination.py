@@ -88,7 +88,7 @@ def _checked(gradient: str, array: Any, p: Problem) -> Any:
     if tuple(native.shape) != shape:
         raise ValueError(f"{name}: must have the shape of {gradient}, {shape}, got shape {tuple(native.shape)}")
     if (device := interchange.device_of(native)) != p.device:
-        raise ValueError(f"{name}: must be on the device of e, {p.device}, got an array on {device}")
+        raise ValueError(f"{name}: must be on the device of e, {p.device}, got {device}")
     if _may_overlap_itself(native):
         raise ValueError(f"{name}: elements must not share memory, got shape {shape} with strides {native.strides} (bytes)")
     if p.on_device and native.size and shape[-1] > 1 and native.strides[-1] != native.itemsize:

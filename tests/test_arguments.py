@@ -190,14 +190,14 @@ def test_arrays_on_different_devices(monkeypatch, name):
     elsewhere = arrays[name]
     monkeypatch.setattr(interchange, "device_of", lambda x: "cuda:1" if x is elsewhere else "cpu")
     message = error_of(ValueError, e, c, targets, **options)
-    assert message == f"{name}: must be on the device of e, cpu, got an array on cuda:1"
+    assert message == f"{name}: must be on the device of e, cpu, got cuda:1"
 
 
 def test_the_one_on_another_device_is_e(monkeypatch):
     monkeypatch.setattr(interchange, "device_of", lambda x: "cpu" if x is e else "cuda:1")
     message = error_of(ValueError, e, c, targets)
-    assert message == "e: must be on the device of c and targets, cuda:1, got an array on cpu"
-    with pytest.raises(ValueError, match="c: must be on the device of e, cpu, got an array on cuda:1"):  # nobody can tell
+    assert message == "e: must be on the device of c and targets, cuda:1, got cpu"
+    with pytest.raises(ValueError, match="c: must be on the device of e, cpu, got cuda:1"):  # nobody can tell
         cce.linear_logsumexp(e, c)
 
 

@@ -203,5 +203,5 @@ def test_a_target_out_of_range_is_nan_without_looking(tensors):
 
 def test_devices_that_differ(tensors):
     e, c, targets = tensors
-    with pytest.raises(ValueError, match="c: must be on the device of e, cuda:0, got a tensor on cpu"):
+    with pytest.raises(ValueError, match="c: must be on the device of e, cuda:0, got cpu"):
         cct.linear_cross_entropy(e, c.cpu(), targets)
