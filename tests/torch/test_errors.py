@@ -44,7 +44,7 @@ def arguments(**changed):
         ({"c": torch.ones(4, 8)}, ValueError, r"e: last dimension must be .* D = 8 .*c looks transposed, pass c\.T"),
         ({"c": torch.ones(4)}, ValueError, r"c: must have shape \(V, D\), got shape \(4,\)"),
         ({"bias": torch.ones(7)}, ValueError, r"bias: must have shape \(V,\) = \(8,\), got shape \(7,\)"),
-        ({"c": torch.ones(8, 4, device="meta")}, ValueError, "c: must be on the device of e, cpu, got an array on meta"),
+        ({"c": torch.ones(8, 4, device="meta")}, ValueError, "c: must be on the device of e, cpu, got meta"),
         ({"targets": torch.zeros(2, 3, device="meta")}, ValueError, "targets: must be on the device of e, cpu"),
         ({"softcap": -1.0}, ValueError, "softcap: must be positive"),
         ({"softcap": "30"}, TypeError, "softcap: must be a positive number or None, got '30'"),
@@ -129,7 +129,7 @@ def arguments(**changed):
         (
             {"e": torch.ones(2, 3, 4, device="meta")},
             ValueError,
-            "e: must be on the device of c and targets, cpu, got an array on meta",
+            "e: must be on the device of c and targets, cpu, got meta",
         ),
         ({"shift": 3}, ValueError, r"shift: must be less than the number of tokens of a sequence, 3 of e \(2, 3, 4\), got 3"),
     ],
