@@ -106,7 +106,8 @@ CASES = [
     ("simt", "float32", {}, torch.int64, 3, 625),
     ("simt", "float64", {}, torch.int64, 5, 625),
     ("simt", "bfloat16", {"backend": "simt"}, torch.int64, 3, 625),
-    ("simt", "bfloat16", {"filter": "unbiased"}, torch.int32, 3, 625),  # which hopper has not
+    ("simt", "bfloat16", {"filter": "unbiased", "backend": "simt"}, torch.int64, 3, 625),
+    ("hopper", "bfloat16", {"filter": "unbiased"}, torch.int32, 3, 27 * 24),
 ]
 
 
