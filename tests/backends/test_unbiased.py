@@ -48,6 +48,23 @@ def unbiased(case, data):
     return case.with_options(filter="unbiased", **options)
 
 
+def dtype_for(harness):
+    """float64, in which little is within rounding of a draw, or what the backend has instead."""
+    dtypes = harness.edges.dtypes
+    return FLOAT64 if FLOAT64 in dtypes else dtypes[-1]
+
+
+def in_few_kernels(harness, case):
+    """On `hopper`, where each combination of options is compiled by itself for half a minute: two combinations."""
+    if harness.backend != "hopper":
+        return case
+    case = Case(*(array.astype(dtype_for(harness)) for array in (case.e, case.c)), case.targets, dict(case.options))
+    bias, softcap = case.options.get("bias"), case.options.get("softcap")
+    bias = np.zeros(len(case.c), np.float32) if bias is None else bias.astype(np.float32)
+    scale = None if softcap is None else case.options.get("logit_scale") or 0.625
+    return case.with_options(bias=bias, logit_scale=scale, label_smoothing=0.0)
+
+
 def takes_part(expected):
     """(n_valid,) whether a token has a weight that is not 0: of its target, of the softmax."""
     options, (of_token, of_target, of_class) = expected.case.options, expected.weights
@@ -60,7 +77,7 @@ def takes_part(expected):
 @given(data=st.data())
 def test_what_is_kept_and_what_it_is_multiplied_by(harness, edges, data):
     """For any sizes, dtype and terms of the loss, and each gradient filtered or exact."""
-    case = data.draw(with_terms(data.draw(cases(edges))))
+    case = in_few_kernels(harness, data.draw(with_terms(data.draw(cases(edges)))))
     exact = data.draw(st.sampled_from([{}, {}, {"filter_e_grad": False}, {"filter_c_grad": False}]), label="exact")
     case = unbiased(case, data).with_options(**exact)
     expected, result = expect(case), harness.forward(case)
@@ -76,7 +93,8 @@ def test_what_is_kept_and_what_it_is_multiplied_by(harness, edges, data):
 @given(data=st.data())
 def test_upstream_gradients_of_any_sign_and_none(harness, edges, data):
     """Tokens to which nothing flows back have no say in what is kept."""
-    case = unbiased(data.draw(cases(edges, smallest_n=1)), data).with_options(reduction="none")
+    case = in_few_kernels(harness, data.draw(cases(edges, smallest_n=1)))
+    case = unbiased(case, data).with_options(reduction="none")
     expected, result = expect(case), harness.forward(case)
     rng = np.random.default_rng(data.draw(st.integers(0, 99), label="upstream"))
     shape = expected.forward.nll.shape
@@ -87,7 +105,7 @@ def test_upstream_gradients_of_any_sign_and_none(harness, edges, data):
 
 def poisoned(harness, edges, *, token, **options):
     """A case whose token is lost, in the first of several blocks, and what the reference makes of it."""
-    case = make_case(7, (3 * edges.n[1],), edges.v[-1] + 1, edges.d[-1], FLOAT64, spread=1.0)
+    case = make_case(7, (3 * edges.n[1],), edges.v[-1] + 1, edges.d[-1], dtype_for(harness), spread=1.0)
     case = case.with_options(filter="unbiased", filter_eps=0.1, check_targets=False, reduction="sum", **options)
     if token == "target":
         case.targets[0] = len(case.c)
@@ -118,15 +136,16 @@ def test_a_lost_token_without_weight_has_no_say(harness, edges):
         case = poisoned(harness, edges, token=token, token_weights=weights)
         grads.append(harness.backward(harness.forward(case)))
     for name in ("e", "c"):
-        ours, clean = (getattr(each, name) for each in grads)
-        np.testing.assert_allclose(ours, clean, rtol=1e-12, atol=1e-13)
+        ours, clean = (getattr(each, name).astype(np.float64) for each in grads)
+        rounding = 1e-12 if dtype_for(harness) == FLOAT64 else 2.0**-7  # the NaN flags more columns: sums have another order
+        np.testing.assert_allclose(ours, clean, rtol=rounding, atol=rounding * np.abs(clean).mean())
 
 
 # ---- draws
 
 
 def some_case(edges, **options):
-    case = make_case(3, (edges.n[-1] + 3,), edges.v[-1] + 5, edges.d[-1], np.dtype(np.float32), ignored=0.1, bias=True)
+    case = make_case(3, (edges.n[-1] + 3,), edges.v[-1] + 5, edges.d[-1], edges.dtype, ignored=0.1, bias=True)
     return case.with_options(filter="unbiased", filter_eps=0.1, reduction="sum", **options)
 
 
@@ -170,24 +189,27 @@ def test_gradients_are_added_to_what_is_there(harness, edges):
     out = cce.Gradients(*(harness.device(np.ones_like(getattr(fresh, name))) for name in ("e", "c", "bias")))
     added = harness.backward(result, out=out, accumulate=True)
     for name in ("e", "c", "bias"):
-        np.testing.assert_allclose(getattr(added, name) - 1, getattr(fresh, name), rtol=1e-4, atol=1e-5)
+        wide, there = getattr(fresh, name).astype(np.float64), getattr(added, name).astype(np.float64)
+        rounding = 1e-5 if edges.dtype == np.float32 else 2.0**-7
+        np.testing.assert_allclose(there, 1 + wide, rtol=rounding, atol=rounding)
 
 
 # ---- what a result says
 
 
 def test_the_dropped_mass_is_that_of_these_draws(harness, edges):
-    case = some_case(edges)
-    case = Case(case.e.astype(FLOAT64), case.c.astype(FLOAT64), case.targets, case.options | {"bias": None})
+    dtype = dtype_for(harness)
+    case = make_case(3, (2 * edges.n[1] + 3,), edges.v[2] + 5, 8, dtype, ignored=0.1, filter="unbiased", filter_eps=0.1)
     expected, result = expect(case), harness.forward(case)
     scales = scales_of(case, result, expected)
     mass = harness.host(result.dropped_mass())[expected.valid]
-    np.testing.assert_allclose(
-        mass, reference.dropped_mass(reference.softmax(expected.forward.logits), scales != 0), atol=1e-12
-    )
+    exact, rounding = reference.dropped_mass(reference.softmax(expected.forward.logits), scales != 0), 1e-12
+    if dtype != FLOAT64:
+        rounding = probability_margin(expected).max() - 1
+    np.testing.assert_allclose(mass, exact, atol=rounding)
     assert mass.max() > 0
     block = result._statistics.survivor_block
-    assert (result.survivor_counts() >= (scales != 0)[::block].sum(axis=1)).all()
+    assert (harness.host(result.survivor_counts()) >= (scales != 0)[::block].sum(axis=1)).all()
     assert "by chance" in result.plan.how
 
 
@@ -229,22 +251,25 @@ def check_mean(harness, case, K, d_loss=None, d_lse=None):
     each = [harness.backward(harness.forward(case.with_options(filter_seed=k)), d_loss, d_lse) for k in range(K)]
     exact = harness.backward(harness.forward(case.with_options(filter_eps=None)), d_loss, d_lse)
     errors = []
-    for name, allowed in (("e", allowed_e), ("c", allowed_c)):
-        mean, true = np.mean([getattr(grads, name) for grads in each], axis=0), getattr(exact, name)
+    added_e, added_c = np.abs(to_e).sum(axis=0), np.abs(to_c).sum(axis=0)  # of which G and the gradients are rounded
+    for name, allowed, added in (("e", allowed_e, added_e), ("c", allowed_c, added_c)):
+        mean = np.mean([getattr(grads, name).astype(np.float64) for grads in each], axis=0)
+        true = getattr(exact, name).astype(np.float64)
         error = np.abs(mean - true)
-        assert (error <= 6 * allowed + 1e-9 * (1 + np.abs(true))).all(), f"d{name}: {np.max(error / (allowed + 1e-9))}"
+        rounding = 1e-9 * (1 + np.abs(true)) + (0 if case.e.dtype == FLOAT64 else 2.0**-8) * added
+        assert (error <= 6 * allowed + rounding).all(), f"d{name}: {np.max(error / (allowed + 1e-9))}"
         errors.append((error, allowed))
     return errors
 
 
-def case_to_average(seed, **options):
+def case_to_average(seed, dtype=FLOAT64, **options):
     """Entries that are nobody's target, and a threshold at which no column is multiplied by more than 12.
 
     Sums of rare and large numbers converge slowly.
     """
     simulated = SimulatorHarness.is_active()
     shape, V = (6,) if simulated else (140,), 14 if simulated else 60
-    case = make_case(seed, shape, V, 3, FLOAT64, spread=1.0, ignored=0.1, **options)
+    case = make_case(seed, shape, V, 3, dtype, spread=1.0, ignored=0.1, **options)
     case.targets[case.targets >= 0] %= 4
     return case.with_options(filter="unbiased")
 
@@ -262,8 +287,9 @@ def with_eps(harness, case):
 def test_gradients_are_right_on_average(harness, data):
     """For weights of any sign, and any terms of the loss."""
     softcap = data.draw(st.sampled_from([None, None, 3.0]), label="softcap")
-    case = case_to_average(data.draw(st.integers(0, 99), label="seed"), softcap=softcap)
+    case = case_to_average(data.draw(st.integers(0, 99), label="seed"), dtype_for(harness), softcap=softcap)
     case = data.draw(with_terms(case)).with_options(reduction="none", token_weights=None, class_weights=None)
+    case = in_few_kernels(harness, case)
     d_loss, d_lse = np.random.default_rng(1).normal(size=(2, *case.targets.shape))
     check_mean(harness, with_eps(harness, case), 8 if SimulatorHarness.is_active() else 64, d_loss, d_lse)
 
