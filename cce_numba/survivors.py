@@ -122,11 +122,11 @@ def make_mix(word: Any) -> Callable[[Any], Any]:
     return mix
 
 
-def make_draw(word: Any) -> Callable[[Any, Any], Any]:
+def make_draw(word: Any, float32: Any = np.float32) -> Callable[[Any, Any], Any]:
     """Makes `draw(block, hashed)`, u of a block and an entry v whose hash is `mix(v ^ seed)`: float32 in (0, 1).
 
     u is the fraction of hashed / 2**32 + block * 0.618..., cut to 23 bits: an odd multiple of 2**-24, the same in any
-    arithmetic. `block` counts the blocks of counting tokens from 0. `word`: see `make_mix`.
+    arithmetic. `block` counts the blocks of counting tokens from 0. `word`: see `make_mix`. `float32` converts to that type.
 
     >>> float(make_draw(low_word)(0, 2**31)) * 2**24 - 2**23
     1.0
@@ -134,7 +134,7 @@ def make_draw(word: Any) -> Callable[[Any, Any], Any]:
     unit = np.float32(2.0**-24)
 
     def draw(block: Any, hashed: Any) -> Any:
-        return np.float32(word((word(hashed + block * GOLDEN) >> 8) | 1)) * unit
+        return float32(word((word(hashed + block * GOLDEN) >> 8) | 1)) * unit
 
     return draw
 
@@ -163,7 +163,12 @@ def make_scale(real: Any) -> Callable[[Any, Any, Any], Any]:
     return scale
 
 
-_mix, _draw = make_mix(low_word), make_draw(low_word)
+def _as_float32(x: Any) -> Any:
+    """The array, of NumPy's or CuPy's, in that type."""
+    return x.astype(np.float32)
+
+
+_mix, _draw = make_mix(low_word), make_draw(low_word, _as_float32)
 
 
 def draw_seed(targets: np.ndarray, filter_seed: int) -> np.ndarray:
