@@ -83,6 +83,7 @@ def test_the_picture_has_a_panel_for_each_vocabulary_and_a_line_for_each_way(res
     text = svg.read_text()
     for part in ("V = 1,000", "V = 262,144", "validation loss", "step", "exact", "unbiased:2^-11", "paper"):
         assert f">{part}<" in text
+    assert len(set(learning_curves.colours(results).values())) == 6
     assert png.stat().st_size > 10_000
     again = learning_curves.draw(results, tmp_path / "again" / "learning")
     assert [path.read_bytes() for path in again] == [svg.read_bytes(), png.read_bytes()]
