@@ -40,7 +40,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_record(parser: argparse.ArgumentParser) -> None:
     """`--record`."""
-    parser.add_argument("--record", type=_record_name, metavar="NAME", help="write benchmarks/results/NAME.json")
+    parser.add_argument("--record", type=record_name, metavar="NAME", help="write benchmarks/results/NAME.json")
 
 
 def archive_of(arguments: argparse.Namespace) -> Archive | None:
@@ -60,7 +60,8 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def _record_name(text: str) -> str:
+def record_name(text: str) -> str:
+    """The name of a file of results, without its suffix."""
     if not re.fullmatch(r"\w[\w.-]*", text):
         raise argparse.ArgumentTypeError(f"must be a plain name without folders, got {text!r}")
     return text

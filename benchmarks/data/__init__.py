@@ -4,6 +4,8 @@ random      logits are normal, targets have nothing to do with them: nearly ever
 real        an archive of a real last layer, extended to the shape that is wanted
 calibrated  made up to be as sparse as a real model with a vocabulary of 256 000; `sparsity` measures that
 archive     reading an archive, which is not trusted (`cce_numba/commands/npz.py`)
+
+`text` is apart from these: token ids, of a file or drawn, for a language model to learn.
 """
 
 from __future__ import annotations

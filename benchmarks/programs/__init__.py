@@ -13,6 +13,7 @@ PROGRAMS = {  # name: what `--help` says of it
     "backward": "loss and gradients on tensor cores against cuBLAS's one product",
     "autograd": "what PyTorch's autograd adds to a call",
     "training_step": "the steps of a small transformer, against stored logits",
+    "learning": "a small transformer learns text, with gradients filtered in several ways: which learn as exact ones do",
     "simt": "the portable kernels against cuBLAS in float32",
     "cpu": "the CPU backend against NumPy that stores the logits",
     "sanitize": "every kernel on small problems, checked against the reference: what compute-sanitizer runs",

@@ -1,6 +1,8 @@
-"""Draws the README's picture, out of benchmarks/results/peers_h100.json: time and memory of ours against other ways.
+"""Draws a picture out of recorded results: time and memory of ours against other ways, or how filtered gradients learn.
 
-    python -m benchmarks picture
+    python -m benchmarks picture                                      peers: the README's picture, out of peers_h100.json
+    python -m benchmarks picture learning                             the curves of learning_h100.json
+    python -m benchmarks picture learning --results NAME --out PATH   those of benchmarks/results/NAME.json
 
 It writes an SVG and a PNG. Both have no background of their own, and colours that are visible on white and on black.
 """
@@ -11,18 +13,23 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from benchmarks import options
 from benchmarks.errors import CannotRun
 from benchmarks.measure import record
-from benchmarks.tables import peers
+from benchmarks.tables import learning_curves, peers
+from cce_numba.commands import UsageError
 
-OUT = Path(__file__).parents[2] / "docs" / "images" / "peers"
-RESULTS = "peers_h100"
+PEERS, LEARNING = "peers", "learning"
+DRAWN = {PEERS: ("peers_h100", peers.draw), LEARNING: ("learning_h100", learning_curves.draw)}  # the record, and who draws it
+FOLDER = Path(__file__).parents[2] / "docs" / "images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The program's options."""
+    parser.add_argument("name", nargs="?", choices=DRAWN, default=PEERS, help=f"which picture (default {PEERS})")
+    parser.add_argument("--results", type=options.record_name, metavar="NAME", help="of benchmarks/results/NAME.json")
     parser.add_argument(
-        "--out", type=Path, default=OUT, metavar="PATH", help="where to write it, without a suffix (default docs/images/peers)"
+        "--out", type=Path, metavar="PATH", help="where to write it, without a suffix (default docs/images/ and its name)"
     )
 
 
@@ -30,5 +37,10 @@ def run(arguments: argparse.Namespace) -> None:
     """Draws, and tells where."""
     if importlib.util.find_spec("matplotlib") is None:
         raise CannotRun("needs matplotlib: pip install 'cce_numba[bench]'")
-    for path in peers.draw(record.read(RESULTS), arguments.out):
+    recorded, draw = DRAWN[arguments.name]
+    try:
+        results = record.read(arguments.results or recorded)
+    except OSError as error:
+        raise UsageError(f"--results: {error}") from error
+    for path in draw(results, arguments.out or FOLDER / arguments.name):
         print(f"{path}, {path.stat().st_size / 1024:.0f} KiB")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables.images import TEXT, save
+
 _SHOWN = {  # (name, setting) in the record: name in the picture
     ("cce_numba", "default"): "cce_numba",
     ("cce_numba", "exact"): "cce_numba, exact",
@@ -14,9 +16,8 @@ _SHOWN = {  # (name, setting) in the record: name in the picture
     ("cut_cross_entropy", "default"): "cut_cross_entropy",
     ("Liger fused linear cross-entropy", "default"): "Liger",
 }
-_OURS, _OURS_EXACT, _OTHERS, _TEXT = "#2f81f7", "#7db4fb", "#9aa3ad", "#757f89"  # visible on white and on black
+_OURS, _OURS_EXACT, _OTHERS = "#2f81f7", "#7db4fb", "#9aa3ad"  # visible on white and on black
 _SIZE = 9.6, 3.4  # inches
-_PNG_DPI = 160
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,7 @@ def bars(results: dict[str, Any]) -> list[Bar]:
 
 def draw(results: dict[str, Any], path: Path) -> list[Path]:
     """Writes `path` with the suffixes .svg and .png, for light and dark backgrounds; returns both paths."""
-    import matplotlib
-
-    settings = {"svg.fonttype": "none", "svg.hashsalt": path.name, "font.family": "sans-serif", "text.color": _TEXT}
-    with matplotlib.rc_context(settings):
-        figure = _figure(results)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        svg, png = path.with_suffix(".svg"), path.with_suffix(".png")
-        figure.savefig(svg, transparent=True, metadata={"Date": None})
-        figure.savefig(png, transparent=True, dpi=_PNG_DPI, metadata={"Software": None})
-    return [svg, png]
+    return save(lambda: _figure(results), path)
 
 
 def _figure(results: dict[str, Any]) -> Any:
@@ -73,13 +65,13 @@ def _figure(results: dict[str, Any]) -> Any:
         axes = figure.add_axes((0.205 + 0.405 * i, 0.02, 0.335, 0.71))
         rows = range(len(shown))
         axes.barh(rows, values, height=0.68, color=[bar.colour for bar in shown])
-        axes.set_title(what, loc="left", fontsize=11, color=_TEXT, pad=3)
+        axes.set_title(what, loc="left", fontsize=11, color=TEXT, pad=3)
         axes.invert_yaxis()
         axes.set_xlim(0, 1.17 * max(values))
         axes.set_axis_off()
         for row, (bar, value) in enumerate(zip(shown, values, strict=True)):
             ours = bar.name.startswith("cce_numba")
-            style: dict[str, Any] = {"va": "center", "fontsize": 11, "color": _OURS if ours else _TEXT}
+            style: dict[str, Any] = {"va": "center", "fontsize": 11, "color": _OURS if ours else TEXT}
             style["weight"] = "bold" if ours else "normal"
             axes.text(value + 0.015 * max(values), row, form.format(value), ha="left", **style)
             if i == 0:

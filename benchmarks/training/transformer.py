@@ -39,11 +39,12 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens to embeddings; `head` (vocabulary, hidden) is the classifier. It has no positions: random tokens need none."""
+    """Tokens to embeddings; `head` (vocabulary, hidden) is the classifier. `positions` are learned: random tokens need none."""
 
-    def __init__(self, size: Size, tied: bool) -> None:
+    def __init__(self, size: Size, tied: bool, positions: bool = False) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size.vocabulary, size.hidden)
+        self.positions = nn.Parameter(torch.empty(size.length, size.hidden)) if positions else None
         self.blocks = nn.ModuleList(Block(size.hidden, size.heads) for _ in range(size.layers))
         self.head = self.embedding.weight if tied else nn.Parameter(torch.empty_like(self.embedding.weight))
         for parameter in self.parameters():
@@ -52,6 +53,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(sequences, length) to (sequences, length, hidden)."""
         x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions
         for block in self.blocks:
             x = block(x)
         return normed(x)

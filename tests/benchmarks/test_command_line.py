@@ -23,7 +23,7 @@ from benchmarks.programs import PROGRAMS
 from cce_numba.commands import UsageError
 
 ROOT = Path(__file__).parents[2]
-NEED_TORCH = ("autograd", "training_step")
+NEED_TORCH = ("autograd", "learning", "training_step")
 
 
 def module(name):

@@ -13,10 +13,12 @@ from benchmarks.programs import picture
 from benchmarks.tables import peers
 
 ROOT = Path(__file__).parents[3]
+RESULTS, _ = picture.DRAWN[picture.PEERS]
+SVG = picture.FOLDER / "peers.svg"
 
 
 def test_bars_are_the_recorded_figures_and_the_fastest_comes_first():
-    found = peers.bars(record.read(picture.RESULTS))
+    found = peers.bars(record.read(RESULTS))
     assert [(bar.name, bar.ms) for bar in found] == [
         ("cce_numba", 21.1),
         ("torch.compile", 46.0),
@@ -31,8 +33,8 @@ def test_bars_are_the_recorded_figures_and_the_fastest_comes_first():
 
 def test_the_picture_in_the_tree_is_drawn_from_the_record():
     """Otherwise `python -m benchmarks picture` draws it anew. Its text stands in the SVG as it is."""
-    svg = picture.OUT.with_suffix(".svg").read_text()
-    results = record.read(picture.RESULTS)
+    svg = SVG.read_text()
+    results = record.read(RESULTS)
     for bar in peers.bars(results):
         assert f">{bar.name}<" in svg
         assert f">{bar.ms:.0f} ms<" in svg
@@ -42,7 +44,7 @@ def test_the_picture_in_the_tree_is_drawn_from_the_record():
 
 
 def test_the_readme_shows_it():
-    source = picture.OUT.with_suffix(".svg").relative_to(ROOT).as_posix()
+    source = SVG.relative_to(ROOT).as_posix()
     assert source in (ROOT / "README.md").read_text()
 
 
@@ -61,3 +63,9 @@ def test_what_is_needed_is_told(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["picture"]) == 3
     assert "needs matplotlib: pip install" in capsys.readouterr().err
+
+
+def test_a_record_that_is_not_there_is_told(capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert main(["picture", "learning", "--results", "absent"]) == 2
+    assert "absent.json" in capsys.readouterr().err
