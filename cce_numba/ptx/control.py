@@ -29,6 +29,9 @@ def _set_registers(how: str, count: int) -> Any:
 barrier_sync = instruction(
     "bar.sync $0, $1;", (U32, U32), doc="(number, threads): waits for so many threads at barrier 1 to 15. ISA 9.7.13.1."
 )
+warp_sync = instruction(
+    "bar.warp.sync 0xffffffff;", (), doc="(): waits for all lanes; no access to memory moves across it. ISA 9.7.13.2."
+)
 or_of_warp = instruction(
     "redux.sync.or.b32 $0, $1, 0xffffffff;", (U32,), U32, doc="(bits): their union over the warp, in all lanes. ISA 9.7.13.10."
 )

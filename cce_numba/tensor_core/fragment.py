@@ -12,6 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba.cuda import types
 
+from cce_numba.ptx import control
 from cce_numba.ptx.fragment import fragment_type
 from cce_numba.ptx.instruction import F32, I32, U32, as_intrinsic, check_operands
 
@@ -261,6 +262,7 @@ def collect_bits_by_column(n: int, weight: Callable[..., Any], keep: Callable[..
     """As `collect_bits`, where columns have numbers too: `weight(column, *extras)`, `keep(z, by_row, weight) -> bool`.
 
     In a kernel: `words = bits(fragment, first_column, by_row_0, by_row_1, *extras)`, columns and `extras` as in `map_elements`.
+    By whole warps. Numbers of columns are loaded 32 columns at a time: all at once would spill registers.
     """
     operands = (fragment_type(n), I32, F32, F32, *extras)
     result = types.UniTuple(U32, n // 32)
@@ -272,13 +274,16 @@ def collect_bits_by_column(n: int, weight: Callable[..., Any], keep: Callable[..
             weigh = _inlined(context, builder, weight, F32(I32, *extras))
             call = _inlined(context, builder, keep, types.boolean(F32, F32, F32))
             fragment, first_column, by_row = values[0], values[1], values[2:4]
+            hold_back = _inlined(context, builder, _hold_back, types.void())
             zero = ir.Constant(ir.IntType(32), 0)
             words = [zero] * (n // 32)
             for upper in (i for i in range(n // 2) if row_of(i) == 0):
+                word, bit = divmod(column_of(upper), 32)
+                if bit == 0:
+                    hold_back()
                 column = builder.add(first_column, ir.Constant(ir.IntType(32), column_of(upper)))
                 of_column = weigh(column, *values[4:])
                 both = (call(builder.extract_value(fragment, i), by_row[row_of(i)], of_column) for i in (upper, upper + 2))
-                word, bit = divmod(column_of(upper), 32)
                 bits = builder.select(builder.or_(*both), ir.Constant(ir.IntType(32), 1 << bit), zero)
                 words[word] = builder.or_(words[word], bits)
             return context.make_tuple(builder, result, words)
@@ -286,6 +291,11 @@ def collect_bits_by_column(n: int, weight: Callable[..., Any], keep: Callable[..
         return result(*operands), generate
 
     return as_intrinsic(define, len(operands), f"collect_bits_by_column_{keep.__name__}")
+
+
+def _hold_back() -> None:
+    """Keeps the assembler from moving what follows in memory up here, where its results would take registers."""
+    control.warp_sync()
 
 
 def _inlined(context: Any, builder: Any, function: Callable[..., Any], signature: Any) -> Callable[..., Any]:

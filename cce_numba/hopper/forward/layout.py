@@ -17,7 +17,7 @@ from cce_numba.tensor_core.schedule import count_slots, groups_per_round
 # With survivors, the vocabulary goes in these parts, and each gives the next a bound of the log-sum-exp, where else each
 # consumer of each worker would only know its own tiles. Tokenizers give the frequent entries the first numbers. See
 # benchmarks/NOTES.md.
-PHASE_ENDS = (1 / 16, 1 / 4, 1)
+PHASE_ENDS = (1 / 64, 1 / 12, 1 / 3, 1)
 _COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
 _CACHED_BYTES = 14 * 2**20  # of e, at a time: it stays in the L2 cache (50 MB, of which each half keeps its own copy)
 _SCRATCH_BYTES = 960 * 2**10  # partial results of a launch: so many tokens go at a time
