@@ -117,17 +117,17 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
             sum of token weight times class weight of the target (nan, with gradients of 0, if that is 0).
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
         filter: what becomes of an entry whose probability is below `filter_eps` in all tokens of a block, and which is the
-            target of none of them. "drop" leaves it out of the gradients. "unbiased" lets it survive with probability pmax /
-            filter_eps, pmax being the largest of these probabilities, and then multiplies what it adds by filter_eps / pmax. So
-            gradients are right on average over seeds, at any threshold.
+            target of none of them. "unbiased" lets it survive with probability pmax / filter_eps, pmax being the largest of
+            these probabilities, and then multiplies what it adds by filter_eps / pmax. So gradients are right on average over
+            seeds, at any threshold. "drop" leaves it out of the gradients, as the paper does (section 4.3).
         filter_seed: an integer, or a 0-d array of one on e's device (its value is then read there, in a CUDA graph too). The
             draws of "unbiased" follow from it and from the targets that count, and from nothing else. So the same inputs give
             the same bits; whoever trains on the same targets again should give another one each time, such as the number of the
             step.
-        filter_eps: gradients leave out what has a probability below this in all of a block's tokens; "auto" is
-            `finfo(dtype).eps / 512` (2^-16 for bfloat16), None is exact. The loss itself is always exact. With "auto",
-            "hopper" leaves out more of the gradients of `c` and `bias`: 128 entries, in an order of its own, for a block of 128
-            tokens, if none of them is a target there and none reaches 4 times that.
+        filter_eps: the filter's threshold, a probability. "auto" is `finfo(dtype).eps / 32` (2^-12 for bfloat16), or for "drop"
+            `finfo(dtype).eps / 512` (2^-16 for bfloat16). None is exact. The loss itself is always exact. With "drop" and
+            "auto", "hopper" leaves out more of the gradients of `c` and `bias`: 128 entries, in an order of its own, for a block
+            of 128 tokens, if none of them is a target there and none reaches 4 times that.
         filter_e_grad: False keeps the gradient of `e` exact.
         filter_c_grad: False keeps the gradients of `c` and `bias` exact (the paper's FullC).
         accum_e_fp32: return the gradient of 16-bit `e` in float32, as it was accumulated.

@@ -22,6 +22,8 @@ Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 Filter = Literal["drop", "unbiased"]
 FILTERS = ("drop", "unbiased")
+# What filter_eps="auto" stands for, in units of finfo(dtype).eps: gradients are then off by about what rounding them costs.
+AUTO_SHARES = {"drop": 2.0**-9, "unbiased": 2.0**-5}
 
 # What other functions call our options (those of PyTorch, Liger, transformers, ...), and what there is to say of ours.
 _ELSEWHERE = {
@@ -82,7 +84,7 @@ DEFAULTS: dict[str, Any] = {
     "z_loss": 0.0,
     "class_weights": None,
     "token_weights": None,
-    "filter": "drop",
+    "filter": "unbiased",
     "filter_seed": 0,
     "filter_eps": "auto",
     "filter_e_grad": True,
@@ -165,7 +167,7 @@ class Options:
             label_smoothing=values["label_smoothing"],
             z_loss=values["z_loss"],
             filter=values["filter"],
-            filter_eps=_auto_eps(dtype) if is_auto else values["filter_eps"],
+            filter_eps=_auto_eps(dtype, values["filter"]) if is_auto else values["filter_eps"],
             filter_is_auto=is_auto,
             filter_e_grad=values["filter_e_grad"],
             filter_c_grad=values["filter_c_grad"],
@@ -310,8 +312,8 @@ def _shift(shift: Any) -> int:
     return value
 
 
-def _auto_eps(dtype: np.dtype) -> float:
-    return float(ml_dtypes.finfo(dtype).eps) * 2.0**-9
+def _auto_eps(dtype: np.dtype, filter: str) -> float:
+    return float(ml_dtypes.finfo(dtype).eps) * AUTO_SHARES[filter]
 
 
 def _filter_eps(filter_eps: Any) -> float | str | None:

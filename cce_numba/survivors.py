@@ -13,8 +13,8 @@ reaches eps, and a little more. It is "not below" rather than "at least" so that
 log-sum-exp or target logit is NaN) all entries of its block survive, since its gradient is NaN everywhere. A forward that
 compares with "at least" must see to that by other means.
 
-That is the rule of `filter="drop"`, which drops for good: gradients are biased. With `filter="unbiased"` nothing is lost on
-average. Let pmax be the largest probability of an entry v among the tokens of a block b that take part. If pmax < eps, and v is
+That is the rule of `filter="drop"`, which drops for good: gradients are biased. With `filter="unbiased"`, the default, nothing
+is lost on average. Let pmax be the largest probability of an entry v among the tokens of a block b that take part. If pmax < eps, and v is
 the target of none of these tokens, then v survives if
 
     pmax > eps * u        u = draw(b, mix(v ^ seed)), spread evenly over (0, 1)

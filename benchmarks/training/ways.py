@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers import paper
+from cce_numba.options import AUTO_SHARES
 
 EXACT, PAPER = "exact", "paper"
 DEFAULT = (
@@ -22,7 +23,6 @@ DEFAULT = (
     *("unbiased:2^-11", "unbiased:2^-12", "unbiased:2^-13", "unbiased:2^-14", "unbiased:16/V", "unbiased:128/V"),
 )
 _NAME = re.compile(r"exact|paper|(?P<filter>drop|unbiased)(?::(?:2\^-(?P<power>[1-9]\d?)|(?P<times>[1-9]\d{0,5})/V))?")
-_AUTO_SHARE = 2.0**-9  # what "auto" stands for, in units of finfo(dtype).eps
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def way(name: str, vocabulary: int, dtype: torch.dtype) -> Way:
     elif found["times"]:
         eps = int(found["times"]) / vocabulary
     else:
-        return Way(name, found["filter"], smallest * _AUTO_SHARE, "auto")
+        return Way(name, found["filter"], smallest * AUTO_SHARES[found["filter"]], "auto")
     if eps >= 1:
         raise ValueError(f"{name!r} is no threshold below 1 for V={vocabulary}")
     return Way(name, found["filter"], eps, eps)

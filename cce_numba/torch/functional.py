@@ -46,7 +46,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     class_weights: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
-    filter: str = "drop",
+    filter: str = "unbiased",
     filter_seed: int | torch.Tensor = 0,
     check_targets: bool | None = None,
     backend: str | None = None,
@@ -58,8 +58,9 @@ def linear_cross_entropy(
     is not said here, are those of `cce_numba.linear_cross_entropy`. It works under `torch.compile(fullgraph=True)`, autocast,
     activation checkpointing and CUDA graphs; under `torch.no_grad` nothing is kept for a backward. What is different:
 
-    - the filter drops single vocabulary entries of 128 tokens, where theirs drops tiles, and at a lower threshold: "auto" is
-      `finfo(dtype).eps / 512`, theirs `/ 32`. So it is faster and more accurate;
+    - the filter takes single vocabulary entries of 128 tokens, where theirs takes tiles, and it is right on average: what is
+      below the threshold survives by chance and is multiplied. "auto" is theirs, `finfo(dtype).eps / 32`. `filter="drop"` drops
+      for good, as theirs does; its "auto" is `/ 512`;
     - gradients are always summed in float32 (float64 for float64) and rounded once, to their inputs' dtypes. So `accum_e_fp32`,
       `accum_c_fp32`, and the "kahan" in a preset's name, are accepted and change nothing;
     - loss and lse are float32 (float64), and so are the logits that they are made of;
@@ -80,8 +81,7 @@ def linear_cross_entropy(
         reduction: "mean" over the tokens that count, "sum", or "none".
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
         return_lse: return `(loss, lse)`, both with gradients.
-        filter_eps: gradients leave out what has a probability below this in all of a block's tokens; None is exact.
-            "auto" lets the gradients of `c` and `bias` leave out more, see `cce_numba.linear_cross_entropy`.
+        filter_eps: the filter's threshold, a probability; "auto" follows from the dtype; None is exact.
         accum_e_fp32: True or False, see above.
         accum_c_fp32: True or False, see above.
         filter_e_grad: False keeps the gradient of `e` exact.
@@ -95,8 +95,8 @@ def linear_cross_entropy(
         z_loss: weight of `lse**2` in each token's loss.
         class_weights: (V,). Like all tensors that are not e, c or bias it gets no gradient, and must not require one.
         token_weights: of targets' shape.
-        filter: "drop" leaves out what is below `filter_eps`; "unbiased" keeps some of it by chance and multiplies that, so that
-            gradients are right on average; see `cce_numba.linear_cross_entropy`.
+        filter: "unbiased" keeps by chance some of what is below `filter_eps` in all of a block's tokens, and multiplies it, so
+            that gradients are right on average; "drop" leaves it out; see `cce_numba.linear_cross_entropy`.
         filter_seed: an integer, or a 0-d tensor of one on e's device, which may change in place from step to step, in a CUDA
             graph too. A forward alone reads it.
         check_targets: True raises for a target out of range, on any device. None does so on the CPU; on CUDA, where looking

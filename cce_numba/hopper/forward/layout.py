@@ -15,9 +15,9 @@ from cce_numba.tensor_core import matrices
 from cce_numba.tensor_core.schedule import count_slots, groups_per_round
 
 # With survivors, the vocabulary goes in these parts, and each gives the next a bound of the log-sum-exp, where else each
-# consumer of each worker would only know its own tiles. Tokenizers give the frequent entries the first numbers. See
-# benchmarks/NOTES.md.
-PHASE_ENDS = (1 / 64, 1 / 12, 1 / 3, 1)
+# consumer of each worker would only know its own tiles. Tokenizers give the frequent entries the first numbers. The first part
+# is small, since it knows least, but has tiles for all workers of a group. See benchmarks/NOTES.md.
+FIRST_PHASE, LEAST_TILES, PHASE_GROWTH = 1 / 64, 16, 5
 _COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
 _CACHED_BYTES = 14 * 2**20  # of e, at a time: it stays in the L2 cache (50 MB, of which each half keeps its own copy)
 _SCRATCH_BYTES = 960 * 2**10  # partial results of a launch: so many tokens go at a time
@@ -122,7 +122,11 @@ class Layout:
 
     @functools.cached_property
     def _phases_with_survivors(self) -> list[tuple[int, int, int]]:
-        return self._cut({min(self.n_tiles, max(1, round(self.n_tiles * end))) for end in PHASE_ENDS})
+        ends, end = {self.n_tiles}, max(LEAST_TILES, round(self.n_tiles * FIRST_PHASE))
+        while 2 * end < self.n_tiles:
+            ends.add(end)
+            end *= PHASE_GROWTH
+        return self._cut(ends)
 
     def _cut(self, ends: set[int]) -> list[tuple[int, int, int]]:
         step = ceil_div(self.c_rows, self.tiles.block_v)
