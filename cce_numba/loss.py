@@ -126,8 +126,8 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
             step.
         filter_eps: the filter's threshold, a probability. "auto" is `finfo(dtype).eps / 32` (2^-12 for bfloat16), or for "drop"
             `finfo(dtype).eps / 512` (2^-16 for bfloat16). None is exact. The loss itself is always exact. With "drop" and
-            "auto", "hopper" leaves out more of the gradients of `c` and `bias`: 128 entries, in an order of its own, for a block
-            of 128 tokens, if none of them is a target there and none reaches 4 times that.
+            "auto", "hopper" leaves out more of the gradients of `c` and `bias`: 128 entries, in an order of its own, for a
+            block of 128 tokens, if none of them is a target there and none reaches 4 times that.
         filter_e_grad: False keeps the gradient of `e` exact.
         filter_c_grad: False keeps the gradients of `c` and `bias` exact (the paper's FullC).
         accum_e_fp32: return the gradient of 16-bit `e` in float32, as it was accumulated.
