@@ -14,8 +14,8 @@ log-sum-exp or target logit is NaN) all entries of its block survive, since its 
 compares with "at least" must see to that by other means.
 
 That is the rule of `filter="drop"`, which drops for good: gradients are biased. With `filter="unbiased"`, the default, nothing
-is lost on average. Let pmax be the largest probability of an entry v among the tokens of a block b that take part. If pmax < eps,
-and v is the target of none of these tokens, then v survives if
+is lost on average. Let pmax be the largest probability of an entry v among the tokens of a block b that take part. If pmax is
+below eps, and v is the target of none of these tokens, then v survives if
 
     pmax > eps * u        u = draw(b, mix(v ^ seed)), spread evenly over (0, 1)
 

@@ -73,7 +73,8 @@ def make_case(
     """A problem with random contents.
 
     shape: of the tokens. spread: standard deviation of the logits. ignored: share of tokens with the ignored target.
-    bias=True makes a random bias.
+    bias=True makes a random bias. The filter is the one that drops, unless the options say otherwise: bits tell all of what it
+    keeps. test_unbiased.py is about the other one.
     """
     rng = np.random.default_rng(seed)
     e = rng.normal(size=(*shape, D)).astype(dtype)
@@ -82,7 +83,7 @@ def make_case(
     targets[rng.random(shape) < ignored] = options.get("ignore_index", IGNORE)
     if options.pop("bias", False):
         options["bias"] = rng.normal(size=V).astype(dtype)
-    return Case(e, c, targets, options)
+    return Case(e, c, targets, {"filter": "drop"} | options)
 
 
 @st.composite
