@@ -21,7 +21,7 @@ from benchmarks.small_cases import Check
 from cce_numba import survivors
 from cce_numba.hopper.backward import workspace
 from tests.helpers.cases import DTYPES, Case, make_case
-from tests.helpers.checks import assert_within, check_gradients, check_survivors, expect
+from tests.helpers.checks import assert_within, check_gradients, check_survivors, expect, unbiased_scales
 from tests.helpers.harness import Harness
 
 N, V = 300, 1500
@@ -41,6 +41,7 @@ def checks(harness: Harness, odd: Harness) -> dict[str, Check]:
             add(f"filtered, {ctas}", check_case, _blockwise(1, D, dtype, bias=True))
             add(f"two thresholds, {ctas}", check_case, _peaked(2, D, dtype, bias=True))
             add(f"exact, {ctas}", check_case, _blockwise(3, D, dtype, filter_eps=None, bias=True))
+            add(f"unbiased, {ctas}", check_unbiased, _by_chance(D, dtype))
     for D, ctas in ((PAIRED, "pairs"), (ALONE, "single CTAs")):
         filtered = _blockwise(4, D, bias=True)
         add(f"exact dC beside filtered dE, {ctas}", check_case, filtered.with_options(filter_c_grad=False))
@@ -48,6 +49,8 @@ def checks(harness: Harness, odd: Harness) -> dict[str, Check]:
         for wrt in ("e", "c"):
             add(f"d{wrt.upper()} alone, {ctas}", check_case, filtered, wrt=wrt)
         add(f"scattered tokens, {ctas}", check_case, _scattered(_blockwise(5, D, bias=True, reduction="sum")))
+        by_chance = _by_chance(D)
+        add(f"unbiased dC beside exact dE, {ctas}", check_unbiased, by_chance.with_options(filter_e_grad=False))
         add(f"scattered tokens, two thresholds, {ctas}", check_case, _scattered(_peaked(6, D, bias=True, reduction="sum")))
         add(f"accumulate, {ctas}", check_accumulated, _blockwise(7, D, bias=True))
         add(f"accumulate, two thresholds, {ctas}", check_accumulated, _peaked(8, D, bias=True))
@@ -81,6 +84,11 @@ def _blockwise(seed: int, D: int, dtype: np.dtype = BFLOAT16, **options: Any) ->
     of_blocks = np.random.default_rng(seed + 1).normal(size=(-(-N // 128), D))
     e = np.repeat(of_blocks, 128, axis=0)[:N] + 0.3 * case.e.astype(np.float64)
     return dataclasses.replace(case, e=e.astype(dtype))
+
+
+def _by_chance(D: int, dtype: np.dtype = BFLOAT16, **options: Any) -> Case:
+    """A problem of which many entries survive by chance, and none is within rounding of its draw."""
+    return _blockwise(21, D, dtype, bias=True, filter="unbiased", filter_eps=2.0**-8, **options)
 
 
 def _peaked(seed: int, D: int, dtype: np.dtype = BFLOAT16, **options: Any) -> Case:
@@ -134,6 +142,17 @@ def check_case(harness: Harness, case: Case, d_loss: Any = None, d_lse: Any = No
     gradients = harness.backward(result, d_loss, d_lse, **named)
     check_gradients(expected, gradients, kept, d_loss, d_lse, coarse_eps=result.plan.coarse_eps)
     return gradients
+
+
+def check_unbiased(harness: Harness, case: Case, **named: Any) -> None:
+    """Raises AssertionError unless the gradients are those of the draws that are due."""
+    expected, result = expect(case), harness.forward(case)
+    scales, kept = unbiased_scales(result, expected), harness.kept(result, V)
+    assert scales is not None
+    assert kept is not None
+    assert kept[scales != 0].all()
+    assert (scales > 1).any()
+    check_gradients(expected, harness.backward(result, **named), scales)
 
 
 def check_dense(harness: Harness, case: Case) -> None:

@@ -6,14 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import assume, currently_in_test_context, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import cce_numba as cce
 import reference
-from cce_numba.options import Options
 from tests.helpers.cases import Case, cases, make_case, with_terms
-from tests.helpers.checks import check_gradients, expect, probability_margin, shifted_targets
+from tests.helpers.checks import check_gradients, expect, probability_margin, shifted_targets, unbiased_scales
 from tests.helpers.harness import CpuHarness, SimulatorHarness
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -23,23 +22,17 @@ EPS = st.sampled_from([0.9, 2.0**-2, 2.0**-4, 2.0**-6, 2.0**-9, "auto"])
 FEW = settings(max_examples=12 if SimulatorHarness.is_active() else 60)
 
 
-def scales_of(case, result, expected, part=None):
-    """(n_valid, V) what the reference multiplies G by, with the draws that are due; rejects a case within rounding of one."""
-    options = Options.of(case.e.dtype, {"filter_eps": case.options["filter_eps"]})
-    z, targets, block = expected.forward.logits, shifted_targets(expected), result._statistics.survivor_block
-    n, V = z.shape
-    if not n or result._problem.options.smooths_capped:
-        return np.ones((n, V))
-    u = reference.draws(-(-n // block), V, reference.draw_seed(targets, case.options.get("filter_seed", 0)))
-    p, margin = reference.softmax(z), np.nanmax(probability_margin(expected), initial=1)
-    scales, low, high = (
-        reference.of_tokens(reference.roulette(x, targets, options.filter_eps, u, block, part), n, block)
-        for x in (p, p / margin, p * margin)
-    )
-    is_certain = ((low == 0) == (high == 0)).all()
-    if currently_in_test_context():
-        assume(is_certain)
-    assert is_certain
+def scales_of(case, result, expected, part):
+    """(n_valid, V) what the reference multiplies G by, of a drawn case; one within rounding of a draw is drawn anew."""
+    scales = unbiased_scales(result, expected, part)
+    assume(scales is not None)
+    return scales
+
+
+def certain_scales(result, expected):
+    """(n_valid, V) what the reference multiplies G by, of a case that is not within rounding of a draw."""
+    scales = unbiased_scales(result, expected)
+    assert scales is not None
     return scales
 
 
@@ -118,7 +111,7 @@ def poisoned(harness, edges, *, token, **options):
 def test_a_lost_token_keeps_its_block_as_it_is(harness, edges, token):
     case = poisoned(harness, edges, token=token)
     expected, result = expect(case), harness.forward(case)
-    scales = scales_of(case, result, expected)
+    scales = certain_scales(result, expected)
     block = result._statistics.survivor_block
     assert (scales[:block] == 1).all()
     assert (scales[block:] == 0).any()
@@ -201,7 +194,7 @@ def test_the_dropped_mass_is_that_of_these_draws(harness, edges):
     dtype = dtype_for(harness)
     case = make_case(3, (2 * edges.n[1] + 3,), edges.v[2] + 5, 8, dtype, ignored=0.1, filter="unbiased", filter_eps=0.1)
     expected, result = expect(case), harness.forward(case)
-    scales = scales_of(case, result, expected)
+    scales = certain_scales(result, expected)
     mass = harness.host(result.dropped_mass())[expected.valid]
     exact, rounding = reference.dropped_mass(reference.softmax(expected.forward.logits), scales != 0), 1e-12
     if dtype != FLOAT64:

@@ -166,6 +166,25 @@ def probability_margin(expected: Expectation) -> np.ndarray:
     return np.exp(expected.z_error.max(axis=1, initial=0) + expected.lse_error)[:, None]
 
 
+def unbiased_scales(result: Any, expected: Expectation, part: np.ndarray | None = None) -> np.ndarray | None:
+    """(n_valid, V) what the unbiased filter multiplies G by, with the draws that are due; None if rounding may decide.
+
+    part: (n_valid,) bool, which tokens take part; None means all.
+    """
+    z, targets, block = expected.forward.logits, shifted_targets(expected), result._statistics.survivor_block
+    options, (n, V) = result._problem.options, z.shape
+    if not n or options.smooths_capped:
+        return np.ones((n, V))
+    seed = reference.draw_seed(targets, expected.case.options.get("filter_seed", 0))
+    u = reference.draws(-(-n // block), V, seed)
+    p, margin = reference.softmax(z), np.nanmax(probability_margin(expected), initial=1)
+    scales, low, high = (
+        reference.of_tokens(reference.roulette(x, targets, options.filter_eps, u, block, part), n, block)
+        for x in (p, p / margin, p * margin)
+    )
+    return scales if ((low == 0) == (high == 0)).all() else None
+
+
 def check_gradients(
     expected: Expectation,
     grads: Any,
