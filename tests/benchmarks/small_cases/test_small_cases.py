@@ -43,7 +43,7 @@ def test_each_is_right_on_the_cpu(part, name):
         *("filtered, pairs", "filtered, single CTAs", "two thresholds, pairs", "two thresholds, single CTAs"),
         *("exact, pairs", "exact, single CTAs", "exact dC beside filtered dE", "exact dE beside filtered dC", "dbias alone"),
         *("scattered tokens", "accumulate", "accumulate in float32", "softcap and label smoothing", "logit scale"),
-        *("copied rows", "nearly all survive"),
+        *("copied rows", "nearly all survive", "unbiased, pairs", "unbiased, single CTAs", "unbiased dC beside exact dE"),
     ],
 )
 def test_the_backward_is_reached_in_every_way(what):
@@ -128,6 +128,7 @@ def spoiled(name, change):
 # One of each way of judging.
 JUDGED = (
     "bfloat16 filtered, pairs",
+    "bfloat16 unbiased, pairs",
     "bfloat16 nearly all survive, so all are taken",
     "bfloat16 tokens without an upstream gradient",
     "bfloat16 accumulate, pairs",
