@@ -1,7 +1,8 @@
-"""Prints a table of the README, out of benchmarks/results/forward_h100.json or backward_h100.json.
+"""Prints a table of the README, out of a record in benchmarks/results.
 
 python -m benchmarks readme forward
 python -m benchmarks readme backward
+python -m benchmarks readme learning
 """
 
 from __future__ import annotations

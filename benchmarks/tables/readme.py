@@ -1,11 +1,14 @@
-"""The README's tables of `forward` and `backward`, in Markdown, out of recorded results."""
+"""The README's tables of `forward`, `backward` and `learning`, in Markdown, out of recorded results."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 from benchmarks.tables.forward import BITS, CUBLAS, LOSS
+from benchmarks.tables.learning import EXACT, Summary, summaries, vocabularies
 
 
 def forward(results: dict[str, Any]) -> str:
@@ -39,10 +42,37 @@ def backward(results: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def learning(results: dict[str, Any]) -> str:
+    """A row for each way, a column for each vocabulary: the last validation loss, and the columns kept at the last step."""
+    found = {V: {summary.way: summary for summary in summaries(results, V)} for V in vocabularies(results)}
+    ways = dict.fromkeys(way for of_ways in found.values() for way in of_ways)
+    rows = [f"| gradients | {' | '.join(f'V = {V}' for V in found)} |", "|---|" + "---|" * len(found)]
+    for way in ways:
+        cells = (_learned(of_ways[way]) if way in of_ways else "" for of_ways in found.values())
+        rows.append(f"| {_way(way, found)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _way(name: str, found: dict[int, dict[str, Summary]]) -> str:
+    """A way's name with its threshold."""
+    if name == EXACT or ":" in name:
+        return name.replace(":", " ")
+    eps = {of_ways[name].eps for of_ways in found.values() if name in of_ways}
+    return f"{name} {' '.join(f'2^{math.log2(x):.0f}' for x in eps if x)}"
+
+
+def _learned(summary: Summary) -> str:
+    low, high = min(summary.losses), max(summary.losses)
+    apart = "" if summary.way == EXACT else f", {fmean(summary.apart):+.3f}"
+    kept = "" if summary.kept is None else f"; {summary.kept:.1%} of columns"
+    return f"{low:.3f} - {high:.3f}{apart}{kept}"
+
+
 # Tables by name, and the recorded results that each is made of.
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "forward": (forward, "forward_h100"),
     "backward": (backward, "backward_h100"),
+    "learning": (learning, "learning_h200"),
 }
 
 

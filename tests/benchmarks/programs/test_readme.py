@@ -12,7 +12,7 @@ from benchmarks.measure import record
 README = (Path(__file__).parents[3] / "README.md").read_text()
 
 
-@pytest.mark.parametrize("table", ["forward", "backward"])
+@pytest.mark.parametrize("table", ["forward", "backward", "learning"])
 def test_the_table_is_what_was_measured(table, capsys):
     assert main(["readme", table]) == 0
     told = capsys.readouterr().out
