@@ -79,7 +79,7 @@ def names_of(case) -> set[str]:
         "token-weights": o.get("token_weights") is not None,
         "accum-e-fp32": o.get("accum_e_fp32"),
         "accum-c-fp32": o.get("accum_c_fp32"),
-        "unbiased": o.get("filter") == "unbiased",
+        "drop": o.get("filter") == "drop",
         "exact": o.get("filter_eps", "auto") is None,
     }
     assert set(names) == set(OPTIONS)
@@ -93,8 +93,7 @@ def test_a_call_of_any_size_launches_nothing_else(backend, data):
     """Whatever the sizes, the reduction, the shift, which gradients are wanted and where they go."""
     case = data.draw(cases(EDGES, DTYPES if backend == "simt" else DTYPES[:2], smallest_n=1))
     case = data.draw(with_terms(case.with_options(**data.draw(filters()))))
-    if backend == "simt":  # hopper has only the filter that drops
-        case = case.with_options(filter=data.draw(st.sampled_from(["drop", "unbiased"]), label="filter"))
+    case = case.with_options(filter=data.draw(st.sampled_from(["drop", "unbiased"]), label="filter"))
     wrt = data.draw(st.sampled_from([None, "e", "c", ("e", "c")]), label="wrt")
     _, kernels = precompile.kernels_of(backend, case.e.dtype.name, names_of(case), (9, 0))
     with absent_gpu((9, 0)) as (cupy, launched):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 DTYPES = tuple(np.dtype(t) for t in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64))
 IGNORE = -100
+DROPPING = {"filter": "drop"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Case:
     e: np.ndarray
     c: np.ndarray
     targets: np.ndarray
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=lambda: dict(DROPPING))
 
     def with_options(self, **options: Any) -> Case:
         return replace(self, options=self.options | options)
@@ -83,7 +84,7 @@ def make_case(
     targets[rng.random(shape) < ignored] = options.get("ignore_index", IGNORE)
     if options.pop("bias", False):
         options["bias"] = rng.normal(size=V).astype(dtype)
-    return Case(e, c, targets, {"filter": "drop"} | options)
+    return Case(e, c, targets, DROPPING | options)
 
 
 @st.composite

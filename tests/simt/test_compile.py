@@ -21,14 +21,14 @@ if SimulatorHarness.is_active():
 from cce_numba.commands.precompile import kernels_of
 
 TERMS = ("bias", "softcap", "label-smoothing", "class-weights", "logit-scale")
-OPTIONS = {"plain": ("bias",), "unbiased": ("bias", "unbiased"), "terms": TERMS}
+OPTIONS = {"default": ("bias",), "drop": ("bias", "drop"), "terms": TERMS}
 LARGE = {"lse_kernel", "gradient_of_logits_kernel", "d_e_kernel", "d_c_kernel"}
 
 
 # Each dtype, for one compute capability or the other; and once with all that a call may have.
-CONFIGURATIONS = [(dtype, cc, "plain") for dtype, cc in zip(DTYPES, [(8, 0), (9, 0), (8, 0), (9, 0)], strict=True)]
+CONFIGURATIONS = [(dtype, cc, "drop") for dtype, cc in zip(DTYPES, [(8, 0), (9, 0), (8, 0), (9, 0)], strict=True)]
 CONFIGURATIONS.append((np.dtype(np.float32), (9, 0), "terms"))
-CONFIGURATIONS += [(DTYPES[1], (9, 0), "unbiased"), (DTYPES[3], (9, 0), "unbiased")]
+CONFIGURATIONS += [(DTYPES[1], (9, 0), "default"), (DTYPES[3], (9, 0), "default")]
 
 
 @pytest.mark.usefixtures("compiler")
@@ -38,7 +38,7 @@ CONFIGURATIONS += [(DTYPES[1], (9, 0), "unbiased"), (DTYPES[3], (9, 0), "unbiase
 def test_kernels_compile_within_their_budget(dtype, cc, what):
     _, kernels = kernels_of("simt", dtype.name, OPTIONS[what], cc)
     small = {"list_tokens_kernel", "finish_kernel", "list_columns_kernel", "d_bias_kernel"}
-    if what == "unbiased":
+    if what == "default":
         small.add("draw_seed_kernel")
     if what != "terms":  # the bound of survivors, of which none are recorded where labels are smoothed under a softcap
         small.add("indexed_dot_kernel")
