@@ -40,8 +40,9 @@ class Statistics:
         target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets. It has
             the rounding of the logits that max_logit and log_sum are made of, so differences from these keep their digits.
         survivors: (at least ceil(n_valid / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
-            consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive: then all do.
-            Further rows, and memory between rows, are the backend's own: `StatisticsForm` says what there is.
+            consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive the filter
+            that drops: then all do. Of the unbiased filter they say what may survive by its draws. Further rows, and memory
+            between rows, are the backend's own: `StatisticsForm` says what there is.
         survivor_block: tokens in a block of `survivors`.
         mean_logit: (N,) mean over the vocabulary of class weight times logit, 0 where ignored, of the compute dtype; None
             unless `Options.smooths_capped`: else it follows from e and c (`terms.py`).

@@ -52,10 +52,11 @@ class Result:
             return self._problem.exported(self._statistics.nll)
 
     def survivor_counts(self) -> np.ndarray:
-        """(n_blocks,) how many vocabulary entries each block of counting tokens keeps in the backward.
+        """(n_blocks,) of each block of counting tokens, how many vocabulary entries the backward computes again.
 
-        A block is `plan.tiles.survivor_block` consecutive counting tokens. With `filter="unbiased"` it is how many the backward
-        computes again; some of these it then drops, by their exact probabilities. Waits for the device, if there is one.
+        A block is `plan.tiles.survivor_block` consecutive counting tokens. With `filter="drop"` gradients keep all of these.
+        With `filter="unbiased"` they are what the forward flags; the backward then leaves some out, by their exact
+        probabilities. Waits for the device, if there is one.
 
         >>> e, c = np.eye(4, 8) * 50, np.eye(50, 8)
         >>> forward(e, c, np.arange(4)).survivor_counts()  # each of four certain tokens keeps its own target
@@ -67,13 +68,16 @@ class Result:
         return survivors.unpack_survivors(self._statistics, self._problem.V).sum(axis=1)
 
     def dropped_mass(self) -> Any:
-        """Per token, the probability that the filter drops: the sum of the softmax over the entries that its block leaves out.
+        """Per token, the probability that the filter leaves out: the sum of the softmax over the entries that its block drops.
 
-        It bounds the token's error in a filtered gradient: that of `dE` by `|d_loss| * dropped_mass * max_v |c_v|`, times its
-        weights and `logit_scale` if there are any, less where a softcap is flat. In the shape of `nll`; 0 where ignored, and
-        everywhere if nothing is filtered, or nearly everything survives. A lost token (NaN) keeps all, and so drops 0. On
-        `hopper` it is at most this: where more than 70 % of all pairs survive gradients take all, which only the device knows.
-        What the gradients of `c` and `bias` leave out beyond (see `filter_eps`) is not counted.
+        In the shape of `nll`; 0 where ignored, and everywhere if nothing is filtered. A lost token (NaN) keeps all, and so
+        drops 0.
+
+        With `filter="drop"` it bounds the token's error in a filtered gradient: that of `dE` by `|d_loss| * dropped_mass *
+        max_v |c_v|`, times its weights and `logit_scale` if there are any, less where a softcap is flat. Where more than 70 %
+        of all pairs of a block and an entry survive, "cpu" and "hopper" take all of them. On "cpu" it is then 0; on "hopper",
+        where only the device knows, it is more than what is left out. What the gradients of `c` and `bias` leave out beyond
+        (see `filter_eps`) is not counted.
 
         With `filter="unbiased"` it is what this seed's draws leave out, if all tokens take part, and bounds no error: other
         entries are multiplied to make up for it, and the error is 0 on average over seeds.
@@ -81,7 +85,8 @@ class Result:
         Computes all logits again, at each call, in pieces whose memory does not grow with N or V; waits for the device.
 
         >>> e, c = np.eye(2, 8) * 5, np.eye(50, 8)
-        >>> forward(e, c, np.arange(2), filter_eps=0.02).dropped_mass().round(3)  # 48 entries, each 1 / (exp(5) + 49)
+        >>> result = forward(e, c, np.arange(2), filter="drop", filter_eps=0.02)
+        >>> result.dropped_mass().round(3)  # 48 entries, each 1 / (exp(5) + 49)
         array([0.243, 0.243])
         """
         with self._problem.kind.current():

@@ -18,13 +18,13 @@ class Plan:
         how: one line on how it will run.
         tiles: the backend's own tile sizes, a frozen dataclass.
         forward_bytes: workspace of the forward.
-        survivor_bytes: survivor bits, kept from the forward to the backward.
+        survivor_bytes: survivor bits, which say what the backward must look at, kept from the forward to the backward.
         backward_bytes: workspace of the backward.
         stored_logits_bytes: what the logits would take if they were stored once, for comparison.
         rejected: why each backend that was preferred to this one was not taken.
-        coarse_eps: a higher threshold than the filter's own, for the gradients of `c` and `bias`, or None. These gradients may
-            also leave out an entry for a block if its probability is below this in all of the block's tokens, and it is the
-            target of none of them.
+        coarse_eps: a higher threshold than the filter's own, for the gradients of `c` and `bias` with `filter="drop"`, or None.
+            These gradients may also leave out an entry for a block if its probability is below this in all of the block's
+            tokens, and it is the target of none of them.
     """
 
     backend: str

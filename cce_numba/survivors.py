@@ -54,8 +54,8 @@ if TYPE_CHECKING:
 SURVIVOR_BLOCK = 128  # tokens that share survivor bits; in the portable kernels the tiles decide
 
 # Picking a column costs time. Where more than this share of all pairs of a block and a column survives, a backward takes all of
-# them, in order, which is faster and exact. The number is a guess. On hopper, loss and gradients took 6.60 ms with all pairs,
-# and 4.06 ms with the 39 % that survived on real text.
+# them, in order, which is faster. That is exact for the filter that drops; the unbiased one draws all the same. The number is a
+# guess. On hopper, loss and gradients took 6.60 ms with all pairs, and 4.06 ms with the 39 % that survived on real text.
 DENSE_SHARE = 0.7
 
 # Logits are compared in the compute dtype, with rounding errors of up to 1e-5 (1 + |z|) in each; so a logit whose probability
@@ -63,8 +63,8 @@ DENSE_SHARE = 0.7
 # effect of an eps that is some 0.1 % lower (more for logits of hundreds).
 _SLACK, _RELATIVE_SLACK = 1e-3, 4e-5
 
-# Where the caller leaves the choice to us, the threshold of dC is so many times the filter's own. On real text, dC at the first
-# (2^-14 for bfloat16) has the error that dE has at the second (2^-16).
+# Where the caller of the filter that drops leaves the choice to us, the threshold of dC is so many times the filter's own. On
+# real text, dC at the first (2^-14 for bfloat16) has the error that dE has at the second (2^-16).
 _COARSER = 4
 
 GOLDEN = 2654435769  # 2**32 times the golden ratio's fraction, 0.6180339887: draws of neighbouring blocks lie far apart
@@ -199,7 +199,7 @@ def log_threshold(eps: float | None) -> float:
 
 
 def coarse_eps_of(options: Options) -> float | None:
-    """A higher threshold, for the gradients of c and bias alone, for a backend that has a second one; None where it has not."""
+    """A higher threshold, for dC and dbias alone, of the filter that drops, for a backend that has a second one; else None."""
     if options.is_unbiased or options.filter_eps is None or not (options.filter_is_auto and options.filter_c_grad):
         return None
     return _COARSER * options.filter_eps
@@ -218,7 +218,7 @@ def unpack_survivors(statistics: Statistics, V: int) -> np.ndarray:
 def dropped_mass(p: Problem, statistics: Statistics) -> Any:
     """(N,) of the compute dtype: the sum of the softmax over dropped entries; 0 where ignored or nothing was recorded.
 
-    Of the unbiased filter: over the entries that this seed's draws drop, if all tokens that count take part.
+    Of the unbiased filter these are the entries that this seed's draws drop, if all tokens that count take part.
 
     It is that sum itself, not 1 less what is kept, which would cancel. With array operations, for all backends: it is computed
     afterwards for whoever asks, so it need not be fast, but its memory stays bounded. Waits for the device.

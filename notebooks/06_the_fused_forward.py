@@ -101,11 +101,12 @@ print(shipped.source("step", "folds.target_logit"))
 # columns at their right, which nobody uses, keep threads off each other's banks.)
 #
 # The green row at the bottom are **survivor bits**, one for each column and block of tokens. A third fold sets them: may this
-# column have a probability of at least `filter_eps` for some token of the block? Lesson 7 says why one wants to know that, and
-# what the third column of the table is for, a *bound*: a number that the log-sum-exp is known not to be below.
+# column have a probability of at least `filter_eps` for some token of the block? (That is the question of the filter that
+# drops; lesson 7 has another.) Lesson 7 says why one wants to know that, and what the third column of the table is for, a
+# *bound*: a number that the log-sum-exp is known not to be below.
 
 # %%
-walked = shipped.forward(e, c, targets, filter_eps=2.0**-4)
+walked = shipped.forward(e, c, targets, filter="drop", filter_eps=2.0**-4)
 walked
 
 # %% [markdown]
@@ -157,7 +158,7 @@ print(f"stored logits {plan.stored_logits_bytes / 2**20:,.0f} MiB, survivor bits
 # first four tokens, and this is the second. It begins in the middle of the vocabulary, and knows nothing of the first.
 
 # %%
-second = shipped.forward(e, c, targets, filter_eps=2.0**-4, split=1, splits=2)
+second = shipped.forward(e, c, targets, filter="drop", filter_eps=2.0**-4, split=1, splits=2)
 second.still(-2)
 
 # %% [markdown]

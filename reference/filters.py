@@ -13,14 +13,16 @@ from .building_blocks import blocks, logsumexp, onehot, quiet, target_logit
 from .online import IDENTITY, fold, to_lse
 
 
-def auto_eps(dtype):
-    """The threshold for gradients of a dtype: 2^-9 of its spacing at 1, so dropping hides behind rounding.
+def auto_eps(dtype, filter="unbiased"):
+    """The threshold for gradients of a dtype: 2^-5 of its spacing at 1, or 2^-9 where `filter` is "drop".
+
+    So what either filter costs hides behind rounding.
 
     >>> import ml_dtypes
-    >>> float(np.log2(auto_eps(ml_dtypes.bfloat16))), float(np.log2(auto_eps(np.float16)))
-    (-16.0, -19.0)
+    >>> float(np.log2(auto_eps(ml_dtypes.bfloat16))), float(np.log2(auto_eps(ml_dtypes.bfloat16, "drop")))
+    (-12.0, -16.0)
     """
-    return float(finfo(dtype).eps) * 2.0**-9
+    return float(finfo(dtype).eps) * {"unbiased": 2.0**-5, "drop": 2.0**-9}[filter]
 
 
 def column_flags(probabilities, targets, eps, block_n=128):

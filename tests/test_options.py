@@ -37,6 +37,7 @@ def test_defaults_name_every_option():
 
 def test_auto_eps_is_the_reference_s():
     for dtype in arguments.DTYPES:
+        assert Options.of(dtype, {"filter": "drop"}).filter_eps == reference.auto_eps(dtype, "drop")
         options = Options.of(dtype, {})
         assert options.filter_eps == reference.auto_eps(dtype)
         assert options.filter_is_auto

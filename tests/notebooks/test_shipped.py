@@ -14,6 +14,7 @@ BLOCK_N, BLOCK_V, BLOCK_K, THREAD_N, THREAD_V = shipped.TINY.values()
 THREADS = BLOCK_N // THREAD_N * (BLOCK_V // THREAD_V)
 SHAPES = [(4, 16, 8), (6, 17, 10), (1, 3, 1)]  # whole tiles; past their edges; less than one
 EPS = 2.0**-4
+DROP = {"filter": "drop", "filter_eps": EPS}  # as in the lessons
 
 
 def problem(N, V, D):
@@ -27,7 +28,7 @@ def test_the_forward_by_hand(shape):
     N, V, D = shape
     e, c, targets = problem(*shape)
     n_block = ceil(N / BLOCK_N) - 1
-    walk = shipped.forward(e, c, targets, n_block=n_block, filter_eps=EPS)
+    walk = shipped.forward(e, c, targets, n_block=n_block, **DROP)
     r, tiles, slices, rows = walk.record, ceil(V / BLOCK_V), ceil(D / BLOCK_K), min(BLOCK_N, N - n_block * BLOCK_N)
     # Rows past the last token or entry are read as copies of it; terms past the last are not read.
     assert r.count("e") == tiles * BLOCK_N * D
@@ -51,7 +52,7 @@ def test_the_forward_by_hand(shape):
 
 def test_its_picture_shows_logits_rows_and_bits():
     e, c, targets = problem(6, 17, 10)
-    walk = shipped.forward(e, c, targets, filter_eps=EPS)
+    walk = shipped.forward(e, c, targets, **DROP)
     z = reference.logits(e, c)
     step = walk.step_that_writes("row_max", 1)  # the first tile, complete
     frame = walk.scene.frames[step]
@@ -77,7 +78,7 @@ def test_its_picture_shows_logits_rows_and_bits():
 
 def test_every_step_says_what_it_does():
     e, c, targets = problem(6, 17, 10)
-    walk = shipped.forward(e, c, targets, filter_eps=EPS)
+    walk = shipped.forward(e, c, targets, **DROP)
     captions = [frame.caption for frame in walk.scene.frames]
     assert not [caption for caption in captions if caption.startswith(("It ", "Then "))]
     folds = (
@@ -98,7 +99,7 @@ def test_every_step_says_what_it_does():
 
 def test_a_split_sees_its_part_of_the_vocabulary():
     e, c, targets = problem(4, 24, 5)
-    r = shipped.record_forward(e, c, targets, split=1, splits=2, filter_eps=EPS)
+    r = shipped.record_forward(e, c, targets, split=1, splits=2, **DROP)
     assert set(r.of("c").element // 5) == set(range(16, 24))
     m, s = reference.merge(*((r.results["part_max"][i], r.results["part_sum"][i]) for i in range(2)))
     np.testing.assert_allclose(reference.to_lse(m, s), reference.forward(e, c, targets).lse, rtol=1e-5)
@@ -108,7 +109,7 @@ def test_a_split_sees_its_part_of_the_vocabulary():
 def test_the_backward_by_hand(shape):
     N, V, D = shape
     e, c, targets = problem(*shape)
-    options = {"filter_eps": EPS, "reduction": "sum"}
+    options = {**DROP, "reduction": "sum"}
     p = reference.softmax(reference.logits(e, c))
     right = reference.backward(e, c, targets, reduction="sum")
 
@@ -136,6 +137,27 @@ def test_the_backward_by_hand(shape):
         # One owner: no element is written twice.
         written = walk.record.of(array, write=True).element
         assert len(written) == len(set(written)) == min(BLOCK_N, len(found)) * min(BLOCK_V, D)
+
+
+@pytest.mark.parametrize("filter_seed", range(3))
+def test_the_gradient_of_logits_by_chance(filter_seed):
+    """The unbiased filter, which the lessons tell of and do not step through, is one more step of the same kernel."""
+    N, V, D = 4, 16, 8
+    e, c, targets = problem(N, V, D)
+    eps = 0.3  # above most probabilities
+    options = {"filter_eps": eps, "filter_seed": filter_seed, "reduction": "sum"}
+    record = shipped.gradient_of_logits(e, c, targets, **options).record
+    columns = sorted({int(v) for v in record.of("c").element // D})
+    p = reference.softmax(reference.logits(e, c))
+    draws = reference.draws(1, V, reference.draw_seed(targets, filter_seed))
+    (scales,) = reference.roulette(p, targets, eps, draws, block_n=BLOCK_N)
+    assert (scales[columns] > 1).any()
+    assert (scales == 0).any()
+    assert len(columns) == BLOCK_V  # the first tile of what is flagged, in order
+    assert set(np.flatnonzero(scales[: columns[-1] + 1])) <= set(columns)
+    right = (p - reference.onehot(targets, V)) * scales
+    np.testing.assert_allclose(record.results["g"][columns, :N].T, right[:, columns], atol=1e-5)
+    assert not record.races()
 
 
 def test_the_tiles_of_a_gpu_are_the_packages():

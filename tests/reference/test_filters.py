@@ -43,7 +43,8 @@ def any_logits():
     ("dtype", "exponent"), [(ml_dtypes.bfloat16, -16), (np.float16, -19), (np.float32, -32), (np.float64, -61)]
 )
 def test_auto_eps(dtype, exponent):
-    assert auto_eps(dtype) == auto_eps(np.dtype(dtype)) == 2.0**exponent
+    assert auto_eps(dtype, "drop") == auto_eps(np.dtype(dtype), "drop") == 2.0**exponent
+    assert auto_eps(dtype) == 16 * 2.0**exponent
 
 
 @settings(deadline=None)

@@ -1,8 +1,9 @@
 """The survey: survivor bits become a plan of work for the backward, on the device.
 
-The forward leaves a bit for each block of tokens and column of the logits: whether the filter keeps the two. The survey sorts
-the columns, so that columns which matter to the same blocks lie together, cuts the sorted columns into rounds, and says for
-each block which of them survive. The words of this package, which are those of the backward, too:
+The forward leaves a bit for each block of tokens and column of the logits: whether the filter keeps the two. The unbiased
+filter decides later, when the logits are there again; here it keeps all that it may keep. The survey sorts the columns, so that
+columns which matter to the same blocks lie together, cuts the sorted columns into rounds, and says for each block which of them
+survive. The words of this package, which are those of the backward, too:
 
     column   a vocabulary entry, as a column of the logits. Sorted columns are numbered j
     block    128 listed tokens, the last block perhaps fewer. It is *active* if a token of it has weight, and *whole* if it is
@@ -10,8 +11,8 @@ each block which of them survive. The words of this package, which are those of 
     pair     a block and a column
     survive  a column survives in an active block if the filter keeps the pair
     tile     128 sorted columns. It is *live* if a column of it survives in some block, else *empty*; live tiles come first
-    needed   dC has a filter of its own, which keeps fewer pairs. It needs a tile for a block if it keeps a pair of theirs. The
-             tiles that it needs for any block come first among the live ones
+    needed   the filter that drops may have a higher threshold for dC, which keeps fewer pairs. dC needs a tile for a block if
+             its threshold keeps a pair of theirs. The tiles that it needs for any block come first among the live ones
     dense    a survey is dense if all columns survive in all active blocks, or are taken to, because nearly all do
     round    live tiles that the backward treats together: those of about `cap` surviving pairs
     list     the columns of a round that survive in a block
