@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import cce_numba as cce
 import reference
 from cce_numba import terms
-from tests.helpers.cases import DTYPES, Case, cases, filters, make_case, with_terms
+from tests.helpers.cases import DROPPING, DTYPES, Case, cases, filters, make_case, with_terms
 from tests.helpers.checks import (
     assert_within,
     check_forward,
@@ -54,7 +54,7 @@ def peaked(edges):
     case = make_case(5, (edges.n[-1] + 1,), edges.v[-1] + 1, edges.d[-1] + 1, edges.dtype)
     targets = case.targets % 7
     near = (case.c[targets].astype(np.float32) * 4 + 0.1 * case.e.astype(np.float32)).astype(case.e.dtype)
-    return Case(near, case.c, targets, {"filter_eps": 0.1})
+    return Case(near, case.c, targets, DROPPING | {"filter_eps": 0.1})
 
 
 def check(harness, case, d_loss=None, d_lse=None):

@@ -10,6 +10,7 @@ import pytest
 from cce_numba import gpu
 from cce_numba.interchange import BFLOAT16
 from cce_numba.options import Options
+from tests.helpers.cases import DROPPING
 from tests.helpers.harness import SimulatorHarness
 
 if SimulatorHarness.is_active():
@@ -38,7 +39,7 @@ def matrix(rows, columns, apart=None):
 def problem(D, bias=None, apart=None, **given):
     return SimpleNamespace(
         N=N, V=V, D=D, e=matrix(N, D, apart), c=matrix(V, D, apart), bias=bias, dtype=BFLOAT16, device="cuda:0",
-        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, given), logits_bytes=4 * N * V,
+        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), logits_bytes=4 * N * V,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from cce_numba import plan as planning
 from cce_numba.interchange import BFLOAT16
 from cce_numba.options import Options
 from tests.helpers import offline
-from tests.helpers.cases import DTYPES, cases, filters, make_case, with_terms
+from tests.helpers.cases import DROPPING, DTYPES, cases, filters, make_case, with_terms
 from tests.helpers.checks import check_forward, check_gradients, check_survivors, expect
 from tests.helpers.harness import SimulatorHarness
 
@@ -157,7 +157,7 @@ def problem(**given):
     N, V, D, scale = 1000, 50_000, 64, given.pop("logit_scale", None)
     return SimpleNamespace(
         N=N, V=V, D=D, e=_OnDevice((N, D), BFLOAT16), c=_OnDevice((V, D), BFLOAT16), bias=None, dtype=BFLOAT16, device="cuda:0",
-        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, given), on_device=True, logits_bytes=4 * N * V,
+        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), on_device=True, logits_bytes=4 * N * V,
         logit_scale=scale, class_weights=None,
     )  # fmt: skip
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cce_numba.interchange import BFLOAT16
+from tests.helpers.cases import DROPPING
 from tests.helpers.harness import SimulatorHarness
 
 if SimulatorHarness.is_active():
@@ -63,7 +65,7 @@ def problem(*, bias=False, logit_scale=False, class_weights=False, **options):
         bias=zeros(V, BFLOAT16) if bias else None, targets=zeros(N, np.int64),
         logit_scale=zeros(N, np.float32) if logit_scale else None,
         class_weights=zeros(V, np.float32) if class_weights else None,
-        xp=SimpleNamespace(empty=zeros, zeros=zeros, maximum=np.maximum), options=Options.of(BFLOAT16, options),
+        xp=SimpleNamespace(empty=zeros, zeros=zeros, maximum=np.maximum), options=Options.of(BFLOAT16, DROPPING | options),
     )  # fmt: skip
 
 
@@ -163,6 +165,17 @@ def test_survivor_bits_of_dc_follow_the_filters_own(launches, given):
     expected = SurvivorBits(words=found.survivors.data.ptr, pitch_words=PITCH_WORDS, coarse_words=coarse_words)
     assert record_of(by_name(launches)["list"], SurvivorBits) == expected
     assert not by_name(launches)["order"][0]
+
+
+@pytest.mark.parametrize("exact", [{}, {"filter_e_grad": False}], ids=["both", "dC alone"])
+def test_the_unbiased_filter_has_one_plane_of_bits_and_tells_what_it_decides_by(launches, exact):
+    found = statistics(planes=1)
+    found = replace(found, draw_seed=zeros(1, np.int64)[0:1].reshape(()))
+    run(problem(filter="unbiased", filter_eps=2.0**-10, **exact), found, gradients("e c"))
+    told = [record_of(values, Chance) for name, _, _, values in launches if name == "backward"]
+    by_chance = Chance(eps=2.0**-10, seed=found.draw_seed.data.ptr)
+    assert told == ([Chance(eps=0.0, seed=0), by_chance] if exact else [by_chance])
+    assert all(record_of(values, SurvivorBits).coarse_words == 0 for name, _, _, values in launches if name == "list")
 
 
 def test_filters_of_their_own_take_passes_of_their_own(launches):
