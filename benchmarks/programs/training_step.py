@@ -47,8 +47,7 @@ SIZE = Size(sequences=8, length=1024, vocabulary=131_072, hidden=768, layers=4, 
 SMALL_SIZE = Size(sequences=2, length=256, vocabulary=8192, hidden=256, layers=2, heads=4)
 STEPS = 10  # after which losses must agree
 # Losses may differ by this share of what the loss falls by in these steps: gradients are off by 0.2 to 0.5 % by rounding
-# and by the filter. They may also differ by the probability that the filter drops: it leaves entries that it drops as
-# probable as they are, while stored logits go on to lower them.
+# and by the filter. They may also differ by the probability that the filter leaves out of a step.
 _APART = 0.02
 
 
