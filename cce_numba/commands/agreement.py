@@ -5,7 +5,8 @@ Each column of G, in each block of tokens, is multiplied by what the filter's ru
 kept as it is, and eps / pmax where the unbiased filter keeps it by chance (`survivors.py`). The filter that drops is taken at
 its word for what it keeps, and every entry that it drops must be one that it may drop. For the unbiased one float64 decides
 anew; only where a probability is so near to the decision that rounding may turn it, either outcome is allowed. A gradient of
-zeros, one without the target's term, a forgotten factor, or a filter that drops too much does not get through.
+zeros, one without the target's term, a forgotten factor, or a filter that drops too much does not get through. Only a
+mistake that costs less than rounding may cost does; at a higher threshold a filter's mistakes cost more.
 """
 
 from __future__ import annotations
