@@ -21,6 +21,6 @@ OPTIONS: dict[str, Maker] = {
     "token-weights": lambda shape, xp, dtype: {"token_weights": xp.zeros(shape[0], np.float32)},
     "accum-e-fp32": lambda shape, xp, dtype: {"accum_e_fp32": True},
     "accum-c-fp32": lambda shape, xp, dtype: {"accum_c_fp32": True},
-    "unbiased": lambda shape, xp, dtype: {"filter": "unbiased"},
+    "drop": lambda shape, xp, dtype: {"filter": "drop"},
     "exact": lambda shape, xp, dtype: {"filter_eps": None},
 }
