@@ -12,6 +12,7 @@ import cce_numba
 from cce_numba.backend import BACKENDS, BackendUnavailable
 from cce_numba.commands import DTYPES, Exit, UsageError
 from cce_numba.commands.options import OPTIONS
+from cce_numba.options import DEFAULTS, FILTERS
 
 _EXIT_CODES = f"""\
 exit codes:
@@ -95,11 +96,19 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     )
     demo.add_argument("--backend", choices=BACKENDS, help="force a backend; otherwise a GPU is used if there is one")
     demo.add_argument(
+        "--filter",
+        choices=FILTERS,
+        default=DEFAULTS["filter"],
+        help="what becomes of probabilities below --filter-eps: unbiased (default) lets some survive by chance and multiplies "
+        "them, so that gradients are right on average; drop leaves them out of the gradients",
+    )
+    demo.add_argument(
         "--filter-eps",
         type=_filter_eps,
         default="auto",
         metavar="EPS",
-        help="leave probabilities below this out of the gradients: auto (default), a number in (0, 1), or none",
+        help="probabilities below this are filtered: auto (default, which depends on the filter and the dtype), a number in "
+        "(0, 1), or none for exact gradients",
     )
     demo.add_argument("--seed", type=_seed, default=0, help="of the problem and of the sample to compare (default 0)")
     demo.add_argument("--json", action="store_true", help="print one JSON object instead of tables")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import BACKENDS, BackendUnavailable, backend_module
+from cce_numba.options import Options
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +24,7 @@ class Plan:
         backward_bytes: workspace of the backward.
         stored_logits_bytes: what the logits would take if they were stored once, for comparison.
         rejected: why each backend that was preferred to this one was not taken.
+        filter: one line on what the gradients leave out, and whether that is right on average.
         coarse_eps: a higher threshold than the filter's own, for the gradients of `c` and `bias` with `filter="drop"`, or None.
             These gradients may also leave out an entry for a block if its probability is below this in all of the block's
             tokens, and it is the target of none of them.
@@ -35,10 +38,11 @@ class Plan:
     backward_bytes: int
     stored_logits_bytes: int
     rejected: dict[str, str] = field(default_factory=dict)
+    filter: str = ""
     coarse_eps: float | None = None
 
     def __str__(self) -> str:
-        lines = [f"backend {self.backend}: {self.how}", f"  tiles: {self.tiles}"]
+        lines = [f"backend {self.backend}: {self.how}", f"  filter: {self.filter}", f"  tiles: {self.tiles}"]
         lines += [f"  {name}: {_mebibytes(size)}" for name, size in self.memory().items()]
         lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
         return "\n".join(lines)
@@ -57,12 +61,7 @@ def choose(p: Problem, backend: str | None) -> Plan:
     """The plan of the forced backend, or of the first in `BACKENDS` that can take the problem; errors of `choose_backend`."""
     name, rejected = choose_backend(p, backend)
     plan = backend_module(name).plan(p)
-    if p.options.smooths_capped:
-        plan = replace(plan, how=f"{plan.how}; nothing is filtered, since labels are smoothed under a softcap")
-    if p.options.is_unbiased:
-        by_chance = f"columns below {p.options.filter_eps:.3g} survive by chance, so that gradients are right on average"
-        plan = replace(plan, how=f"{plan.how}; {by_chance}")
-    return replace(plan, rejected=rejected) if rejected else plan
+    return replace(plan, rejected=rejected, filter=_filter(p.options, plan.tiles.survivor_block))
 
 
 def choose_backend(p: Outline | Problem, backend: str | None) -> tuple[str, dict[str, str]]:
@@ -81,6 +80,28 @@ def choose_backend(p: Outline | Problem, backend: str | None) -> tuple[str, dict
     if backend:
         raise BackendUnavailable(f"backend: {backend!r} cannot run this: {rejected[backend]}")
     raise BackendUnavailable("no backend can run this:\n" + "\n".join(f"  {name}: {why}" for name, why in rejected.items()))
+
+
+@functools.lru_cache(maxsize=256)
+def _filter(options: Options, block: int) -> str:
+    """What the filter does, for blocks of so many tokens."""
+    if options.smooths_capped:
+        return "none, gradients are exact: nothing is filtered, since labels are smoothed under a softcap"
+    if not options.filters:
+        return "none, gradients are exact"
+    rare = f"an entry whose probability is below {options.filter_eps:.3g} in all {block} tokens of a block, and which is the "
+    rare += "target of none,"
+    if options.is_unbiased:
+        what = (
+            f"unbiased, gradients are right on average: {rare} survives by chance, multiplied to make up for those that do not"
+        )
+    else:
+        what = f"drop, gradients are biased: {rare} is left out of them"
+    if not options.filter_e_grad:
+        what += "; the gradient of e is exact"
+    if not options.filter_c_grad:
+        what += "; the gradients of c and bias are exact"
+    return what
 
 
 def _mebibytes(size: int) -> str:

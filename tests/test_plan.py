@@ -76,9 +76,27 @@ def test_tensor_cores_take_every_term(monkeypatch, options):
 @not_simulated
 def test_a_filter_that_is_left_out_is_told():
     options = {"softcap": 30.0, "label_smoothing": 0.1}
-    assert "nothing is filtered, since" in cce.explain(e, c, targets, **options).how
+    assert "nothing is filtered, since" in cce.explain(e, c, targets, **options).filter
     assert cce.explain(e, c, targets, **options).survivor_bytes == 0
     assert cce.explain(e, c, targets, label_smoothing=0.1).survivor_bytes > 0
+
+
+@not_simulated
+def test_what_the_filter_does_is_told_in_a_line():
+    """Its name, its threshold, whether gradients are right on average, and which of them are exact."""
+    for named, parts in (
+        ({}, ("unbiased, gradients are right on average", "below 3.73e-09 in all 128 tokens", "multiplied")),
+        ({"filter": "drop"}, ("drop, gradients are biased", "below 2.33e-10 in all 128 tokens", "left out")),
+        ({"filter_eps": 0.25}, ("unbiased", "below 0.25 in")),
+        ({"filter_e_grad": False}, ("unbiased", "; the gradient of e is exact")),
+        ({"filter": "drop", "filter_c_grad": False}, ("drop", "; the gradients of c and bias are exact")),
+        ({"filter_e_grad": False, "filter_c_grad": False}, ("none, gradients are exact",)),
+        ({"filter": "drop", "filter_eps": None}, ("none, gradients are exact",)),
+    ):
+        plan = cce.explain(e, c, targets, **named)
+        assert plan.filter.startswith(parts[0])
+        assert all(part in plan.filter for part in parts)
+        assert f"  filter: {plan.filter}\n" in str(plan)
 
 
 @not_simulated

@@ -1,8 +1,12 @@
-"""Does a result agree with float64 mathematics? Found out on a sample, with whole rows of stored logits.
+"""Does a result agree with float64 mathematics? Found out on a sample, without storing the logits of all.
 
-The gradients are compared with the exact ones *of the entries that the filter kept*, so that the filter's own effect is
-no excuse for an error, but for what dC may leave out beyond it; and every entry that it dropped must be one that it may
-drop. A gradient of zeros, one without the target's term, or a filter that drops too much does not get through.
+The gradients are compared with exact ones *behind the same filter*, so that the filter's own effect is no excuse for an error.
+Each column of G, in each block of tokens, is multiplied by what the filter's rule says: 0 where it is dropped, 1 where it is
+kept as it is, and eps / pmax where the unbiased filter keeps it by chance (`survivors.py`). The filter that drops is taken at
+its word for what it keeps, and every entry that it drops must be one that it may drop. For the unbiased one float64 decides
+anew; only where a probability is so near to the decision that rounding may turn it, either outcome is allowed. A gradient of
+zeros, one without the target's term, a forgotten factor, or a filter that drops too much does not get through. Only a
+mistake that costs less than rounding may cost does; at a higher threshold a filter's mistakes cost more.
 """
 
 from __future__ import annotations
@@ -13,12 +17,16 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from cce_numba import survivors
 from cce_numba.commands.problems import IGNORE_INDEX, DemoProblem
 from cce_numba.progress import advance
 
 SAMPLE = 64  # tokens, and as many vocabulary entries
+_WHOLE_BLOCKS = 256  # tokens, where those of a block decide together what is dropped: as many blocks as fit, and at least one
 _LOSS_ERROR = 1e-5  # of a float32 log-probability, relative to 1 + its token's largest logit
-_BLOCK_BYTES = 64 * 2**20
+_BLOCK_BYTES = 32 * 2**20
+
+_scale = np.vectorize(survivors.make_scale(np.float64), otypes=[np.float64])
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,11 @@ class Computed:
         lse: (N,) log-sum-exp of each token.
         d_e: (N, D) gradient of e.
         d_c: (V, D) gradient of c.
-        kept: (n_blocks, V) bool, the entries that each block of counting tokens keeps in the gradients; None keeps all.
+        kept: (n_blocks, V) bool, the entries that each block of counting tokens computes again for the gradients; None: all.
         block: how many counting tokens are a block.
         filter_eps: the filter's threshold, or None.
         coarse_eps: see `plan.Plan`.
+        draw_seed: of the unbiased filter's draws, in [0, 2**32); None for the filter that drops.
     """
 
     loss: float
@@ -46,6 +55,7 @@ class Computed:
     block: int
     filter_eps: float | None
     coarse_eps: float | None = None
+    draw_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Check:
         error: how far it is off.
         allowed: how far it may be off.
         rounding: the error that rounding the exact gradient to its dtype makes by itself.
-        filtered: how far the exact gradient of the kept entries is from that of all; None if nothing is dropped.
+        filtered: how far the exact gradient behind the filter is from the one without it; None if nothing is filtered.
     """
 
     name: str
@@ -82,7 +92,7 @@ class Agreement:
         tokens: how many tokens were compared.
         entries: how many vocabulary entries were compared.
         checks: what was found.
-        dropped_mass: mean probability that the filter drops of a token.
+        dropped_mass: mean probability that the filter drops of a token, by these draws if it is the unbiased one.
     """
 
     tokens: int
@@ -98,130 +108,197 @@ class Agreement:
 
 @dataclass
 class _Rows:
-    """Sampled rows of a gradient in float64: of all entries and of the kept ones.
+    """Sampled rows of a gradient in float64, without the filter and behind it.
 
-    And bounds (rows,) of what was summed, and of what of the kept ones may be left out after all.
+    And bounds (rows,): of what of the latter is as uncertain as a log-probability, and of what may be there or not.
     """
 
     exact: np.ndarray
-    exact_kept: np.ndarray
-    magnitude: np.ndarray
-    left_out: np.ndarray | float = 0.0
+    filtered: np.ndarray
+    uncertain: np.ndarray
+    undecided: np.ndarray
+
+    @staticmethod
+    def zeros(rows: int, D: int) -> _Rows:
+        return _Rows(np.zeros((rows, D)), np.zeros((rows, D)), np.zeros(rows), np.zeros(rows))
+
+
+@dataclass(frozen=True)
+class _Filtered:
+    """What a filter makes of some tokens' probabilities of some entries: (n, v) each, but for the last.
+
+    Attributes:
+        scale: what G is multiplied by.
+        uncertain: what the probability is multiplied by at most, and how often its relative error counts: once, and once more
+            where it is divided by another probability.
+        undecided: what the probability is multiplied by if rounding decides otherwise, where it may.
+        worst_drop: the largest probability among those that the forward does not keep, divided by its draw if there is one. A
+            target counts as a probability of 1, since it is always kept.
+    """
+
+    scale: np.ndarray
+    uncertain: np.ndarray
+    undecided: np.ndarray
+    worst_drop: float
 
 
 def compare(problem: DemoProblem, computed: Computed, seed: int) -> Agreement:
     """Compares a random sample of tokens and vocabulary entries; half of the entries are targets of some token."""
     rng = np.random.default_rng(seed)
     counting = np.flatnonzero(problem.targets != IGNORE_INDEX)
-    positions = np.sort(rng.choice(len(counting), min(SAMPLE, len(counting)), replace=False))
+    positions = _sample_of_tokens(rng, len(counting), computed)
     occurring = np.unique(problem.targets[counting])
     entries = rng.choice(occurring, min(SAMPLE // 2, len(occurring)), replace=False)
     others = np.setdiff1d(np.arange(len(problem.c)), entries, assume_unique=True)
     entries = np.concatenate([entries, rng.choice(others, min(SAMPLE - len(entries), len(others)), replace=False)])
 
     with np.errstate(all="ignore"):  # inf and NaN in the data go through, and no comparison is passed with a NaN
-        loss, d_e, delta, dropped, dropped_mass = _compare_tokens(problem, computed, counting, positions)
-        d_c, dropped_of_entries = _compare_entries(problem, computed, counting, entries, delta)
+        loss, lse, delta = _compare_losses(problem, computed, counting, positions)
+        d_e, worst_of_tokens, dropped_mass = _compare_tokens(problem, computed, counting, positions, lse, delta)
+        d_c, worst_of_entries = _compare_entries(problem, computed, counting, entries, delta)
     checks = [loss, d_e, d_c]
     if computed.kept is not None and computed.filter_eps is not None:
         # "log-probabilities may be off by delta" holds for those that the filter judged by, too.
-        largest = float(np.maximum(dropped, dropped_of_entries))  # NaN if either is
-        checks.append(Check("filter", "largest dropped probability", largest, computed.filter_eps * float(np.exp(delta))))
+        worst = float(np.maximum(worst_of_tokens, worst_of_entries))  # NaN if either is
+        what = "largest dropped probability" if computed.draw_seed is None else "largest dropped probability / draw"
+        checks.append(Check("filter", what, worst, computed.filter_eps * float(np.exp(delta))))
     return Agreement(len(positions), len(entries), tuple(checks), dropped_mass)
 
 
-def _compare_tokens(
+def _sample_of_tokens(rng: np.random.Generator, n: int, computed: Computed) -> np.ndarray:
+    """Ascending positions out of n counting tokens: from anywhere, or whole blocks where these decide what is dropped."""
+    if computed.draw_seed is None:
+        return np.sort(rng.choice(n, min(SAMPLE, n), replace=False))
+    n_blocks = -(-n // computed.block)
+    blocks = np.sort(rng.choice(n_blocks, min(max(1, _WHOLE_BLOCKS // computed.block), n_blocks), replace=False))
+    positions = (blocks[:, None] * computed.block + np.arange(computed.block)).ravel()
+    return positions[positions < n]
+
+
+def _compare_losses(
     problem: DemoProblem, computed: Computed, counting: np.ndarray, positions: np.ndarray
-) -> tuple[Check, Check, float, float, float]:
-    """Checks of the loss and of dE; how far a log-probability may be off; the largest and the mean sum of what was dropped."""
+) -> tuple[Check, np.ndarray, float]:
+    """Check of the loss; the log-sum-exp of the sampled tokens; how far a log-probability of theirs may be off."""
     tokens = counting[positions]
-    e, targets, V = problem.e[tokens].astype(np.float64), problem.targets[tokens], len(problem.c)
-    z, row_norms = np.empty((len(tokens), V)), np.empty(V)
-    for block in _blocks("logits of the sample", V, problem.c.shape[1]):
-        c = problem.c[block].astype(np.float64)
-        z[:, block] = e @ c.T
-        row_norms[block] = np.linalg.norm(c, axis=1)
-    top = z.max(axis=1)
-    lse = top + np.log(np.exp(z - top[:, None]).sum(axis=1))
-    nll = lse - z[np.arange(len(tokens)), targets]
-    scale = 1 + np.abs(z).max(axis=1)
-    errors = [np.abs(computed.nll[tokens] - nll) / scale, np.abs(computed.lse[tokens] - lse) / scale]
+    e, targets, n = problem.e[tokens].astype(np.float64), problem.targets[tokens], len(tokens)
+    top, total, largest, of_target = np.full(n, np.finfo(np.float64).min), np.zeros(n), np.zeros(n), np.empty(n)
+    for block in _blocks("logits of the sample", len(problem.c), problem.c.shape[1], n):
+        z = e @ problem.c[block].astype(np.float64).T
+        before, top = top, np.maximum(top, z.max(axis=1))
+        total = total * np.exp(before - top) + np.exp(z - top[:, None]).sum(axis=1)
+        largest = np.maximum(largest, np.abs(z).max(axis=1))
+        here = np.flatnonzero((targets >= block.start) & (targets < block.stop))
+        of_target[here] = z[here, targets[here] - block.start]
+    lse = top + np.log(total)
+    scale = 1 + largest
+    errors = [np.abs(computed.nll[tokens] - (lse - of_target)) / scale, np.abs(computed.lse[tokens] - lse) / scale]
     mean = computed.nll[counting].mean(dtype=np.float64)
     errors.append(np.array([np.abs(computed.loss - mean) / (1 + np.abs(mean))]))
-    loss = Check("loss", "loss per token, / (1 + max |logit|)", float(np.concatenate(errors).max()), _loss_error(problem))
+    allowed = _loss_error(problem)
+    loss = Check("loss", "loss per token, / (1 + max |logit|)", float(np.concatenate(errors).max()), allowed)
+    return loss, lse, allowed * float(scale.max())
 
-    p = np.exp(z - lse[:, None])
-    hot = np.zeros_like(p)
-    hot[np.arange(len(tokens)), targets] = 1
-    keep = np.ones(p.shape, bool) if computed.kept is None else computed.kept[positions // computed.block]
-    g, weight = (p - hot) / len(counting), 1 / len(counting)
-    shape = (len(tokens), problem.c.shape[1])
-    rows = _Rows(np.zeros(shape), np.zeros(shape), weight * ((p + hot) @ row_norms))
-    for block in _blocks("dE of the sample", V, problem.c.shape[1]):
-        c = problem.c[block].astype(np.float64)
-        rows.exact += g[:, block] @ c
-        rows.exact_kept += np.where(keep[:, block], g[:, block], 0) @ c
-    delta = _loss_error(problem) * float(scale.max())
-    d_e = _gradient_check("dE", computed.d_e[tokens], rows, delta, computed.kept is not None)
-    dropped = np.where(keep, 0, p)
-    return loss, d_e, delta, _largest_dropped(dropped, hot, keep), float(dropped.sum(axis=1).mean())
+
+def _compare_tokens(
+    problem: DemoProblem, computed: Computed, counting: np.ndarray, positions: np.ndarray, lse: np.ndarray, delta: float
+) -> tuple[Check, float, float]:
+    """Check of dE, the worst drop, and the mean of the probability that is dropped of a token."""
+    tokens = counting[positions]
+    e, targets, D = problem.e[tokens].astype(np.float64), problem.targets[tokens], problem.c.shape[1]
+    rows, weight, worst, dropped = _Rows.zeros(len(tokens), D), 1 / len(counting), 0.0, 0.0
+    for block in _blocks("dE of the sample", len(problem.c), D, len(tokens)):
+        c, entries = problem.c[block].astype(np.float64), np.arange(block.start, block.stop)
+        p = np.exp(e @ c.T - lse[:, None])
+        hot = targets[:, None] == entries
+        filtered = _filtered(computed, p, hot, positions // computed.block, entries, delta, None)
+        g, norms = weight * (p - hot), np.linalg.norm(c, axis=1)
+        rows.exact += g @ c
+        rows.filtered += (filtered.scale * g) @ c
+        rows.uncertain += weight * ((filtered.uncertain * p + hot) @ norms)
+        rows.undecided += weight * ((filtered.undecided * p) @ norms)
+        worst = float(np.maximum(worst, filtered.worst_drop))
+        dropped += float(np.where(filtered.scale == 0, p, 0).sum()) / len(tokens)
+    return _gradient_check("dE", computed.d_e[tokens], rows, delta, computed.kept is not None), worst, dropped
 
 
 def _compare_entries(
     problem: DemoProblem, computed: Computed, counting: np.ndarray, entries: np.ndarray, delta: float
 ) -> tuple[Check, float]:
-    """Check of dC, and the largest probability dropped in the sampled columns.
+    """Check of dC, and the worst drop in the sampled columns.
 
     A row of dC is a sum over all tokens, and needs the log-sum-exp of each. Those in float64 would take all logits, so the
     computed ones are used: the sample of tokens has shown how good they are, and `delta` allows for that.
     """
     c = problem.c[entries].astype(np.float64)
-    shape = (len(entries), problem.c.shape[1])
-    rows = _Rows(np.zeros(shape), np.zeros(shape), np.zeros(len(entries)), np.zeros(len(entries)))
-    least = 0.0 if computed.kept is None or computed.coarse_eps is None else computed.coarse_eps * float(np.exp(delta))
-    weight, largest = 1 / len(counting), 0.0
-    for block in _blocks("dC of the sample", len(counting), problem.c.shape[1], computed.block):
+    rows, weight, worst = _Rows.zeros(*c.shape), 1 / len(counting), 0.0
+    for block in _blocks("dC of the sample", len(counting), c.shape[1], len(entries), computed.block):
         tokens = counting[block]
         e = problem.e[tokens].astype(np.float64)
         p = np.exp(e @ c.T - computed.lse[tokens, None].astype(np.float64))
-        hot = (problem.targets[tokens, None] == entries).astype(np.float64)
-        positions = np.arange(block.start, block.stop)
-        keep = np.ones(p.shape, bool) if computed.kept is None else computed.kept[positions // computed.block][:, entries]
-        g = weight * (p - hot)
+        hot = problem.targets[tokens, None] == entries
+        numbers = np.arange(block.start, block.stop) // computed.block
+        filtered = _filtered(computed, p, hot, numbers, entries, delta, computed.coarse_eps)
+        g, norms = weight * (p - hot), np.linalg.norm(e, axis=1)
         rows.exact += g.T @ e
-        rows.exact_kept += np.where(keep, g, 0).T @ e
-        norms = np.linalg.norm(e, axis=1)
-        rows.magnitude += weight * ((p + hot).T @ norms)
-        needed = np.logical_or.reduceat(~(p < least) | (hot == 1), range(0, len(tokens), computed.block))
-        needed = needed.repeat(computed.block, axis=0)[: len(tokens)]
-        rows.left_out += weight * (np.where(keep & ~needed, p, 0).T @ norms)
-        largest = float(np.maximum(largest, _largest_dropped(np.where(keep, 0, p), hot, keep)))
-    return _gradient_check("dC", computed.d_c[entries], rows, delta, computed.kept is not None), largest
+        rows.filtered += (filtered.scale * g).T @ e
+        rows.uncertain += weight * ((filtered.uncertain * p + hot).T @ norms)
+        rows.undecided += weight * ((filtered.undecided * p).T @ norms)
+        worst = float(np.maximum(worst, filtered.worst_drop))
+    return _gradient_check("dC", computed.d_c[entries], rows, delta, computed.kept is not None), worst
+
+
+def _filtered(
+    computed: Computed,
+    p: np.ndarray,
+    hot: np.ndarray,
+    blocks: np.ndarray,
+    entries: np.ndarray,
+    delta: float,
+    coarse_eps: float | None,
+) -> _Filtered:
+    """What the filter makes of the probabilities p (n, v).
+
+    hot: (n, v) bool, which are of targets. blocks: (n,) ascending, of which block the tokens are; all of a block's, if the
+    filter is unbiased. entries: (v,). delta: how far a log-probability may be off. coarse_eps: see `plan.Plan`.
+    """
+    if computed.kept is None or computed.filter_eps is None:
+        ones = np.broadcast_to(1.0, p.shape)
+        return _Filtered(ones, ones, np.broadcast_to(0.0, p.shape), 0.0)
+    numbers, first, which = np.unique(blocks, return_index=True, return_inverse=True)
+    kept = computed.kept[numbers][:, entries]
+    largest = np.maximum.reduceat(np.where(hot, np.inf, p), first)  # NaN of a lost token, all of whose block is kept
+    if computed.draw_seed is None:
+        u = np.ones(kept.shape)
+        scale = uncertain = kept.astype(np.float64)
+        coarse = 0.0 if coarse_eps is None else coarse_eps * float(np.exp(delta))
+        undecided = np.where(largest < coarse, scale, 0)
+    else:
+        eps, u = computed.filter_eps, survivors.draws(numbers[:, None], entries, computed.draw_seed).astype(np.float64)
+        scale = _scale(largest, eps, u)
+        uncertain = np.where(largest < eps * np.exp(delta), 2, 1) * scale
+        undecided = np.where(np.abs(np.log(largest / (eps * u))) <= delta, eps / largest, 0)
+    worst_drop = float(np.where(kept, 0, np.minimum(largest, 1) / u).max(initial=0))
+    return _Filtered(scale[which], uncertain[which], undecided[which], worst_drop)
 
 
 def _gradient_check(name: str, actual: np.ndarray, rows: _Rows, delta: float, filtered: bool) -> Check:
-    """Frobenius norms, relative to that of the exact rows.
+    """Frobenius norms, relative to that of the exact rows behind the filter.
 
     Allowed is twice what rounding to the gradient's dtype costs, and what comes of probabilities that are off by the factor
     exp(delta) each, as the error allowed in a log-probability says: at most delta times the sum of what they multiply. And
-    what may be left out beyond the filter.
+    what may be there or not.
     """
-    rounded = rows.exact_kept.astype(actual.dtype).astype(np.float64)
-    norm = float(np.linalg.norm(rows.exact_kept)) or 1.0  # an exact gradient of zero: then the errors are absolute
-    rounding = float(np.linalg.norm(rounded - rows.exact_kept)) / norm
+    rounded = rows.filtered.astype(actual.dtype).astype(np.float64)
+    norm = float(np.linalg.norm(rows.filtered)) or 1.0  # an exact gradient of zero: then the errors are absolute
+    rounding = float(np.linalg.norm(rounded - rows.filtered)) / norm
     return Check(
         name,
         f"{name}, / |{name}|",
-        float(np.linalg.norm(actual.astype(np.float64) - rows.exact_kept)) / norm,
-        2 * rounding + (delta * float(np.linalg.norm(rows.magnitude)) + float(np.linalg.norm(rows.left_out))) / norm,
+        float(np.linalg.norm(actual.astype(np.float64) - rows.filtered)) / norm,
+        2 * rounding + (delta * float(np.linalg.norm(rows.uncertain)) + float(np.linalg.norm(rows.undecided))) / norm,
         rounding,
-        float(np.linalg.norm(rows.exact_kept - rows.exact)) / norm if filtered else None,
+        float(np.linalg.norm(rows.filtered - rows.exact)) / norm if filtered else None,
     )
-
-
-def _largest_dropped(dropped: np.ndarray, hot: np.ndarray, keep: np.ndarray) -> float:
-    """The largest probability dropped; a dropped target counts as a probability of 1, since targets are always kept."""
-    return float(np.where(~keep & (hot == 1), 1, dropped).max(initial=0))
 
 
 def _loss_error(problem: DemoProblem) -> float:
@@ -231,9 +308,12 @@ def _loss_error(problem: DemoProblem) -> float:
     return _LOSS_ERROR
 
 
-def _blocks(what: str, total: int, dim: int, multiple: int = 1) -> Iterator[slice]:
-    """Slices of range(total), in steps of a multiple, whose rows of `dim` float64 numbers are not many; progress is told."""
-    step = max(1, _BLOCK_BYTES // (8 * max(dim, SAMPLE)) // multiple) * multiple
+def _blocks(what: str, total: int, dim: int, others: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of range(total), in steps of a multiple, whose rows of `dim` float64 numbers, and of `others`, are not many.
+
+    Progress is told.
+    """
+    step = max(1, _BLOCK_BYTES // (8 * max(dim, others)) // multiple) * multiple
     for start in range(0, total, step):
         stop = min(start + step, total)
         yield slice(start, stop)

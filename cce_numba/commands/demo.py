@@ -30,7 +30,7 @@ _SIZES = {
 def run(arguments: argparse.Namespace) -> int:
     """Runs the demo and returns the exit code."""
     where = _where(arguments.backend)
-    options = {"backend": arguments.backend, "filter_eps": arguments.filter_eps}
+    options = {"backend": arguments.backend, "filter": arguments.filter, "filter_eps": arguments.filter_eps}
     # Whether the backend can run at all is known before a large problem is made or read.
     cce.explain(*_arrays(synthetic(1, 8, 8), where), **options)
     console = Console(stderr=True)
@@ -93,6 +93,7 @@ def _measure(problem: DemoProblem, where: str, options: dict[str, Any], seed: in
         known_loss=None if problem.known_loss is None else float(problem.known_loss[counting].mean(dtype=np.float64)),
         norm_d_e=_norm(computed.d_e),
         norm_d_c=_norm(computed.d_c),
+        filter_name=result._problem.options.filter if result._problem.options.filters else None,
         filter_eps=computed.filter_eps,
         survivor_block=computed.block,
         survivors=None if computed.kept is None else float(result.survivor_counts().mean()) / len(problem.c),
@@ -130,6 +131,7 @@ def _on_host(result: cce.Result, grads: cce.Gradients) -> Computed:
         block=statistics.survivor_block,
         filter_eps=result._problem.options.filter_eps,
         coarse_eps=result.plan.coarse_eps,
+        draw_seed=None if statistics.draw_seed is None else int(statistics.draw_seed),
     )
 
 

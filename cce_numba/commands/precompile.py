@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from cce_numba.launch import cubin_cache
 from cce_numba.launch.absent import absent_gpu
 from cce_numba.launch.kernel import Kernel
 from cce_numba.launch.offline import precompile
+from cce_numba.options import DEFAULTS
 from cce_numba.progress import advance
 
 # Sizes at which a backend may choose other kernels. N and V are neither too small for all kernels to be launched nor multiples
@@ -80,10 +82,11 @@ def kernels_of(backend: str | None, dtype: str, options: Iterable[str], cc: tupl
                 given |= OPTIONS[name](shape, cupy, numpy_dtype)
             runs = cce.explain(*arrays, **given).backend
             cce.linear_cross_entropy(*arrays, **given)
-            for wrt in (None, "e", "c"):
-                cce.linear_cross_entropy_with_grad(*arrays, **given, wrt=wrt)
-            if given.get("filter") != "drop":  # where one gradient is exact, it takes the kernel of nothing filtered
-                cce.linear_cross_entropy_with_grad(*arrays, **given, filter_c_grad=False)
+            exact: list[dict[str, Any]] = [{}]
+            if given.get("filter", DEFAULTS["filter"]) == "unbiased":  # exact gradients take the other kernels
+                exact += [{"filter_c_grad": False}, {"filter_e_grad": False, "filter_c_grad": False}]
+            for wrt, flags in itertools.product((None, "e", "c"), exact):
+                cce.linear_cross_entropy_with_grad(*arrays, wrt=wrt, **given | flags)
         found |= dict.fromkeys(launched)
     return runs, list(found)
 

@@ -21,9 +21,10 @@ class Report:
         known_loss: mean of the file's own losses, or None.
         norm_d_e: Frobenius norm of the gradient of e.
         norm_d_c: Frobenius norm of the gradient of c.
+        filter_name: "unbiased" or "drop"; None where nothing is filtered.
         filter_eps: the filter's threshold, or None.
         survivor_block: how many tokens share survivors.
-        survivors: mean share of the vocabulary that a block of tokens keeps in the gradients; None if not filtered.
+        survivors: mean share of the vocabulary that a block of tokens computes again for the gradients; None if not filtered.
         compile_seconds: first calls, which compile; None in the simulator, where nothing is compiled.
         loss_seconds: the loss alone.
         grad_seconds: loss and gradients.
@@ -39,6 +40,7 @@ class Report:
     known_loss: float | None
     norm_d_e: float
     norm_d_c: float
+    filter_name: str | None
     filter_eps: float | None
     survivor_block: int
     survivors: float | None

@@ -55,7 +55,8 @@ def demo(report: Report) -> None:
         rows.append(("  the file's", f"{report.known_loss:.6f} nats, difference {difference:+.2e}"))
     rows += [
         ("gradients", f"|dE| = {report.norm_d_e:.4e}, |dC| = {report.norm_d_c:.4e}"),
-        ("survivors", _survivors(report)),
+        ("filter", plan.filter),
+        ("  survivors", _survivors(report)),
         ("time", f"{report.loss_seconds:.3g} s loss, {report.grad_seconds:.3g} s loss and gradients"),
     ]
     if report.compile_seconds is not None:
@@ -89,6 +90,8 @@ def demo_as_json(report: Report) -> None:
             "known_loss": report.known_loss,
             "gradient_norms": {"e": report.norm_d_e, "c": report.norm_d_c},
             "filter": {
+                "name": report.filter_name,
+                "how": plan.filter,
                 "eps": report.filter_eps,
                 "block": report.survivor_block,
                 "survivors": report.survivors,
@@ -118,10 +121,13 @@ def _survivors(report: Report) -> str:
     if report.survivors is None:
         why = "" if report.filter_eps is None else f": so many may reach a probability of {report.filter_eps:.3g}"
         return f"all, and the gradients are exact{why}"
+    share = f"{report.survivors:.1%} of the vocabulary in a block of {report.survivor_block} tokens"
+    mass = f"together {report.agreement.dropped_mass:.1e} of a token's probability"
+    if report.filter_name == "drop":
+        return f"{share} may reach that probability; the others, {mass}, are left out of the gradients"
     return (
-        f"{report.survivors:.1%} of the vocabulary in a block of {report.survivor_block} tokens may reach a probability "
-        f"of {report.filter_eps:.3g}; the others, together {report.agreement.dropped_mass:.1e} of a token's probability, "
-        "are left out of the gradients"
+        f"{share} may survive and are computed again; what this draw drops, {mass}, it makes up for with other entries, and "
+        "'filter alone' below is the error that this leaves"
     )
 
 

@@ -30,11 +30,12 @@ from cce_numba.backend import BACKENDS
 from cce_numba.commands import DTYPES, machine
 from cce_numba.commands.measure import progress
 from cce_numba.commands.problems import synthetic
+from cce_numba.options import FILTERS
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--tokens", "40", "--vocab", "300", "--dim", "16")
 ON_CPU = ("demo", "--backend", "cpu", *SMALL)
-FILTERED = (*ON_CPU, "--filter-eps", "0.004")  # drops enough that the survivors are recorded
+FILTERED = (*ON_CPU, "--filter-eps", "0.004")  # by either filter enough that survivors are recorded
 ERROR = "cce_numba: error: "
 
 Run = Callable[..., tuple[int, str, str]]
@@ -100,13 +101,19 @@ def write(path: Path, **changes: Any) -> Path:
 # ---------------------------------------------------------------- demo: what it shows
 
 
-def test_demo_prints_the_same_tables_anywhere(run: Run) -> None:
+@pytest.mark.parametrize("name", FILTERS)
+def test_demo_prints_the_same_tables_anywhere(run: Run, name: str) -> None:
     """Where stdout is no terminal: nothing but text, 100 columns, and differences between runs in time and memory only."""
-    first, second = run(*FILTERED), run(*FILTERED)
+    first, second = run(*FILTERED, "--filter", name), run(*FILTERED, "--filter", name)
     for code, out, err in (first, second):
         assert (code, err) == (0, "")
         assert max(map(len, out.splitlines())) == 100
-        for part in ("40 tokens, 300 vocabulary entries, 16 dimensions, float32", "mean loss", "|dC| = ", "stored logits"):
+        for part in (
+            "40 tokens, 300 vocabulary entries, 16 dimensions, float32",
+            "mean loss",
+            "|dC| = ",
+            f" {name}, gradients are ",
+        ):
             assert part in out
         assert out.count("PASS") == 4
         assert "\x1b" not in out + err
@@ -138,7 +145,8 @@ def test_demo_json_tells_the_truth(run_json: Callable[..., dict[str, Any]]) -> N
     }
     assert found["backend"]["name"] == "cpu"
     assert found["known_loss"] is None
-    assert found["filter"]["eps"] == 0.004
+    assert (found["filter"]["name"], found["filter"]["eps"]) == ("unbiased", 0.004)
+    assert found["filter"]["how"] == cce.explain(problem.e, problem.c, problem.targets, backend="cpu", filter_eps=0.004).filter
     assert found["bytes"]["stored_logits"] == 40 * 300 * 4
     assert found["bytes"]["gradients"] == (40 + 300) * 16 * 4
     assert found["bytes"]["peak"] >= found["bytes"]["gradients"]
@@ -158,13 +166,14 @@ def test_demo_in_every_dtype(run_json: Callable[..., dict[str, Any]], dtype: str
     assert found["bytes"]["stored_logits"] == 40 * 300 * (8 if dtype == "float64" else 4)
 
 
-def test_demo_filter(run_json: Callable[..., dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", FILTERS)
+def test_demo_filter(run_json: Callable[..., dict[str, Any]], name: str) -> None:
     """none keeps everything and has no filter to judge; a coarse one keeps little, and says what it dropped."""
-    exact = run_json(*ON_CPU, "--filter-eps", "none")
-    assert exact["filter"]["eps"] is exact["filter"]["survivors"] is None
+    exact = run_json(*ON_CPU, "--filter", name, "--filter-eps", "none")
+    assert exact["filter"]["name"] is exact["filter"]["eps"] is exact["filter"]["survivors"] is None
     assert [check["filtered"] for check in exact["agreement"]["checks"]] == [None] * 3
-    coarse = run_json(*ON_CPU, "--filter-eps", "0.02")
-    assert coarse["filter"]["eps"] == 0.02
+    coarse = run_json(*ON_CPU, "--filter", name, "--filter-eps", "0.02")
+    assert (coarse["filter"]["name"], coarse["filter"]["eps"]) == (name, 0.02)
     assert 0 < coarse["filter"]["survivors"] < 0.9
     assert 0.001 < coarse["filter"]["dropped_mass"] < 0.5
     assert coarse["agreement"]["checks"][1]["filtered"] > coarse["agreement"]["checks"][1]["allowed"]  # yet it passes
@@ -173,7 +182,8 @@ def test_demo_filter(run_json: Callable[..., dict[str, Any]]) -> None:
 def test_demo_tells_why_all_survive(run: Run) -> None:
     """Because nothing is filtered, or because the filter would leave out next to nothing."""
     assert "all, and the gradients are exact  " in run(*ON_CPU, "--filter-eps", "none")[1]
-    assert "all, and the gradients are exact: so many may reach a probability of 2.33e-10" in run(*ON_CPU)[1]
+    dense = run(*ON_CPU, "--filter", "drop")[1]
+    assert "all, and the gradients are exact: so many may reach a probability of 2.33e-10" in dense
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -337,18 +347,21 @@ WRONG_GRADIENTS: dict[str, tuple[Callable[[cce.Result, Callable], cce.Gradients]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("filter_eps", ["none", "0.004"])
 @pytest.mark.parametrize("what", WRONG_GRADIENTS)
-def test_demo_fails_for_a_wrong_gradient(run: Run, monkeypatch: pytest.MonkeyPatch, what: str, dtype: str) -> None:
+def test_demo_fails_for_a_wrong_gradient(
+    run: Run, monkeypatch: pytest.MonkeyPatch, what: str, filter_eps: str, dtype: str
+) -> None:
     wrong, names = WRONG_GRADIENTS[what]
-    backward = cce.backward
+    backward, argv = cce.backward, (*ON_CPU, "--filter-eps", filter_eps, "--dtype", dtype)
     monkeypatch.setattr(cce, "backward", lambda result: wrong(result, backward))
-    code, out, err = run(*ON_CPU, "--dtype", dtype, "--json")
+    code, out, err = run(*argv, "--json")
     assert code == 1
     assert_one_error(err, "does not agree with float64 mathematics")
     found = json.loads(out)["agreement"]
     assert not found["passed"]
     assert {check["name"] for check in found["checks"] if not check["passed"]} == names
-    assert run(*ON_CPU, "--dtype", dtype)[1].count("FAIL") == len(names)
+    assert run(*argv)[1].count("FAIL") == len(names)
 
 
 def test_demo_fails_for_a_wrong_loss(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,9 +379,12 @@ def test_demo_fails_for_a_wrong_loss(run: Run, monkeypatch: pytest.MonkeyPatch) 
     assert out.count("FAIL") == 1
 
 
+@pytest.mark.parametrize(("name", "wrong"), [("drop", ["filter"]), ("unbiased", ["dE", "dC", "filter"])])
 @pytest.mark.parametrize("kept", ["nothing", "only targets", "all but targets"])
-def test_demo_fails_for_a_filter_that_drops_too_much(run: Run, monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
-    """The gradients of what it keeps are right, so only the rule itself can tell."""
+def test_demo_fails_for_a_filter_that_drops_too_much(
+    run: Run, monkeypatch: pytest.MonkeyPatch, kept: str, name: str, wrong: list[str]
+) -> None:
+    """Of the filter that drops, the gradients of what it keeps are right, so only the rule itself can tell."""
     forward = cce.forward
 
     def too_few(*arrays: Any, **options: Any) -> cce.Result:
@@ -381,10 +397,10 @@ def test_demo_fails_for_a_filter_that_drops_too_much(run: Run, monkeypatch: pyte
         return dataclasses.replace(result, _statistics=dataclasses.replace(statistics, survivors=survivors))
 
     monkeypatch.setattr(cce, "forward", too_few)
-    code, out, err = run(*FILTERED)
+    code, out, err = run(*FILTERED, "--filter", name)
     assert code == 1
-    assert_one_error(err, "mathematics: filter\n")
-    assert out.count("FAIL") == 1
+    assert_one_error(err, f"mathematics: {', '.join(wrong)}\n")
+    assert out.count("FAIL") == len(wrong)
 
 
 @pytest.mark.parametrize("times", [1, 2, 20])
@@ -405,11 +421,11 @@ def test_demo_allows_for_what_a_coarser_threshold_leaves_out(run: Run, monkeypat
 
     backward = cce.backward
     monkeypatch.setattr(cce, "backward", less)
-    code, _, err = run(*FILTERED)
+    code, _, err = run(*FILTERED, "--filter", "drop")
     assert code == 1
     assert_one_error(err, "mathematics: dC\n")
     monkeypatch.setattr(cce, "forward", coarse)
-    code, out, err = run(*FILTERED)
+    code, out, err = run(*FILTERED, "--filter", "drop")
     assert code == (times > 1)
     assert out.count("FAIL") == (times > 1)
 
@@ -435,6 +451,7 @@ BAD_ARGUMENTS = {
     "a negative seed": (["demo", "--seed", "-1"], "--seed"),
     "another dtype": (["demo", "--dtype", "int8"], "--dtype"),
     "another backend": (["demo", "--backend", "tpu"], ", ".join(map(str, BACKENDS))),
+    "another filter": (["demo", "--filter", "none"], "--filter"),
     "a filter of everything": (["demo", "--filter-eps", "1"], "auto, none or a number in (0, 1)"),
     "a filter of no number": (["demo", "--filter-eps", "nan"], "auto, none or a number in (0, 1)"),
     "sizes beside a file": (["demo", "--backend", "cpu", "--data", "x.npz", "--vocab", "9"], "--vocab and --dim"),
