@@ -66,7 +66,7 @@ def options_of(terms, reduction="mean", **more):
 
 def exact(terms, reduction, **upstream):
     """The loss and gradients of the reference."""
-    options = {name: x for name, x in options_of(terms, reduction).items() if name not in ("backend", "filter_eps")}
+    options = {name: x for name, x in options_of(terms, reduction).items() if name not in ("backend", "filter", "filter_eps")}
     return reference.forward(*ARRAYS, **options).loss, reference.backward(*ARRAYS, **options, **upstream)
 
 

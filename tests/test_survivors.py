@@ -27,7 +27,7 @@ from cce_numba.survivors import (
     make_threshold,
 )
 from tests.helpers import offline
-from tests.helpers.cases import DTYPES, make_case
+from tests.helpers.cases import DROPPING, DTYPES, make_case
 
 REALS = (np.float32, np.float64)
 MIX, DRAW = njit(make_mix(np.uint32)), njit(make_draw(np.uint32))
@@ -100,11 +100,11 @@ def test_on_a_gpu_it_is_three_instructions_of_its_own_precision():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_second_threshold_is_higher_and_not_the_caller_s(dtype):
-    options = Options.of(dtype, {})
+    options = Options.of(dtype, DROPPING)
     assert coarse_eps_of(options) == 4 * options.filter_eps
-    for own in ({"filter_eps": options.filter_eps}, {"filter_eps": None}, {"filter_c_grad": False}):
-        assert coarse_eps_of(Options.of(dtype, own)) is None
-    assert coarse_eps_of(Options.of(dtype, {"filter_e_grad": False})) == 4 * options.filter_eps
+    for own in ({"filter_eps": options.filter_eps}, {"filter_eps": None}, {"filter_c_grad": False}, {"filter": "unbiased"}):
+        assert coarse_eps_of(Options.of(dtype, DROPPING | own)) is None
+    assert coarse_eps_of(Options.of(dtype, DROPPING | {"filter_e_grad": False})) == 4 * options.filter_eps
 
 
 # ---- the dropped mass

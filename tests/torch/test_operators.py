@@ -79,7 +79,7 @@ def test_options_are_the_same_once_decoded(filter_eps):
     decoded = operators._decoded(*operators._encoded(options | {"softcap": 5.0, "check_targets": True}))
     assert decoded == options | {"softcap": 5.0, "check_targets": True}
     checked = Options.of(BFLOAT16, call.given(decoded))
-    assert checked.filter_eps == (2.0**-16 if filter_eps else None)
+    assert checked.filter_eps == {"auto": 2.0**-12}.get(filter_eps, filter_eps)
     assert checked.filter_is_auto == (filter_eps == "auto")
 
 
