@@ -71,7 +71,7 @@ def _learned(summary: Summary) -> str:
 # Tables by name, and the recorded results that each is made of.
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "forward": (forward, "forward_h100"),
-    "backward": (backward, "backward_h100"),
+    "backward": (backward, "backward_h200"),
     "learning": (learning, "learning_h200"),
 }
 
