@@ -82,7 +82,8 @@ def combine(parts: Sequence[Statistics]) -> Statistics:
     Today one device has the whole vocabulary, so there is one part, and it is the result. With several devices this is where
     their results meet. The terms of the loss and the backward rely on what it returns: lse, max_logit, log_sum, target_logit
     and mean_logit of the whole vocabulary, the same on each device; tokens and n_valid, which do not depend on the vocabulary;
-    survivors of the device's own part, which no other device needs.
+    survivors of the device's own part, which no other device needs; and draw_seed, which does not depend on the vocabulary.
+    Draws do: by the number that an entry has in all of it.
 
     Raises ValueError for any other number of parts.
     """

@@ -93,8 +93,9 @@ def _filter(options: Options, block: int) -> str:
     rare += "target of none,"
     if options.is_unbiased:
         what = (
-            f"unbiased, gradients are right on average: {rare} survives by chance, multiplied to make up for those that do not"
+            f"unbiased, gradients are right on average: {rare} survives by chance and is then multiplied, to make up for those "
         )
+        what += "that do not"
     else:
         what = f"drop, gradients are biased: {rare} is left out of them"
     if not options.filter_e_grad:

@@ -25,7 +25,8 @@ The forward, which has lower bounds alone, flags what
 
     not (z[n, v] < threshold(bound[n], log_threshold(eps) + log(u)))
 
-says, and that is a little more. The backward, which computes these logits again, decides by the exact probabilities.
+says, and that is a little more. The backward, which computes these logits again, decides by the exact probabilities of the
+tokens that take part.
 
 A draw is no state. Its seed follows from the targets that count, in any order, and from the caller's `filter_seed`:
 

@@ -313,6 +313,7 @@ def validated(row: Row, data: Data) -> dict[str, Any]:
     loss, gradients = row.call(*data.inputs)
     found: dict[str, Any] = {
         "how": result.plan.how,
+        "filter": result.plan.filter,
         "mean_loss": round(float(loss), 5),
         "flagged": round(float(result.survivor_counts().mean()) / len(data.inputs.c), 5),
         "errors": {},

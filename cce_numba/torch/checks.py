@@ -100,6 +100,8 @@ def filter_seed(seed: Any, of_e: torch.device | None = None) -> torch.Tensor | N
     Raises TypeError or ValueError unless it is an integer, or a 0-d tensor of one on e's device or on the CPU.
     """
     if not isinstance(seed, torch.Tensor):
+        if type(seed) is int and seed == 0:  # the default: compilers make a program of its own for 0, without a tensor
+            return None
         place = of_e if of_e is not None and of_e.type == "meta" else "cpu"
         if torch.compiler.is_compiling():
             return torch.ones((), dtype=torch.int64, device=place) * seed

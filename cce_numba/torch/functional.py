@@ -97,8 +97,8 @@ def linear_cross_entropy(
         token_weights: of targets' shape.
         filter: "unbiased" keeps by chance some of what is below `filter_eps` in all of a block's tokens, and multiplies it, so
             that gradients are right on average; "drop" leaves it out; see `cce_numba.linear_cross_entropy`.
-        filter_seed: an integer, or a 0-d tensor of one on e's device, which may change in place from step to step, in a CUDA
-            graph too. A forward alone reads it.
+        filter_seed: an integer, or a 0-d tensor of one on e's device or on the CPU. One on e's device may change in place from
+            step to step, in a CUDA graph too; of one on the CPU a graph keeps the value. A forward alone reads it.
         check_targets: True raises for a target out of range, on any device. None does so on the CPU; on CUDA, where looking
             would wait for the device, such a token's loss and gradient become NaN.
         backend: "cpu", "simt", "hopper", or None to choose by device and dtype.
@@ -176,7 +176,8 @@ class LinearCrossEntropy(torch.nn.Module):
 
     The options' order is that of `cut_cross_entropy.LinearCrossEntropy`, and `options` are the others of the function; all but
     tensors are checked when the module is made. Each is an attribute too, which may be set to another value. Tensors are
-    buffers: they go where the module goes, but not into its state dict.
+    buffers: they go where the module goes, but not into its state dict. A `filter_seed` that changes from step to step should
+    be such a tensor, changed in place: a compiler makes another program for each integer that a module has.
 
     >>> criterion = LinearCrossEntropy(shift=True, reduction="sum")
     >>> round(criterion(torch.zeros(3, 4), torch.ones(8, 4), torch.tensor([1, 2, 3])).item(), 4)

@@ -66,7 +66,8 @@ def patch(model_or_type: Model, *, logits_in_evaluation: bool = True, **options:
         logits_in_evaluation: False leaves them out in evaluation mode too, where `labels` are given: for the loss alone.
             `model(..., skip_logits=True)`, or False, says so for one call, in either mode.
         options: those of `cce_numba.torch.linear_cross_entropy` in `OPTIONS`. `filter_eps=None` gives exact gradients;
-            `label_smoothing` and `z_loss` change the loss.
+            `label_smoothing` and `z_loss` change the loss. `filter_seed` may be a 0-d tensor on the CPU, which you change in
+            place from step to step: then batches that come again are filtered by other draws.
 
     Returns `model_or_type`.
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 import cce_numba as cce
 import reference
+from cce_numba import survivors
+from cce_numba.cpu import backward
 from tests.helpers.cases import Case, cases, make_case, with_terms
 from tests.helpers.checks import check_gradients, expect, probability_margin, shifted_targets, unbiased_scales
 from tests.helpers.harness import CpuHarness, SimulatorHarness
@@ -134,6 +136,43 @@ def test_a_lost_token_without_weight_has_no_say(harness, edges):
         np.testing.assert_allclose(ours, clean, rtol=rounding, atol=rounding * np.abs(clean).mean())
 
 
+# ---- wrong rules, so the checks above can fail
+
+
+def never_multiplied(scales, targets):
+    return np.minimum(scales, 1)
+
+
+def targets_too(scales, targets):
+    return np.where(targets, 2 * scales, scales)
+
+
+@pytest.mark.parametrize("wrong", [None, never_multiplied, targets_too, "other draws"])
+def test_a_wrong_rule_is_found(monkeypatch, wrong):
+    """Columns that survive are not multiplied; targets are; each call has draws of its own."""
+    harness, draw_seed, scales_of_part = CpuHarness(), survivors.draw_seed, backward._scales
+    case = make_case(11, (300,), 200, 8, FLOAT64, spread=1.0, filter="unbiased", filter_eps=0.1, reduction="sum")
+    expected = expect(case)
+    scales = certain_scales(harness.forward(case), expected)
+
+    def by_another_rule(p, statistics, part, z, block):
+        columns = np.arange(block.start, block.stop) if part.columns is None else block.start + part.columns
+        return wrong(scales_of_part(p, statistics, part, z, block), np.isin(columns, p.targets[part.tokens]))
+
+    if wrong == "other draws":
+        monkeypatch.setattr(survivors, "draw_seed", lambda targets, number: draw_seed(targets, number) ^ 1)
+    elif wrong is not None:
+        monkeypatch.setattr(backward, "_scales", by_another_rule)
+    found = harness.backward(harness.forward(case))
+    if wrong is None:
+        check_gradients(expected, found, scales)
+        return
+    for name in ("e", "c"):
+        alone = dataclasses.replace(found, **{other: None for other in ("e", "c") if other != name})
+        with pytest.raises(AssertionError, match=f"grads.{name}"):
+            check_gradients(expected, alone, scales)
+
+
 # ---- draws
 
 
@@ -203,7 +242,7 @@ def test_the_dropped_mass_is_that_of_these_draws(harness, edges):
     assert mass.max() > 0
     block = result._statistics.survivor_block
     assert (harness.host(result.survivor_counts()) >= (scales != 0)[::block].sum(axis=1)).all()
-    assert "by chance" in result.plan.how
+    assert "by chance" in result.plan.filter
 
 
 # ---- right on average

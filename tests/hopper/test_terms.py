@@ -45,6 +45,7 @@ PLAIN, RECORDING, SMOOTHED, BY_CHANCE = (
 # Of what consumers keep from tile to tile, most of it with a softcap, a scale and survivors; none of it is in the loop over the
 # stages.
 FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 384, 3072
+DEFAULT_SPILLED_BYTES = 1152  # by the backward of the default filter, without further terms
 
 
 # ---- compiled for a real GPU without one
@@ -68,7 +69,7 @@ def test_the_forward(dtype, bias, capped, scaled, folds):
     compiled = offline.compile_hopper(kernel)
     assert compiled.notices == []
     assert compiled.registers == 65536 // 384 // 8 * 8 == 168
-    assert compiled.spilled_bytes <= FORWARD_SPILLED_BYTES
+    assert compiled.spilled_bytes <= (0 if folds is BY_CHANCE else FORWARD_SPILLED_BYTES)
     assert compiled.count(r"(ld|st)\.local\S*") == 0, "no array has an index at run time"
     assert compiled.count(r"call(\.uni)?") == 0
     assert compiled.count(r"wgmma\.mma_async\S+") == 8
@@ -85,6 +86,7 @@ def test_the_forward(dtype, bias, capped, scaled, folds):
         (BFLOAT16, False, False, True, False, False),
         (FLOAT16, True, True, True, True, False),
         (BFLOAT16, True, False, True, False, True),
+        (BFLOAT16, False, False, False, False, True),
     ],
 )
 def test_the_backward(dtype, capped, with_sums, scaled, smoothed, by_chance):
@@ -92,7 +94,8 @@ def test_the_backward(dtype, capped, with_sums, scaled, smoothed, by_chance):
     compiled = offline.compile_hopper(make_backward_kernel(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance))
     assert compiled.notices == []
     assert compiled.registers == 168
-    assert compiled.spilled_bytes <= BACKWARD_SPILLED_BYTES
+    is_default = by_chance and not (capped or with_sums or scaled)
+    assert compiled.spilled_bytes <= (DEFAULT_SPILLED_BYTES if is_default else BACKWARD_SPILLED_BYTES)
     assert compiled.count(r"(ld|st)\.local\S*") == 0
     assert compiled.count(r"call(\.uni)?") == 0
     assert compiled.count(r"wgmma\.mma_async\S+") == 3 * 8
