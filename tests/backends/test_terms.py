@@ -127,7 +127,7 @@ def test_label_smoothing_under_a_softcap_is_exact(harness, edges):
     assert harness.kept(harness.forward(case), len(case.c)).mean() < 0.9
     result = check(harness, case.with_options(label_smoothing=0.1))
     assert harness.kept(result, len(case.c)) is None
-    assert "nothing is filtered" in result.plan.how
+    assert "nothing is filtered" in result.plan.filter
     assert (result.survivor_counts() == len(case.c)).all()
 
 

@@ -171,7 +171,7 @@ def test_it_is_planned_for_tensor_cores(given):
     plan = planning.choose(problem(**given), None)
     assert plan.backend == "hopper"
     assert not plan.rejected
-    assert ("nothing is filtered" in plan.how) == ("softcap" in given)
+    assert ("nothing is filtered" in plan.filter) == ("softcap" in given)
 
 
 @pytest.mark.usefixtures("an_h100")
