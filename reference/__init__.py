@@ -3,6 +3,7 @@
 Every kernel is tested against this package, and it is the place to start reading. In order:
 
 * `building_blocks`  logits, log-sum-exp, softmax, one-hot rows: one formula each
+* `tokens`           which tokens take part, and what belongs to each of them
 * `loss`             `forward` and `backward`: the loss and its gradients, from stored logits
 * `online`           the log-sum-exp folded tile by tile, and why tiles may be merged in any grouping
 * `filters`          which entries of the gradient are too small to matter, known already in the forward
@@ -20,7 +21,19 @@ Every kernel is tested against this package, and it is the place to start readin
 # ruff: noqa: F401 - everything imported here is a public name
 
 from . import blocked
-from .building_blocks import logit_gradient, logits, logsumexp, onehot, softcap_slope, softmax, target_logit, weighted
+from .building_blocks import (
+    distribution_gradient,
+    entropy_terms,
+    log_softmax,
+    logit_gradient,
+    logits,
+    logsumexp,
+    onehot,
+    softcap_slope,
+    softmax,
+    target_logit,
+    weighted,
+)
 from .filters import auto_eps, column_filter, column_flags, dropped_mass, forward_flags, tile_filter
 from .loss import Forward, Gradients, backward, forward, weights
 from .online import merge, online_logsumexp, to_lse
