@@ -5,6 +5,7 @@ Every kernel is tested against this package, and it is the place to start readin
 * `building_blocks`  logits, log-sum-exp, softmax, one-hot rows: one formula each
 * `tokens`           which tokens take part, and what belongs to each of them
 * `loss`             `forward` and `backward`: the loss and its gradients, from stored logits
+* `distribution`     log-probabilities, entropy and the likeliest entries of each token, and gradients through them
 * `online`           the log-sum-exp folded tile by tile, and why tiles may be merged in any grouping
 * `filters`          which entries of the gradient are too small to matter, known already in the forward
 * `roulette`         a filter that is right on average: what is too small survives by chance, and is multiplied
@@ -34,6 +35,7 @@ from .building_blocks import (
     target_logit,
     weighted,
 )
+from .distribution import Distribution, distribution, distribution_backward
 from .filters import auto_eps, column_filter, column_flags, dropped_mass, forward_flags, tile_filter
 from .loss import Forward, Gradients, backward, forward, weights
 from .online import merge, online_logsumexp, to_lse
