@@ -6,6 +6,7 @@ Every kernel is tested against this package, and it is the place to start readin
 * `tokens`           which tokens take part, and what belongs to each of them
 * `loss`             `forward` and `backward`: the loss and its gradients, from stored logits
 * `distribution`     log-probabilities, entropy and the likeliest entries of each token, and gradients through them
+* `distillation`     how far a student's distribution is from a teacher's, and the gradients for the student
 * `online`           the log-sum-exp folded tile by tile, and why tiles may be merged in any grouping
 * `filters`          which entries of the gradient are too small to matter, known already in the forward
 * `roulette`         a filter that is right on average: what is too small survives by chance, and is multiplied
@@ -35,6 +36,7 @@ from .building_blocks import (
     target_logit,
     weighted,
 )
+from .distillation import Distillation, Head, distillation, distillation_backward, divergence_and_gradient
 from .distribution import Distribution, distribution, distribution_backward
 from .filters import auto_eps, column_filter, column_flags, dropped_mass, forward_flags, tile_filter
 from .loss import Forward, Gradients, backward, forward, weights
