@@ -3,7 +3,10 @@
 Every kernel is tested against this package, and it is the place to start reading. In order:
 
 * `building_blocks`  logits, log-sum-exp, softmax, one-hot rows: one formula each
+* `tokens`           which tokens take part, and what belongs to each of them
 * `loss`             `forward` and `backward`: the loss and its gradients, from stored logits
+* `distribution`     log-probabilities, entropy and the likeliest entries of each token, and gradients through them
+* `distillation`     how far a student's distribution is from a teacher's, and the gradients for the student
 * `online`           the log-sum-exp folded tile by tile, and why tiles may be merged in any grouping
 * `filters`          which entries of the gradient are too small to matter, known already in the forward
 * `roulette`         a filter that is right on average: what is too small survives by chance, and is multiplied
@@ -20,7 +23,21 @@ Every kernel is tested against this package, and it is the place to start readin
 # ruff: noqa: F401 - everything imported here is a public name
 
 from . import blocked
-from .building_blocks import logit_gradient, logits, logsumexp, onehot, softcap_slope, softmax, target_logit, weighted
+from .building_blocks import (
+    distribution_gradient,
+    entropy_terms,
+    log_softmax,
+    logit_gradient,
+    logits,
+    logsumexp,
+    onehot,
+    softcap_slope,
+    softmax,
+    target_logit,
+    weighted,
+)
+from .distillation import Distillation, Head, distillation, distillation_backward, divergence_and_gradient
+from .distribution import Distribution, distribution, distribution_backward
 from .filters import auto_eps, column_filter, column_flags, dropped_mass, forward_flags, tile_filter
 from .loss import Forward, Gradients, backward, forward, weights
 from .online import merge, online_logsumexp, to_lse

@@ -91,29 +91,56 @@ def softmax(logits):
     return np.exp(log_softmax(logits))
 
 
+@quiet
+def entropy_terms(logits):
+    """`p * log(p)` of each entry over the last axis, `(..., V) -> (..., V)`, 0 where p is 0; less their sum is the entropy.
+
+    >>> entropy_terms(np.array([[0.0, 0.0, -np.inf]])).round(3).tolist()
+    [[-0.347, -0.347, 0.0]]
+    """
+    log_p = log_softmax(logits)
+    return weighted(np.exp(log_p), log_p)
+
+
 def onehot(targets, vocabulary):
-    """Rows `(n, V)` of 0 with a 1 at the target; a row of NaN where the target is outside `[0, V)`.
+    """Rows `(..., V)` of 0 with a 1 at the target; a row of NaN where the target is outside `[0, V)`. targets: `(...)`.
 
     >>> onehot(np.array([2, 7]), 3).tolist()
     [[0.0, 0.0, 1.0], [nan, nan, nan]]
     """
-    hot = (targets[:, None] == np.arange(vocabulary)).astype(np.float64)
+    hot = (targets[..., None] == np.arange(vocabulary)).astype(np.float64)
     hot[(targets < 0) | (targets >= vocabulary)] = np.nan
     return hot
 
 
 def target_logit(logits, targets):
-    """The logit `(n,)` of each token's target, NaN where the target is outside `[0, V)` (paper: section 4.1).
+    """The logits of each token's targets, `(n,)` or `(n, K)`, NaN where one is outside `[0, V)` (paper: section 4.1).
 
     >>> target_logit(np.array([[10.0, 11.0], [20.0, 21.0]]), np.array([1, 2])).tolist()
     [11.0, nan]
     """
     inside = (targets >= 0) & (targets < logits.shape[-1])
-    picked = logits[np.arange(len(targets)), np.where(inside, targets, 0)]
-    return np.where(inside, picked, np.nan)
+    token = np.arange(len(targets)).reshape(-1, *[1] * (targets.ndim - 1))
+    return np.where(inside, logits[token, np.where(inside, targets, 0)], np.nan)
 
 
 @quiet
+def distribution_gradient(logits, ids, alpha, beta, gamma, softcap=None):
+    """G `(n, V)`: `p * (alpha + beta * log(p)) - sum_k gamma_k * onehot(ids_k)`, times the softcap's derivative.
+
+    ids and gamma are `(n, K)`, alpha and beta `(n,)`; `log(p) = z - lse`. Every function of a token's log-sum-exp, its entropy
+    and the logits of its ids has a gradient of this form, with respect to the logits before the softcap. An entry of
+    probability 0 adds 0 to the first part. An id outside `[0, V)` makes the row NaN, whatever its gamma is.
+
+    >>> z, ids = np.log([[1.0, 3.0]]), np.array([[1, 1]])
+    >>> distribution_gradient(z, ids, np.array([2.0]), np.array([0.0]), gamma=np.array([[0.5, 1.5]])).round(3).tolist()
+    [[0.5, -0.5]]
+    """
+    picked = np.sum(gamma[..., None] * onehot(ids, logits.shape[-1]), axis=1)
+    of_all = alpha[:, None] * softmax(logits) + beta[:, None] * entropy_terms(logits)
+    return softcap_slope(logits, softcap) * (of_all - picked)
+
+
 def logit_gradient(logits, targets, a, b, softcap=None):
     """G `(n, V)`: the gradient of `sum(b * nll + (a - b) * lse)` with respect to the logits before the softcap.
 
@@ -124,7 +151,7 @@ def logit_gradient(logits, targets, a, b, softcap=None):
     >>> logit_gradient(np.log([[1.0, 3.0]]), np.array([1]), a=np.ones(1), b=np.ones(1)).round(3).tolist()
     [[0.25, -0.25]]
     """
-    return softcap_slope(logits, softcap) * (a[:, None] * softmax(logits) - b[:, None] * onehot(targets, logits.shape[-1]))
+    return distribution_gradient(logits, targets[:, None], a, np.zeros_like(a), b[:, None], softcap)
 
 
 def softcap_slope(logits, softcap=None):
