@@ -20,7 +20,7 @@ from cce_numba.arguments import Outline
 from cce_numba.cpu import backend
 from cce_numba.cpu.elements import exp_float32
 from cce_numba.cpu.tiles import CpuTiles, choose_tiles
-from cce_numba.options import Options
+from cce_numba.options import FILTERS, Options
 from cce_numba.progress import reported_to
 from tests.helpers.cases import DTYPES, Edges, cases, filters, make_case, with_terms
 from tests.helpers.checks import check_forward, check_gradients, expect
@@ -81,7 +81,8 @@ def test_where_nearly_everything_survives_all_does():
 def test_memory_stays_within_64_mib_and_within_the_plan(N, V, D, dtype, filter_eps, terms):
     case = make_case(0, (N,), V, D, np.dtype(dtype), spread=1.0)
     small = make_case(0, (2,), 8, D, np.dtype(dtype))
-    CpuHarness().backward(CpuHarness().forward(small))  # compiles
+    for filter_ in FILTERS:
+        CpuHarness().backward(CpuHarness().forward(small.with_options(filter=filter_, filter_eps=0.5)))  # compiles
     plan = cce.explain(case.e, case.c, case.targets, filter_eps=filter_eps)
     tracemalloc.start()
     try:
