@@ -127,8 +127,8 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
             seeds, at any threshold. "drop" leaves it out of the gradients, as the paper does (section 4.3).
         filter_seed: an integer, or a 0-d array of one on e's device (its value is then read there, in a CUDA graph too). The
             draws of "unbiased" follow from it and from the targets that count, and from nothing else. So the same inputs give
-            the same bits; whoever trains on the same targets again should give another one each time, such as the number of the
-            step.
+            the same draws; whoever trains on the same targets again should give another one each time, such as the number of
+            the step.
         filter_eps: the filter's threshold, a probability. "auto" is `finfo(dtype).eps / 32` (2^-12 for bfloat16), or for "drop"
             `finfo(dtype).eps / 512` (2^-16 for bfloat16). None is exact. The loss itself is always exact. With "drop" and
             "auto", "hopper" leaves out more of the gradients of `c` and `bias`: 128 entries, in an order of its own, for a

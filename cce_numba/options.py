@@ -324,8 +324,7 @@ def _filter_eps(filter_eps: Any) -> float | str | None:
         if filter_eps != "auto":
             raise ValueError(f"filter_eps: must be 'auto', a number in (0, 1) or None, got {filter_eps!r}")
         return filter_eps
-    if not isinstance(filter_eps, numbers.Real) or isinstance(filter_eps, bool):
-        raise TypeError(f"filter_eps: must be 'auto', a number in (0, 1) or None, got {filter_eps!r}")
-    if not 0 < float(filter_eps) < 1:
+    eps = _float("filter_eps", filter_eps, "'auto', a number in (0, 1) or None")
+    if not 0 < eps < 1:
         raise ValueError(f"filter_eps: must be 'auto', a number in (0, 1) or None (exact), got {filter_eps!r}")
-    return float(filter_eps)
+    return eps

@@ -91,6 +91,7 @@ def test_arrays_that_do_not_fit(kind, arrays, says):
         (ValueError, {"filter_seed": 2**70}, ["filter_seed", "64 bits"]),
         (ValueError, {"filter_eps": "high"}, ["filter_eps", "'auto'", "'high'"]),
         (ValueError, {"filter_eps": 0.0}, ["filter_eps", "(0, 1)", "0.0"]),
+        (ValueError, {"filter_eps": 10**400}, ["filter_eps", "(0, 1)", "1000"]),
         (ValueError, {"filter_eps": 1.0}, ["filter_eps", "(0, 1)", "1.0"]),
         (ValueError, {"filter_eps": float("nan")}, ["filter_eps", "nan"]),
         (TypeError, {"filter_eps": [0.1]}, ["filter_eps", "[0.1]"]),

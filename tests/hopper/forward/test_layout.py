@@ -84,6 +84,17 @@ def test_every_tile_is_in_one_phase_and_in_reach(record, copied, N, V, D):
         assert {row for row, _, _ in phases} == {row for row, first, _ in phases if first * TILES.block_v == row}
 
 
+@pytest.mark.parametrize(
+    ("V", "ends"),
+    [(192, [1]), (192 * 31, [31]), (192 * 33, [16, 33]), (49_152, [16, 80, 256]), (256_000, [21, 105, 525, 1334])],
+)
+def test_phases_grow_from_a_small_one_that_has_tiles_for_all_workers(V, ends):
+    """Where survivors are recorded; without them there is nothing to know beforehand, and one phase."""
+    layout = Layout.of(Problem(8192, V, 2304), TILES)
+    assert [last for _, _, last in layout.phases(True)] == ends
+    assert [last for _, _, last in layout.phases(False)] == [layout.n_tiles]
+
+
 def test_why_something_is_copied():
     def why(matrix):
         layout = Layout.of(Problem(9, 99, 16, c=matrix), TILES)
