@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cce_numba.plan import Plan
 
 # In order of preference. A backend is a module cce_numba.<name>.backend with the functions of `Backend`.
-BACKENDS = ("hopper", "simt", "cpu")
+BACKENDS = ("hopper", "ampere", "simt", "cpu")
 
 
 class BackendUnavailable(RuntimeError):
@@ -79,7 +79,7 @@ class StatisticsForm:
         tokens: dtype of `Statistics.tokens`.
         survivor_block: tokens in a block of survivors.
         planes: rows of survivor bits for each block. Row b of plane i is row i * ceil(N / survivor_block) + b. Plane 0 holds
-            the filter's bits; plane 1 of "hopper" the same at a higher threshold (`survivors.coarse_eps_of`).
+            the filter's bits; plane 1 of "hopper" and "ampere" the same at a higher threshold (`survivors.coarse_eps_of`).
         row_unit_bytes: the memory of a row is a whole number of so many bytes.
     """
 

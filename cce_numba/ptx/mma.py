@@ -32,9 +32,7 @@ def mma(dtype: str) -> Any:
     doc = "(four words of A, two of B, four sums): the sums, with the product. ISA 9.7.14.5.8."
     operands = (U32,) * 6 + (F32,) * 4
     name = _template(dtype).split()[0]
-    return instruction(
-        _template(dtype), operands, types.UniTuple(F32, 4), ordered=False, together=True, name=name, doc=doc
-    )
+    return instruction(_template(dtype), operands, types.UniTuple(F32, 4), ordered=False, together=True, name=name, doc=doc)
 
 
 def _template(dtype: str) -> str:
