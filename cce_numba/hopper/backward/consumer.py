@@ -8,68 +8,22 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.backward.chance import make_decide, make_find_maxima
-from cce_numba.hopper.backward.column_sums import sum_of_column
 from cce_numba.hopper.backward.finish_rows import make_finish_rows
 from cce_numba.hopper.backward.jobs import D_E, END, LOGITS, make_job_ring
 from cce_numba.hopper.backward.multiply import ONE_CONSUMER, make_multiply, make_turns
-from cce_numba.hopper.backward.partial_sums import SUMS_STEP, make_add_sums, make_add_to_sums, make_store_sums
-from cce_numba.hopper.backward.records import WORD, GTile, ListColumns, TilePlace
+from cce_numba.hopper.backward.records import WORD, GTile, TilePlace
 from cce_numba.hopper.backward.store_g import make_store_g
-from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PARTS, STAGING_BYTES, BackwardTiles
+from cce_numba.hopper.backward.tiles import STAGING_BYTES, BackwardTiles
 from cce_numba.ptx import arithmetic, control, mbarrier, memory
 from cce_numba.ptx import fragment as fragments
 from cce_numba.ptx.pointers import address_of
-from cce_numba.tensor_core.records import RowWeights
+from cce_numba.tensor_core.backward.chance import make_decide, make_find_maxima
+from cce_numba.tensor_core.backward.column_sums import sum_of_column
+from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP, make_add_sums, make_add_to_sums, make_store_sums
+from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
+from cce_numba.tensor_core.backward.row_weights import ROW_BYTES, make_two_row_weights
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE
-
-_ROW_BYTES = 16  # of a row of the survey's table `rows`
-
-
-@functools.cache
-def make_two_row_weights(scaled: bool, smoothed: bool) -> Any:
-    """The device function that loads the `RowWeights` of two listed tokens; scaled, smoothed: see `gradient.make_gradient`."""
-    load_f32, load_i32 = memory.load_global_f32, memory.load_global_i32
-    has_further = scaled or smoothed
-
-    @cuda.jit(device=True, forceinline=True)
-    def further_of(position: Any, terms: Any, tables: Any) -> Any:
-        """`(scale, uniform)` of a listed token."""
-        scale, uniform = np.float32(1), np.float32(0)
-        if has_further:
-            n = tables.row_of[position]
-            if n >= 0:
-                if scaled:
-                    scale = load_f32(terms.scale + np.uint64(4 * np.int64(n)))
-                if smoothed:
-                    uniform = load_f32(terms.uniform_weight + np.uint64(4 * np.int64(n))) * tables.weight_scale[0]
-        return scale, uniform
-
-    @cuda.jit(device=True, forceinline=True)
-    def row_weights(row: Any, scale: Any, uniform: Any) -> Any:
-        """row: the token's address in the survey's table `rows`."""
-        return RowWeights(
-            softmax=load_f32(row),
-            shift=load_f32(row + np.uint64(8)),
-            target_weight=load_f32(row + np.uint64(4)),
-            target=load_i32(row + np.uint64(12)),
-            scale=scale,
-            uniform=uniform,
-        )
-
-    @cuda.jit(device=True, forceinline=True)
-    def two_row_weights(position: Any, row: Any, terms: Any, tables: Any) -> Any:
-        """Of the tokens at `position`, an int64, of the list, and 8 further on. Weights are times the survey's scale.
-
-        row: address of the first of the two in the survey's table `rows`. terms: a `LogitTerms`. tables: the survey's.
-        """
-        scale_0, uniform_0 = further_of(position, terms, tables)
-        scale_1, uniform_1 = further_of(position + 8, terms, tables)
-        next_row = np.uint64(row + np.uint64(8 * _ROW_BYTES))
-        return row_weights(row, scale_0, uniform_0), row_weights(next_row, scale_1, uniform_1)
-
-    return two_row_weights
 
 
 @functools.cache
@@ -119,8 +73,8 @@ def make_consume(
         block = np.int64(field(jobs, s, WORD.block_or_tile))
         position = block * COLUMN_TILE + row
         to = GTile(g=g, sums=sums, staging=staging, consumer=consumer)
-        row_of_weights = np.uint64(address_of(tables.rows) + np.uint64(_ROW_BYTES * position))
-        next_half = np.uint64(row_of_weights + np.uint64(64 * _ROW_BYTES))
+        row_of_weights = np.uint64(address_of(tables.rows) + np.uint64(ROW_BYTES * position))
+        next_half = np.uint64(row_of_weights + np.uint64(64 * ROW_BYTES))
         if by_chance:
             maxima = np.uint32(staging + np.uint32(thread >> 5) * warp_bytes)
             row_0, row_1 = two_row_weights(position, row_of_weights, terms, tables)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cce_numba import gpu, survivors, terms
+from cce_numba import gpu
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.hopper import tensor_map
@@ -16,26 +16,18 @@ from cce_numba.hopper.backward.records import Outputs, Shape
 from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
 from cce_numba.hopper.backward.workspace import layout_of
 from cce_numba.integers import ceil_div
-from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
+from cce_numba.tensor_core.backward.passes import in_passes, output_of, run_survey
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import Chance, Output, SurvivorBits, WeightedTokens
-from cce_numba.tensor_core.survey import Products, survey
+from cce_numba.tensor_core.records import Chance
+from cce_numba.tensor_core.survey import Products
 
 TILES, CLUSTER_TILES = BackwardTiles(cluster=1), BackwardTiles(cluster=2)
 
 
 def backward(p: Problem, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`. Where dE and dC have filters of their own, each takes a pass of its own."""
-    e, c = matrices.aligned(p.e), matrices.aligned(p.c)
-    filtered = statistics.survivors is not None
-    e_filtered, c_filtered = filtered and p.options.filter_eps_e is not None, filtered and p.options.filter_eps_c is not None
-    if e_filtered == c_filtered or into.e is None or (into.c is None and into.bias is None):
-        keep_all = not (c_filtered if into.e is None else e_filtered)
-        _pass(p, statistics, weights, e, c, into, adds, keep_all)
-    else:
-        _pass(p, statistics, weights, e, c, Gradients(e=into.e), adds, not e_filtered)
-        _pass(p, statistics, weights, e, c, Gradients(c=into.c, bias=into.bias), adds, not c_filtered)
+    in_passes(p, statistics, weights, into, adds, _pass)
 
 
 def _pass(
@@ -68,7 +60,7 @@ def _pass(
     # The bias alone takes one job for each tile of columns.
     d_tiles_c = int(d_bias is not None) if d_c is None else tiles_of_row
     outputs = Outputs(
-        e=_output(d_e, d_tiles_e), c=_output(d_c, d_tiles_c), bias=0 if d_bias is None else d_bias.data.ptr, adds=adds
+        e=output_of(d_e, d_tiles_e), c=output_of(d_c, d_tiles_c), bias=0 if d_bias is None else d_bias.data.ptr, adds=adds
     )
     layout = layout_of(p, into, keep_all)
     scratch = p.xp.empty(layout.nbytes, np.uint8)
@@ -76,7 +68,9 @@ def _pass(
     maps, counters, tables = (base + layout.offsets[part] for part in ("maps", "counters", "survey"))
     a_map = tensor_map.encode(e, PANEL, PANEL), tensor_map.encode(c, PANEL, PANEL), layout.g_map(base, p.dtype)
     make_begin_kernel().launch(1, *a_map, maps, counters, layout.counters)
-    _survey(p, statistics, weights, layout.survey, tables, keep_all, Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds))
+    run_survey(
+        p, statistics, weights, layout.survey, tables, keep_all, Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds)
+    )
     scaled, smoothed = p.logit_scale is not None, weights.uniform is not None
     # The neighbouring jobs of a cluster must take equally many stages, so those of dE and dC must be tiles of the same rows.
     tiles = CLUSTER_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
@@ -102,54 +96,3 @@ def _pass(
             wanted[...] = made
     if into.bias is not None:
         into.bias[...] = d_bias + into.bias.astype(np.float32) if adds else d_bias
-
-
-def _survey(
-    p: Problem, statistics: Statistics, weights: Weights, layout: Any, base: int, keep_all: bool, products: Products
-) -> None:
-    """Launches the survey, whose tables begin at address `base`."""
-    smoothed, bits, largest = weights.uniform is not None, statistics.survivors, weights.softmax
-    if smoothed:
-        largest = _largest_weight(p, weights)
-    tokens = WeightedTokens(
-        listed=statistics.tokens.data.ptr,
-        n_valid=statistics.n_valid.data.ptr,
-        softmax_weight=weights.softmax.data.ptr,
-        target_weight=weights.target.data.ptr,
-        largest_weight=largest.data.ptr,
-        max_logit=statistics.max_logit.data.ptr,
-        log_sum=statistics.log_sum.data.ptr,
-        target_logit=statistics.target_logit.data.ptr,
-        targets=p.targets.data.ptr,
-    )
-    kept = None
-    if not keep_all:
-        pitch_words = bits.strides[0] // 4
-        coarse_words = 0 if coarse_eps_of(p.options) is None else layout.blocks * pitch_words  # dC's bits follow the filter's
-        kept = SurvivorBits(words=bits.data.ptr, pitch_words=pitch_words, coarse_words=coarse_words)
-    survey(
-        layout,
-        base,
-        tokens=tokens,
-        survivors=kept,
-        dense_share=survivors.DENSE_SHARE,
-        products=products,
-        smoothed=smoothed,
-    )
-
-
-def _largest_weight(p: Problem, weights: Weights) -> Any:
-    """(N,): the larger magnitude of a token's softmax weight and of its uniform weight times the largest class weight.
-
-    The largest class weight is taken to be at least 1.
-    """
-    largest = 1 if p.class_weights is None else p.xp.maximum(p.class_weights.max(), 1)
-    return p.xp.maximum(abs(weights.softmax), terms.times(abs(weights.uniform), largest))
-
-
-def _output(gradient: Any, tiles: int) -> Any:
-    """The `Output` of a gradient, or of None."""
-    if gradient is None:
-        return Output(address=0, pitch_bytes=0, is_float32=False, tiles=tiles)
-    pitch_bytes, is_float32 = matrices.pitch_bytes(gradient), gradient.dtype == np.float32
-    return Output(address=gradient.data.ptr, pitch_bytes=pitch_bytes, is_float32=is_float32, tiles=tiles)

@@ -146,15 +146,6 @@ class TilePlace(Record):
     D = I32  # the hidden size
 
 
-class ListColumns(Record):
-    """The columns of a job that computes G."""
-
-    ids = U32  # address in shared memory of (192,) int32: vocabulary entries, -1 past the list's end
-    biases = U32  # address in shared memory of (192,) float32
-    scales = U32  # address in shared memory of (192,) float32, for the unbiased filter
-    stored = I32  # columns that are stored, a multiple of 64
-
-
 class GTile(Record):
     """Where 64 of the 128 tokens of a tile of G go."""
 

@@ -9,11 +9,11 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.hopper.backward.jobs import D_C, D_E, END, LOGITS, make_job_ring
-from cce_numba.hopper.backward.lists import expand, largest_at_most, listed_place
-from cce_numba.hopper.backward.phases import is_of_products, phase_of_logits, phase_of_products, round_of, wait_for_phase
 from cce_numba.hopper.backward.records import WORD, Extent, Job, Round
 from cce_numba.hopper.backward.tiles import BackwardTiles
 from cce_numba.ptx import memory
+from cce_numba.tensor_core.backward.lists import expand, largest_at_most, listed_place
+from cce_numba.tensor_core.backward.phases import is_of_products, phase_of_logits, phase_of_products, round_of, wait_for_phase
 from cce_numba.tensor_core.numbers import make_load
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.sums import warp_sum

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.backward.records import GTile, ListColumns
-from cce_numba.hopper.backward.tiles import G_BOX, G_ROW_BYTES, PANEL, PARTS
+from cce_numba.hopper.backward.records import GTile
+from cce_numba.hopper.backward.tiles import G_BOX, PANEL
 from cce_numba.launch.record import kind_of
 from cce_numba.ptx import arithmetic, control, memory
+from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
+from cce_numba.tensor_core.backward.row_weights import class_weight_of
 from cce_numba.tensor_core.fragment import visit_chunks
 from cce_numba.tensor_core.gradient import make_gradient
 from cce_numba.tensor_core.records import F32, U64, RowWeights
@@ -20,16 +22,7 @@ from cce_numba.tensor_core.sums import sums_of_rows
 _ROW_BYTES = np.uint32(2 * PANEL)
 _BOX_BYTES = np.uint32(G_BOX * 2 * PANEL)
 
-load_if_u32, store_if_4, load_shared_4 = memory.load_if_u32, memory.store_if_4_u32, memory.load_shared_4_u32
-
-
-@cuda.jit(device=True, forceinline=True)
-def class_weight_of(entry: Any, class_weights: Any) -> Any:
-    """The weight of a vocabulary entry, given the address of (V,) float32; 1 if that is 0."""
-    wanted = np.uint32(1) if class_weights != 0 and entry >= 0 else np.uint32(0)
-    address = np.uint64(class_weights + np.uint64(4 * np.int64(entry)))
-    weight = arithmetic.float_of_bits(load_if_u32(address, wanted))
-    return weight if class_weights != 0 else np.float32(1)
+store_if_4, load_shared_4 = memory.store_if_4_u32, memory.load_shared_4_u32
 
 
 @cuda.jit(device=True, forceinline=True)

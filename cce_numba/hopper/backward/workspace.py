@@ -12,10 +12,11 @@ from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.records import Workspace
-from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PANEL, PARTS
+from cce_numba.hopper.backward.tiles import PANEL
 from cce_numba.integers import ceil_div
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core import matrices
+from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE, SurveyLayout
 
 # Rounds whose G is there at a time, at least 2: one is written, one is read, and a third gives both time to finish.
