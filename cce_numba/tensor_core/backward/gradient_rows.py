@@ -1,8 +1,8 @@
 """Complete tiles of dE or dC in registers: added to what a gradient holds, and stored as float32.
 
 Lanes hold two neighbouring numbers of a row each. The address of a row is 0 if the row is nobody's; `columns` are those that
-are left in a row from an address on; and numbers are multiplied by `factor`, a float32, which takes the scale of the weights out
-of them.
+are left in a row from an address on; and numbers are multiplied by `factor`, a float32, which takes the scale of the weights
+out of them.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from cce_numba import survivors, terms
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
@@ -19,8 +21,8 @@ def in_passes(
 ) -> None:  # fmt: skip
     """Makes all gradients by calls of `make`. Where dE and dC have filters of their own, each takes a pass of its own.
 
-    make: `make(p, statistics, weights, e, c, into, adds, keep_all)` makes gradients that share a filter; e and c are those of p,
-        or copies in rows that can be copied 16 bytes at a time; keep_all: whether all columns survive, whatever was recorded.
+    make: `make(p, statistics, weights, e, c, into, adds, keep_all)` makes gradients that share a filter. e and c are those of
+        p, or copies in rows that can be copied 16 bytes at a time. keep_all: whether all columns survive, whatever is recorded.
     """
     e, c = matrices.aligned(p.e), matrices.aligned(p.c)
     filtered = statistics.survivors is not None
