@@ -87,6 +87,15 @@ def make_b_address(n: int, across: bool) -> Any:
     return b_address
 
 
+def moves(index: int, step: int, across: bool) -> tuple[int, int]:
+    """What a lane's address of the first 16 terms and indices is combined with, by exclusive or, and then increased by.
+
+    So it becomes that of the step-th 16 terms, and of the index-th 16 indices (M or N).
+    """
+    within_row, rows = (index, step) if across else (step, index)
+    return _STEP_BYTES * within_row, _ROWS_BYTES * rows
+
+
 @functools.cache
 def make_load_operands(n: int, step: int, a_across: bool, b_across: bool) -> Any:
     """`operands = load_operands(a, b)`: the operands of the step-th 16 terms of a stage.
@@ -101,20 +110,19 @@ def make_load_operands(n: int, step: int, a_across: bool, b_across: bool) -> Any
         check_operands("load_operands", (U32, addresses), given)
 
         def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-            def moved(address: Any, within_row: int, rows: int) -> Any:
+            def moved(address: Any, index: int, across: bool) -> Any:
+                within_row, by_rows = moves(index, step, across)
                 if within_row:
-                    address = builder.xor(address, ir.Constant(ir.IntType(32), _STEP_BYTES * within_row))
-                if rows:
-                    address = builder.add(address, ir.Constant(ir.IntType(32), _ROWS_BYTES * rows))
+                    address = builder.xor(address, ir.Constant(ir.IntType(32), within_row))
+                if by_rows:
+                    address = builder.add(address, ir.Constant(ir.IntType(32), by_rows))
                 return address
 
             words = []
             for slab in range(SLABS):
-                address = moved(values[0], slab, step) if a_across else moved(values[0], step, slab)
-                words += emit_load(builder, address, transposed=a_across)
+                words += emit_load(builder, moved(values[0], slab, a_across), transposed=a_across)
             for pair in range(pairs):
-                address = builder.extract_value(values[1], pair)
-                address = moved(address, 0, step) if b_across else moved(address, step, 0)
+                address = moved(builder.extract_value(values[1], pair), 0, b_across)
                 words += emit_load(builder, address, transposed=b_across)
             return context.make_tuple(builder, result, words)
 
