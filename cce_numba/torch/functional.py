@@ -101,7 +101,7 @@ def linear_cross_entropy(
             step to step, in a CUDA graph too; of one on the CPU a graph keeps the value. A forward alone reads it.
         check_targets: True raises for a target out of range, on any device. None does so on the CPU; on CUDA, where looking
             would wait for the device, such a token's loss and gradient become NaN.
-        backend: "cpu", "simt", "hopper", or None to choose by device and dtype.
+        backend: "cpu", "simt", "ampere", "hopper", or None to choose by device and dtype.
         others: none; an option of another library is refused with its name here.
 
     Returns:

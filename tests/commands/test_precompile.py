@@ -88,7 +88,7 @@ def names_of(case) -> set[str]:
 
 
 @settings(max_examples=60)
-@pytest.mark.parametrize("backend", ["simt", "hopper"])
+@pytest.mark.parametrize("backend", ["simt", "ampere", "hopper"])
 @given(data=st.data())
 def test_a_call_of_any_size_launches_nothing_else(backend, data):
     """Whatever the sizes, the reduction, the shift, which gradients are wanted and where they go."""

@@ -18,14 +18,14 @@ if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
 from cce_numba.hopper.backward import workspace as workspace_module
-from cce_numba.tensor_core.backward.lists import listed_place
-from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP
-from cce_numba.tensor_core.backward.phases import is_of_products, phase_of_logits, phase_of_products, round_of
 from cce_numba.hopper.backward.tiles import PANEL, STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.backward.workspace import BUFFERS, BUFFERS_FOR_ALL, WorkspaceLayout
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
 from cce_numba.ptx.wgmma import PANEL_BYTES
 from cce_numba.tensor_core import matrices
+from cce_numba.tensor_core.backward.lists import listed_place
+from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP
+from cce_numba.tensor_core.backward.phases import is_of_products, phase_of_logits, phase_of_products, round_of
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE
 from tests.tensor_core.test_survey import make_inputs, model
 
