@@ -140,7 +140,8 @@ def make_forward_kernel(
             n_turns = quotient(last - first + tile_step - 1, tile_step)
             coming, to_k, to_stage = np.int32(n_turns * k_steps), np.int32(0), np.uint32(ring)
             to_v = np.int32((vocabulary.first_tile + first) * block_v - vocabulary.first_row)
-            for _ in range(stages):
+            turn = np.int32(0)
+            while turn < stages:
                 if coming > 0:
                     copy_stage(to_stage, rows_smem, thread, to_k, to_v, e, c, last_row, row_bytes)
                     coming, to_k = np.int32(coming - 1), np.int32(to_k + 1)
@@ -148,6 +149,7 @@ def make_forward_kernel(
                         to_k, to_v = np.int32(0), np.int32(to_v + tile_step * block_v)
                 memory.copy_async_commit()
                 to_stage = np.uint32(to_stage + stage_bytes)
+                turn = arithmetic.opaque_i32(np.int32(turn + 1))  # `opaque` keeps LLVM from writing the loop out
             stage = np.uint32(ring)
             wait_for_first()
             cuda.syncthreads()
