@@ -40,6 +40,49 @@ class GPlace(Record):
     first = I32  # the warp's first column
 
 
+# ---- places in shared memory. All of them begin at multiples of 128 bytes
+
+
+@cuda.jit(device=True, forceinline=True)
+def g_place(lane: Any, warp_row: Any, slab: Any, column: Any, half_bytes: Any) -> Any:
+    """Where in a tile of G a lane's word of the first eight tokens of a slab goes; the next eight's is at that place ^ 16.
+
+    G is transposed by then: the lane has tokens 2 * (lane % 4) and the next, of column + lane // 4. column: a multiple of 8.
+    """
+    in_eight, part = np.uint32(lane >> 2), np.uint32(2 * slab)
+    row = np.uint32(np.uint32(column) + in_eight)
+    place = np.uint32(np.uint32(warp_row) * half_bytes + row * _ROW + ((part ^ in_eight) << np.uint32(4)))
+    return np.uint32(place + np.uint32(4 * (lane & 3)))
+
+
+@cuda.jit(device=True, forceinline=True)
+def g_source(thread: Any, half_bytes: Any) -> Any:
+    """Where in a tile of G the 16 bytes number thread % 16 of column thread // 16 are, and so on every 16 columns."""
+    part, column = np.uint32(thread & 7), np.uint32(thread >> 4)
+    swizzled = np.uint32((part ^ (column & np.uint32(7))) << np.uint32(4))
+    return np.uint32(np.uint32((thread >> 3) & 1) * half_bytes + column * _ROW + swizzled)
+
+
+@cuda.jit(device=True, forceinline=True)
+def tile_place(lane: Any, warp_row: Any, slab: Any, eight: Any, panel_bytes: Any) -> Any:
+    """Where in a tile of a gradient a lane's word goes, of a slab's row lane // 4; that 8 rows on is 8 * 128 bytes further.
+
+    The word is of columns 2 * (lane % 4) and the next one, of the eight columns of that number.
+    """
+    in_eight = np.uint32(lane >> 2)
+    panel, part = np.uint32(np.uint32(eight) >> np.uint32(3)), np.uint32(np.uint32(eight) & np.uint32(7))
+    row = np.uint32(np.uint32(64 * warp_row + 16 * slab) + in_eight)
+    place = np.uint32(panel * panel_bytes + row * _ROW + ((part ^ in_eight) << np.uint32(4)))
+    return np.uint32(place + np.uint32(4 * (lane & 3)))
+
+
+@cuda.jit(device=True, forceinline=True)
+def tile_source(thread: Any) -> Any:
+    """Where in a panel of a tile the 16 bytes number thread % 8 of row thread // 8 are, and so on every 32 rows."""
+    part, row = np.uint32(thread & 7), np.uint32(thread >> 3)
+    return np.uint32(row * _ROW + ((part ^ (row & np.uint32(7))) << np.uint32(4)))
+
+
 # ---- G
 
 
@@ -95,12 +138,9 @@ def make_write_g(
                 memory.store_global_f32(place.sums + np.uint64(4 * PARTS * (own + 1)), sum_1)
         # Transposed, a lane has one column, and two neighbouring tokens of the first eight and of the last eight of the slab.
         word_0, word_1 = transpose(pack(g_00, g_01)), transpose(pack(g_10, g_11))
-        in_eight = np.uint32(lane >> 2)
-        to = np.uint32(place.staging + np.uint32(warp & 1) * half_bytes + (np.uint32(column) + in_eight) * _ROW)
-        to = np.uint32(to + np.uint32(4 * (lane & 3)))
-        part = np.uint32(2 * place.slab)
-        store_word(np.uint32(to + ((part ^ in_eight) << np.uint32(4))), np.int32(word_0))
-        store_word(np.uint32(to + (((part + np.uint32(1)) ^ in_eight) << np.uint32(4))), np.int32(word_1))
+        to = np.uint32(place.staging + g_place(lane, warp & 1, place.slab, column, half_bytes))
+        store_word(to, np.int32(word_0))
+        store_word(np.uint32(to ^ np.uint32(16)), np.int32(word_1))
         return np.int32(0)
 
     row = kind_of(RowWeights)
@@ -119,9 +159,7 @@ def make_store_g(tiles: BackwardTiles) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def store_g(staging: Any, g: Any, stored: Any, thread: Any) -> None:
         """Sixteen threads share a column."""
-        part, first = np.uint32(thread & 7), np.int32(thread >> 4)
-        swizzled = np.uint32((part ^ np.uint32(first & 7)) << np.uint32(4))  # a thread's columns are a multiple of 8 apart
-        source = np.uint32(staging + np.uint32((thread >> 3) & 1) * half_bytes + np.uint32(first) * _ROW + swizzled)
+        first, source = np.int32(thread >> 4), np.uint32(staging + g_source(thread, half_bytes))
         to = np.uint64(g + np.uint64(G_ROW_BYTES * first + 16 * (thread & 15)))
         for i in range(turns):
             words = load_shared_4(np.uint32(source + np.uint32(ROW_BYTES * columns_at_once * i)))
@@ -184,12 +222,8 @@ def make_write_tile(tiles: BackwardTiles, dtype: np.dtype) -> Any:
 
     def write(x: Any, column: Any, staging: Any, slab: Any, first: Any, factor: Any) -> Any:
         """Eight columns, from the warp's `column` on; x: four sums."""
-        lane, warp = np.uint32(cuda.threadIdx.x & 31), np.uint32(cuda.threadIdx.x >> 5)
-        in_eight, part = np.uint32(lane >> np.uint32(2)), np.uint32(first + (column >> 3))
-        panel, part = np.uint32(part >> np.uint32(3)), np.uint32(part & np.uint32(7))
-        row = np.uint32(np.uint32(64) * (warp & np.uint32(1)) + np.uint32(16 * slab) + in_eight)
-        to = np.uint32(staging + panel * panel_bytes + row * _ROW + ((part ^ in_eight) << np.uint32(4)))
-        to = np.uint32(to + np.uint32(4) * (lane & np.uint32(3)))
+        lane, warp = np.int32(cuda.threadIdx.x & 31), np.int32(cuda.threadIdx.x >> 5)
+        to = np.uint32(staging + tile_place(lane, warp & 1, slab, np.int32(first + (column >> 3)), panel_bytes))
         store_word(to, np.int32(pack(x[0] * factor, x[1] * factor)))
         store_word(np.uint32(to + np.uint32(8 * ROW_BYTES)), np.int32(pack(x[2] * factor, x[3] * factor)))
         return np.int32(0)
@@ -253,9 +287,7 @@ def make_finish_rows(tiles: BackwardTiles, dtype: np.dtype) -> Any:
             write_tile(x_2, staging, np.int32(2), eights, factor)
             write_tile(x_3, staging, np.int32(3), eights, factor)
             meet()
-            part, row = np.uint32(me.number & 7), np.int32(me.number >> 3)
-            swizzled = np.uint32((part ^ np.uint32(row & 7)) << np.uint32(4))
-            source = np.uint32(staging + np.uint32(row) * _ROW + swizzled)
+            row, source = np.int32(me.number >> 3), np.uint32(staging + tile_source(me.number))
             d = np.int32(d0 + 8 * (me.number & 7))
             for i in range(row_turns):
                 own = rows[np.int64(first + row + rows_at_once * i)]
