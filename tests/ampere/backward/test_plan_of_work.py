@@ -208,7 +208,7 @@ def run(layout, found, e, c, outputs, dims, n_blocks):
         (300, 700, 72, {"density": 0.4, "listed": 0.9, "dead": 0.2, "coarse": 0.5}),
         (130, 200, 200, {"density": None}),
         (130, 300, 8, {"density": 0.02}),
-        (100, 1100, 8, {"density": 0.9, "dense_share": 1.0}),
+        (100, 1500, 8, {"density": 0.9, "dense_share": 1.0}),
     ],
     ids=["filtered", "exact", "few", "many rounds"],
 )
@@ -238,4 +238,4 @@ def test_jobs_make_the_gradients(N, V, D, named):
     np.testing.assert_array_equal(d_c, g_c.T @ np.where(row_of[:, None] >= 0, e[row_of], 0).astype(np.float32))
     assert set(kinds) == {LOGITS, D_E, D_C}
     assert len(kinds) == found["phase_end"][2 * found["n_rounds"][0] - 1]
-    assert (found["n_rounds"][0] > BUFFERS) == (V == 1100)
+    assert (found["n_rounds"][0] > BUFFERS) == (V == 1500)
