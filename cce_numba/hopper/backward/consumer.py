@@ -114,7 +114,8 @@ def make_consume(
         scales = opaque(np.uint32(smem.scales + np.uint32(consumer) * scales_bytes))
         columns = ListColumns(ids=ids, biases=biases, scales=scales, stored=stored)
         slot = np.int64(field(jobs, s, WORD.slot))
-        g = np.uint64(workspace.g + np.uint64(slot * G_ROW_BYTES))
+        g = workspace.g_borrowed if field(jobs, s, WORD.round) < tables.n_borrowed[0] else workspace.g
+        g = np.uint64(g + np.uint64(slot * G_ROW_BYTES))
         sums = np.uint64(workspace.sums + np.uint64(4 * (slot * PARTS + (thread >> 5))))
         block = np.int64(field(jobs, s, WORD.block_or_tile))
         position = block * COLUMN_TILE + row
@@ -221,11 +222,13 @@ def make_consume(
                 upper, lower = multiply_d_c(zeros(), zeros(), ring, first_use, k_steps, thread)
                 hand_over(ring, consumer, first_use, k_steps, thread)
                 store_d_c(upper, lower, jobs, s, thread, staging, unscale, tables, workspace, outputs, dims)
-            phase = field(jobs, s, WORD.phase)
+            done = np.uint64(workspace.done + np.uint64(4 * field(jobs, s, WORD.phase)))
+            if kind == D_E:
+                done = np.uint64(workspace.done_e + np.uint64(4 * field(jobs, s, WORD.block_or_tile)))
             control.barrier_sync(np.uint32(1 + consumer), ONE_CONSUMER)
             if thread == 0:
                 mbarrier.arrive(job_empty(jobs, s))
-                memory.add_release_u32(workspace.done + np.uint64(4 * phase), np.uint32(1))
+                memory.add_release_u32(done, np.uint32(1))
             s = np.uint32(s + np.uint32(2))
 
     return consume

@@ -70,11 +70,12 @@ def _pass(
     outputs = Outputs(
         e=_output(d_e, d_tiles_e), c=_output(d_c, d_tiles_c), bias=0 if d_bias is None else d_bias.data.ptr, adds=adds
     )
-    layout = layout_of(p, into, keep_all)
+    c_address = 0 if d_c is None else d_c.data.ptr
+    layout = layout_of(p, into, keep_all, 0 if d_c is None or adds else p.V * outputs.c.pitch_bytes)
     scratch = p.xp.empty(layout.nbytes, np.uint8)
     base = scratch.data.ptr
     maps, counters, tables = (base + layout.offsets[part] for part in ("maps", "counters", "survey"))
-    a_map = tensor_map.encode(e, PANEL, PANEL), tensor_map.encode(c, PANEL, PANEL), layout.g_map(base, p.dtype)
+    a_map = tensor_map.encode(e, PANEL, PANEL), tensor_map.encode(c, PANEL, PANEL), *layout.g_maps(base, c_address, p.dtype)
     make_begin_kernel().launch(1, *a_map, maps, counters, layout.counters)
     _survey(p, statistics, weights, layout.survey, tables, keep_all, Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds))
     scaled, smoothed = p.logit_scale is not None, weights.uniform is not None
@@ -93,7 +94,7 @@ def _pass(
         chance,
         statistics.n_valid.data.ptr,
         layout.survey.at(tables),
-        layout.at(base),
+        layout.at(base, c_address),
         outputs,
         Shape(blocks=layout.blocks, V=p.V, D=p.D),
     )

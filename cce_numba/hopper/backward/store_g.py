@@ -93,7 +93,6 @@ def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled:
     ) -> Any:  # fmt: skip
         """Stores the G_BOX columns from `first` on."""
         if first < columns.stored:
-            control.warp_sync()  # keeps loads of later columns back; it saves no register (benchmarks/NOTES.md)
             thread = np.int32(cuda.threadIdx.x & 127)
             lane, warp = np.uint32(thread & 31), np.uint32(thread >> 5)
             # There are two boxes: while some threads still read one, others fill the next.

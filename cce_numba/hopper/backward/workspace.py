@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ BUFFERS = 3
 BUFFERS_FOR_ALL = 2
 _SHARE = 0.115  # of the gradients' bytes: the workspace is to stay below it
 _G_BYTES = 40 * 2**20, 96 * 2**20  # bytes of G, at least (rounds that are too small wait for each other) and at most
+_EVEN_COLUMNS = math.lcm(LIST_TILE, COLUMN_TILE)
+_BORROWED_BYTES = 192 * 2**20  # of dC's memory that G takes at most: more does not pay
 _ALIGNMENT_BYTES = 256
 
 
@@ -40,6 +43,10 @@ class WorkspaceLayout:
         with_sums: sums of G's columns are kept, for the gradient of the bias.
         keep_all: all columns survive.
         g_bytes: for G, about; G takes less where there is little to do, and more where blocks are many.
+        c_bytes: of dC's array, if G may borrow rows of it that are not written yet, else 0.
+
+    Larger rounds read and write the sums of dE less often. In a dense problem columns come in the order of the vocabulary, so
+    the last rows of dC are written last. Until then their memory holds the G of the first rounds, which are larger.
     """
 
     N: int
@@ -49,15 +56,18 @@ class WorkspaceLayout:
     with_sums: bool
     keep_all: bool
     g_bytes: int
+    c_bytes: int = 0
 
     @classmethod
-    def of(cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool, keep_all: bool) -> WorkspaceLayout:
+    def of(
+        cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool, keep_all: bool, c_bytes: int = 0
+    ) -> WorkspaceLayout:  # fmt: skip
         """The layout with as much room for G as keeps the whole within its share of the gradients' bytes, if that is enough."""
         allowed = int(_SHARE * 2 * D * (N + V))
         without_g = _known(cls(N, V, D, with_e, with_sums, keep_all, 0))
         others = without_g.nbytes - without_g.buffers * without_g.buffer_slots * without_g.slot_bytes
         g_bytes = min(max(allowed - others, _G_BYTES[0]), _G_BYTES[1]) >> 20 << 20
-        return _known(cls(N, V, D, with_e, with_sums, keep_all, g_bytes))
+        return _known(cls(N, V, D, with_e, with_sums, keep_all, g_bytes, c_bytes if with_e and not with_sums else 0))
 
     @property
     def blocks(self) -> int:
@@ -84,8 +94,32 @@ class WorkspaceLayout:
 
     @property
     def _overhead(self) -> int:
-        """Slots of a block that a round may take beyond what the survey cuts at: part of a tile, and of a step of the sum."""
-        return COLUMN_TILE + K_STEP
+        """Slots of a block that a round may take beyond what the survey cuts at: part of a tile, and of a step of the sum.
+
+        Where all columns survive, rounds are cut evenly, and these are none.
+        """
+        return 0 if self.keep_all else COLUMN_TILE + K_STEP
+
+    @functools.cached_property
+    def borrowed_slots(self) -> int:
+        """Slots of a buffer in dC's memory, lists of equally many columns of all blocks; 0 if it is no larger than others."""
+        if self.c_bytes == 0 or self.N == 0:
+            return 0
+        wanted = min(_BORROWED_BYTES, math.isqrt(self.c_bytes * self.buffers * self.buffer_slots * G_ROW_BYTES))
+        columns = min(wanted // (self.buffers * G_ROW_BYTES * self.blocks), self.V) // _EVEN_COLUMNS * _EVEN_COLUMNS
+        slots = self.blocks * columns
+        return slots if slots > self.buffer_slots else 0
+
+    @property
+    def borrowed_bytes(self) -> int:
+        """Bytes of dC's memory that buffers take, its last ones; the buffers begin at a multiple of 256."""
+        return self.buffers * self.borrowed_slots * G_ROW_BYTES
+
+    @property
+    def borrowed_tiles(self) -> int:
+        """Tiles of columns, the first ones, whose rows of dC lie before the memory that is borrowed."""
+        row_bytes = self.c_bytes // self.V
+        return max(0, self.c_bytes - self.borrowed_bytes - _ALIGNMENT_BYTES) // row_bytes // COLUMN_TILE if row_bytes else 0
 
     @property
     def sums_e_bytes(self) -> int:
@@ -96,14 +130,15 @@ class WorkspaceLayout:
     @functools.cached_property
     def survey(self) -> SurveyLayout:
         """The survey's tables, for rounds that fit the buffers."""
-        return SurveyLayout(self.N, self.V, self.buffer_slots - self.blocks * self._overhead)
+        borrowed = (self.borrowed_slots, self.borrowed_tiles) if self.borrowed_slots else (0, 0)
+        return SurveyLayout(self.N, self.V, self.buffer_slots - self.blocks * self._overhead, *borrowed)
 
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
         """Where each part begins, in bytes, and the `end` of all."""
         slots = self.buffers * self.buffer_slots
         sizes = {
-            "maps": 3 * 8 * tensor_map.WORDS,
+            "maps": 4 * 8 * tensor_map.WORDS,
             "counters": 4 * self.counters,
             "survey": self.survey.nbytes,
             "lists": 4 * slots,
@@ -119,32 +154,46 @@ class WorkspaceLayout:
 
     @property
     def counters(self) -> int:
-        """The next job, and the jobs done in each phase."""
-        return 1 + 2 * self.survey.rounds_max
+        """The next job, the jobs done in each phase, and the jobs of dE done for each block."""
+        return 1 + 2 * self.survey.rounds_max + self.blocks
 
     @property
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return self.offsets["end"]
 
-    def at(self, base: int) -> Any:
-        """The kernel's record of a workspace that begins at address `base`."""
+    def borrowed_at(self, c_address: int) -> int:
+        """The address of the buffers in dC's memory, which begins at `c_address`."""
+        return (c_address + self.c_bytes - self.borrowed_bytes) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
+
+    def at(self, base: int, c_address: int) -> Any:
+        """The kernel's record of a workspace that begins at address `base`. c_address: of dC's memory."""
         counters, offsets = base + self.offsets["counters"], self.offsets
         return Workspace(
             next_job=counters,
             done=counters + 4,
+            done_e=counters + 4 + 8 * self.survey.rounds_max,
             lists=base + offsets["lists"],
             g=base + offsets["g"],
             sums=base + offsets["sums"],
+            g_borrowed=self.borrowed_at(c_address),
             sums_e=base + offsets["sums_e"],
             buffers=self.buffers,
             buffer_slots=self.buffer_slots,
+            borrowed_slots=self.borrowed_slots,
         )
 
-    def g_map(self, base: int, dtype: np.dtype) -> tuple[int, ...]:
-        """The tensor map of G in a workspace that begins at address `base`: a row of 128 tokens for each slot."""
-        g, slots = base + self.offsets["g"], self.buffers * self.buffer_slots
-        return tensor_map.encode_matrix(g, slots, SURVIVOR_BLOCK, G_ROW_BYTES, PANEL, dtype)
+    def g_maps(self, base: int, c_address: int, dtype: np.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The tensor maps of G in a workspace that begins at address `base`, and in dC's memory.
+
+        A row of 128 tokens for each slot. If nothing is borrowed, the second is the first again, and unused.
+        """
+        own = base + self.offsets["g"], self.buffers * self.buffer_slots
+        borrowed = (self.borrowed_at(c_address), self.buffers * self.borrowed_slots) if self.borrowed_slots else own
+        first, second = (
+            tensor_map.encode_matrix(g, slots, SURVIVOR_BLOCK, G_ROW_BYTES, PANEL, dtype) for g, slots in (own, borrowed)
+        )
+        return first, second
 
 
 @functools.lru_cache(maxsize=256)
@@ -153,9 +202,9 @@ def _known(layout: WorkspaceLayout) -> WorkspaceLayout:
     return layout
 
 
-def layout_of(p: Problem, into: Gradients, keep_all: bool) -> WorkspaceLayout:
-    """The layout for these gradients of a problem, made in one pass."""
-    return _layout(p, with_e=into.e is not None, with_sums=into.bias is not None, keep_all=keep_all)
+def layout_of(p: Problem, into: Gradients, keep_all: bool, c_bytes: int) -> WorkspaceLayout:
+    """The layout for these gradients of a problem, made in one pass. c_bytes: of dC's memory if G may borrow some, else 0."""
+    return _layout(p, with_e=into.e is not None, with_sums=into.bias is not None, keep_all=keep_all, c_bytes=c_bytes)
 
 
 def workspace_bytes(p: Problem) -> int:
@@ -175,6 +224,6 @@ def workspace_bytes(p: Problem) -> int:
     return copies + max(passes) if p.N else 0
 
 
-def _layout(p: Problem, *, with_e: bool, with_sums: bool, keep_all: bool) -> WorkspaceLayout:
+def _layout(p: Problem, *, with_e: bool, with_sums: bool, keep_all: bool, c_bytes: int = 0) -> WorkspaceLayout:
     columns = matrices.padded_columns(p.D)
-    return WorkspaceLayout.of(p.N, p.V, columns, with_e=with_e, with_sums=with_sums, keep_all=keep_all)
+    return WorkspaceLayout.of(p.N, p.V, columns, with_e=with_e, with_sums=with_sums, keep_all=keep_all, c_bytes=c_bytes)
