@@ -29,6 +29,8 @@ from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE
 # Rows of tiles whose jobs run at about the same time: of a product of G, and of G itself in a dense problem.
 PRODUCT_GROUP, LOGITS_GROUP = np.int32(12), np.int32(16)
 
+RUNS_ALWAYS, RUNS_IF_FILTERED, RUNS_IF_DENSE = np.int32(0), np.int32(1), np.int32(2)  # for which surveys a kernel has jobs
+
 _LIST_TILE, _K_STEP = np.int32(LIST_TILE), np.int32(K_STEP)
 
 # In this file `tables` is the survey's `Tables`; `dims`, `round_` and `extent` are a `Dimensions`, a `Round` and an `Extent` of
@@ -213,14 +215,16 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def schedule(
-        jobs: Any, lane: Any, rank: Any, terms: Any, n_blocks: Any, tables: Any, workspace: Any, outputs: Any, dims: Any,
+        jobs: Any, lane: Any, rank: Any, terms: Any, n_blocks: Any, tables: Any, runs: Any, workspace: Any, outputs: Any,
+        dims: Any,
     ) -> None:  # fmt: skip
         """By a warp: takes and describes jobs until none is left, then describes that.
 
         jobs: address of the job ring. rank: of this CTA in its cluster. terms: a `LogitTerms`. n_blocks: of listed tokens.
+        runs: RUNS_ALWAYS, or for which surveys there are jobs.
         """
         done, done_e, phase_end, buffers = workspace.done, workspace.done_e, tables.phase_end, workspace.buffers
-        d_tiles_c, d_tiles_e = outputs.c.tiles, outputs.e.tiles
+        d_tiles_c, d_tiles_e = outputs.c.tiles, tables.d_tiles_e[0]
         zero_fill, k_steps_d = d_tiles_c > 0 and not outputs.adds, quotient(dims.D + K_STEP - 1, _K_STEP)
         n_borrowed = tables.n_borrowed[0]
         rounds, is_dense, live_tiles = tables.n_rounds[0], tables.dense[0] != 0, tables.n_live_tiles[0]
@@ -230,7 +234,8 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
         extent = Extent(n_blocks=n_blocks, rounds=rounds, empty_tiles=empty_tiles, is_dense=is_dense)
         phase, phase_first, entered, e_jobs = np.int32(0), np.int32(0), np.int32(-1), np.int32(n_blocks * d_tiles_e)
         s, use = np.uint32(0), np.uint32(0)
-        while True:
+        has_jobs = runs == RUNS_ALWAYS or (runs == RUNS_IF_DENSE) == is_dense
+        while has_jobs:
             number = take(jobs, s, workspace.next_job, rank, lane)
             while phase < 2 * rounds and number >= phase_end[phase]:
                 phase_first = phase_end[phase]

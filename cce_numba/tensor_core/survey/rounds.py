@@ -8,8 +8,9 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.launch.kernel import Kernel, kernel_factory
+from cce_numba.ptx import memory
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.records import I32, WeightedTokens
+from cce_numba.tensor_core.records import I32, U64, WeightedTokens
 from cce_numba.tensor_core.sums import THREADS, sum_before
 from cce_numba.tensor_core.survey.tables import K_STEP, LIST_TILE, Sizes, Tables, tiles_of_dense_round
 
@@ -133,6 +134,8 @@ def make_phases_kernel() -> Kernel:
         d_tiles_c: Any,  # jobs for the rows of dC of a tile
         d_tiles_e: Any,  # jobs for the rows of dE of a block
         zero_fill: Any,  # whether empty tiles take jobs, too
+        e_gate: Any,  # address of (1,) int32, or 0: dE takes jobs only if this is not 0
+        dense: Any,  # address of (1,) int32, or 0: where to say whether the survey is dense
         sizes: Any,
         tables: Any,
     ) -> None:
@@ -140,6 +143,12 @@ def make_phases_kernel() -> Kernel:
         first_tile, first_job, phase_end, blocks = tables.first_tile, tables.first_job, tables.phase_end, sizes.blocks
         sums = cuda.shared.array(32, np.int64)
         t, rounds = cuda.threadIdx.x, np.int64(tables.n_rounds[0])
+        if e_gate != 0 and memory.load_global_i32(e_gate) == 0:
+            d_tiles_e = 0
+        if t == 0:
+            tables.d_tiles_e[0] = d_tiles_e
+            if dense != 0:
+                memory.store_global_u32(dense, np.uint32(tables.dense[0]))
         e_jobs = (tokens.n_valid[0] + block_n - 1) // block_n * d_tiles_e
         n_empty = np.int64(sizes.column_tiles - tables.n_live_tiles[0]) if zero_fill else np.int64(0)
         so_far = np.int64(0)
@@ -157,4 +166,4 @@ def make_phases_kernel() -> Kernel:
                 phase_end[phase] = so_far + before + jobs
             so_far += total
 
-    return Kernel(phases_kernel, (WeightedTokens, I32, I32, I32, Sizes, Tables), threads=THREADS)
+    return Kernel(phases_kernel, (WeightedTokens, I32, I32, I32, U64, U64, Sizes, Tables), threads=THREADS)

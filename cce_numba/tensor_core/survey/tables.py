@@ -97,6 +97,7 @@ class Tables(Record):
     first_tile = Table(np.int32, lambda s: (s.rounds_max + 1,))  # of each round; n_live_tiles after the last round
     first_slot = Table(np.int32, lambda s: (s.rounds_max, s.blocks + 1))  # of a block's list in its round, a multiple of 64
     first_job = Table(np.int32, lambda s: (s.rounds_max, s.blocks + 1))  # of a block's list in G(r); the end of all is even
+    d_tiles_e = Table(np.int32, lambda s: (1,))  # jobs that dE takes for each block in a round; 0 if others compute dE
     phase_end = Table(np.int32, lambda s: (2 * s.rounds_max,))  # jobs of all phases up to each phase's end
 
     # What only the survey itself reads.
