@@ -91,7 +91,7 @@ def _pass(call: _Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = N
         e=_output(d_e, d_tiles_e), c=_output(d_c, d_tiles_c), bias=0 if d_bias is None else d_bias.data.ptr, adds=adds
     )
     c_address = 0 if d_c is None else d_c.data.ptr
-    layout = layout_of(p, into, keep_all, 0 if d_c is None or adds else p.V * outputs.c.pitch_bytes)
+    layout = layout_of(p, into, 0 if d_c is None or adds else p.V * outputs.c.pitch_bytes)
     scratch = p.xp.empty(layout.nbytes, np.uint8)
     base = scratch.data.ptr
     maps, counters, tables = (base + layout.offsets[part] for part in ("maps", "counters", "survey"))

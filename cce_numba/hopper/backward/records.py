@@ -26,9 +26,9 @@ class Workspace(Record):
     sums = U64  # address of (slots, PARTS) float32: the parts of the column's sum
     g_borrowed = U64  # the same in memory that is borrowed, for the first rounds of a dense problem
     sums_e = U64  # address of the tiles of dE that are not complete, float32, see `partial_sums`
-    buffers = I32
-    buffer_slots = I32  # slots of a buffer
-    borrowed_slots = I32  # the same of a buffer in borrowed memory
+    buffer_slots = I32  # slots of one of three buffers
+    large_slots = I32  # slots of one of two buffers in the same memory, in a dense problem with dE
+    borrowed_slots = I32  # the same of one of two buffers in borrowed memory
 
 
 class Outputs(Record):

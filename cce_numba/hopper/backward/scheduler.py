@@ -19,7 +19,7 @@ from cce_numba.hopper.backward.phases import (
     wait_for_phase,
 )
 from cce_numba.hopper.backward.records import WORD, Extent, Job, Round
-from cce_numba.hopper.backward.tiles import BackwardTiles
+from cce_numba.hopper.backward.tiles import BUFFERS, LARGE_BUFFERS, BackwardTiles
 from cce_numba.ptx import memory
 from cce_numba.tensor_core.numbers import make_load
 from cce_numba.tensor_core.schedule import quotient
@@ -223,11 +223,13 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
         jobs: address of the job ring. rank: of this CTA in its cluster. terms: a `LogitTerms`. n_blocks: of listed tokens.
         runs: RUNS_ALWAYS, or for which surveys there are jobs.
         """
-        done, done_e, phase_end, buffers = workspace.done, workspace.done_e, tables.phase_end, workspace.buffers
+        done, done_e, phase_end, buffers = workspace.done, workspace.done_e, tables.phase_end, np.int32(BUFFERS)
         d_tiles_c, d_tiles_e = outputs.c.tiles, tables.d_tiles_e[0]
         zero_fill, k_steps_d = d_tiles_c > 0 and not outputs.adds, quotient(dims.D + K_STEP - 1, _K_STEP)
-        n_borrowed = tables.n_borrowed[0]
         rounds, is_dense, live_tiles = tables.n_rounds[0], tables.dense[0] != 0, tables.n_live_tiles[0]
+        n_borrowed, slots = tables.n_borrowed[0], workspace.buffer_slots
+        if is_dense and d_tiles_e > 0:
+            buffers, slots = np.int32(LARGE_BUFFERS), workspace.large_slots
         empty_tiles = np.int32(0)
         if zero_fill:
             empty_tiles = np.int32(dims.column_tiles - live_tiles)
@@ -261,7 +263,7 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
                     wait_for_blocks(np.int32(0), n_blocks, np.int32((r - buffers + 1) * d_tiles_e), done_e, lane)
                 entered = phase
             first_tile, end_tile = tables.first_tile[r], tables.first_tile[r + 1]
-            first_slot = np.int32((r % buffers) * (workspace.borrowed_slots if r < n_borrowed else workspace.buffer_slots))
+            first_slot = np.int32((r % buffers) * (workspace.borrowed_slots if r < n_borrowed else slots))
             first_column = np.int32(COLUMN_TILE * first_tile)
             if not are_products:
                 round_ = Round(

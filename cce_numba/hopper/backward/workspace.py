@@ -13,17 +13,12 @@ from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.records import Workspace
-from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PANEL, PARTS
+from cce_numba.hopper.backward.tiles import BUFFERS, G_ROW_BYTES, LARGE_BUFFERS, PANEL, PARTS
 from cce_numba.integers import ceil_div
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core import matrices
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE, SurveyLayout
 
-# Rounds whose G is there at a time, at least 2: one is written, one is read, and a third gives both time to finish.
-BUFFERS = 3
-# The same where all columns survive for both gradients. Jobs are many there, so bigger rounds are worth more than time to
-# finish.
-BUFFERS_FOR_ALL = 2
 _SHARE = 0.115  # of the gradients' bytes: the workspace is to stay below it
 _G_BYTES = 40 * 2**20, 96 * 2**20  # bytes of G, at least (rounds that are too small wait for each other) and at most
 _EVEN_COLUMNS = math.lcm(LIST_TILE, COLUMN_TILE)
@@ -41,7 +36,6 @@ class WorkspaceLayout:
         D: hidden size.
         with_e: sums of dE are kept from round to round.
         with_sums: sums of G's columns are kept, for the gradient of the bias.
-        keep_all: all columns survive.
         g_bytes: for G, about; G takes less where there is little to do, and more where blocks are many.
         c_bytes: of dC's array, if G may borrow rows of it that are not written yet, else 0.
 
@@ -54,30 +48,24 @@ class WorkspaceLayout:
     D: int
     with_e: bool
     with_sums: bool
-    keep_all: bool
     g_bytes: int
     c_bytes: int = 0
 
     @classmethod
     def of(
-        cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool, keep_all: bool, c_bytes: int = 0
+        cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool, c_bytes: int = 0
     ) -> WorkspaceLayout:  # fmt: skip
         """The layout with as much room for G as keeps the whole within its share of the gradients' bytes, if that is enough."""
         allowed = int(_SHARE * 2 * D * (N + V))
-        without_g = _known(cls(N, V, D, with_e, with_sums, keep_all, 0))
-        others = without_g.nbytes - without_g.buffers * without_g.buffer_slots * without_g.slot_bytes
+        without_g = _known(cls(N, V, D, with_e, with_sums, 0))
+        others = without_g.nbytes - BUFFERS * without_g.buffer_slots * without_g.slot_bytes
         g_bytes = min(max(allowed - others, _G_BYTES[0]), _G_BYTES[1]) >> 20 << 20
-        return _known(cls(N, V, D, with_e, with_sums, keep_all, g_bytes, c_bytes if with_e and not with_sums else 0))
+        return _known(cls(N, V, D, with_e, with_sums, g_bytes, c_bytes if with_e and not with_sums else 0))
 
     @property
     def blocks(self) -> int:
         """Blocks of tokens, at most."""
         return ceil_div(self.N, SURVIVOR_BLOCK)
-
-    @property
-    def buffers(self) -> int:
-        """Buffers for G, each of one round."""
-        return BUFFERS_FOR_ALL if self.keep_all and self.with_e else BUFFERS
 
     @property
     def slot_bytes(self) -> int:
@@ -89,31 +77,38 @@ class WorkspaceLayout:
         """Slots of a buffer."""
         least = 2 * COLUMN_TILE + self._overhead
         most = ceil_div(self.V, COLUMN_TILE) * COLUMN_TILE + self._overhead
-        wanted = self.g_bytes // (self.buffers * self.slot_bytes) // max(1, self.blocks)
+        wanted = self.g_bytes // (BUFFERS * self.slot_bytes) // max(1, self.blocks)
         return self.blocks * (min(max(wanted, least), most) // K_STEP * K_STEP)
 
     @property
-    def _overhead(self) -> int:
-        """Slots of a block that a round may take beyond what the survey cuts at: part of a tile, and of a step of the sum.
+    def slots(self) -> int:
+        """Slots of all buffers."""
+        return BUFFERS * self.buffer_slots
 
-        Where all columns survive, rounds are cut evenly, and these are none.
-        """
-        return 0 if self.keep_all else COLUMN_TILE + K_STEP
+    @property
+    def large_slots(self) -> int:
+        """Slots of a buffer where these are two."""
+        return self.slots // LARGE_BUFFERS // K_STEP * K_STEP
+
+    @property
+    def _overhead(self) -> int:
+        """Slots of a block that a round may take beyond what the survey cuts at: part of a tile, and of a step of the sum."""
+        return COLUMN_TILE + K_STEP
 
     @functools.cached_property
     def borrowed_slots(self) -> int:
         """Slots of a buffer in dC's memory, lists of equally many columns of all blocks; 0 if it is no larger than others."""
         if self.c_bytes == 0 or self.N == 0:
             return 0
-        wanted = min(_BORROWED_BYTES, math.isqrt(self.c_bytes * self.buffers * self.buffer_slots * G_ROW_BYTES))
-        columns = min(wanted // (self.buffers * G_ROW_BYTES * self.blocks), self.V) // _EVEN_COLUMNS * _EVEN_COLUMNS
+        wanted = min(_BORROWED_BYTES, math.isqrt(self.c_bytes * self.slots * G_ROW_BYTES))
+        columns = min(wanted // (LARGE_BUFFERS * G_ROW_BYTES * self.blocks), self.V) // _EVEN_COLUMNS * _EVEN_COLUMNS
         slots = self.blocks * columns
-        return slots if slots > self.buffer_slots else 0
+        return slots if slots > self.large_slots else 0
 
     @property
     def borrowed_bytes(self) -> int:
         """Bytes of dC's memory that buffers take, its last ones; the buffers begin at a multiple of 256."""
-        return self.buffers * self.borrowed_slots * G_ROW_BYTES
+        return LARGE_BUFFERS * self.borrowed_slots * G_ROW_BYTES
 
     @property
     def borrowed_tiles(self) -> int:
@@ -131,12 +126,13 @@ class WorkspaceLayout:
     def survey(self) -> SurveyLayout:
         """The survey's tables, for rounds that fit the buffers."""
         borrowed = (self.borrowed_slots, self.borrowed_tiles) if self.borrowed_slots else (0, 0)
-        return SurveyLayout(self.N, self.V, self.buffer_slots - self.blocks * self._overhead, *borrowed)
+        cap = self.buffer_slots - self.blocks * self._overhead
+        return SurveyLayout(self.N, self.V, cap, self.buffer_slots, self.large_slots, *borrowed)
 
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
         """Where each part begins, in bytes, and the `end` of all."""
-        slots = self.buffers * self.buffer_slots
+        slots = self.slots
         sizes = {
             "maps": 4 * 8 * tensor_map.WORDS,
             "counters": 4 * self.counters,
@@ -178,8 +174,8 @@ class WorkspaceLayout:
             sums=base + offsets["sums"],
             g_borrowed=self.borrowed_at(c_address),
             sums_e=base + offsets["sums_e"],
-            buffers=self.buffers,
             buffer_slots=self.buffer_slots,
+            large_slots=self.large_slots,
             borrowed_slots=self.borrowed_slots,
         )
 
@@ -188,8 +184,8 @@ class WorkspaceLayout:
 
         A row of 128 tokens for each slot. If nothing is borrowed, the second is the first again, and unused.
         """
-        own = base + self.offsets["g"], self.buffers * self.buffer_slots
-        borrowed = (self.borrowed_at(c_address), self.buffers * self.borrowed_slots) if self.borrowed_slots else own
+        own = base + self.offsets["g"], self.slots
+        borrowed = (self.borrowed_at(c_address), LARGE_BUFFERS * self.borrowed_slots) if self.borrowed_slots else own
         first, second = (
             tensor_map.encode_matrix(g, slots, SURVIVOR_BLOCK, G_ROW_BYTES, PANEL, dtype) for g, slots in (own, borrowed)
         )
@@ -202,15 +198,15 @@ def _known(layout: WorkspaceLayout) -> WorkspaceLayout:
     return layout
 
 
-def layout_of(p: Problem, into: Gradients, keep_all: bool, c_bytes: int) -> WorkspaceLayout:
+def layout_of(p: Problem, into: Gradients, c_bytes: int) -> WorkspaceLayout:
     """The layout for these gradients of a problem, made in one pass. c_bytes: of dC's memory if G may borrow some, else 0."""
-    return _layout(p, with_e=into.e is not None, with_sums=into.bias is not None, keep_all=keep_all, c_bytes=c_bytes)
+    return _layout(p, with_e=into.e is not None, with_sums=into.bias is not None, c_bytes=c_bytes)
 
 
 def workspace_bytes(p: Problem) -> int:
     """The bytes that a backward takes for all gradients, if it makes the arrays for them.
 
-    There are the workspace of the larger pass, copies of inputs whose rows cannot be copied 16 bytes at a time as they lie, and
+    There are the workspace, copies of inputs whose rows cannot be copied 16 bytes at a time as they lie, and
     copies of gradients that cannot be stored so.
     """
     columns = matrices.padded_columns(p.D)
@@ -219,11 +215,9 @@ def workspace_bytes(p: Problem) -> int:
     if columns != p.D:
         itemsizes = 4 if p.options.accum_e_fp32 else 2, 4 if p.options.accum_c_fp32 else 2
         copies += sum(n * rows * columns for n, rows in zip(itemsizes, (p.N, p.V), strict=True))
-    modes = {eps is None for eps in (p.options.filter_eps_e, p.options.filter_eps_c)}
-    passes = (_layout(p, with_e=True, with_sums=p.bias is not None, keep_all=keep_all).nbytes for keep_all in modes)
-    return copies + max(passes) if p.N else 0
+    return copies + _layout(p, with_e=True, with_sums=p.bias is not None).nbytes if p.N else 0
 
 
-def _layout(p: Problem, *, with_e: bool, with_sums: bool, keep_all: bool, c_bytes: int = 0) -> WorkspaceLayout:
+def _layout(p: Problem, *, with_e: bool, with_sums: bool, c_bytes: int = 0) -> WorkspaceLayout:
     columns = matrices.padded_columns(p.D)
-    return WorkspaceLayout.of(p.N, p.V, columns, with_e=with_e, with_sums=with_sums, keep_all=keep_all, c_bytes=c_bytes)
+    return WorkspaceLayout.of(p.N, p.V, columns, with_e=with_e, with_sums=with_sums, c_bytes=c_bytes)

@@ -61,7 +61,6 @@ def survey(
     make_list_kernel(smoothed).launch(token_ctas + (0 if keep_all else layout.chunks), token_ctas, tokens, bits, sizes, tables)
     make_order_kernel().launch(layout.chunks, keep_all, dense_share, sizes, tables)
     make_sort_kernel().launch(layout.column_tiles, bits, sizes, tables)
-    make_rounds_kernel().launch(layout.blocks + 1, sizes, tables)
+    make_rounds_kernel().launch(layout.blocks + 1, products.d_tiles_e, products.e_gate, sizes, tables)
     make_slots_kernel().launch(layout.rounds_max, sizes, tables)
-    jobs = products.d_tiles_c, products.d_tiles_e, products.zero_fill, products.e_gate, dense
-    make_phases_kernel().launch(1, tokens, *jobs, sizes, tables)
+    make_phases_kernel().launch(1, tokens, products.d_tiles_c, products.zero_fill, dense, sizes, tables)

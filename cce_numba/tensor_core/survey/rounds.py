@@ -37,8 +37,8 @@ def make_rounds_kernel() -> Kernel:
             before[row + column_tiles] = so_far
 
     @cuda.jit(device=True, forceinline=True)
-    def cut_rounds(tables: Any, sizes: Any, sums: Any) -> None:
-        """By a CTA: fills n_rounds and first_tile. sums: see `sum_before`.
+    def cut_rounds(d_tiles_e: Any, tables: Any, sizes: Any, sums: Any) -> None:
+        """By a CTA: fills n_rounds, n_borrowed and first_tile. sums: see `sum_before`. d_tiles_e: as in `Tables`.
 
         A tile is in round p // cap, where p is the number of surviving pairs of the tiles before it. No tile has more pairs
         than cap, so each round has tiles. In a dense problem all tiles have equally many, and rounds are cut evenly.
@@ -47,8 +47,12 @@ def make_rounds_kernel() -> Kernel:
         t, so_far, n_live = cuda.threadIdx.x, np.int64(0), tables.n_live_tiles[0]
         if tables.dense[0] != 0:
             blocks = max(np.int64(1), np.int64(tables.n_active[0]))
-            tiles, more_tiles = dense_tiles(cap, blocks), dense_tiles(sizes.borrowed_cap, blocks)
-            borrowed = np.int64(min(sizes.borrowed_tiles, n_live)) // more_tiles if more_tiles > tiles else np.int64(0)
+            tiles, more_tiles = dense_tiles(sizes.dense_cap, blocks), dense_tiles(sizes.borrowed_cap, blocks)
+            borrowed = np.int64(0)
+            if d_tiles_e != 0:
+                tiles = dense_tiles(sizes.large_cap, blocks)
+                if more_tiles > tiles:
+                    borrowed = np.int64(min(sizes.borrowed_tiles, n_live)) // more_tiles
             for round_ in range(t, sizes.rounds_max + 1, threads):
                 first = min(round_, borrowed) * more_tiles + max(np.int64(0), round_ - borrowed) * tiles
                 first_tile[round_] = min(first, np.int64(n_live))
@@ -73,16 +77,28 @@ def make_rounds_kernel() -> Kernel:
         if t == 0:
             tables.n_rounds[0], tables.n_borrowed[0] = max(rounds, 1), 0
 
-    def rounds_kernel(sizes: Any, tables: Any) -> None:
-        """Turns the counts in `before`, which `sort` left there, into sums; fills n_rounds and first_tile."""
+    def rounds_kernel(
+        d_tiles_e: Any,  # jobs for the rows of dE of a block
+        e_gate: Any,  # address of (1,) int32, or 0: dE takes jobs only if this is not 0
+        sizes: Any,
+        tables: Any,
+    ) -> None:
+        """Turns the counts in `before`, which `sort` left there, into sums.
+
+        Fills d_tiles_e, n_rounds, n_borrowed and first_tile.
+        """
         sums = cuda.shared.array(32, np.int64)
         b = cuda.blockIdx.x
         if b < sizes.blocks:
             sum_counts(tables.before, b * (sizes.column_tiles + 1), sizes.column_tiles, sums)
         else:
-            cut_rounds(tables, sizes, sums)
+            if e_gate != 0 and memory.load_global_i32(e_gate) == 0:
+                d_tiles_e = np.int32(0)
+            if cuda.threadIdx.x == 0:
+                tables.d_tiles_e[0] = d_tiles_e
+            cut_rounds(d_tiles_e, tables, sizes, sums)
 
-    return Kernel(rounds_kernel, (Sizes, Tables), threads=THREADS)
+    return Kernel(rounds_kernel, (I32, U64, Sizes, Tables), threads=THREADS)
 
 
 @kernel_factory
@@ -132,9 +148,7 @@ def make_phases_kernel() -> Kernel:
     def phases_kernel(
         tokens: Any,
         d_tiles_c: Any,  # jobs for the rows of dC of a tile
-        d_tiles_e: Any,  # jobs for the rows of dE of a block
         zero_fill: Any,  # whether empty tiles take jobs, too
-        e_gate: Any,  # address of (1,) int32, or 0: dE takes jobs only if this is not 0
         dense: Any,  # address of (1,) int32, or 0: where to say whether the survey is dense
         sizes: Any,
         tables: Any,
@@ -143,13 +157,9 @@ def make_phases_kernel() -> Kernel:
         first_tile, first_job, phase_end, blocks = tables.first_tile, tables.first_job, tables.phase_end, sizes.blocks
         sums = cuda.shared.array(32, np.int64)
         t, rounds = cuda.threadIdx.x, np.int64(tables.n_rounds[0])
-        if e_gate != 0 and memory.load_global_i32(e_gate) == 0:
-            d_tiles_e = 0
-        if t == 0:
-            tables.d_tiles_e[0] = d_tiles_e
-            if dense != 0:
-                memory.store_global_u32(dense, np.uint32(tables.dense[0]))
-        e_jobs = (tokens.n_valid[0] + block_n - 1) // block_n * d_tiles_e
+        if t == 0 and dense != 0:
+            memory.store_global_u32(dense, np.uint32(tables.dense[0]))
+        e_jobs = (tokens.n_valid[0] + block_n - 1) // block_n * tables.d_tiles_e[0]
         n_empty = np.int64(sizes.column_tiles - tables.n_live_tiles[0]) if zero_fill else np.int64(0)
         so_far = np.int64(0)
         for first in range(0, 2 * rounds, threads):
@@ -166,4 +176,4 @@ def make_phases_kernel() -> Kernel:
                 phase_end[phase] = so_far + before + jobs
             so_far += total
 
-    return Kernel(phases_kernel, (WeightedTokens, I32, I32, I32, U64, U64, Sizes, Tables), threads=THREADS)
+    return Kernel(phases_kernel, (WeightedTokens, I32, I32, U64, Sizes, Tables), threads=THREADS)

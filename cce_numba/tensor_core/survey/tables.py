@@ -65,8 +65,12 @@ class Sizes(Record):
     column_tiles = I32  # tiles of 128 sorted columns
     cap = I64  # surviving pairs at which a round is cut
     rounds_max = I32  # rounds, at most
-    borrowed_cap = I64  # in a dense problem: pairs at which a round whose G is in borrowed memory is cut; 0 for no such rounds
-    borrowed_tiles = I32  # tiles that such rounds may have together
+    # The same in a dense problem, by the round's buffer: one of three, if dE is not wanted; one of two; or one of two in
+    # borrowed memory, 0 if there is none.
+    dense_cap = I64
+    large_cap = I64
+    borrowed_cap = I64
+    borrowed_tiles = I32  # tiles that rounds in borrowed memory may have together
 
 
 class Tables(Record):
@@ -116,12 +120,14 @@ class SurveyLayout:
         N: tokens.
         V: vocabulary entries.
         cap: surviving (block, column) pairs at which a round is cut, at least those of one tile.
-        borrowed_cap, borrowed_tiles: as in `Sizes`.
+        dense_cap, large_cap, borrowed_cap, borrowed_tiles: as in `Sizes`; the first two are at least cap.
     """
 
     N: int
     V: int
     cap: int
+    dense_cap: int
+    large_cap: int
     borrowed_cap: int = 0
     borrowed_tiles: int = 0
 
@@ -165,6 +171,8 @@ class SurveyLayout:
             column_tiles=self.column_tiles,
             cap=self.cap,
             rounds_max=self.rounds_max,
+            dense_cap=self.dense_cap,
+            large_cap=self.large_cap,
             borrowed_cap=self.borrowed_cap,
             borrowed_tiles=self.borrowed_tiles,
         )
