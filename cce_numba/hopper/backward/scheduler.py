@@ -26,8 +26,7 @@ from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.sums import warp_sum
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE
 
-# Rows of tiles whose jobs run at about the same time: of a product of G, and of G itself in a dense problem.
-PRODUCT_GROUP, LOGITS_GROUP = np.int32(12), np.int32(16)
+GROUP = np.int32(12)  # rows of tiles whose jobs run at about the same time (benchmarks/NOTES.md)
 
 RUNS_ALWAYS, RUNS_IF_FILTERED, RUNS_IF_DENSE = np.int32(0), np.int32(1), np.int32(2)  # for which surveys a kernel has jobs
 
@@ -38,15 +37,15 @@ _LIST_TILE, _K_STEP = np.int32(LIST_TILE), np.int32(K_STEP)
 
 
 @cuda.jit(device=True, forceinline=True)
-def in_groups(index: Any, rows: Any, of_row: Any, group: Any) -> Any:
+def in_groups(index: Any, rows: Any, of_row: Any) -> Any:
     """`(row, place)` of job `index` of rows * of_row jobs: their order, by which jobs that run together share their operands.
 
-    Rows are taken `group` at a time. Of these, jobs of the same place follow each other. If each row has evenly many jobs, two
+    Rows are taken GROUP at a time. Of these, jobs of the same place follow each other. If each row has evenly many jobs, two
     neighbours of a row do, which a cluster takes: the two multiply the same A.
     """
     pair = np.int32(2 - (of_row & 1))
-    first = np.int32(quotient(index, np.int32(group * of_row)) * group)
-    at_once = np.int32(pair * min(group, np.int32(rows - first)))
+    first = np.int32(quotient(index, np.int32(GROUP * of_row)) * GROUP)
+    at_once = np.int32(pair * min(GROUP, np.int32(rows - first)))
     index = np.int32(index - first * of_row)
     pairs = quotient(index, at_once)
     index = np.int32(index - pairs * at_once)
@@ -67,7 +66,7 @@ def logits_job(index: Any, round_: Any, rank: Any, lane: Any, extent: Any, k_ste
     row = np.int64(round_.number) * (dims.blocks + 1)
     of_block = np.int32(first_job[row + 1])  # jobs of the first block
     if extent.is_dense and of_block % 2 == 0 and first_job[row + extent.n_blocks] == of_block * extent.n_blocks:
-        block, place = in_groups(index, extent.n_blocks, of_block, LOGITS_GROUP)
+        block, place = in_groups(index, extent.n_blocks, of_block)
         index = np.int32(block * of_block + place)
     block = largest_at_most(first_job, row, extent.n_blocks, index, lane)
     skipped = np.int32(LIST_TILE * (index - first_job[row + block]))
@@ -134,7 +133,7 @@ def d_c_job(index: Any, round_: Any, lane: Any, extent: Any, tiles_of_row: Any, 
     others.
     """
     live, empty, block_words = np.int32(round_.end_tile - round_.first_tile), round_.empty_tiles, dims.block_words
-    i, place = in_groups(index, np.int32(live + empty), tiles_of_row, PRODUCT_GROUP)  # of the round's tiles, live and empty
+    i, place = in_groups(index, np.int32(live + empty), tiles_of_row)  # of the round's tiles, live and empty
     d0 = np.int32(place * LIST_TILE)
     empties = np.int32(np.int64(i) * empty // (live + empty))  # before this tile
     k_steps = np.int32(0)
@@ -161,7 +160,7 @@ def d_c_job(index: Any, round_: Any, lane: Any, extent: Any, tiles_of_row: Any, 
 def d_e_job(index: Any, round_: Any, extent: Any, tiles_of_row: Any, tables: Any, dims: Any) -> Any:
     """The `Job` of a job of the phase P(r) that adds to dE. Each block of tokens takes `tiles_of_row` jobs."""
     before = tables.before
-    block, place = in_groups(index, extent.n_blocks, tiles_of_row, PRODUCT_GROUP)
+    block, place = in_groups(index, extent.n_blocks, tiles_of_row)
     d0 = np.int32(place * LIST_TILE)
     counts = np.int64(block) * (dims.column_tiles + 1)
     columns = np.int32(before[counts + round_.end_tile] - before[counts + round_.first_tile])
