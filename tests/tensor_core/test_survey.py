@@ -270,8 +270,8 @@ CASES = {
     "coarse, dense": (600, 5000, {"density": 1.0, "dead": 0.2, "coarse": 0.4}, 1),
     "coarse, all patterns": (1024, 60_000, {"density": 0.6, "coarse": 0.5}, 100),
     "coarse, nothing": (300, 1000, {"density": 0.3, "coarse": 1e-9}, 1),
-    # Of dense surveys: larger rounds with dE than without, borrowed ones before them, and whether others make dE. `ROOM`, below,
-    # says how much room each kind of rounds has.
+    # Of dense surveys: larger rounds with dE than without, borrowed ones before them, and whether others make dE. How much room
+    # each kind of rounds has is in `ROOM`.
     "large": (600, 5000, {"density": None}, 1),
     "large, nearly all survive": (600, 5000, {"density": 0.9, "dead": 0.2}, 1),
     "large, dead blocks": (700, 5000, {"density": None, "listed": 0.6, "dead": 0.995}, 1),
@@ -408,7 +408,7 @@ def test_tiles_without_survivors_are_shared_out():
 
 
 def test_rounds_of_a_dense_survey():
-    """Eleven tiles, the last with 100 columns, two blocks. Six tiles may be borrowed: one round of six, then threes and a rest."""
+    """Eleven tiles, the last of 100 columns, two blocks. Borrowed memory makes one round of six; then come threes and a rest."""
     layout = layout_of(256, 10 * 128 + 100, 256, 256 * 2, 256 * 5, 256 * 6, 10)
     found = model(layout, replace(plain(256), jobs=(1, 2)))
     assert (found["n_rounds"], found["n_borrowed"], found["d_tiles_e"]) == ([3], [1], [2])
