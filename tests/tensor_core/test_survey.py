@@ -408,7 +408,7 @@ def test_tiles_without_survivors_are_shared_out():
 
 
 def test_rounds_of_a_dense_survey():
-    """Eleven tiles, the last of 100 columns, two blocks. Borrowed memory makes one round of six; then come threes and a rest."""
+    """Eleven tiles, the last of 100 columns; two blocks. Borrowed memory has a round of six; then come threes, and a rest."""
     layout = layout_of(256, 10 * 128 + 100, 256, 256 * 2, 256 * 5, 256 * 6, 10)
     found = model(layout, replace(plain(256), jobs=(1, 2)))
     assert (found["n_rounds"], found["n_borrowed"], found["d_tiles_e"]) == ([3], [1], [2])

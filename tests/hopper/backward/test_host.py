@@ -223,7 +223,7 @@ def test_filters_of_their_own_take_passes_of_their_own(launches):
 @pytest.mark.parametrize("options", [{}, {"filter": "unbiased", "filter_eps": 2.0**-10}], ids=["drop", "unbiased"])
 @pytest.mark.parametrize("adds", [False, True])
 def test_exact_dc_takes_de_along_if_the_first_survey_was_dense(launches, options, adds):
-    """The device tells the second pass. The kernel of the first has no jobs then, and that of the second has some in any case."""
+    """The device tells the second pass. The first pass's kernel has no jobs then; the second pass's has some in any case."""
     into, found = gradients("e c bias"), statistics(planes=1 if options else 2)
     found = replace(found, draw_seed=zeros(1, np.int64).reshape(())) if options else found
     run(problem(bias=True, filter_c_grad=False, **options), found, into, accumulate=adds)
