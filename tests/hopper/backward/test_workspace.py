@@ -8,7 +8,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cce_numba import gpu
@@ -117,16 +117,18 @@ def borrowed_rounds(w, active_blocks):
     chunks=st.integers(1, 1024),
     itemsize=st.sampled_from([2, 4]),
     address=st.integers(2**20, 2**40),
-    of_a_round=st.integers(1, 192 * MIB),
-    data=st.data(),
+    most=st.integers(1, 192 * MIB),
+    mib=st.integers(0, 96),
+    active=st.integers(0, 2**20),
 )
-def test_borrowed_buffers_lie_in_memory_that_their_rounds_do_not_write(N, V, chunks, itemsize, address, of_a_round, data):
+@example(N=128, V=64_000, chunks=1, itemsize=2, address=2**20 + 1, most=192 * MIB, mib=0, active=0)  # no byte to spare
+def test_borrowed_buffers_lie_in_memory_that_their_rounds_do_not_write(N, V, chunks, itemsize, address, most, mib, active):
     """Wherever dC's memory begins, of which 16 bytes are all that is known, and however few blocks are active."""
     row_bytes, c_address = 8 * chunks * itemsize, 16 * address
     c_bytes = V * row_bytes
-    with mock.patch.object(workspace_module, "_BORROWED_BYTES", of_a_round):
-        w = WorkspaceLayout(N, V, 8 * chunks, True, False, data.draw(st.integers(0, 96), label="MiB of G") * MIB, c_bytes)
-        active_blocks = data.draw(st.integers(1, w.blocks), label="active blocks")
+    with mock.patch.object(workspace_module, "_BORROWED_BYTES", most):
+        w = WorkspaceLayout(N, V, 8 * chunks, True, False, mib * MIB, c_bytes)
+        active_blocks = 1 + active % w.blocks
         rounds, tiles = borrowed_rounds(w, active_blocks)
         begin, end = w.borrowed_at(c_address), w.borrowed_at(c_address) + w.borrowed_bytes
     assert begin % 256 == 0, "a tensor map and the swizzle's pattern"
@@ -137,11 +139,12 @@ def test_borrowed_buffers_lie_in_memory_that_their_rounds_do_not_write(N, V, chu
     assert c_address <= begin
     assert end <= c_address + c_bytes
     assert end > c_address + c_bytes - 256
-    assert w.borrowed_bytes == 2 * w.borrowed_slots * 256 <= of_a_round
+    assert w.borrowed_bytes == 2 * w.borrowed_slots * 256 <= most
     assert active_blocks * tiles * 128 <= w.borrowed_slots
     assert w.borrowed_slots % 64 == 0
     assert w.borrowed_slots > w.large_slots
-    assert c_address + rounds * tiles * 128 * row_bytes <= begin, "rows of dC of these rounds' columns"
+    assert rounds * tiles <= w.survey.borrowed_tiles
+    assert c_address + w.survey.borrowed_tiles * 128 * row_bytes <= begin, "rows of dC of these rounds' columns"
 
 
 def test_much_is_borrowed_where_there_is_much():
