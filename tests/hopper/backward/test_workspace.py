@@ -334,17 +334,15 @@ def test_no_phase_waits_for_a_later_one(buffers):
 # ---- the order of jobs
 
 
-@given(
-    rows=st.integers(1, 100),
-    of_row=st.integers(1, 40),
-    group=st.sampled_from([scheduler.PRODUCT_GROUP, scheduler.LOGITS_GROUP, np.int32(1), np.int32(7)]),
-)
+@given(rows=st.integers(1, 100), of_row=st.integers(1, 40), group=st.sampled_from([scheduler.GROUP, np.int32(1), np.int32(7)]))
 def test_jobs_in_groups(rows, of_row, group):
     """All jobs, each once. If rows have pairs of jobs, two neighbours, which a cluster takes, are of one row: of the same A."""
-    order = [
-        tuple(map(int, scheduler.in_groups.py_func(np.int32(i), np.int32(rows), np.int32(of_row), group)))
-        for i in range(rows * of_row)
-    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "GROUP", group)
+        order = [
+            tuple(map(int, scheduler.in_groups.py_func(np.int32(i), np.int32(rows), np.int32(of_row))))
+            for i in range(rows * of_row)
+        ]
     assert sorted(order) == [(row, place) for row in range(rows) for place in range(of_row)]
     if of_row % 2 == 0:
         for (row, place), neighbour in zip(order[::2], order[1::2], strict=True):
