@@ -45,7 +45,7 @@ PLAIN, RECORDING, SMOOTHED, BY_CHANCE = (
 # Of what consumers keep from tile to tile, most of it with a softcap, a scale and survivors; none of it is in the loop over the
 # stages.
 FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 384, 3072
-DEFAULT_SPILLED_BYTES = 1152  # by the backward of the default filter, without further terms
+DEFAULT_SPILLED_BYTES = 1280  # by the backward of the default filter, without further terms
 
 
 # ---- compiled for a real GPU without one
