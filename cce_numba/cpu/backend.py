@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cce_numba import terms
-from cce_numba.arguments import Outline, Problem
+from cce_numba.arguments import SEVERAL_TARGETS, Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.cpu import backward as backward_loops
 from cce_numba.cpu import forward as forward_loops
@@ -17,6 +17,7 @@ from cce_numba.cpu.tiles import choose_tiles
 from cce_numba.plan import Plan
 from cce_numba.survivors import SURVIVOR_BLOCK
 
+EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", SEVERAL_TARGETS})
 _LARGEST_USUAL_D = 2**14  # up to which tiles have whole blocks of survivors, whatever the other sizes are
 _USUAL_FORM = StatisticsForm(tokens=np.dtype(np.int64), survivor_block=SURVIVOR_BLOCK)
 

@@ -223,7 +223,7 @@ def _scales(p: Problem, statistics: Statistics, part: _Part, z: Any, block: slic
     tokens, columns = part.tokens, part.columns
     scales = np.ones(z.shape[1], z.dtype)
     max_logit, log_sum = statistics.max_logit[tokens], statistics.log_sum[tokens]
-    if not np.isfinite(max_logit + log_sum).all() or np.isnan(statistics.target_logit[tokens]).any():
+    if not np.isfinite(max_logit + log_sum).all() or np.isnan(statistics.target_logit[tokens]).any():  # of any target
         return scales  # a token is lost
     entries = np.arange(block.start, block.stop) if columns is None else block.start + columns
     u = draws(part.block, entries, statistics.draw_seed)
@@ -235,12 +235,14 @@ def _scales(p: Problem, statistics: Statistics, part: _Part, z: Any, block: slic
 
 
 def _target_columns(p: Problem, tokens: Any, columns: Any, block: slice) -> Any:
-    """(n,) where each token's target stands among the columns (None means all of the block), or -1."""
-    wanted = p.targets[tokens] - block.start
+    """(n, K) where each token's targets stand among the columns (None means all of the block), or -1; K is 1 for (N,)."""
+    targets = p.targets[tokens]
+    # Padding may be a number that is an entry, too.
+    wanted = np.where(targets == p.options.ignore_index, -1, targets - block.start).reshape(len(tokens), p.K or 1)
     if columns is None:
         return np.where((wanted >= 0) & (wanted < block.stop - block.start), wanted, -1)
     if len(columns) == 0:
-        return np.full(len(tokens), -1)
+        return np.full(wanted.shape, -1)
     found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
     return np.where(columns[found] == wanted, found, -1)
 
@@ -249,14 +251,16 @@ def _make_gradient(z: Any, p: Problem, statistics: Statistics, weights: Weights,
     """Turns the logits z (n, k) of the part's tokens and columns, of this block of the vocabulary, into G, in place."""
     tokens = part.tokens
     inverse_softcap = z.dtype.type(0 if p.options.softcap is None else 1 / p.options.softcap)
-    # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
-    softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, weights.softmax[tokens])
+    # A token with a target out of range has a loss of NaN, and must not get a finite gradient.
+    lost = np.isnan(statistics.target_logit[tokens]).reshape(len(tokens), -1).any(axis=1)
+    softmax_weight = np.where(lost, np.nan, weights.softmax[tokens])
     per_token = (
         statistics.max_logit[tokens],
         statistics.log_sum[tokens],
         softmax_weight.astype(z.dtype, copy=False),
-        weights.target[tokens],
-        (weights.target if weights.uniform is None else weights.uniform)[tokens],
+        (weights.softmax if weights.entropy is None else weights.entropy)[tokens],
+        weights.target[tokens].reshape(len(tokens), -1),
+        (weights.softmax if weights.uniform is None else weights.uniform)[tokens],
         _target_columns(p, tokens, part.columns, block),
     )
     # Nothing is filtered where there is such a term: all columns of the block are here.
@@ -264,6 +268,6 @@ def _make_gradient(z: Any, p: Problem, statistics: Statistics, weights: Weights,
 
     def fill(span: tuple[int, int]) -> None:
         some = slice(*span)
-        gradient_block(z[some], *(x[some] for x in per_token), of_class, inverse_softcap)
+        gradient_block(z[some], *(x[some] for x in per_token), of_class, inverse_softcap, weights.entropy is not None)
 
     for_each(fill, ranges(len(tokens), _ROWS_OF_A_THREAD))
