@@ -221,7 +221,8 @@ def problem(
     _check_classifier(native_c, native_e)
     has_loss = not isinstance(targets, Ids)
     name = "targets" if has_loss else "ids"
-    native_targets = None if targets is NO_TARGETS else interchange.take(name, targets.ids if isinstance(targets, Ids) else targets)
+    targets = targets.ids if isinstance(targets, Ids) else targets
+    native_targets = None if targets is NO_TARGETS else interchange.take(name, targets)
     devices = {"e": interchange.device_of(native_e), "c": interchange.device_of(native_c)}
     check_devices(devices if native_targets is None else devices | {name: interchange.device_of(native_targets)})
     if checked.top_k > native_c.shape[0]:
@@ -258,8 +259,9 @@ def problem(
 def upstream(name: str, gradient: Any, p: Problem, shape: tuple[int, ...], flat_shape: tuple[int, ...] | None = None) -> Any:
     """An upstream gradient as a flat (N,) array of the compute dtype: zero for tokens that the shift took away.
 
-    `shape` is what the caller's may have, `flat_shape` that of the flat array where it is not (N,). A scalar counts for every token. Raises TypeError or ValueError, naming the argument, if it is not a real number or
-    an array of `shape` on the problem's device.
+    `shape` is what the caller's may have, `flat_shape` that of the flat array where it is not (N,). A scalar counts for every
+    token. Raises TypeError or ValueError, naming the argument, if it is not a real number or an array of `shape` on the
+    problem's device.
     """
     xp = p.xp
     flat = (xp.zeros if p.options.shift else xp.empty)(flat_shape or p.N, dtype=p.compute_dtype)
@@ -353,7 +355,8 @@ def _targets(name: str, native: Any, e: Any, c: Any, checked: Options, kind: Kin
         cast = f"{name}.long()" if kind.library == "torch" else f"{name}.astype(int)"
         way = f"; if they are whole numbers, pass {cast}"
         if native.shape == (*e.shape[:-1], len(c)):
-            way = f"; of one-hot rows pass {name}.argmax(-1); probabilities cannot be targets here; those of few entries are target_probs"
+            way = f"; of one-hot rows pass {name}.argmax(-1); probabilities cannot be targets here"
+            way += "; those of few entries are target_probs"
         raise TypeError(f"{name}: must be integers, the ids of entries, got dtype {native.dtype}{way}")
     tokens = tuple(e.shape[:-1])
     if native.shape[: len(tokens)] != tokens or native.ndim != len(tokens) + several or (several and native.shape[-1] < 1):

@@ -37,8 +37,8 @@ class Statistics:
         max_logit: (N,) the largest logit, 0 where ignored.
         log_sum: (N,) natural logarithm of the sum of exp(logit - max_logit), 0 where ignored. These two keep the digits that
             the log-sum-exp of large logits has lost.
-        target_logit: in the shape of `Problem.targets`, (N,) or (N, K): logits of the targets, 0 where ignored or padded, NaN for
-            a target out of range; None without targets. They have the rounding of the logits that max_logit and log_sum are
+        target_logit: in the shape of `Problem.targets`, (N,) or (N, K): logits of the targets, 0 where ignored or padded, NaN
+            for a target out of range; None without targets. They have the rounding of the logits that max_logit and log_sum are
             made of, so differences from these keep their digits.
         survivors: (at least ceil(n_valid / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
             consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive the filter
@@ -54,7 +54,8 @@ class Statistics:
             `Options.sum_squares`.
         top_logits: (N, k) of the compute dtype, k being `Options.top_k`: the largest logits, in descending order, 0 where
             ignored; rounded as target_logit is. None if k is 0.
-        top_ids: (N, k) int64, which entries these are, in [0, V); equal logits by ascending id; 0 where ignored. None if k is 0.
+        top_ids: (N, k) int64, which entries these are, in [0, V); equal logits by ascending id; 0 where ignored. None if k is
+            0. Where the token is lost they may be any entries.
         folded: (N,) results of further folds (`folds.py`) by name, 0 where ignored.
     """
 
@@ -76,9 +77,9 @@ class Statistics:
 
     @property
     def nll(self) -> Any:
-        """Negative log-likelihood of each target, lse - target_logit, in the shape of the latter; 0 where ignored, lse where padded.
+        """Negative log-likelihood of each target, lse - target_logit, in the shape of the latter.
 
-        A small one of large logits has its digits.
+        0 where ignored, lse where one of several is padding. A small one of large logits has its digits.
         """
         return self.above(self.target_logit)
 
@@ -127,13 +128,15 @@ class StatisticsForm:
 class Weights:
     """What flows back into each token's logits: the factors of G, the gradient of the loss with respect to the logits.
 
-        G[n, v] = p[n, v] * (softmax[n] + entropy[n] * log(p[n, v])) - target[n] * (v == targets[n]) - uniform[n] * class_weights[v]
+        G[n, v] = softmax[n] * p[n, v] + entropy[n] * p[n, v] * log(p[n, v])
+                  - target[n] * (v == targets[n]) - uniform[n] * class_weights[v]
 
     where p is the softmax of token n's logits, p * log(p) is 0 where p is 0, and class weights are 1 if there are none. With
-    targets (N, K) the second part is the sum over k of target[n, k] * (v == targets[n, k]); the ids of a token may be equal.
-    Where one is padding its weight is 0. Arrays are (N,) or (N, K) of the compute dtype, on e's device. Logit scales are in them. The softcap's derivative is not: a backend multiplies G by it. All terms of the
-    loss come down to these (`terms.py`). A token whose weights are all 0 takes no part, whatever stands in its row; nor does
-    one that does not count, whatever its weights are.
+    targets (N, K) the third part is the sum over k of target[n, k] * (v == targets[n, k]); the ids of a token may be equal.
+    Where one is padding its weight is 0. Arrays are (N,) or (N, K) of the compute dtype, on e's device. Logit scales are in
+    them. The softcap's derivative is not: a backend multiplies G by it. All terms of the loss come down to these (`terms.py`),
+    and all that flows into log-probabilities and entropies (`driver.py`). A token whose weights are all 0 takes no part,
+    whatever stands in its row; nor does one that does not count, whatever its weights are.
 
     Attributes:
         softmax: weight of the softmax.

@@ -121,13 +121,26 @@ class ForwardPass:
 
     def logprobs(self) -> Any:
         """In the shape of `Problem.targets`, the log-probabilities of these; 0 where ignored or padded."""
-        p, above = self.problem, self.statistics.nll
-        return -above if p.K is None else p.xp.where(p.is_padding, p.compute_dtype.type(0), -above)
+        p = self.problem
+        logprobs = 0 - self.statistics.nll  # which is 0, not -0, where ignored
+        return logprobs if p.K is None else p.xp.where(p.is_padding, p.compute_dtype.type(0), logprobs)
 
     def top_logprobs(self) -> Any:
         """(N, k) the log-probabilities of the best entries, 0 where ignored; None if none were asked for."""
         found = self.statistics
-        return None if found.top_logits is None else -found.above(found.top_logits)
+        return None if found.top_logits is None else 0 - found.above(found.top_logits)
+
+    def beside(self) -> dict[str, Any]:
+        """What is returned beside the loss or the log-probabilities, as the caller sees it, by name; None if not asked for."""
+        found = self.statistics
+        flat = {
+            "lse": found.lse,
+            "entropy": found.entropy,
+            "sum_squares": found.sum_squares,
+            "top_logprobs": self.top_logprobs(),
+            "top_ids": found.top_ids,
+        }
+        return {name: None if array is None else self.problem.exported(array) for name, array in flat.items()}
 
     def backward(
         self, d_loss: Any, d_lse: Any, destination: Destination, *, d_logprobs: Any = None, d_entropy: Any = None

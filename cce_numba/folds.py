@@ -18,8 +18,8 @@ MAX_SUM = "max_sum"  # the largest logit and the sum of exponentials, of which t
 TARGET_LOGIT = "target_logit"  # the target's logit, as it stands among the others
 MEAN_LOGIT = "mean_logit"  # the mean over the vocabulary of class weight times logit
 SURVIVORS = "survivors"  # which vocabulary entries the backward must look at
-# With m the largest logit, s the sum of exp(y), and y = logit - m (`MAX_SUM`); parts i merge with d_i = m_i - m, w_i = exp(d_i),
-# and as nothing where m_i = -inf:
+# With m the largest logit, y = logit - m, and s the sum of exp(y) (`MAX_SUM`). Parts i merge with d_i = m_i - m and
+# w_i = exp(d_i), and as nothing where m_i = -inf.
 ENTROPY = "entropy"  # t = sum of exp(y) * y; of parts the sum of w_i * (t_i + d_i * s_i); the entropy is log(s) - t / s
 SUM_SQUARES = "sum_squares"  # q = sum of exp(y)**2; of parts the sum of w_i**2 * q_i; the result is q / s**2
 TOP_K = "top_k"  # the k largest logits and their entries, by descending logit, and by ascending entry where logits are equal

@@ -48,8 +48,6 @@ _ELSEWHERE = {
 _IMMUTABLE = (bool, int, float, str, type(None))
 # Options that `Options` knows nothing of: arrays, or what may be one.
 _ARRAYS = ("bias", "target_probs", "logit_scale", "class_weights", "token_weights", "filter_seed")
-# That say what is returned beside the loss, or beside log-probabilities.
-RETURNED = ("entropy", "sum_squares", "top_k")
 
 
 class LossOptions(TypedDict, total=False):
@@ -218,6 +216,11 @@ class Options:
         if self.filter_eps is None:
             return False
         return ("e" in wrt and self.filter_e_grad) or (("c" in wrt or "bias" in wrt) and self.filter_c_grad)
+
+    @property
+    def asks_for_more(self) -> bool:
+        """Whether more is to be returned than a loss or log-probabilities, and the log-sum-exp."""
+        return self.entropy or self.sum_squares or self.top_k > 0
 
     @property
     def is_unbiased(self) -> bool:

@@ -52,7 +52,8 @@ def terms_of(p: Problem, plan: Plan, statistics: Statistics) -> Nll | Terms | No
     options = p.options
     if not p.has_loss:
         return NoLoss(p)
-    if p.K is not None or options.label_smoothing or options.z_loss or p.class_weights is not None or p.token_weights is not None:
+    weighted = p.K is not None or p.class_weights is not None or p.token_weights is not None
+    if weighted or options.label_smoothing or options.z_loss:
         return Terms.of(p, statistics)
     return Nll(p, plan, statistics)
 
@@ -166,7 +167,7 @@ class Terms:
             loss = loss.sum(axis=1)
             lost = self.problem.xp.isnan(found.target_logit).any(axis=1) & (self.token_weight != 0)
             loss[lost] = np.nan  # whatever a target counts that is out of range
-        elif self.problem.options.label_smoothing == 1:  # then by no weight of its target a token is lost that has none in range
+        elif self.problem.options.label_smoothing == 1:  # then no weight of its target loses a token that has none in range
             largest = self.problem.xp.where(found.target_logit != found.target_logit, found.target_logit, largest)
         if self.smooth_weight is not None:
             mean_weight = self._mean_class_weight

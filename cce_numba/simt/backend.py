@@ -22,6 +22,7 @@ from cce_numba.simt.tokens import list_tokens
 
 EXTRAS: frozenset[str] = frozenset()
 
+
 def why_not(p: Outline | Problem) -> str | None:
     """It takes CuPy arrays on a GPU, or NumPy arrays in the simulator."""
     return None if SIMULATED else gpu.why_not(p.on_device)

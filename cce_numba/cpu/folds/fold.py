@@ -19,8 +19,8 @@ class Given:
         problem: the checked inputs.
         tiles: sizes.
         tokens: (n_valid,) integers, the tokens that count, ascending.
-        bound: (N,) of the compute dtype, the largest logit of the token's targets, dot products by themselves, NaN if one is out
-            of range; None where no survivors are recorded.
+        bound: (N,) of the compute dtype, the largest logit of the token's targets, dot products by themselves, NaN if one is
+            out of range; None where no survivors are recorded.
     """
 
     problem: Problem

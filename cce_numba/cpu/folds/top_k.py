@@ -41,8 +41,8 @@ class TopK:
         place, seen = np.arange(k), (state.count[:, None], later.count[:, None])
         missing = np.concatenate([place >= count for count in seen], axis=1)
         order = np.lexsort((ids, -logits, missing), axis=1)[:, :k]
-        best = (np.take_along_axis(x, order, axis=1) for x in (logits, ids))
-        return State(*best, np.minimum(state.count + later.count, k))
+        logits, ids = (np.take_along_axis(x, order, axis=1) for x in (logits, ids))
+        return State(logits, ids, np.minimum(state.count + later.count, k))
 
     def store(self, state: State, first_state: Any, given: Given) -> dict[str, Any]:
         """See `fold.Fold`."""
