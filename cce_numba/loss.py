@@ -147,8 +147,9 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         sum_squares: return the sum of the squares of each token's probabilities too.
         top_k: return each token's k largest log-probabilities and their entries too, of equal ones the lower entry first. So
             top_k=1 gives the accuracy.
-        batch_invariant: a token's loss, lse, entropy and row of dE are bitwise the same whatever other tokens stand beside it,
-            with reduction "none" or "sum" and an exact dE (`filter_eps=None`, or `filter_e_grad=False`, see `filter_eps`).
+        batch_invariant: what is found of a token (log-probabilities, lse, entropy, sum of squares, best entries) is bitwise the
+            same whatever other tokens stand beside it, and how many. So is its row of the gradient of `e`, which is exact then,
+            for the same upstream gradient of its own; a mean over all tokens is none of its own.
         reduction: "mean" over the tokens that count (nan if none does), "sum", or "none". With weights, the mean divides by the
             sum of token weight times class weight of the target (nan, with gradients of 0, if that is 0).
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.

@@ -193,6 +193,8 @@ class Options:
             top_k=values["top_k"],
             batch_invariant=values["batch_invariant"],
         )
+        if options.batch_invariant:  # the filter looks at all tokens of a block
+            options = replace(options, filter_e_grad=False)
         # The uniform term of label smoothing then reaches all entries, and no sum over them is known beforehand.
         return replace(options, filter_eps=None) if options.smooths_capped else options
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
+from cce_numba.cpu import invariant
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows
 from cce_numba.cpu.elements import add_rows, column_scales, gradient_block
 from cce_numba.cpu.threads import at_most, for_each, multiply, spans
@@ -95,6 +96,7 @@ def _sweep(
     filter_c = recorded and (d_c is not None or d_bias is not None) and p.options.filter_eps_c is not None
     filter_all = (filter_e or d_e is None) and (filter_c or (d_c is None and d_bias is None))
     by_chance = filter_all and statistics.draw_seed is not None
+    product = invariant.multiply if p.options.batch_invariant else multiply
     step = tiles.survivor_block if filter_e or filter_c else tiles.block_n
     d_e_sum = d_e if d_e is None or d_e.dtype == dtype else np.zeros((last - first, p.D), dtype)
     # The BLAS writes to contiguous rows alone. And it costs less accuracy to add the old gradient at the end of a sum.
@@ -117,7 +119,7 @@ def _sweep(
             """Finds G for the part's tokens, and adds to their rows of dE, which are nobody else's."""
             part.e, block = rows(p.e, part.tokens, dtype), slice(v0, v0 + len(c))
             present = _rows(c, part.columns)
-            g = multiply(part.e, present.T)
+            g = product(part.e, present.T)
             finish_logits(g, p, part.tokens, block if part.columns is None else part.columns + v0)
             scales = None
             if by_chance:
@@ -132,7 +134,7 @@ def _sweep(
                 g *= scales
             if d_e is not None:
                 wanted = present if part.for_e is part.columns else _rows(c, part.for_e)
-                partial = multiply(_columns(g, part.columns, part.for_e), wanted)
+                partial = product(_columns(g, part.columns, part.for_e), wanted)
                 own = part.tokens if d_e_sum is d_e else np.searchsorted(statistics.tokens[first:last], part.tokens)
                 d_e_sum[own] += partial
             part.g = None if d_c is None and d_bias is None else _columns(g, part.columns, part.for_c)

@@ -10,6 +10,7 @@ from cce_numba import logit
 from cce_numba.arguments import Problem
 from cce_numba.backend import Statistics
 from cce_numba.cpu import folds as folds_
+from cce_numba.cpu import invariant
 from cce_numba.cpu.blocks import finish_logits, ranges, rows
 from cce_numba.cpu.folds.fold import Given, Tile
 from cce_numba.cpu.threads import for_each, spans
@@ -64,6 +65,7 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
     given = Given(p, tiles, tokens, bound)
     folds = folds_.of_problem(p, record_survivors)
     states = [fold.begin(given) for fold in folds]
+    multiply = invariant.multiply if p.options.batch_invariant else np.matmul
     block_n, block_v = tiles.block_n, tiles.block_v
     z_buffer = np.empty(min(block_n, len(tokens)) * block_v, p.compute_dtype)
     n_blocks, v_blocks = ceil_div(len(tokens), block_n), ceil_div(p.V, block_v)
@@ -75,7 +77,7 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
 
             def fold_rows(span: tuple[int, int], n0: int = n0, v0: int = v0, z: Any = z, e: Any = e, c: Any = c) -> None:
                 some, columns = slice(*span), slice(v0, v0 + len(c))
-                np.matmul(e[some], c.T, out=z[some])
+                multiply(e[some], c.T, z[some])
                 finish_logits(z[some], p, tokens[n0 + span[0] : n0 + span[1]], columns)
                 for first in range(*span, tiles.survivor_block):
                     last = min(first + tiles.survivor_block, span[1])

@@ -169,7 +169,7 @@ def test_all_entries_may_be_asked_for(harness, edges):
     """Those that the bias masks come last, by ascending id, with log-probabilities of -inf."""
     harness.skip_unless_it_has("top_k", "entropy")
     V = edges.v[1]
-    case = make_case(6, (edges.n[0] + 1,), V, edges.d[-1], edges.dtype, bias=True, entropy=True, top_k=V)
+    case = make_case(6, (edges.n[0] + 1,), V, edges.d[-1], edges.dtype, bias=True, entropy=True, top_k=V, filter_eps=None)
     case.options["bias"][::2] = -np.inf
     case = dataclasses.replace(case, targets=np.full_like(case.targets, 1))
     numbers = harness.logprobs(case)

@@ -198,6 +198,23 @@ def test_dropped_mass(harness, edges):
     assert_within("dropped_mass", harness.host(result.dropped_mass()), exact, 1e-4)
 
 
+def test_dropped_mass_of_the_unbiased_filter(harness, edges):
+    """No target is ever left out by chance, whichever of its token's it is."""
+    case = make_case(7, (edges.n[-1] + 1,), edges.v[-1] + 1, edges.d[-1], edges.dtype, spread=4.0)
+    case = with_probs(case, 3, np.random.default_rng(6)).with_options(filter="unbiased", filter_eps=0.9)
+    expected, result = expect_distribution(case), harness.forward(case)
+    p, tokens, block = np.exp(expected.log_p), expected.tokens, result._statistics.survivor_block
+    u = reference.draws(-(-len(p) // block), len(case.c), reference.draw_seed(tokens.ids[tokens.present]))
+    dropped = np.zeros(len(p))
+    for b in range(len(u)):
+        rows = slice(b * block, (b + 1) * block)
+        kept = p[rows].max(axis=0) > 0.9 * u[b]
+        kept[tokens.ids[rows][tokens.present[rows]]] = True
+        dropped[rows] = p[rows][:, ~kept].sum(axis=1)
+    assert dropped.max() > 0.01
+    assert_within("dropped_mass", harness.host(result.dropped_mass()), dropped, 1e-4)
+
+
 ERRORS = [
     (ValueError, {"targets": (3, 2)}, ["targets:", "(3,)", "got (3, 2)", "target_probs"]),
     (ValueError, {"targets": (3, 2), "target_probs": (3, 1)}, ["target_probs:", "shape of targets", "(3, 1)", "(3, 2)"]),
