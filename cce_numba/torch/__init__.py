@@ -18,5 +18,6 @@ from cce_numba.torch.functional import (
     linear_cross_entropy,
     linear_cross_entropy_backward,
 )
+from cce_numba.torch.logprobs import linear_logprobs
 
-__all__ = ["LinearCrossEntropy", "compute_z_loss", "linear_cross_entropy", "linear_cross_entropy_backward"]
+__all__ = ["LinearCrossEntropy", "compute_z_loss", "linear_cross_entropy", "linear_cross_entropy_backward", "linear_logprobs"]
