@@ -8,6 +8,7 @@
 """
 
 from cce_numba.backend import BackendUnavailable, Gradients
+from cce_numba.distillation import linear_distillation, linear_distillation_with_grad
 from cce_numba.logprobs import linear_logprobs
 from cce_numba.loss import (
     Result,
@@ -37,6 +38,8 @@ __all__ = [
     "indexed_dot",
     "linear_cross_entropy",
     "linear_cross_entropy_with_grad",
+    "linear_distillation",
+    "linear_distillation_with_grad",
     "linear_logprobs",
     "linear_logsumexp",
 ]

@@ -22,7 +22,8 @@ GRADIENTS = ("e", "c", "bias")
 NO_TARGETS = object()  # in place of targets, where only the log-sum-exp is wanted
 # What a problem may ask for that not every backend has.
 SEVERAL_TARGETS = "several targets of a token"
-EXTRAS = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS})
+DISTILLATION = "distillation"  # which no problem asks for by itself, but two of them together
+EXTRAS = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS, DISTILLATION})
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,8 @@ class Backend(Protocol):
 
     Attributes:
         EXTRAS: which of `arguments.EXTRAS` its forward and its backward know. A problem that asks for another one is refused
-            before anything is launched (`plan.choose_backend`).
+            before anything is launched (`plan.choose_backend`). One with `arguments.DISTILLATION` has a module
+            `distillation` with the names of that of "cpu".
     """
 
     EXTRAS: frozenset[str]

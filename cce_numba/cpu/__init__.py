@@ -11,6 +11,7 @@ Reading order:
     elements   loops over elements that Numba compiles: exponentials, G, sums of rows
     threads    how many threads a call takes, and how they share its work; `blas` limits those of the BLAS
     compiled   how functions are compiled, and kept on disk
+    distillation   what a student's head is from a teacher's, and the gradients of that
     backend    what `backend.Backend` asks for
 
 Words:

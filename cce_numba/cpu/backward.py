@@ -5,6 +5,7 @@ Vocabulary blocks are the outer loop, so that a block of `dC` is complete, and r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,13 @@ def backward(
     weights: Weights,
     into: Gradients,
     adds: bool,
+    fill: Callable[[Any, Any, slice], None] | None = None,
 ) -> None:
-    """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`."""
+    """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`.
+
+    fill(z, tokens, block): turns logits (n, v) of these tokens and a block of the vocabulary into G, in place of what the
+        weights say, which then only tell which tokens take part. For problems that filter nothing.
+    """
     tokens = statistics.tokens
     if into.e is None or into.e.dtype == p.compute_dtype or tiles.dE_group >= len(tokens):
         sweeps = [(0, len(tokens), into.e, into.c, into.bias)]
@@ -69,7 +75,7 @@ def backward(
         sweeps = [sweep for sweep in sweeps if any(gradient is not None for gradient in sweep[2:])]
     steps = ceil_div(p.V, tiles.block_v)
     for done, (first, last, *gradients) in enumerate(sweeps):
-        for step in _sweep(p, tiles, statistics, weights, adds, first, last, *gradients):
+        for step in _sweep(p, tiles, statistics, weights, adds, fill, first, last, *gradients):
             advance("backward", done * steps + step, len(sweeps) * steps)
 
 
@@ -79,6 +85,7 @@ def _sweep(
     statistics: Statistics,
     weights: Weights,
     adds: bool,
+    fill: Callable[[Any, Any, slice], None] | None,
     first: int,
     last: int,
     d_e: Any,
@@ -129,7 +136,10 @@ def _sweep(
                     g, scales, present = g[:, survives], scales[survives], present[survives]
                     part.columns = survives if part.columns is None else part.columns[survives]
                     part.for_e, part.for_c = (part.columns if filters else None for filters in (filter_e, filter_c))
-            _make_gradient(g, p, statistics, weights, part, block)
+            if fill is None:
+                _make_gradient(g, p, statistics, weights, part, block)
+            else:
+                fill(g, part.tokens, block)
             if scales is not None:
                 g *= scales
             if d_e is not None:
