@@ -257,13 +257,15 @@ def _dropped_by_chance(p: Problem, statistics: Statistics, tokens: Any, first_bl
     """
     xp, block, (n, V) = p.xp, statistics.survivor_block, probabilities.shape
     n_blocks = ceil_div(n, block)
-    lost = xp.isnan(statistics.target_logit[tokens])  # other lost tokens have probabilities of NaN
+    targets = p.targets[tokens].reshape(n, -1)
+    lost = xp.isnan(statistics.target_logit[tokens]).reshape(n, -1).any(axis=1)  # others that are have probabilities of NaN
     padded = xp.zeros((n_blocks * block, V), probabilities.dtype)
     padded[:n] = xp.where(lost[:, None], np.nan, probabilities)
     largest = padded.reshape(n_blocks, block, V).max(axis=1)
-    columns = p.targets[tokens] - v0
-    here = (columns >= 0) & (columns < V)
-    largest[(xp.arange(n) // block)[here], columns[here]] = np.inf
+    columns = targets - v0
+    here = (columns >= 0) & (columns < V) & (targets != p.options.ignore_index)
+    of_block = xp.broadcast_to((xp.arange(n) // block)[:, None], columns.shape)
+    largest[of_block[here], columns[here]] = np.inf
     u = draws(xp.arange(first_block, first_block + n_blocks)[:, None], xp.arange(v0, v0 + V), statistics.draw_seed)
     return largest <= p.options.filter_eps * u
 

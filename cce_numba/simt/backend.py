@@ -20,6 +20,8 @@ from cce_numba.simt.records import LogitTerms
 from cce_numba.simt.tiles import choose_tiles
 from cce_numba.simt.tokens import list_tokens
 
+EXTRAS: frozenset[str] = frozenset()
+
 
 def why_not(p: Outline | Problem) -> str | None:
     """It takes CuPy arrays on a GPU, or NumPy arrays in the simulator."""
