@@ -41,7 +41,7 @@ def _form(compute_dtype: np.dtype) -> StatisticsForm:
 def plan(p: Problem) -> Plan:
     """Tiles and bytes."""
     tiles = choose_tiles(p.compute_dtype, SIMULATED)
-    itemsize, n_blocks = p.compute_dtype.itemsize, ceil_div(p.N, tiles.block_n)
+    n_blocks = ceil_div(p.N, tiles.block_n)
     splits = forward_kernels.count_splits(n_blocks, ceil_div(p.V, tiles.block_v)) if p.N else 1
     chunk = backward_kernels.chunk_of(p, tiles)
     where = "Numba's simulator" if SIMULATED else p.device

@@ -76,5 +76,6 @@ def make_draw_seed_kernel() -> ArrayKernel:
 def draw_seed(p: Problem, tokens: Tokens) -> Any:
     """(1,) int64: the seed of a problem's draws."""
     seed = p.xp.empty(1, np.int64)
-    make_draw_seed_kernel().launch(1, by_target(p.targets), p.options.ignore_index, tokens, FilterSeed.of(p, tokens.n_valid), seed)
+    targets = by_target(p.targets), p.options.ignore_index
+    make_draw_seed_kernel().launch(1, *targets, tokens, FilterSeed.of(p, tokens.n_valid), seed)
     return seed

@@ -3,9 +3,9 @@
     G[n, v] = softmax weight[n] * p[n, v] + entropy weight[n] * p[n, v] * log(p[n, v])
               - sum over k of target weight[n, k] * (v == target[n, k]) - uniform weight[n] * class weight[v]
 
-times the derivative of the softcap, with p the softmax. The last term exists only where label smoothing goes through a softcap; then all logits
-survive. The unbiased filter multiplies columns of G, some of them by 0, as their largest probabilities in the block say. A CTA
-has all tokens of a block, so it knows these.
+times the derivative of the softcap, with p the softmax. The last term exists only where label smoothing goes through a softcap;
+then all logits survive. The unbiased filter multiplies columns of G, some of them by 0, as their largest probabilities in the
+block say. A CTA has all tokens of a block, so it knows these.
 """
 
 from __future__ import annotations
@@ -94,10 +94,10 @@ def make_gradient_of_logits_kernel(
         """Whether the entry v is one of the token's targets."""
         if not several:
             return v == of_token.target
+        result = False
         for k in range(found.targets.shape[1]):
-            if found.targets[of_token.token, k] == v and v != found.padding:
-                return True
-        return False
+            result = result or (found.targets[of_token.token, k] == v and v != found.padding)
+        return result
 
     @cuda.jit(device=True)
     def gradient_of(z: Any, v: Any, of_token: Any, found: Any, weights: Any, softcap: Any) -> Any:
@@ -125,7 +125,8 @@ def make_gradient_of_logits_kernel(
         """A token's say in the fate of column v: its probability; inf if v is its target or the token is lost; 0 if dead."""
         log_sum_exp = of_token.max_logit + of_token.log_sum
         probability = real(math.exp((z - of_token.max_logit) - of_token.log_sum))
-        if is_target(v, of_token, found) or of_token.softmax_weight != of_token.softmax_weight or log_sum_exp - log_sum_exp != 0:
+        is_lost = of_token.softmax_weight != of_token.softmax_weight or log_sum_exp - log_sum_exp != 0
+        if is_lost or is_target(v, of_token, found):
             probability = infinity
         return probability if of_token.takes_part else real(0)
 

@@ -19,10 +19,10 @@ _THREADS = 4 if SIMULATED else 256
 @cuda.jit(device=True)
 def has_target(targets: Any, n: Any, ignore_index: Any) -> Any:
     """Whether any of the token's targets is not ignore_index; targets: (N, K)."""
+    found = False
     for k in range(targets.shape[1]):
-        if targets[n, k] != ignore_index:
-            return True
-    return False
+        found = found or targets[n, k] != ignore_index
+    return found
 
 
 @kernel_factory

@@ -77,19 +77,19 @@ def _pass(
     a_map = tensor_map.encode(e, PANEL, PANEL), tensor_map.encode(c, PANEL, PANEL), layout.g_map(base, p.dtype)
     make_begin_kernel().launch(1, *a_map, maps, counters, layout.counters)
     _survey(p, statistics, weights, layout.survey, tables, keep_all, Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds))
-    scaled, smoothed = p.logit_scale is not None, weights.uniform is not None
+    scaled, smoothed, entropic = p.logit_scale is not None, weights.uniform is not None, weights.entropy is not None
     # The neighbouring jobs of a cluster must take equally many stages, so those of dE and dC must be tiles of the same rows.
     tiles = CLUSTER_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
     by_chance = p.options.is_unbiased and not keep_all
     chance = Chance(eps=p.options.filter_eps, seed=statistics.draw_seed.data.ptr) if by_chance else Chance(eps=0.0, seed=0)
     capped, with_sums = p.options.softcap is not None, d_bias is not None
-    kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, by_chance)
+    kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, by_chance, entropic)
     kernel.launch(
         gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
         maps,
         matrix_of(e),
         matrix_of(c),
-        terms_of(p, weights.uniform),
+        terms_of(p, weights.uniform, weights.entropy),
         chance,
         statistics.n_valid.data.ptr,
         layout.survey.at(tables),
@@ -108,8 +108,9 @@ def _survey(
     p: Problem, statistics: Statistics, weights: Weights, layout: Any, base: int, keep_all: bool, products: Products
 ) -> None:
     """Launches the survey, whose tables begin at address `base`."""
-    smoothed, bits, largest = weights.uniform is not None, statistics.survivors, weights.softmax
-    if smoothed:
+    bits, largest = statistics.survivors, weights.softmax
+    has_more = weights.uniform is not None or weights.entropy is not None
+    if has_more:
         largest = _largest_weight(p, weights)
     tokens = WeightedTokens(
         listed=statistics.tokens.data.ptr,
@@ -134,17 +135,20 @@ def _survey(
         survivors=kept,
         dense_share=survivors.DENSE_SHARE,
         products=products,
-        smoothed=smoothed,
+        smoothed=has_more,
     )
 
 
 def _largest_weight(p: Problem, weights: Weights) -> Any:
-    """(N,): the larger magnitude of a token's softmax weight and of its uniform weight times the largest class weight.
+    """(N,): the largest magnitude of a token's softmax weight, entropy weight, and uniform weight times largest class weight.
 
     The largest class weight is taken to be at least 1.
     """
-    largest = 1 if p.class_weights is None else p.xp.maximum(p.class_weights.max(), 1)
-    return p.xp.maximum(abs(weights.softmax), terms.times(abs(weights.uniform), largest))
+    result = abs(weights.softmax)
+    if weights.uniform is not None:
+        largest = 1 if p.class_weights is None else p.xp.maximum(p.class_weights.max(), 1)
+        result = p.xp.maximum(result, terms.times(abs(weights.uniform), largest))
+    return result if weights.entropy is None else p.xp.maximum(result, abs(weights.entropy))
 
 
 def _output(gradient: Any, tiles: int) -> Any:

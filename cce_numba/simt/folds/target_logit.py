@@ -1,4 +1,4 @@
-"""The targets' logits of each token, as they stand in their tiles: rounded as the others are, so their differences keep digits."""
+"""The targets' logits of each token, as they stand in their tiles: rounded as all are, so differences keep digits."""
 
 from __future__ import annotations
 

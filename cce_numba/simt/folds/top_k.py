@@ -1,7 +1,7 @@
 """The k largest logits and their entries: by descending logit, and by ascending entry where logits are equal.
 
-Each split keeps a list of its own for each token, in global memory, since k is not known to the compiler. The thread that owns a
-row inserts into it. Most tiles hold nothing for any list once the first tiles have passed, and are passed by.
+Each split keeps a list of its own for each token, in global memory, since k is not known to the compiler. The thread that owns
+a row inserts into it. Most tiles hold nothing for any list once the first tiles have passed, and are passed by.
 """
 
 from __future__ import annotations
