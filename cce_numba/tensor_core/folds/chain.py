@@ -153,7 +153,9 @@ def _chained(folds: tuple[Fold, ...], n: int, at: int) -> SimpleNamespace:
     fold, own = folds[0].make(n), folds[0].numbers
     rest = _chained(folds[1:], n, at + len(folds[0].results))
     begin_own, numbers_own, nothing_own = fold.begin, fold.numbers, fold.nothing
-    step_own, merge_own, store_own = (getattr(fold, name, None) for name in ("step", "merge", "store"))
+    step_own: Any = getattr(fold, "step", None)
+    merge_own: Any = getattr(fold, "merge", None)
+    store_own: Any = getattr(fold, "store", None)
     begin_rest, step_rest, numbers_rest, nothing_rest = rest.begin, rest.step, rest.numbers, rest.nothing
     merge_rest, store_rest = rest.merge, rest.store
     # Only `max_sum` has these two: the log-sum-exp of a pair's state, and of a row's numbers.
