@@ -103,7 +103,7 @@ def _pass(call: _Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = N
     make_begin_kernel().launch(1, *a_map, maps, counters, layout.counters)
     products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)
     _survey(p, statistics, weights, layout.survey, tables, keep_all, products, leaves_dense)
-    scaled, smoothed = p.logit_scale is not None, weights.uniform is not None
+    scaled, smoothed, entropic = p.logit_scale is not None, weights.uniform is not None, weights.entropy is not None
     # The neighbouring jobs of a cluster must take equally many stages, so those of dE and dC must be tiles of the same rows.
     tiles = CLUSTER_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
     by_chance = p.options.is_unbiased and not keep_all
@@ -114,13 +114,13 @@ def _pass(call: _Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = N
         runs.append((False, RUNS_IF_DENSE))
     for chance_decides, when in runs:
         eps, seed = (p.options.filter_eps, statistics.draw_seed.data.ptr) if chance_decides else (0.0, 0)
-        kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, chance_decides)
+        kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, chance_decides, entropic)
         kernel.launch(
             gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
             maps,
             matrix_of(call.e),
             matrix_of(call.c),
-            terms_of(p, weights.uniform),
+            terms_of(p, weights.uniform, weights.entropy),
             Chance(eps=eps, seed=seed),
             statistics.n_valid.data.ptr,
             layout.survey.at(tables),
@@ -147,8 +147,9 @@ def _survey(
     leaves_dense: Any,
 ) -> None:
     """Launches the survey, whose tables begin at address `base`. leaves_dense: as in `_pass`."""
-    smoothed, bits, largest = weights.uniform is not None, statistics.survivors, weights.softmax
-    if smoothed:
+    bits, largest = statistics.survivors, weights.softmax
+    has_more = weights.uniform is not None or weights.entropy is not None
+    if has_more:
         largest = _largest_weight(p, weights)
     tokens = WeightedTokens(
         listed=statistics.tokens.data.ptr,
@@ -173,18 +174,21 @@ def _survey(
         survivors=kept,
         dense_share=survivors.DENSE_SHARE,
         products=products,
-        smoothed=smoothed,
+        smoothed=has_more,
         dense=0 if leaves_dense is None else leaves_dense.data.ptr,
     )
 
 
 def _largest_weight(p: Problem, weights: Weights) -> Any:
-    """(N,): the larger magnitude of a token's softmax weight and of its uniform weight times the largest class weight.
+    """(N,): the largest magnitude of a token's softmax weight, entropy weight, and uniform weight times largest class weight.
 
     The largest class weight is taken to be at least 1.
     """
-    largest = 1 if p.class_weights is None else p.xp.maximum(p.class_weights.max(), 1)
-    return p.xp.maximum(abs(weights.softmax), terms.times(abs(weights.uniform), largest))
+    result = abs(weights.softmax)
+    if weights.uniform is not None:
+        largest = 1 if p.class_weights is None else p.xp.maximum(p.class_weights.max(), 1)
+        result = p.xp.maximum(result, terms.times(abs(weights.uniform), largest))
+    return result if weights.entropy is None else p.xp.maximum(result, abs(weights.entropy))
 
 
 def _output(gradient: Any, tiles: int) -> Any:

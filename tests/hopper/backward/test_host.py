@@ -134,7 +134,7 @@ def test_what_is_there_is_told_by_its_address(launches):
     values = by_name(launches)["backward"]
     assert record_of(values, LogitTerms) == LogitTerms(
         bias=p.bias.data.ptr, bias_bytes=2, softcap=5.0, scale=p.logit_scale.data.ptr, uniform_weight=uniform.data.ptr,
-        class_weights=p.class_weights.data.ptr,
+        class_weights=p.class_weights.data.ptr, entropy_weight=0,
     )  # fmt: skip
     assert values[1:3] == (Matrix(p.e.data.ptr, 2 * D), Matrix(p.c.data.ptr, 2 * D))
     outputs = record_of(values, Outputs)
@@ -155,7 +155,7 @@ def test_what_is_there_is_told_by_its_address(launches):
 def test_what_is_not_there_is_0(launches):
     softmax, *_ = run(problem(), statistics(survivors=False), gradients("e"), accumulate=True)
     values = by_name(launches)["backward"]
-    assert record_of(values, LogitTerms) == LogitTerms(0, 0, 0.0, 0, 0, 0)
+    assert record_of(values, LogitTerms) == LogitTerms(0, 0, 0.0, 0, 0, 0, 0)
     outputs = record_of(values, Outputs)
     assert outputs.c == (0, 0, 0, 0)
     assert outputs.bias == 0
