@@ -26,7 +26,7 @@ from cce_numba.destination import Destination
 from cce_numba.interchange import Kind
 from cce_numba.options import DEFAULTS
 from cce_numba.plan import Plan
-from cce_numba.terms import Nll, Terms, terms_of, times
+from cce_numba.terms import Nll, NoLoss, Terms, terms_of, times
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def prepared(
     """The checked problem and its plan; inside, the device and the stream that the caller's arrays are on are current.
 
     Args:
-        e, c, targets: as in `linear_cross_entropy`; `arguments.NO_TARGETS` for none.
+        e, c, targets: as in `linear_cross_entropy`; `arguments.NO_TARGETS` for none, `arguments.Ids` for no loss.
         given: the options that the caller gave, by name.
         only: the options that mean something to the function that was called.
         kind: how to give results back; that of `e`, if left out.
@@ -106,7 +106,7 @@ class ForwardPass:
     problem: Problem
     plan: Plan
     statistics: Statistics
-    terms: Nll | Terms
+    terms: Nll | Terms | NoLoss
 
     @staticmethod
     def of(problem: Problem, plan: Plan, statistics: Statistics) -> ForwardPass:
@@ -119,19 +119,48 @@ class ForwardPass:
             return self.problem.exported(self.terms.per_token())
         return self.problem.kind.export(self.terms.reduced())
 
-    def backward(self, d_loss: Any, d_lse: Any, destination: Destination) -> Gradients:
-        """Gradients of `sum(d_loss * loss) + sum(d_lse * lse)`, in the caller's arrays and fresh ones of the caller's kind.
+    def logprobs(self) -> Any:
+        """In the shape of `Problem.targets`, the log-probabilities of these; 0 where ignored or padded."""
+        p = self.problem
+        logprobs = 0 - self.statistics.nll  # which is 0, not -0, where ignored
+        return logprobs if p.K is None else p.xp.where(p.is_padding, p.compute_dtype.type(0), logprobs)
+
+    def top_logprobs(self) -> Any:
+        """(N, k) the log-probabilities of the best entries, 0 where ignored; None if none were asked for."""
+        found = self.statistics
+        return None if found.top_logits is None else 0 - found.above(found.top_logits)
+
+    def beside(self) -> dict[str, Any]:
+        """What is returned beside the loss or the log-probabilities, as the caller sees it, by name; None if not asked for."""
+        found = self.statistics
+        flat = {
+            "lse": found.lse,
+            "entropy": found.entropy,
+            "sum_squares": found.sum_squares,
+            "top_logprobs": self.top_logprobs(),
+            "top_ids": found.top_ids,
+        }
+        return {name: None if array is None else self.problem.exported(array) for name, array in flat.items()}
+
+    def backward(
+        self, d_loss: Any, d_lse: Any, destination: Destination, *, d_logprobs: Any = None, d_entropy: Any = None
+    ) -> Gradients:
+        """Gradients of `sum(d_loss * loss) + sum(d_lse * lse) + sum(d_logprobs * logprobs) + sum(d_entropy * entropy)`.
+
+        They go to the caller's arrays, and to fresh ones of the caller's kind.
 
         Args:
             d_loss: a scalar, or for "none" also an array in the shape of the loss; None is 1.
             d_lse: a scalar or an array in the shape of the lse, `Problem.per_token`; None is 0.
             destination: where gradients go, and which.
+            d_logprobs: a scalar or an array in the shape of the log-probabilities; None is 0.
+            d_entropy: a scalar or an array in the shape of the lse; None is 0.
 
         Raises TypeError or ValueError, naming the argument, for an upstream gradient that does not fit, before anything is
         written.
         """
         p = self.problem
-        weights, from_mean_logit = self._weights(d_loss, d_lse)
+        weights, from_mean_logit = self._weights(d_loss, d_lse, d_logprobs, d_entropy)
         into, adds = destination.arrays(p), destination.accumulate
         if from_mean_logit is not None:
             if p.options.smooths_capped:
@@ -148,9 +177,15 @@ class ForwardPass:
             _zero(into.bias)
         return destination.returned(p, into)
 
-    def _weights(self, d_loss: Any, d_lse: Any) -> tuple[Weights, Any]:
-        """The weights per token but for the uniform one; and (N,) what is taken from each token's mean logit, or None."""
+    def _weights(self, d_loss: Any, d_lse: Any, d_logprobs: Any, d_entropy: Any) -> tuple[Weights, Any]:
+        """The weights per token but for the uniform one; and (N,) what is taken from each token's mean logit, or None.
+
+        With p the softmax of a token's logits, H its entropy and onehot the row of a target, the gradients with respect to the
+        logits are p of the log-sum-exp, onehot - p of a log-probability, and -p * (log(p) + H) of the entropy.
+        """
         p = self.problem
+        if d_entropy is not None and not p.options.entropy:
+            raise ValueError("d_entropy: needs a forward with entropy=True, which finds the entropy")
         per_token_shape = tuple(p.per_token(self.statistics.lse).shape)
         loss_shape = per_token_shape if p.options.reduction == "none" else ()
         d_token = arguments.upstream("d_loss", 1.0 if d_loss is None else d_loss, p, loss_shape)
@@ -158,8 +193,25 @@ class ForwardPass:
         if d_lse is not None:  # it reaches the log-sum-exp alone, whose gradient is the softmax
             softmax = weights.softmax + arguments.upstream("d_lse", d_lse, p, per_token_shape)
             weights = replace(weights, softmax=softmax)
+        if d_logprobs is not None:
+            shape, several = tuple(p.per_token(p.targets).shape), p.K is not None
+            d_logprobs = arguments.upstream("d_logprobs", d_logprobs, p, shape, p.targets.shape)
+            if several:  # whatever flows into padding
+                d_logprobs = p.xp.where(p.is_padding, p.compute_dtype.type(0), d_logprobs)
+            softmax = weights.softmax - (d_logprobs.sum(axis=1) if several else d_logprobs)
+            weights = replace(weights, softmax=softmax, target=weights.target - d_logprobs)
+        if d_entropy is not None:
+            d_entropy = arguments.upstream("d_entropy", d_entropy, p, per_token_shape)
+            # As of the z-loss (`terms.Terms.gradient_weights`): a lost token's gradient is NaN by its log-sum-exp.
+            entropy = p.xp.nan_to_num(self.statistics.entropy, nan=1.0, posinf=1.0, neginf=1.0)
+            weights = replace(weights, softmax=weights.softmax - times(d_entropy, entropy), entropy=-d_entropy)
         if (scale := p.logit_scale) is not None:  # what flows into a logit flows on through its scale
-            weights = Weights(times(weights.softmax, scale), times(weights.target, scale))
+            weights = replace(
+                weights,
+                softmax=times(weights.softmax, scale),
+                target=times(weights.target, scale if p.K is None else scale[:, None]),
+                entropy=None if weights.entropy is None else times(weights.entropy, scale),
+            )
             from_mean_logit = None if from_mean_logit is None else times(from_mean_logit, scale)
         return weights, from_mean_logit
 

@@ -18,7 +18,8 @@ from cce_numba.integers import ceil_div
 from cce_numba.interchange import ReadAgain
 from cce_numba.options import LossOptions, flag
 from cce_numba.plan import Plan
-from cce_numba.terms import Nll, Terms
+from cce_numba.returned import LossStatistics
+from cce_numba.terms import Nll, NoLoss, Terms, times
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +29,12 @@ class Result:
     Attributes:
         loss: 0-d for "mean" and "sum"; per token for "none". float32, or float64 for float64 inputs, as all below.
         nll: negative log-likelihood per token, `lse - target_logit`, in the shape of `targets[..., shift:]`; 0 where ignored.
-            Without weights, label smoothing and z-loss, which are in the loss alone.
+            Without weights, label smoothing and z-loss, which are in the loss alone. Of several targets the sum of theirs times
+            `target_probs`.
+        logprobs: log-probabilities of the targets, in their shape after the shift; 0 where ignored or padded.
         lse: natural-log log-sum-exp of the logits per token; 0 where ignored.
-        target_logit: the target's logit per token; 0 where ignored.
+        target_logit: the targets' logits, in their shape after the shift; 0 where ignored or padded.
+        entropy, sum_squares, top_logprobs, top_ids: as in `Logprobs`; None unless they were asked for.
         n_valid: 0-d int64, how many tokens count, whatever their weights.
         plan: how it ran.
     """
@@ -39,17 +43,35 @@ class Result:
     lse: Any
     target_logit: Any
     n_valid: Any
+    entropy: Any
+    sum_squares: Any
+    top_logprobs: Any
+    top_ids: Any
     plan: Plan
     _problem: Problem
     _statistics: Statistics
-    _terms: Nll | Terms
+    _terms: Nll | Terms | NoLoss
     _read_again: tuple[ReadAgain, ReadAgain]
 
     @functools.cached_property
     def nll(self) -> Any:
         """Computed when it is first asked for."""
         with self._problem.kind.current():
-            return self._problem.exported(self._statistics.nll)
+            nll = self._statistics.nll
+            if (probs := self._problem.target_probs) is not None:
+                nll = times(probs, nll).sum(axis=1)
+                nll[self._problem.xp.isnan(self._statistics.target_logit).any(axis=1)] = np.nan
+            return self._problem.exported(nll)
+
+    @functools.cached_property
+    def logprobs(self) -> Any:
+        """Computed when it is first asked for."""
+        with self._problem.kind.current():
+            return self._problem.exported(self._done.logprobs())
+
+    @property
+    def _done(self) -> ForwardPass:
+        return ForwardPass(self._problem, self.plan, self._statistics, self._terms)
 
     def survivor_counts(self) -> np.ndarray:
         """(n_blocks,) of each block of counting tokens, how many vocabulary entries the backward computes again.
@@ -103,7 +125,7 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         e: (..., D) embeddings: float16, bfloat16 (`ml_dtypes.bfloat16`), float32 or float64; NumPy, CuPy, or anything
             with `__cuda_array_interface__` or DLPack. Strides are welcome.
         c: (V, D) classifier, of e's dtype, on e's device. If N == V nothing tells it from e, which comes first here.
-        targets: (...) integers in [0, V), or `ignore_index`.
+        targets: (...) integers in [0, V), or `ignore_index`; or (..., K) with `target_probs`.
         return_lse: return `(loss, lse)`.
         bias: (V,) added to the logits; of e's dtype or float32.
         ignore_index: tokens with this target take no part, whatever stands in their rows.
@@ -118,6 +140,16 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         class_weights: (V,) numbers that multiply a token's loss, by its target; with label smoothing, each entry's share of it.
         token_weights: numbers or booleans, of targets' shape (they shift with the targets), that multiply a token's whole loss.
             One of weight 0 takes no part, whatever stands in its row.
+        target_probs: (..., K) numbers t, then targets are (..., K) too, with `ignore_index` as padding. The loss of a token is
+            the sum of t_k * (lse - logit of target k), as if it were K tokens of weights t_k. They need not sum to 1. A mean
+            divides by their sum, and label smoothing spreads a part of it. They shift with the targets.
+        entropy: return the entropy of each token's distribution too, in nats: a `LossStatistics` in place of the loss.
+        sum_squares: return the sum of the squares of each token's probabilities too.
+        top_k: return each token's k largest log-probabilities and their entries too, of equal ones the lower entry first. So
+            top_k=1 gives the accuracy.
+        batch_invariant: what is found of a token (log-probabilities, lse, entropy, sum of squares, best entries) is bitwise the
+            same whatever other tokens stand beside it, and how many. So is its row of the gradient of `e`, which is exact then,
+            for the same upstream gradient of its own; a mean over all tokens is none of its own.
         reduction: "mean" over the tokens that count (nan if none does), "sum", or "none". With weights, the mean divides by the
             sum of token weight times class weight of the target (nan, with gradients of 0, if that is 0).
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
@@ -143,12 +175,14 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
 
     Returns:
         The loss, an array of e's kind on e's device: 0-d, or for "none" in the shape of `targets[..., shift:]` with 0
-        where ignored. float32, or float64 for float64 inputs.
+        where ignored. float32, or float64 for float64 inputs. With `entropy`, `sum_squares` or `top_k` a `LossStatistics`,
+        which has the loss, the lse and what was asked for.
 
     Raises:
         TypeError: an argument is no array, or has the wrong dtype.
         ValueError: shapes, devices, targets or option values do not fit.
         BackendUnavailable: the backend that was asked for cannot run here.
+        NotImplementedError: the backend does not have what is asked for yet.
 
     >>> e, c = np.zeros((3, 4), np.float32), np.ones((8, 4), np.float32)
     >>> linear_cross_entropy(e, c, np.array([1, 2, 3])).round(4)  # log(8): all of 8 entries are as likely
@@ -157,8 +191,16 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
     return_lse = flag("return_lse", return_lse)
     with driver.prepared(e, c, targets, options) as (problem, plan):
         done = driver.forward(problem, plan)
-        loss = done.loss()
-        return (loss, problem.exported(done.statistics.lse)) if return_lse else loss
+        found = _returned(done, return_lse)
+        return found if len(found) > 1 else found[0]
+
+
+def _returned(done: ForwardPass, return_lse: bool) -> tuple[Any, ...]:
+    """`(loss,)`, `(loss, lse)`, or a `LossStatistics` where options ask for one."""
+    problem = done.problem
+    if problem.options.asks_for_more:
+        return LossStatistics(done.loss(), **done.beside())
+    return (done.loss(), problem.exported(done.statistics.lse)) if return_lse else (done.loss(),)
 
 
 def linear_cross_entropy_with_grad(
@@ -173,6 +215,8 @@ def linear_cross_entropy_with_grad(
     **options: Unpack[LossOptions],
 ) -> Any:
     """The loss and its gradients: `(loss, grads)`, or `(loss, lse, grads)` with `return_lse`.
+
+    With `entropy`, `sum_squares` or `top_k` it is `(found, grads)`, found being a `LossStatistics`.
 
     Arguments, errors and the loss are those of `linear_cross_entropy`. For "none" the gradients are those of the sum.
 
@@ -200,9 +244,9 @@ def linear_cross_entropy_with_grad(
     with driver.prepared(e, c, targets, options) as (problem, plan):
         destination = Destination.of(out, accumulate, arguments.wanted(wrt, problem), problem)
         done = driver.forward(problem, plan, GRADIENTS)  # all of them: so the loss has the same bits whichever are wanted
-        loss = done.loss()
+        found = _returned(done, return_lse)
         grads = done.backward(None, None, destination)
-        return (loss, problem.exported(done.statistics.lse), grads) if return_lse else (loss, grads)
+        return (found, grads) if isinstance(found, LossStatistics) else (*found, grads)
 
 
 def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Result:
@@ -221,7 +265,7 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
         statistics = done.statistics
         return Result(
             loss=done.loss(),
-            lse=problem.exported(statistics.lse),
+            **done.beside(),
             target_logit=problem.exported(statistics.target_logit),
             n_valid=problem.kind.export(statistics.n_valid),
             plan=plan,
@@ -237,16 +281,24 @@ def backward(
     d_loss: Any = None,
     d_lse: Any = None,
     *,
+    d_logprobs: Any = None,
+    d_entropy: Any = None,
     wrt: Iterable[str] | None = None,
     out: Gradients | None = None,
     accumulate: bool = False,
 ) -> Gradients:
     """Vector-Jacobian product: the gradients of `sum(d_loss * loss) + sum(d_lse * lse)`.
 
+    And of `sum(d_logprobs * logprobs) + sum(d_entropy * entropy)`, where these are given.
+
     Args:
         result: what `forward` returned; it may be used again.
         d_loss: upstream gradient of the loss: a scalar, or for "none" also an array in the shape of the loss. 1 by default.
         d_lse: upstream gradient of the lse: a scalar or an array in its shape. 0 by default. No weights multiply it.
+        d_logprobs: upstream gradient of the log-probabilities of the targets: a scalar or an array in their shape. 0 by
+            default. With d_loss=0 any function of log-probabilities, lse and entropy has its gradients here.
+        d_entropy: upstream gradient of the entropy, which `forward` was asked for: a scalar or an array in its shape. 0 by
+            default.
         wrt: which gradients to compute, out of "e", "c", "bias"; all that exist by default. Others are None.
         out: arrays to write gradients to, as in `linear_cross_entropy_with_grad`.
         accumulate: add to what `out` holds.
@@ -266,8 +318,7 @@ def backward(
         array.check()
     with problem.kind.current():
         destination = Destination.of(out, accumulate, gradients, problem)
-        done = ForwardPass(problem, result.plan, result._statistics, result._terms)
-        return done.backward(d_loss, d_lse, destination)
+        return result._done.backward(d_loss, d_lse, destination, d_logprobs=d_logprobs, d_entropy=d_entropy)
 
 
 def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Any:

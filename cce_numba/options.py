@@ -47,7 +47,7 @@ _ELSEWHERE = {
 }
 _IMMUTABLE = (bool, int, float, str, type(None))
 # Options that `Options` knows nothing of: arrays, or what may be one.
-_ARRAYS = ("bias", "logit_scale", "class_weights", "token_weights", "filter_seed")
+_ARRAYS = ("bias", "target_probs", "logit_scale", "class_weights", "token_weights", "filter_seed")
 
 
 class LossOptions(TypedDict, total=False):
@@ -63,6 +63,11 @@ class LossOptions(TypedDict, total=False):
     z_loss: float
     class_weights: Any
     token_weights: Any
+    target_probs: Any
+    entropy: bool
+    sum_squares: bool
+    top_k: int
+    batch_invariant: bool
     filter: Filter
     filter_seed: Any
     filter_eps: float | str | None
@@ -85,6 +90,11 @@ DEFAULTS: dict[str, Any] = {
     "z_loss": 0.0,
     "class_weights": None,
     "token_weights": None,
+    "target_probs": None,
+    "entropy": False,
+    "sum_squares": False,
+    "top_k": 0,
+    "batch_invariant": False,
     "filter": "unbiased",
     "filter_seed": 0,
     "filter_eps": "auto",
@@ -115,7 +125,7 @@ class Options:
 
     Attributes:
         ignore_index, softcap, reduction, label_smoothing, z_loss, filter, filter_e_grad, filter_c_grad, accum_e_fp32,
-            accum_c_fp32: as in `LossOptions`.
+            accum_c_fp32, entropy, sum_squares, top_k, batch_invariant: as in `LossOptions`.
         shift: how many tokens later the target of a token stands.
         filter_eps: a probability, or None where all gradients are exact.
         filter_is_auto: the threshold was not the caller's choice, so with `filter="drop"` a backend may leave out more where
@@ -135,6 +145,10 @@ class Options:
     filter_c_grad: bool
     accum_e_fp32: bool
     accum_c_fp32: bool
+    entropy: bool
+    sum_squares: bool
+    top_k: int
+    batch_invariant: bool
 
     @staticmethod
     def of(dtype: np.dtype, given: Mapping[str, Any], only: Iterable[str] = DEFAULTS) -> Options:
@@ -174,7 +188,13 @@ class Options:
             filter_c_grad=values["filter_c_grad"],
             accum_e_fp32=values["accum_e_fp32"],
             accum_c_fp32=values["accum_c_fp32"],
+            entropy=values["entropy"],
+            sum_squares=values["sum_squares"],
+            top_k=values["top_k"],
+            batch_invariant=values["batch_invariant"],
         )
+        if options.batch_invariant:  # the filter looks at all tokens of a block
+            options = replace(options, filter_e_grad=False)
         # The uniform term of label smoothing then reaches all entries, and no sum over them is known beforehand.
         return replace(options, filter_eps=None) if options.smooths_capped else options
 
@@ -198,6 +218,11 @@ class Options:
         if self.filter_eps is None:
             return False
         return ("e" in wrt and self.filter_e_grad) or (("c" in wrt or "bias" in wrt) and self.filter_c_grad)
+
+    @property
+    def asks_for_more(self) -> bool:
+        """Whether more is to be returned than a loss or log-probabilities, and the log-sum-exp."""
+        return self.entropy or self.sum_squares or self.top_k > 0
 
     @property
     def is_unbiased(self) -> bool:
@@ -256,7 +281,10 @@ def _checked(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
         "shift": _shift(value["shift"]),
         "z_loss": _number("z_loss", value["z_loss"], "a finite number >= 0", lambda x: 0 <= x <= largest),
     }
-    flags = ("filter_e_grad", "filter_c_grad", "accum_e_fp32", "accum_c_fp32")
+    if (top_k := integer("top_k", value["top_k"])) < 0 or isinstance(value["top_k"], bool):
+        raise ValueError(f"top_k: must be an integer >= 0, how many entries to return, got {value['top_k']!r}")
+    canonical["top_k"] = top_k
+    flags = ("filter_e_grad", "filter_c_grad", "accum_e_fp32", "accum_c_fp32", "entropy", "sum_squares", "batch_invariant")
     return Options.unchecked(dtype, canonical | {name: flag(name, value[name]) for name in flags})
 
 

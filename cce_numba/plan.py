@@ -67,16 +67,24 @@ def choose(p: Problem, backend: str | None) -> Plan:
 def choose_backend(p: Outline | Problem, backend: str | None) -> tuple[str, dict[str, str]]:
     """The name of the forced backend, or of the first in `BACKENDS` that can take the problem, and why not those before it.
 
-    Raises ValueError for a name that is none, BackendUnavailable if the forced one (or every one) cannot.
+    Raises ValueError for a name that is none, BackendUnavailable if the forced one (or every one) cannot, NotImplementedError
+    if one could but for an extra that it does not have yet.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     rejected: dict[str, str] = {}
+    unfinished: list[str] = []
     for name in (backend,) if backend else BACKENDS:
-        reason = backend_module(name).why_not(p)
+        module = backend_module(name)
+        reason = module.why_not(p)
         if reason is None:
-            return name, rejected
+            if not (lacking := p.extras - module.EXTRAS):
+                return name, rejected
+            reason = f"it does not have {', '.join(sorted(lacking))} yet"
+            unfinished.append(f"backend {name!r} does not have it yet: {', '.join(sorted(lacking))}")
         rejected[name] = reason
+    if unfinished:
+        raise NotImplementedError(f"{', '.join(sorted(p.extras))}: {'; '.join(unfinished)}")
     if backend:
         raise BackendUnavailable(f"backend: {backend!r} cannot run this: {rejected[backend]}")
     raise BackendUnavailable("no backend can run this:\n" + "\n".join(f"  {name}: {why}" for name, why in rejected.items()))

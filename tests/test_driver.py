@@ -242,6 +242,8 @@ def test_a_token_takes_part_by_any_of_its_weights():
     softmax, target, uniform = np.eye(4)[:3]
     assert Weights(softmax, target, uniform).taking_part(np.arange(4)).tolist() == [0, 1, 2]
     assert Weights(softmax, target).taking_part(np.array([3, 1])).tolist() == [1]
+    assert Weights(softmax, target, entropy=uniform).taking_part(np.arange(4)).tolist() == [0, 1, 2]
+    assert Weights(softmax, np.stack([target, uniform], axis=1)).taking_part(np.arange(4)).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("terms", ["nothing else", "smoothing", "smoothing, capped"])

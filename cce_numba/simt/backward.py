@@ -83,7 +83,8 @@ def backward(
         list_columns_kernel.launch(n_blocks, kept_g, tokens, weights, columns)
         if len(lists) > 1:
             list_columns_kernel.launch(n_blocks, kept_e, tokens, weights, columns_e)
-        g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p), given.uniform is not None, unbiased)
+        terms_of_g = given.uniform is not None, unbiased, given.entropy is not None, p.K is not None
+        g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p), *terms_of_g)
         g_grid = n_blocks, ceil_div(v1 - v0, tiles.block_v)
         g_kernel.launch(g_grid, e, c, terms, found, tokens, weights, columns, chance, g)
         if d_e is not None and into_e is not None:

@@ -28,7 +28,7 @@ from cce_numba.simt.indexed_dot import indexed_dot
 from cce_numba.simt.logits import make_products_tile, make_terms
 from cce_numba.simt.numbers import conversions, real_of
 from cce_numba.simt.product import make_product
-from cce_numba.simt.records import LogitTerms, bias_dtype_of
+from cce_numba.simt.records import LogitTerms, bias_dtype_of, by_target
 from cce_numba.simt.staging import ALIGNMENT, Operand
 from cce_numba.simt.tiles import SimtTiles
 from cce_numba.simt.tokens import list_tokens
@@ -89,7 +89,8 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, fol
         for r in range(t, block_n, threads):
             token = tokens.listed[min(n0 + r, n_valid - 1)]  # a row past the end repeats the last token
             e_rows[r], row_scale[r] = token, scale_of(terms, token)
-        states = begin(arrays, Block(tokens, n0, splits.first_tile > 0))
+        split = splits.first_split + cuda.blockIdx.y
+        states = begin(arrays, Block(tokens, n0, splits.first_tile > 0, split))
 
         first = (splits.first_tile + cuda.blockIdx.y * splits.tiles_per_split) * block_v
         last = min(first + splits.tiles_per_split * block_v, splits.last_tile * block_v, V)
@@ -112,7 +113,7 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, fol
 
         for r in range(t, block_n, threads):
             if n0 + r < n_valid:
-                write(states, r, parts, splits.first_split + cuda.blockIdx.y, n0 + r)
+                write(states, r, parts, split, n0 + r)
 
     return ArrayKernel(lse_kernel, block=(tiles.threads_v, tiles.threads_n), ctas=tiles.ctas)
 
@@ -140,7 +141,7 @@ def make_finish_kernel(tiles: SimtTiles, real: np.dtype, folds: tuple[Fold, ...]
         rows = read(parts, 0, own)
         for split in range(1, n_splits):
             rows = merge(rows, read(parts, split, own))
-        store(rows, arrays, Place(tokens.listed[own], position < n_valid, r, n_block, V))
+        store(rows, arrays, Place(tokens.listed[own], position < n_valid, r, n_block, V, own, n_splits))
 
     return ArrayKernel(finish_kernel, block=block_n)
 
@@ -159,7 +160,8 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
     splits = [count_splits(n_blocks, last - first) for first, last in phases]
 
     folds = folds_.of_problem(p, record_survivors)
-    records = [fold.arrays(Given(p, tiles, tokens, p.targets, bound, seed)) for fold in folds]
+    given = Given(p, tiles, tokens, by_target(p.targets), bound, seed, sum(splits))
+    records = [fold.arrays(given) for fold in folds]
     shape = sum(splits), p.N
     parts = [tuple(xp.empty(shape, dtype) for dtype in fold.row_dtypes(p.compute_dtype)) for fold in folds]
     listed, of_folds, found = argument(tokens), argument(tuple(records)), argument(tuple(parts))
@@ -184,8 +186,19 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
         survivor_block=tiles.survivor_block,
         mean_logit=results.pop("mean_logit", None),
         draw_seed=None if seed is None else seed.reshape(()),
+        entropy=results.pop("entropy", None),
+        sum_squares=results.pop("sum_squares", None),
+        top_logits=results.pop("top_logits", None),
+        top_ids=results.pop("top_ids", None),
         folded=results,
     )
+
+
+def bytes_of_row(p: Problem) -> int:
+    """What each split leaves of a token, in bytes, until it is merged."""
+    dtypes = [dtype for fold in folds_.of_problem(p, False) for dtype in fold.row_dtypes(p.compute_dtype)]
+    of_best = p.options.top_k * (p.compute_dtype.itemsize + 8) + 8 if p.options.top_k else 0
+    return sum(dtype.itemsize for dtype in dtypes) + of_best
 
 
 def count_splits(n_blocks: int, v_tiles: int) -> int:

@@ -100,6 +100,8 @@ class Arrays:
             survivors=None if self.bits is None else self.bits.view(np.uint8)[:, : ceil_div(p.V, 8)],
             survivor_block=layout.tiles.survivor_block,
             draw_seed=None if self.seed is None else self.seed[0],
+            entropy=results.pop("entropy", None),
+            sum_squares=results.pop("sum_squares", None),
             mean_logit=None if total_logit is None else total_logit / np.float32(p.V),
             folded=results,
         )

@@ -31,6 +31,7 @@ class LogitTerms(Record):
     scale = U64  # address of (N,) float32, by row of e
     uniform_weight = U64  # address of (N,) float32, by row of e: in the backward, what label smoothing takes from each logit
     class_weights = U64  # address of (V,) float32
+    entropy_weight = U64  # address of (N,) float32, by row of e: in the backward, what multiplies p * log(p)
 
 
 class Tokens(Record):
@@ -123,9 +124,10 @@ class Chance(Record):
 class RowWeights(Record):
     """What makes the gradient of the logits of one token out of these logits (`gradient`)."""
 
-    softmax = F32  # weight of the softmax, divided by the sum of 2^(log2(e) * z - shift)
+    softmax = F32  # weight of the softmax, divided by the sum of 2^(log2(e) * z - shift); less `entropy` * log2 of that sum
     shift = F32  # `exponentials.shift_of` the largest logit
     target_weight = F32  # weight of the one-hot target
     target = I32  # vocabulary entry, -1 for none
     scale = F32  # of the logits
     uniform = F32  # what label smoothing takes from the gradient of an entry whose class weight is 1
+    entropy = F32  # ln 2 times the weight of p * log(p), divided by the sum as the softmax's is

@@ -12,11 +12,20 @@ them, `call` for what they compute, `memory` for whose memory they take.
 (2.0794, torch.Size([8, 4]))
 """
 
+from cce_numba.torch.distillation import linear_distillation
 from cce_numba.torch.functional import (
     LinearCrossEntropy,
     compute_z_loss,
     linear_cross_entropy,
     linear_cross_entropy_backward,
 )
+from cce_numba.torch.logprobs import linear_logprobs
 
-__all__ = ["LinearCrossEntropy", "compute_z_loss", "linear_cross_entropy", "linear_cross_entropy_backward"]
+__all__ = [
+    "LinearCrossEntropy",
+    "compute_z_loss",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
+    "linear_distillation",
+    "linear_logprobs",
+]

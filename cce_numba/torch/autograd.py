@@ -13,14 +13,14 @@ import torch
 from torch.autograd import forward_ad
 
 from cce_numba.torch import call, memory, operators
-from cce_numba.torch.call import TENSORS
+from cce_numba.torch.call import TENSORS, Outputs, Upstream
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _NONE = (None,) * (len(TENSORS) + 2)
 
 
-def apply(tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(loss, lse)`, recorded by autograd; lse (N,) is flat, 0 where ignored or shifted away.
+def apply(tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any]) -> Outputs:
+    """What was asked for, recorded by autograd; all but the loss is flat, (N, ...), 0 where ignored or shifted away.
 
     `tensors`: `call.TENSORS`; `given`: the options that are no tensors, by name; defaults may be missing.
     """
@@ -28,7 +28,7 @@ def apply(tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any]) -> t
     wrt = call.wanted(tensors)
     if is_watched(tensors):
         return operators.forward(tensors, given, wrt)
-    return CutCrossEntropy.apply(*tensors, given, wrt)
+    return Outputs(*CutCrossEntropy.apply(*tensors, given, wrt))
 
 
 def is_watched(tensors: Iterable[torch.Tensor | None]) -> bool:
@@ -69,32 +69,37 @@ class CutCrossEntropy(torch.autograd.Function):
     """The operators' work and derivative. What a backward needs is autograd's to keep: it frees it, and notices changes."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor | None, ...]:
         """Takes `call.TENSORS`, the other options by name, and the names of the gradients that a backward is to give."""
         *tensors, given, wrt = inputs
         with call.prepared(tensors, given) as (problem, plan):
-            loss, arrays = call.forward(problem, plan, wrt)
+            loss, arrays, more = call.forward(problem, plan, wrt)
             lse, *others = (memory.tensor_of(array) for array in (arrays if wrt else arrays[:1]))
+            entropy = None
+            if problem.options.entropy:
+                entropy = others[-1] if wrt else memory.tensor_of(arrays[-1])
+            logprobs, *without_gradient = (None if array is None else memory.tensor_of(array) for array in more)
         if wrt:
             ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(x for x in without_gradient if x is not None))
             ctx.save_for_backward(*call.for_backward(tensors), lse, *others)
             ctx.given, ctx.plan = given, plan
-        return loss, lse
+        return loss, lse, logprobs, entropy, *without_gradient
 
     @staticmethod
-    def backward(ctx: Any, d_loss: Any, d_lse: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
         """The gradients of e, c and bias that are needed."""
-        names = operators.needed(ctx)
-        if not names or (d_loss is None and d_lse is None):
+        names, upstream = operators.needed(ctx), Upstream(*d_outputs[: len(Upstream._fields)])
+        if not names or upstream.is_nothing():
             return _NONE
         kept = ctx.saved_tensors
         tensors, saved = kept[: len(TENSORS)], kept[len(TENSORS) :]
         is_recorded = torch.is_grad_enabled()  # for second derivatives
-        if is_recorded or is_watched((d_loss, d_lse, *kept)) or _is_batched(d_loss) or _is_batched(d_lse):
-            grads = operators.backward(saved, tensors, ctx.given, d_loss, d_lse, names)
+        if is_recorded or is_watched((*upstream, *kept)) or any(map(_is_batched, upstream)):
+            grads = operators.backward(saved, tensors, ctx.given, upstream, names)
         else:
             grads = call.gradients_like(tensors, names)
             given = {**ctx.given, "check_targets": False}  # the forward has looked
             with call.prepared(tensors, given, ctx.plan) as (problem, plan):
-                call.backward(problem, plan, saved, d_loss, d_lse, grads)
+                call.backward(problem, plan, saved, upstream, grads)
         return *(grads.get(name) for name in TENSORS), None, None

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from cce_numba import driver, interchange
-from cce_numba.arguments import GRADIENTS, Problem
+from cce_numba.arguments import GRADIENTS, Ids, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, backend_module
 from cce_numba.destination import Destination
 from cce_numba.driver import ForwardPass
@@ -26,9 +26,36 @@ from cce_numba.plan import Plan
 from cce_numba.torch import memory
 
 # All but the first three may be None. A forward alone reads the last: backwards take the seed that it made, and have None.
-TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights", "filter_seed")
+TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights", "target_probs", "filter_seed")
 _ON_CPU = Kind("torch", None, memory.tensor_of)
-SAVED = ("lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "mean_logit", "draw_seed")
+SAVED = ("lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "mean_logit", "draw_seed", "entropy")
+MORE = ("logprobs", "sum_squares", "top_logprobs", "top_ids")  # what a backward does not need
+LOGPROBS = "logprobs"  # in place of a reduction: targets are ids whose log-probabilities are wanted, and there is no loss
+
+
+class Outputs(NamedTuple):
+    """What autograd sees of a forward: the loss, and flat (N, ...) what else was asked for. The last three have no gradient."""
+
+    loss: torch.Tensor
+    lse: torch.Tensor
+    logprobs: torch.Tensor | None
+    entropy: torch.Tensor | None
+    sum_squares: torch.Tensor | None
+    top_logprobs: torch.Tensor | None
+    top_ids: torch.Tensor | None
+
+
+class Upstream(NamedTuple):
+    """What flows back into the first of the `Outputs`; None where nothing does."""
+
+    loss: torch.Tensor | None
+    lse: torch.Tensor | None
+    logprobs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+    def is_nothing(self) -> bool:
+        """Whether nothing flows back."""
+        return all(x is None for x in self)
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,39 +87,48 @@ def prepared(
     e, c, targets, *others = tensors
     assert e is not None, "of TENSORS, the first three are never None"
     arrays = {name: x for name, x in zip(TENSORS[3:], others, strict=True) if x is not None}
+    given, ids = {**given, **arrays}, given.get("reduction") == LOGPROBS
+    if ids:
+        del given["reduction"]
     on_cpu = e.device.type == "cpu"
     kind = _ON_CPU if on_cpu else Kind("torch", e.get_device(), memory.tensor_of)
     backend = "cpu" if on_cpu else None  # no need to ask those for GPUs
     with (
         memory.from_pytorch(e.device),
-        driver.prepared(e, c, targets, {**given, **arrays}, kind=kind, backend=backend, plan=plan) as both,
+        driver.prepared(e, c, Ids(targets) if ids else targets, given, kind=kind, backend=backend, plan=plan) as both,
     ):
         yield both
 
 
-def forward(problem: Problem, plan: Plan, wrt: Collection[str]) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    """The loss and the arrays `SAVED`, inside `prepared`. `wrt`: the gradients that a backward is to give."""
+def forward(problem: Problem, plan: Plan, wrt: Collection[str]) -> tuple[torch.Tensor, tuple[Any, ...], tuple[Any, ...]]:
+    """The loss and the arrays `SAVED` and `MORE`, inside `prepared`. `wrt`: the gradients that a backward is to give.
+
+    Of the latter those that were not asked for are None.
+    """
     done = driver.forward(problem, plan, wrt)
     form = backend_module(plan.backend).statistics_form(problem)
-    return done.loss(), _saved(problem, form, done.statistics, problem.options.records_survivors(wrt))
+    logprobs = None if problem.has_loss else done.logprobs()
+    more = logprobs, done.statistics.sum_squares, done.top_logprobs(), done.statistics.top_ids
+    return done.loss(), _saved(problem, form, done.statistics, problem.options.records_survivors(wrt)), more
 
 
 def backward(
     problem: Problem,
     plan: Plan,
     saved: Sequence[torch.Tensor],
-    d_loss: torch.Tensor | None,
-    d_lse: torch.Tensor | None,
+    upstream: Upstream,
     grads: dict[str, torch.Tensor],
 ) -> None:
-    """Writes the gradients of `sum(d_loss * loss) + sum(d_lse * lse)`, lse being flat, to `grads`, made by `gradients_like`."""
+    """Writes the gradients that follow from what flows into the outputs to `grads`, made by `gradients_like`."""
     flat = {name: interchange.take(name, grad).reshape(getattr(problem, name).shape) for name, grad in grads.items()}
     destination = Destination(frozenset(grads), Gradients(**grads), Gradients(**flat), False)  # fresh: nothing to check
     form = backend_module(plan.backend).statistics_form(problem)
-    if d_lse is not None:
-        d_lse = problem.per_token(interchange.take("d_lse", d_lse))
+    d_lse, d_logprobs, d_entropy = (
+        None if x is None else problem.per_token(interchange.take("an upstream gradient", x)) for x in upstream[1:]
+    )
     done = ForwardPass.of(problem, plan, _statistics(problem, form, saved))
-    done.backward(0.0 if d_loss is None else d_loss, d_lse, destination)
+    d_loss = 0.0 if upstream.loss is None else upstream.loss
+    done.backward(d_loss, d_lse, destination, d_logprobs=d_logprobs, d_entropy=d_entropy)
 
 
 def for_backward(tensors: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
@@ -130,8 +166,9 @@ def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: b
         bits = all_bits
     if mean_logit is None:
         mean_logit = statistics.lse[:0]
+    entropy = statistics.lse[:0] if statistics.entropy is None else statistics.entropy
     numbers = statistics.lse, statistics.max_logit, statistics.log_sum, statistics.target_logit
-    return *numbers, statistics.n_valid, tokens, bits, mean_logit, draw_seed
+    return *numbers, statistics.n_valid, tokens, bits, mean_logit, draw_seed, entropy
 
 
 def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -146,7 +183,7 @@ def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor]) -> Statistics:
     """What `_saved` was made of, out of tensors of it."""
-    *others, mean_logit, draw_seed = saved
+    *others, mean_logit, draw_seed, entropy = saved
     lse, max_logit, log_sum, target_logit, n_valid, tokens, bits = map(memory.array_of, others)
     if not p.on_device:
         tokens = tokens[: int(n_valid)]
@@ -164,4 +201,5 @@ def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor])
         survivor_block=form.survivor_block,
         mean_logit=memory.array_of(mean_logit) if p.options.smooths_capped else None,
         draw_seed=memory.array_of(draw_seed) if draw_seed.numel() else None,
+        entropy=memory.array_of(entropy) if len(entropy) == p.N else None,
     )

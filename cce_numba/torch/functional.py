@@ -15,13 +15,14 @@ from cce_numba.arguments import GRADIENTS
 from cce_numba.backend import Gradients
 from cce_numba.destination import Destination
 from cce_numba.options import DEFAULTS, PRESETS, REDUCTIONS, unknown
+from cce_numba.returned import LossStatistics
 from cce_numba.torch import autograd, call, checks
 
 STORED_LOGITS = "torch_compile"
-_TENSOR_OPTIONS = ("logit_scale", "class_weights", "token_weights")
+_TENSOR_OPTIONS = ("logit_scale", "class_weights", "token_weights", "target_probs")
 _BUFFERS = (*_TENSOR_OPTIONS, "filter_seed")  # of the module, where they are tensors
 _DEFAULTS = DEFAULTS | {"impl": "cce", "return_lse": False}
-_NOT_IN_BASELINE = (*_TENSOR_OPTIONS, "label_smoothing", "z_loss")
+_NOT_IN_BASELINE = (*_TENSOR_OPTIONS, "label_smoothing", "z_loss", "entropy", "sum_squares", "top_k", "batch_invariant")
 
 
 def linear_cross_entropy(
@@ -46,6 +47,11 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     class_weights: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
+    target_probs: torch.Tensor | None = None,
+    entropy: bool = False,
+    sum_squares: bool = False,
+    top_k: int = 0,
+    batch_invariant: bool = False,
     filter: str = "unbiased",
     filter_seed: int | torch.Tensor = 0,
     check_targets: bool | None = None,
@@ -95,6 +101,11 @@ def linear_cross_entropy(
         z_loss: weight of `lse**2` in each token's loss.
         class_weights: (V,). Like all tensors that are not e, c or bias it gets no gradient, and must not require one.
         token_weights: of targets' shape.
+        target_probs: (..., K) what each of a few targets counts, for targets (..., K) with `ignore_index` as padding.
+        entropy: return each token's entropy too, with its gradient: a `LossStatistics` in place of the loss.
+        sum_squares: return the sum of each token's squared probabilities too, which has no gradient.
+        top_k: return each token's k largest log-probabilities, which have no gradient, and their entries too.
+        batch_invariant: a token's numbers are bitwise the same whatever other tokens stand beside it.
         filter: "unbiased" keeps by chance some of what is below `filter_eps` in all of a block's tokens, and multiplies it, so
             that gradients are right on average; "drop" leaves it out; see `cce_numba.linear_cross_entropy`.
         filter_seed: an integer, or a 0-d tensor of one on e's device or on the CPU. One on e's device may change in place from
@@ -106,13 +117,15 @@ def linear_cross_entropy(
 
     Returns:
         The loss: 0-d, or for "none" in the shape of `targets[..., shift:]` with 0 where ignored. With `return_lse` also the
-        natural-log log-sum-exp in that shape, 0 where ignored.
+        natural-log log-sum-exp in that shape, 0 where ignored. With `entropy`, `sum_squares` or `top_k` a
+        `cce_numba.LossStatistics` of loss, lse and what was asked for.
 
     Raises:
         TypeError: an argument is no tensor, or has the wrong dtype.
         ValueError: shapes, devices, targets or option values do not fit.
         BackendUnavailable: the backend that was asked for cannot run here.
-        NotImplementedError: in a backward through the gradients: they have no derivatives.
+        NotImplementedError: in a backward through the gradients: they have no derivatives; or the backend does not have what
+            is asked for yet.
 
     >>> e, c = torch.zeros(2, 3, 4, requires_grad=True), torch.ones(8, 4)
     >>> loss, lse = linear_cross_entropy(e, c, torch.tensor([[1, 2, 3], [4, 5, -100]]), shift=True, return_lse=True)
@@ -123,12 +136,8 @@ def linear_cross_entropy(
     if others:
         raise unknown(next(iter(others)), _DEFAULTS)
     name = _impl(impl)
-    checks.check_tensors(
-        e,
-        c,
-        targets,
-        {"bias": bias, "logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights},
-    )
+    optional = {"bias": bias, "logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
+    checks.check_tensors(e, c, targets, optional | {"target_probs": target_probs})
     e, c, bias = checks.cast(e, c, bias)
     options = {
         "ignore_index": ignore_index,
@@ -145,6 +154,10 @@ def linear_cross_entropy(
         "backend": backend,
         "accum_e_fp32": accum_e_fp32,
         "accum_c_fp32": accum_c_fp32,
+        "entropy": entropy,
+        "sum_squares": sum_squares,
+        "top_k": top_k,
+        "batch_invariant": batch_invariant,
     }
     checks.check_options(e.dtype, options, return_lse)
     del options["accum_e_fp32"], options["accum_c_fp32"]  # which change nothing here
@@ -155,7 +168,7 @@ def linear_cross_entropy(
         options["logit_scale"] = logit_scale
     given = call.given(options)
     if name == STORED_LOGITS:
-        terms = {**given, "logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
+        terms = {**given, **optional, "target_probs": target_probs}
         if refused := [term for term in _NOT_IN_BASELINE if terms.get(term) is not None]:
             raise ValueError(
                 f"{refused[0]}: is not in the baseline, impl {STORED_LOGITS!r}; take another impl, or leave it out"
@@ -163,12 +176,25 @@ def linear_cross_entropy(
         loss, lse = _from_stored_logits(e, c, targets, bias, ignore_index, softcap, reduction, int(shift))
         return (loss, lse) if return_lse else loss
     seed = checks.filter_seed(filter_seed, e.device)
-    tensors = e, c, targets, bias, scales, class_weights, token_weights, None if filter == "drop" else seed
-    loss, flat_lse = autograd.apply(tensors, {**given, **PRESETS[name]})
-    if not return_lse:
-        return loss
-    lse = flat_lse.reshape(targets.shape)
-    return loss, lse[..., : lse.shape[-1] - int(shift)] if shift else lse
+    seed = None if filter == "drop" else seed
+    tensors = e, c, targets, bias, scales, class_weights, token_weights, target_probs, seed
+    outputs = autograd.apply(tensors, {**given, **PRESETS[name]})
+    if entropy or sum_squares or top_k:
+        return LossStatistics(outputs.loss, **beside(outputs, e.shape[:-1], int(shift)))
+    return (outputs.loss, per_token(outputs.lse, e.shape[:-1], int(shift))) if return_lse else outputs.loss
+
+
+def per_token(flat: torch.Tensor, tokens: torch.Size, shift: int) -> torch.Tensor:
+    """(N, ...) as the caller sees it: of e's tokens without the last `shift` of each sequence."""
+    batch = flat.reshape((*tokens, *flat.shape[1:]))
+    return batch.narrow(len(tokens) - 1, 0, tokens[-1] - shift) if shift else batch
+
+
+def beside(outputs: call.Outputs, tokens: torch.Size, shift: int) -> dict[str, torch.Tensor | None]:
+    """What is returned beside the loss or the log-probabilities, by name."""
+    names = ("lse", "entropy", "sum_squares", "top_logprobs", "top_ids")
+    of_name = {name: getattr(outputs, name) for name in names}
+    return {name: None if x is None else per_token(x, tokens, shift) for name, x in of_name.items()}
 
 
 class LinearCrossEntropy(torch.nn.Module):
@@ -294,7 +320,7 @@ def linear_cross_entropy_backward(
     *,
     d_loss: Any = 1.0,
     **options: Any,
-) -> torch.Tensor:
+) -> Any:
     """The loss, with its backward done: the kernels add the gradients to `.grad`, in place.
 
     Autograd makes a gradient and then adds it to a `.grad` that is there, so it holds two of the classifier's for a while. Here
@@ -307,7 +333,8 @@ def linear_cross_entropy_backward(
         d_loss: the upstream gradient (a loss scale, 1 / micro-batches), as in `cce_numba.backward`.
         options: those of `cce_numba.linear_cross_entropy`, but `accum_e_fp32` and `accum_c_fp32`.
 
-    Returns the loss, detached, without d_loss. Raises what `linear_cross_entropy` does, and for a `.grad` that does not fit.
+    Returns the loss, detached, without d_loss; a `LossStatistics` where options ask for one. Raises what
+    `linear_cross_entropy` does, and for a `.grad` that does not fit.
 
     >>> body, weight = torch.ones(4, 4, requires_grad=True), torch.zeros(8, 4, requires_grad=True)
     >>> e = torch.eye(2, 4) @ body
@@ -332,6 +359,8 @@ def linear_cross_entropy_backward(
                 raise type(error)(re.sub(r"\bout\.(\w+)", r"\1.grad", str(error))) from None
             done = driver.forward(problem, plan, GRADIENTS if grads else ())
             loss = done.loss()
+            if problem.options.asks_for_more:
+                loss = LossStatistics(loss, **done.beside())
             if grads:
                 done.backward(d_loss, None, destination)
     onward = [name for name, x in inputs.items() if not x.is_leaf]

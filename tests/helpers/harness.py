@@ -11,6 +11,8 @@ import pytest
 from numba import config
 
 import cce_numba as cce
+from cce_numba import logprobs
+from cce_numba.backend import backend_module
 from cce_numba.survivors import unpack_survivors
 from tests.helpers.cases import DTYPES, Case, Edges
 
@@ -59,8 +61,14 @@ class Harness:
         if dtype not in self.edges.dtypes:
             pytest.skip(f"backend {self.backend} takes {', '.join(map(str, self.edges.dtypes))}; this is about {dtype}")
 
+    def skip_unless_it_has(self, *extras: str) -> None:
+        """Skips a test of an extra that this backend does not have yet; another test makes sure that it says so."""
+        if missing := set(extras) - backend_module(self.backend).EXTRAS:
+            pytest.skip(f"backend {self.backend} does not have {', '.join(sorted(missing))} yet")
+
     def backward(self, result: cce.Result, d_loss: Any = None, d_lse: Any = None, **named: Any) -> cce.Gradients:
-        """Gradients as NumPy."""
+        """Gradients as NumPy. named: other arguments of `cce.backward`, arrays among them."""
+        named = {name: self.device(x) if isinstance(x, np.ndarray) and x.ndim else x for name, x in named.items()}
         upstream = [self.device(x) if isinstance(x, np.ndarray) and x.ndim else x for x in (d_loss, d_lse)]
         grads = cce.backward(result, *upstream, **named)
         return cce.Gradients(*(self.host(getattr(grads, f.name)) for f in dataclasses.fields(grads)))
@@ -76,6 +84,13 @@ class Harness:
         if function != "linear_cross_entropy":  # the building blocks filter nothing
             options.pop("filter", None)
         return self.host(getattr(cce, function)(*arrays, **options, **named))
+
+    def logprobs(self, case: Case, **options: Any) -> dict[str, Any]:
+        """`linear_logprobs` of the case's targets, as NumPy by name; None for what was not asked for."""
+        self.skip_unless_it_takes(case.e.dtype)
+        given = {name: x for name, x in self._options(case).items() if name in logprobs.OPTIONS}
+        found = cce.linear_logprobs(*self._arrays(case), **given, **options)
+        return {name: self.host(x) for name, x in found._asdict().items()}
 
     def kept(self, result: cce.Result, V: int) -> np.ndarray | None:
         """(n_valid, V) bool: what the filter keeps of G; None if nothing was recorded."""

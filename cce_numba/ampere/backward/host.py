@@ -15,9 +15,8 @@ from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.integers import ceil_div
 from cce_numba.tensor_core import matrices
-from cce_numba.tensor_core.backward.passes import in_passes, output_of, run_survey
+from cce_numba.tensor_core.backward.passes import Call, in_passes, output_of, run_survey
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import Chance
 from cce_numba.tensor_core.survey import Products
 
 
@@ -26,17 +25,9 @@ def backward(p: Problem, statistics: Statistics, weights: Weights, into: Gradien
     in_passes(p, statistics, weights, into, adds, _pass)
 
 
-def _pass(
-    p: Problem,
-    statistics: Statistics,
-    weights: Weights,
-    e: Any,
-    c: Any,
-    into: Gradients,
-    adds: bool,
-    keep_all: bool,
-) -> None:
+def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = None, e_if: Any = None) -> None:
     """Makes gradients that share a filter; see `passes.in_passes`. Rows of dE of tokens without weight stay as they are."""
+    p, weights, adds = call.p, call.weights, call.adds
     d_e = None if into.e is None else matrices.whole_chunks(into.e, with_values=True)
     d_c = None if into.c is None else matrices.whole_chunks(into.c, with_values=adds)
     d_bias = None if into.bias is None else p.xp.zeros(p.V, np.float32)
@@ -53,24 +44,26 @@ def _pass(
     scratch = p.xp.empty(layout.nbytes, np.uint8)
     scratch[: 4 * layout.counters] = 0  # they are the first
     base = scratch.data.ptr
-    tables, products = base + layout.offsets["survey"], Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds)
-    run_survey(p, statistics, weights, layout.survey, tables, keep_all, products)
-    capped, scaled, smoothed = p.options.softcap is not None, p.logit_scale is not None, weights.uniform is not None
-    by_chance = p.options.is_unbiased and not keep_all
-    chance = Chance(eps=p.options.filter_eps, seed=statistics.draw_seed.data.ptr) if by_chance else Chance(eps=0.0, seed=0)
-    kernel = make_backward_kernel(tiles, p.dtype, capped, d_bias is not None, scaled, smoothed, by_chance)
-    kernel.launch(
-        device.multiprocessors,
-        matrix_of(e),
-        matrix_of(c),
-        terms_of(p, weights.uniform),
-        chance,
-        statistics.n_valid.data.ptr,
-        layout.survey.at(tables),
-        layout.at(base),
-        outputs,
-        Shape(blocks=layout.blocks, V=p.V, D=p.D),
-    )
+    tables = base + layout.offsets["survey"]
+    products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)
+    run_survey(call, layout.survey, tables, keep_all, products, leaves_dense)
+    capped, scaled = p.options.softcap is not None, p.logit_scale is not None
+    smoothed, entropic = weights.uniform is not None, weights.entropy is not None
+    for by_chance, runs, chance in call.runs(keep_all, leaves_dense):
+        kernel = make_backward_kernel(tiles, p.dtype, capped, d_bias is not None, scaled, smoothed, by_chance, entropic)
+        kernel.launch(
+            device.multiprocessors,
+            matrix_of(call.e),
+            matrix_of(call.c),
+            terms_of(p, weights.uniform, weights.entropy),
+            chance,
+            call.statistics.n_valid.data.ptr,
+            layout.survey.at(tables),
+            runs,
+            layout.at(base),
+            outputs,
+            Shape(blocks=layout.blocks, V=p.V, D=p.D),
+        )
     for made, wanted in ((d_e, into.e), (d_c, into.c)):
         if wanted is not None and made is not wanted:
             wanted[...] = made

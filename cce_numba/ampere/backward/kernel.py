@@ -37,9 +37,10 @@ from cce_numba.ptx import fragment as fragments
 from cce_numba.ptx.pointers import address_of
 from cce_numba.tensor_core.backward.chance import make_decide, make_find_maxima
 from cce_numba.tensor_core.backward.column_sums import sum_of_column
+from cce_numba.tensor_core.backward.phases import has_jobs_for
 from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
 from cce_numba.tensor_core.backward.row_weights import ROW_BYTES, make_two_row_weights
-from cce_numba.tensor_core.records import Chance, LogitTerms, Matrix
+from cce_numba.tensor_core.records import I32, Chance, LogitTerms, Matrix
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, Tables
 
@@ -55,6 +56,7 @@ def make_backward_kernel(
     scaled: bool = False,
     smoothed: bool = False,
     by_chance: bool = False,
+    entropic: bool = False,
 ) -> Kernel:
     """The kernel for 16-bit `dtype`, which looks at no option that it was not made for.
 
@@ -66,15 +68,16 @@ def make_backward_kernel(
         scaled: logits have a scale for each token.
         smoothed: G is less by a uniform weight of each token times class weights.
         by_chance: columns survive by chance, see `tensor_core.backward.chance`. Nothing is filtered where logits are smoothed.
+        entropic: G has p * log(p) times a weight of each token.
     """
     name, n, block_v = "f16" if dtype == np.float16 else "bf16", tiles.warp_v, tiles.block_v
     schedule, fill, opaque = make_schedule(tiles, dtype), make_fill(tiles), arithmetic.opaque_u32
     multiply_logits = make_loop(tiles, name, fill.logits, False, False)
     multiply_d_e = make_loop(tiles, name, fill.d_e, True, True)
     multiply_d_c = make_loop(tiles, name, fill.d_c, False, True)
-    write_g, store_g = make_write_g(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance), make_store_g(tiles)
+    write_g, store_g = make_write_g(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic), make_store_g(tiles)
     find_maxima, decide = make_find_maxima(n, capped, scaled), make_decide(block_v, THREADS)
-    two_row_weights, finish_rows = make_two_row_weights(scaled, smoothed), make_finish_rows(tiles, dtype)
+    two_row_weights, finish_rows = make_two_row_weights(scaled, smoothed, entropic), make_finish_rows(tiles, dtype)
     load_sums, store_sums = make_partial_sums(tiles)
     sums_tile_bytes, sums_half_bytes = map(np.uint64, partial_sums_offset(tiles))
     zeros, alignment = fragments.zeros(n), np.uint32(ALIGNMENT_BYTES - 1)
@@ -177,6 +180,7 @@ def make_backward_kernel(
         chance: Any,  # Chance
         n_valid: Any,  # pointer to (1,): how many tokens are listed
         tables: Any,  # the survey's Tables
+        runs: Any,  # for which surveys it does anything, see `phases.has_jobs_for`
         workspace: Any,  # Workspace, whose counters are zeros
         outputs: Any,  # Outputs
         shape: Any,  # Shape
@@ -189,11 +193,11 @@ def make_backward_kernel(
         column_tiles = quotient(shape.V + COLUMN_TILE - 1, np.int32(COLUMN_TILE))
         block_words = quotient(shape.blocks + 31, np.int32(32))
         dims = Dimensions(blocks=shape.blocks, block_words=block_words, column_tiles=column_tiles, D=shape.D)
-        number = np.int32(0)
+        number, has_jobs = np.int32(0), has_jobs_for(runs, tables.dense[0] != 0)
         if warp == 0:
             begin(job, lane)
             number = take(workspace.next_job, lane)
-        while True:
+        while has_jobs:
             if warp == 0:
                 # The number of the job after this one is asked for now, since it takes long to come.
                 own = control.shuffle_i32(number, np.uint32(0))
@@ -228,7 +232,7 @@ def make_backward_kernel(
 
     return Kernel(
         backward_kernel,
-        (Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, Workspace, Outputs, Shape),
+        (Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, I32, Workspace, Outputs, Shape),
         threads=tiles.threads,
         smem_bytes=tiles.smem_bytes,
     )

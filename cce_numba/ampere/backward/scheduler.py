@@ -221,7 +221,7 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
         `begin` must have been called before the first job. terms: a `LogitTerms`. n_blocks: of listed tokens.
         """
         done, phase_end, buffers = workspace.done, tables.phase_end, workspace.buffers
-        d_tiles_c, d_tiles_e, rounds = outputs.c.tiles, outputs.e.tiles, tables.n_rounds[0]
+        d_tiles_c, d_tiles_e, rounds = outputs.c.tiles, tables.d_tiles_e[0], tables.n_rounds[0]
         before = field(job, WORD.phase)
         phase = before
         while phase < 2 * rounds and number >= phase_end[phase]:

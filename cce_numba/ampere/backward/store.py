@@ -88,7 +88,14 @@ def tile_source(thread: Any) -> Any:
 
 @functools.cache
 def make_write_g(
-    tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool, by_chance: bool
+    tiles: BackwardTiles,
+    dtype: np.dtype,
+    capped: bool,
+    with_sums: bool,
+    scaled: bool,
+    smoothed: bool,
+    by_chance: bool,
+    entropic: bool,
 ) -> Any:
     """`write_g(x, columns, place, row_0, row_1, softcap, class_weights)`: a slab's products become G, in shared memory.
 
@@ -100,12 +107,12 @@ def make_write_g(
     Args:
         tiles: the tiles.
         dtype: of G.
-        capped, scaled, smoothed: see `gradient.make_gradient`.
+        capped, scaled, smoothed, entropic: see `gradient.make_gradient`.
         with_sums: the sum of each column of G over the slab's 16 tokens is stored, for the gradient of the bias.
         by_chance: columns are multiplied by `columns.scales`.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
-    gradient = make_gradient(capped, scaled, smoothed, finished=by_chance)
+    gradient = make_gradient(capped, scaled, smoothed, finished=by_chance, entropic=entropic)
     half_bytes = np.uint32(tiles.block_v * ROW_BYTES)  # of 64 of the tokens
     transpose = mma.transpose_matrix
 

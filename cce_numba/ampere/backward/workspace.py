@@ -83,7 +83,8 @@ class WorkspaceLayout:
     @functools.cached_property
     def survey(self) -> SurveyLayout:
         """The survey's tables, for rounds that fit the buffers."""
-        return SurveyLayout(self.N, self.V, self.buffer_slots - self.blocks * self._overhead)
+        cap = self.buffer_slots - self.blocks * self._overhead
+        return SurveyLayout(self.N, self.V, cap, dense_cap=cap, large_cap=cap)
 
     @functools.cached_property
     def offsets(self) -> dict[str, int]:

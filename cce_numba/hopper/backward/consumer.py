@@ -28,7 +28,14 @@ from cce_numba.tensor_core.survey.tables import COLUMN_TILE
 
 @functools.cache
 def make_consume(
-    tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool, by_chance: bool
+    tiles: BackwardTiles,
+    dtype: np.dtype,
+    capped: bool,
+    with_sums: bool,
+    scaled: bool,
+    smoothed: bool,
+    by_chance: bool,
+    entropic: bool,
 ) -> Any:
     """The device function of a consumer warpgroup; see `kernel.make_backward_kernel`."""
     jobs_, turns_ = make_job_ring(tiles), make_turns(tiles)
@@ -39,10 +46,10 @@ def make_consume(
     multiply_logits = make_multiply(tiles, name, a_m_major=False, b_n_major=False)
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
-    store_g = make_store_g(block_v, dtype, capped, with_sums, scaled, smoothed, by_chance)
+    store_g = make_store_g(block_v, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic)
     find_maxima, decide = make_find_maxima(block_v, capped, scaled), make_decide(block_v)
     scales_bytes, warp_bytes = np.uint32(tiles.scales_bytes), np.uint32(4 * block_v)
-    two_row_weights = make_two_row_weights(scaled, smoothed)
+    two_row_weights = make_two_row_weights(scaled, smoothed, entropic)
     store_sums, add_to_sums, add_sums = make_store_sums(block_v), make_add_to_sums(block_v), make_add_sums(block_v)
     half_bytes = np.uint64(SUMS_STEP * (block_v // 8))  # of 64 rows of a tile of dE that is not complete
     finish_rows, zeros, opaque = make_finish_rows(block_v, dtype), fragments.zeros(block_v), arithmetic.opaque_u32
@@ -68,7 +75,8 @@ def make_consume(
         scales = opaque(np.uint32(smem.scales + np.uint32(consumer) * scales_bytes))
         columns = ListColumns(ids=ids, biases=biases, scales=scales, stored=stored)
         slot = np.int64(field(jobs, s, WORD.slot))
-        g = np.uint64(workspace.g + np.uint64(slot * G_ROW_BYTES))
+        g = workspace.g_borrowed if field(jobs, s, WORD.round) < tables.n_borrowed[0] else workspace.g
+        g = np.uint64(g + np.uint64(slot * G_ROW_BYTES))
         sums = np.uint64(workspace.sums + np.uint64(4 * (slot * PARTS + (thread >> 5))))
         block = np.int64(field(jobs, s, WORD.block_or_tile))
         position = block * COLUMN_TILE + row
@@ -175,11 +183,13 @@ def make_consume(
                 upper, lower = multiply_d_c(zeros(), zeros(), ring, first_use, k_steps, thread)
                 hand_over(ring, consumer, first_use, k_steps, thread)
                 store_d_c(upper, lower, jobs, s, thread, staging, unscale, tables, workspace, outputs, dims)
-            phase = field(jobs, s, WORD.phase)
+            done = np.uint64(workspace.done + np.uint64(4 * field(jobs, s, WORD.phase)))
+            if kind == D_E:
+                done = np.uint64(workspace.done_e + np.uint64(4 * field(jobs, s, WORD.block_or_tile)))
             control.barrier_sync(np.uint32(1 + consumer), ONE_CONSUMER)
             if thread == 0:
                 mbarrier.arrive(job_empty(jobs, s))
-                memory.add_release_u32(workspace.done + np.uint64(4 * phase), np.uint32(1))
+                memory.add_release_u32(done, np.uint32(1))
             s = np.uint32(s + np.uint32(2))
 
     return consume

@@ -17,9 +17,8 @@ from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
 from cce_numba.hopper.backward.workspace import layout_of
 from cce_numba.integers import ceil_div
 from cce_numba.tensor_core import matrices
-from cce_numba.tensor_core.backward.passes import in_passes, output_of, run_survey
+from cce_numba.tensor_core.backward.passes import Call, in_passes, output_of, run_survey
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import Chance
 from cce_numba.tensor_core.survey import Products
 
 TILES, CLUSTER_TILES = BackwardTiles(cluster=1), BackwardTiles(cluster=2)
@@ -30,28 +29,9 @@ def backward(p: Problem, statistics: Statistics, weights: Weights, into: Gradien
     in_passes(p, statistics, weights, into, adds, _pass)
 
 
-def _pass(
-    p: Problem,
-    statistics: Statistics,
-    weights: Weights,
-    e: Any,
-    c: Any,
-    into: Gradients,
-    adds: bool,
-    keep_all: bool,
-) -> None:
-    """Makes gradients that share a filter.
-
-    Args:
-        p: the problem.
-        statistics: of its forward.
-        weights: of its tokens.
-        e: (N, D) as the kernel reads it: p.e, or a copy in rows that can be copied 16 bytes at a time.
-        c: (V, D) as the kernel reads it.
-        into: where the gradients go. The rows of `into.e` of tokens that take no part are left as they are.
-        adds: whether they are added to what is in there.
-        keep_all: whether all columns survive, whatever the forward recorded.
-    """
+def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = None, e_if: Any = None) -> None:
+    """Makes gradients that share a filter; see `passes.in_passes`. Rows of dE of tokens that take no part stay as they are."""
+    p, weights, adds = call.p, call.weights, call.adds
     d_e = None if into.e is None else matrices.whole_chunks(into.e, with_values=True)
     d_c = None if into.c is None else matrices.whole_chunks(into.c, with_values=adds)
     d_bias = None if into.bias is None else p.xp.zeros(p.V, np.float32)
@@ -62,35 +42,39 @@ def _pass(
     outputs = Outputs(
         e=output_of(d_e, d_tiles_e), c=output_of(d_c, d_tiles_c), bias=0 if d_bias is None else d_bias.data.ptr, adds=adds
     )
-    layout = layout_of(p, into, keep_all)
+    c_address = 0 if d_c is None else d_c.data.ptr
+    layout = layout_of(p, into, 0 if d_c is None or adds else p.V * outputs.c.pitch_bytes)
     scratch = p.xp.empty(layout.nbytes, np.uint8)
     base = scratch.data.ptr
     maps, counters, tables = (base + layout.offsets[part] for part in ("maps", "counters", "survey"))
-    a_map = tensor_map.encode(e, PANEL, PANEL), tensor_map.encode(c, PANEL, PANEL), layout.g_map(base, p.dtype)
-    make_begin_kernel().launch(1, *a_map, maps, counters, layout.counters)
-    run_survey(
-        p, statistics, weights, layout.survey, tables, keep_all, Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds)
+    a_map = (
+        tensor_map.encode(call.e, PANEL, PANEL),
+        tensor_map.encode(call.c, PANEL, PANEL),
+        *layout.g_maps(base, c_address, p.dtype),
     )
-    scaled, smoothed = p.logit_scale is not None, weights.uniform is not None
+    make_begin_kernel().launch(1, *a_map, maps, counters, layout.counters)
+    products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)
+    run_survey(call, layout.survey, tables, keep_all, products, leaves_dense)
+    scaled, smoothed, entropic = p.logit_scale is not None, weights.uniform is not None, weights.entropy is not None
     # The neighbouring jobs of a cluster must take equally many stages, so those of dE and dC must be tiles of the same rows.
     tiles = CLUSTER_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
-    by_chance = p.options.is_unbiased and not keep_all
-    chance = Chance(eps=p.options.filter_eps, seed=statistics.draw_seed.data.ptr) if by_chance else Chance(eps=0.0, seed=0)
     capped, with_sums = p.options.softcap is not None, d_bias is not None
-    kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, by_chance)
-    kernel.launch(
-        gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
-        maps,
-        matrix_of(e),
-        matrix_of(c),
-        terms_of(p, weights.uniform),
-        chance,
-        statistics.n_valid.data.ptr,
-        layout.survey.at(tables),
-        layout.at(base),
-        outputs,
-        Shape(blocks=layout.blocks, V=p.V, D=p.D),
-    )
+    for by_chance, runs, chance in call.runs(keep_all, leaves_dense):
+        kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, by_chance, entropic)
+        kernel.launch(
+            gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
+            maps,
+            matrix_of(call.e),
+            matrix_of(call.c),
+            terms_of(p, weights.uniform, weights.entropy),
+            chance,
+            call.statistics.n_valid.data.ptr,
+            layout.survey.at(tables),
+            runs,
+            layout.at(base, c_address),
+            outputs,
+            Shape(blocks=layout.blocks, V=p.V, D=p.D),
+        )
     for made, wanted in ((d_e, into.e), (d_c, into.c)):
         if wanted is not None and made is not wanted:
             wanted[...] = made

@@ -19,13 +19,16 @@ class Workspace(Record):
     """Where the memory of a backward is; `workspace.WorkspaceLayout` says how much. Slots are numbered through all buffers."""
 
     next_job = U64  # address of a uint32: the number of the first job that nobody has taken
-    done = U64  # address of (phases,) uint32: jobs of each phase that are done
+    done = U64  # address of (phases,) uint32: jobs of each phase that are done, those of dE apart
+    done_e = U64  # address of (blocks,) uint32: jobs of dE that are done for each block, in all rounds
     lists = U64  # address of (slots,) int32: the vocabulary entry of each slot's column, at `lists.listed_place` of the slot
     g = U64  # address of (slots, 128) numbers of the inputs' dtype: a column of G of a block
     sums = U64  # address of (slots, PARTS) float32: the parts of the column's sum
+    g_borrowed = U64  # the same in memory that is borrowed, for the first rounds of a dense problem
     sums_e = U64  # address of the tiles of dE that are not complete, float32, see `partial_sums`
-    buffers = I32
-    buffer_slots = I32  # slots of a buffer
+    buffer_slots = I32  # slots of one of three buffers
+    large_slots = I32  # slots of one of two buffers in the same memory, in a dense problem with dE
+    borrowed_slots = I32  # the same of one of two buffers in borrowed memory
 
 
 class Outputs(Record):

@@ -32,7 +32,16 @@ def store_words(address: Any, words: Any) -> None:
 
 
 @functools.cache
-def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool, by_chance: bool) -> Any:
+def make_store_g(
+    n: int,
+    dtype: np.dtype,
+    capped: bool,
+    with_sums: bool,
+    scaled: bool,
+    smoothed: bool,
+    by_chance: bool,
+    entropic: bool,
+) -> Any:
     """The function `store_g(x, columns, to, row_0, row_1, softcap, class_weights)` for a fragment of 64 tokens x n columns.
 
     x holds products of rows of e and of c, without biases; logits if by_chance. `columns` is a `ListColumns`, whose addresses
@@ -42,12 +51,12 @@ def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled:
     G_BOX columns at a time are transposed in shared memory, and stored in rows of 128 bytes while the next ones are computed.
 
     Args:
-        capped, scaled, smoothed: see `gradient.make_gradient`.
+        capped, scaled, smoothed, entropic: see `gradient.make_gradient`.
         with_sums: the sum of each column of G over the 16 tokens of a warp is stored, for the gradient of the bias.
         by_chance: columns are multiplied by `columns.scales`.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
-    gradient = make_gradient(capped, scaled, smoothed, finished=by_chance)
+    gradient = make_gradient(capped, scaled, smoothed, finished=by_chance, entropic=entropic)
 
     @cuda.jit(device=True, forceinline=True)
     def eight_columns(
@@ -86,7 +95,6 @@ def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled:
     ) -> Any:  # fmt: skip
         """Stores the G_BOX columns from `first` on."""
         if first < columns.stored:
-            control.warp_sync()  # keeps loads of later columns back; it saves no register (benchmarks/NOTES.md)
             thread = np.int32(cuda.threadIdx.x & 127)
             lane, warp = np.uint32(thread & 31), np.uint32(thread >> 5)
             # There are two boxes: while some threads still read one, others fill the next.

@@ -9,6 +9,9 @@ from cce_numba.tensor_core.survey.tables import LIST_TILE
 
 PANEL = 64  # rows of a panel, and 16-bit numbers of a row: these are 128 bytes, the width of the swizzle's pattern
 HEADER_WORDS = 16  # 32-bit words of a job's header
+# Rounds whose G is in the workspace at a time: one is written, one is read, and a third gives both time to finish. In a dense
+# problem with dE the jobs of dE give that time, so two larger buffers are better.
+BUFFERS, LARGE_BUFFERS = 3, 2
 G_BOX = 32  # columns of G of 64 tokens that a consumer stores at a time
 STAGING_BYTES = 2 * G_BOX * 2 * PANEL  # shared memory of a consumer through which tiles leave: two boxes
 # The copying thread asks for the next job so many stages before the end of one. A job that was taken earlier would wait in a

@@ -67,7 +67,6 @@ def make_find_maxima(n: int, capped: bool, scaled: bool) -> Any:
         x: Any, first: Any, columns: Any, row_0: Any, row_1: Any, log_sums: Any, softcap: Any, maxima: Any
     ) -> Any:  # fmt: skip
         """Of the eight columns from `first` on."""
-        control.warp_sync()  # keeps loads of later columns back; it saves no register (benchmarks/NOTES.md)
         lane = np.int32(cuda.threadIdx.x & 31)
         place = np.uint32(4 * (first + 2 * (lane & 3)))
         v = memory.load_shared_2_i32_freely(columns.ids + place)

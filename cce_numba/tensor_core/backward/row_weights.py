@@ -9,6 +9,7 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.ptx import arithmetic, memory
+from cce_numba.tensor_core.exponentials import LN2, exp2, fma
 from cce_numba.tensor_core.records import RowWeights
 
 ROW_BYTES = 16  # of a row of the survey's table `rows`
@@ -24,15 +25,15 @@ def class_weight_of(entry: Any, class_weights: Any) -> Any:
 
 
 @functools.cache
-def make_two_row_weights(scaled: bool, smoothed: bool) -> Any:
-    """The device function that loads the `RowWeights` of two listed tokens; scaled, smoothed: see `gradient.make_gradient`."""
+def make_two_row_weights(scaled: bool, smoothed: bool, entropic: bool) -> Any:
+    """The device function that loads the `RowWeights` of two listed tokens; options: see `gradient.make_gradient`."""
     load_f32, load_i32 = memory.load_global_f32, memory.load_global_i32
-    has_further = scaled or smoothed
+    has_further = scaled or smoothed or entropic
 
     @cuda.jit(device=True, forceinline=True)
     def further_of(position: Any, terms: Any, tables: Any) -> Any:
-        """`(scale, uniform)` of a listed token."""
-        scale, uniform = np.float32(1), np.float32(0)
+        """`(scale, uniform, entropy, log_sum)` of a listed token."""
+        scale, uniform, entropy, log_sum = np.float32(1), np.float32(0), np.float32(0), np.float32(0)
         if has_further:
             n = tables.row_of[position]
             if n >= 0:
@@ -40,18 +41,27 @@ def make_two_row_weights(scaled: bool, smoothed: bool) -> Any:
                     scale = load_f32(terms.scale + np.uint64(4 * np.int64(n)))
                 if smoothed:
                     uniform = load_f32(terms.uniform_weight + np.uint64(4 * np.int64(n))) * tables.weight_scale[0]
-        return scale, uniform
+                if entropic:
+                    log_sum = tables.log_sums[position]
+                    weight = load_f32(terms.entropy_weight + np.uint64(4 * np.int64(n))) * tables.weight_scale[0]
+                    entropy = LN2 * weight * exp2(-log_sum)
+        return scale, uniform, entropy, log_sum
 
     @cuda.jit(device=True, forceinline=True)
-    def row_weights(row: Any, scale: Any, uniform: Any) -> Any:
-        """row: the token's address in the survey's table `rows`."""
+    def row_weights(row: Any, further: Any) -> Any:
+        """row: the token's address in the survey's table `rows`. further: of the token."""
+        scale, uniform, entropy, log_sum = further
+        softmax = load_f32(row)
+        if entropic:
+            softmax = fma(-entropy, log_sum, softmax)
         return RowWeights(
-            softmax=load_f32(row),
+            softmax=softmax,
             shift=load_f32(row + np.uint64(8)),
             target_weight=load_f32(row + np.uint64(4)),
             target=load_i32(row + np.uint64(12)),
             scale=scale,
             uniform=uniform,
+            entropy=entropy,
         )
 
     @cuda.jit(device=True, forceinline=True)
@@ -60,9 +70,8 @@ def make_two_row_weights(scaled: bool, smoothed: bool) -> Any:
 
         row: address of the first of the two in the survey's table `rows`. terms: a `LogitTerms`. tables: the survey's.
         """
-        scale_0, uniform_0 = further_of(position, terms, tables)
-        scale_1, uniform_1 = further_of(position + 8, terms, tables)
+        further_0, further_1 = further_of(position, terms, tables), further_of(position + 8, terms, tables)
         next_row = np.uint64(row + np.uint64(8 * ROW_BYTES))
-        return row_weights(row, scale_0, uniform_0), row_weights(next_row, scale_1, uniform_1)
+        return row_weights(row, further_0), row_weights(next_row, further_1)
 
     return two_row_weights
