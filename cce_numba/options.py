@@ -68,6 +68,7 @@ class LossOptions(TypedDict, total=False):
     sum_squares: bool
     top_k: int
     batch_invariant: bool
+    allow_tf32: bool
     filter: Filter
     filter_seed: Any
     filter_eps: float | str | None
@@ -95,6 +96,7 @@ DEFAULTS: dict[str, Any] = {
     "sum_squares": False,
     "top_k": 0,
     "batch_invariant": False,
+    "allow_tf32": False,
     "filter": "unbiased",
     "filter_seed": 0,
     "filter_eps": "auto",
@@ -126,6 +128,7 @@ class Options:
     Attributes:
         ignore_index, softcap, reduction, label_smoothing, z_loss, filter, filter_e_grad, filter_c_grad, accum_e_fp32,
             accum_c_fp32, entropy, sum_squares, top_k, batch_invariant: as in `LossOptions`.
+        allow_tf32: the same; False where the arrays are not float32, since it means nothing there.
         shift: how many tokens later the target of a token stands.
         filter_eps: a probability, or None where all gradients are exact.
         filter_is_auto: the threshold was not the caller's choice, so with `filter="drop"` a backend may leave out more where
@@ -149,6 +152,7 @@ class Options:
     sum_squares: bool
     top_k: int
     batch_invariant: bool
+    allow_tf32: bool
 
     @staticmethod
     def of(dtype: np.dtype, given: Mapping[str, Any], only: Iterable[str] = DEFAULTS) -> Options:
@@ -192,6 +196,7 @@ class Options:
             sum_squares=values["sum_squares"],
             top_k=values["top_k"],
             batch_invariant=values["batch_invariant"],
+            allow_tf32=values["allow_tf32"] and dtype == _FLOAT32,
         )
         if options.batch_invariant:  # the filter looks at all tokens of a block
             options = replace(options, filter_e_grad=False)
@@ -284,7 +289,10 @@ def _checked(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
     if (top_k := integer("top_k", value["top_k"])) < 0 or isinstance(value["top_k"], bool):
         raise ValueError(f"top_k: must be an integer >= 0, how many entries to return, got {value['top_k']!r}")
     canonical["top_k"] = top_k
-    flags = ("filter_e_grad", "filter_c_grad", "accum_e_fp32", "accum_c_fp32", "entropy", "sum_squares", "batch_invariant")
+    flags = (
+        *("filter_e_grad", "filter_c_grad", "accum_e_fp32", "accum_c_fp32", "entropy", "sum_squares", "batch_invariant"),
+        "allow_tf32",
+    )
     return Options.unchecked(dtype, canonical | {name: flag(name, value[name]) for name in flags})
 
 

@@ -25,13 +25,14 @@ _WARPS = 4  # of a CTA, each with a token
 
 @kernel_factory
 def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligned: bool, scaled: bool = False) -> Kernel:
-    """The kernel for 16-bit `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads 4 numbers at a time.
+    """The kernel for `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads 4 16-bit numbers at a time.
 
     scaled: with a logit scale for each token.
     """
     wide = widen(dtype)
     load_bias, bias_bytes = make_load(bias_dtype or dtype), (bias_dtype or dtype).itemsize
     has_bias, warps = bias_dtype is not None, _WARPS
+    in_float32 = dtype == np.float32
 
     @cuda.jit(device=True, forceinline=True)
     def dot_of_four(x: Any, y: Any, total: Any) -> Any:
@@ -71,8 +72,12 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
             x = memory.load_global_u64(e_row + np.uint64(8 * i))
             total = dot_of_four(x, memory.load_global_u64(c_row + np.uint64(8 * i)), total)
         for d in range(4 * in_fours + lane, D, 32):
-            x = wide(memory.load_global_u16(e_row + np.uint64(2 * d)))
-            total += x * wide(memory.load_global_u16(c_row + np.uint64(c_step_bytes * d)))
+            if in_float32:
+                x = memory.load_global_f32(e_row + np.uint64(4 * d))
+                total += x * memory.load_global_f32(c_row + np.uint64(c_step_bytes * d))
+            else:
+                x = wide(memory.load_global_u16(e_row + np.uint64(2 * d)))
+                total += x * wide(memory.load_global_u16(c_row + np.uint64(c_step_bytes * d)))
         total = warp_sum(total)
         if lane == 0:
             bias, scale, softcap = np.float32(0), np.float32(1), terms.softcap
@@ -99,7 +104,8 @@ def launch_indexed_dot(
 ) -> None:
     """Fills target_logit, the address of (N,) float32, for listed tokens. e: that of p, or a copy in aligned rows."""
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
-    aligned, (c_pitch_bytes, c_step_bytes) = matrices.why_not(p.c) is None, p.c.strides
+    aligned = matrices.why_not(p.c) is None and p.dtype.itemsize == 2
+    c_pitch_bytes, c_step_bytes = p.c.strides
     kernel = make_indexed_dot_kernel(p.dtype, bias_dtype, aligned, p.logit_scale is not None)
     c, targets = Matrix(p.c.data.ptr, c_pitch_bytes), p.targets.data.ptr
     kernel.launch(ceil_div(p.N, _WARPS), e, c, c_step_bytes, terms, targets, tokens, p.V, p.D, target_logit, survivors)

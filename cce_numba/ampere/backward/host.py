@@ -48,9 +48,9 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
     products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)
     run_survey(call, layout.survey, tables, keep_all, products, leaves_dense)
     capped, scaled = p.options.softcap is not None, p.logit_scale is not None
-    smoothed, entropic = weights.uniform is not None, weights.entropy is not None
+    smoothed, entropic, tf32 = weights.uniform is not None, weights.entropy is not None, p.options.allow_tf32
     for by_chance, runs, chance in call.runs(keep_all, leaves_dense):
-        kernel = make_backward_kernel(tiles, p.dtype, capped, d_bias is not None, scaled, smoothed, by_chance, entropic)
+        kernel = make_backward_kernel(tiles, p.dtype, capped, d_bias is not None, scaled, smoothed, by_chance, entropic, tf32)
         kernel.launch(
             device.multiprocessors,
             matrix_of(call.e),
