@@ -11,6 +11,7 @@ PROGRAMS = {  # name: what `--help` says of it
     "quick": "forward and backward in under two minutes on an H100, one short table: run it before and after a change",
     "forward": "the loss on tensor cores against cuBLAS's one product",
     "backward": "loss and gradients on tensor cores against cuBLAS's one product",
+    "ampere": "the mma.sync kernels beside Hopper's and the paper's, the limit of mma.sync, and float32 on tensor cores",
     "autograd": "what PyTorch's autograd adds to a call",
     "training_step": "the steps of a small transformer, against stored logits",
     "learning": "a small transformer learns text, with gradients filtered in several ways: which learn as exact ones do",

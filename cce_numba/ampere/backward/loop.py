@@ -45,8 +45,6 @@ def make_loop(tiles: BackwardTiles, elements: Elements, source: SimpleNamespace,
     ) -> Any:  # fmt: skip
         thread = me.number
         copying_half = np.int32(thread >> 7)  # warps w and w + 4 share tensor cores
-        # It is 1; the assembler, which does not know that, does not write out both halves, for which there are no registers.
-        second_half = arithmetic.opaque_i32(np.int32(min(units, np.int32(1))))
         a_place = a_address(me.lane, me.warp_row)
         b_0 = np.uint32(a_bytes + b_address(me.lane, me.warp_column, np.uint32(0)))
         b_1 = np.uint32(a_bytes + b_address(me.lane, me.warp_column, np.uint32(1)))
@@ -61,6 +59,8 @@ def make_loop(tiles: BackwardTiles, elements: Elements, source: SimpleNamespace,
             memory.copy_async_commit()
             stage = np.uint32(stage + stage_bytes)
             turn = arithmetic.opaque_i32(np.int32(turn + 1))
+        # It is 1; the assembler, which cannot know that, does not write out both halves, for which there are no registers.
+        second_half = np.int32(min(coming, np.int32(1)))
         stage = np.uint32(ring)
         wait_for_first()
         meet()
