@@ -21,5 +21,6 @@ PROGRAMS = {  # name: what `--help` says of it
     "calibrated": "how closely made-up inputs match the sparsity of a real model",
     "demo_file": "turn an archive of a real last layer into a file for `python -m cce_numba demo --data`",
     "readme": "print a table of the README from recorded results",
+    "predictions": "print the table of docs/which_kernels.md: what other GPUs are predicted to take",
     "picture": "draw the README's picture from recorded results",
 }

@@ -98,8 +98,27 @@ def cut_off_tf32(x):
 
 def split(x):
     """As `product._split` has it."""
-    high = ((x.view(np.uint32) + np.uint32(_UNIT // 2)) & np.uint32(2**32 - _UNIT)).view(np.float32)
+    rounded = x.view(np.uint32) + np.uint32(_UNIT // 2)
+    rounded = np.minimum(rounded.view(np.int32), np.int32(0x7F7FFFFF)).view(np.uint32)
+    rounded = np.minimum(rounded, np.uint32(0xFF7FFFFF))
+    high = (rounded & np.uint32(2**32 - _UNIT)).view(np.float32)
     return high, x - high
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_not_finite_is_in_the_low_part():
+    """So products with it are what they are without splitting: with the other number's sign, and NaN with 0."""
+    nan = np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000], np.uint32).view(np.float32)
+    x = np.concatenate([np.array([np.inf, -np.inf, 3.4028235e38, -3.4028235e38], np.float32), nan])
+    high, low = split(x)
+    assert np.isfinite(high).all()
+    np.testing.assert_array_equal(high + low, x)
+    for y in np.array([2.5, -1e-3, 1.0, 0.0, np.inf], np.float32):
+        y_high, y_low = split(np.array([y]))
+        found = (low * y_high + high * y_low) + high.astype(np.float64) * y_high
+        expected = x.astype(np.float64) * y
+        for kind in (np.isnan, np.isposinf, np.isneginf):
+            np.testing.assert_array_equal(kind(found[[0, 1, 4, 5, 6]]), kind(expected[[0, 1, 4, 5, 6]]))
 
 
 def by_tensor_cores(e, c, *, adds_outside):
