@@ -11,6 +11,7 @@ import cce_numba as cce
 from cce_numba import arguments, gpu, plan
 from cce_numba.ampere import backend
 from cce_numba.ampere.elements import elements_of
+from cce_numba.ampere.tiles import tiles_for
 from cce_numba.backend import backend_module
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
@@ -73,6 +74,21 @@ def test_tf32_means_nothing_for_other_dtypes():
     np.testing.assert_array_equal(cce.linear_cross_entropy(x.e, x.c, x.targets, allow_tf32=True), np.log(16))
     with pytest.raises(TypeError, match="allow_tf32: must be True or False"):
         cce.linear_cross_entropy(x.e, x.c, x.targets, allow_tf32=1)
+
+
+@pytest.mark.parametrize("cc", [(8, 0), (12, 0)], ids=str)
+def test_the_host_launches_kernels_of_float32(cc):
+    """On a GPU that is not there: loss and gradients of sizes with and without copies, each kernel once."""
+    from cce_numba.commands.precompile import kernels_of
+
+    runs, kernels = kernels_of("ampere", "float32", [], cc)
+    assert runs == "ampere"
+    names = [kernel.function.__name__ for kernel in kernels]
+    assert names.count("forward_kernel") == 4, "with survivors and without, rows of whole 16 bytes and others"
+    assert names.count("backward_kernel") == 2, "by chance, and all"
+    assert {kernel.smem_bytes for kernel in kernels if kernel.function.__name__ == "forward_kernel"} == {
+        tiles_for(cc, wide=True).smem_bytes
+    }
 
 
 # ---- an emulation of tensor cores that cut off what they add. `mma` sums eight terms, exactly but for that
