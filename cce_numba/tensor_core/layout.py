@@ -17,7 +17,8 @@ from cce_numba.tensor_core.schedule import count_slots, groups_per_round
 # is small, since it knows least, but has tiles for all workers of a group. See benchmarks/NOTES.md.
 FIRST_PHASE, LEAST_TILES, PHASE_GROWTH = 1 / 64, 16, 5
 _COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
-_CACHED_BYTES = 14 * 2**20  # of e, at a time: it stays in the L2 cache (50 MB, of which each half keeps its own copy)
+# Of e, at a time: it stays in an L2 cache of 50 MB, of which each half keeps its own copy; or so much of a smaller cache.
+_CACHED_BYTES, _CACHED_PERCENT = 14 * 2**20, 30
 _SCRATCH_BYTES = 960 * 2**10  # partial results of a launch: so many tokens go at a time
 
 
@@ -51,9 +52,10 @@ class Layout:
     @classmethod
     def of(cls, p: Problem, tiles: Any) -> Any:
         """The layout for a problem on CuPy's current device."""
-        workers = gpu.current().multiprocessors // tiles.cluster
-        itemsize = p.dtype.itemsize
-        per_round = groups_per_round(workers, _CACHED_BYTES // (itemsize * p.D * tiles.group_n))
+        device, itemsize = gpu.current(), p.dtype.itemsize
+        workers = device.multiprocessors // tiles.cluster
+        cached_bytes = min(_CACHED_BYTES, device.l2_bytes * _CACHED_PERCENT // 100)
+        per_round = groups_per_round(workers, cached_bytes // (itemsize * p.D * tiles.group_n))
         c_copied, c_rows = matrices.why_not(p.c), p.V
         if c_copied is not None:
             fitting = _COPY_BYTES // (itemsize * matrices.padded_columns(p.D)) // tiles.block_v * tiles.block_v

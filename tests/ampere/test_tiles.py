@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -12,9 +14,11 @@ from tests.helpers.harness import AmpereFloat32Harness, SimulatorHarness
 if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
+from cce_numba import gpu
 from cce_numba.ampere.backward import host as backward_host
 from cce_numba.ampere.backward.tiles import BackwardTiles, backward_tiles_for
 from cce_numba.ampere.tiles import AmpereTiles, smem_bytes_of, tiles_for
+from cce_numba.tensor_core import layout
 
 FLOAT32 = np.dtype(np.float32)
 MACHINES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1), (13, 0)]
@@ -50,6 +54,20 @@ def test_tiles_fit_their_machine_and_one_stage_more_would_not_or_is_not_wanted(c
 def test_tiles_that_cannot_be_are_refused_with_the_reason(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "multiprocessors", "l2_mib", "at_most"),
+    [("H100", 132, 50, 24), ("A100", 108, 40, 21), ("RTX 3090", 82, 6, 3), ("RTX 4090", 128, 72, 24)],
+)
+def test_rows_of_e_that_are_used_at_a_time_fit_the_cache(monkeypatch, name, multiprocessors, l2_mib, at_most):
+    """So many blocks of 128 rows of 2304 numbers, 0.56 MiB each, in 14 MiB or in 30 % of a smaller cache."""
+    p = SimpleNamespace(N=8192, V=256_000, D=2304, dtype=np.dtype(np.float16), e=None, c=None)
+    monkeypatch.setattr(layout.matrices, "why_not", lambda matrix: None)
+    monkeypatch.setattr(gpu, "current", lambda: gpu.Gpu((8, 0), multiprocessors, l2_mib * 2**20))
+    found = layout.Layout.of(p, tiles_for((8, 0)))
+    assert at_most / 2 < found.per_round <= at_most
+    assert found.per_round * 128 * 2304 * 2 <= min(14, 0.3 * l2_mib) * 2**20
 
 
 @pytest.mark.gpu

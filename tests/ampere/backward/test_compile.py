@@ -15,7 +15,7 @@ if SimulatorHarness.is_active():
 from cce_numba.ampere.backward.kernel import make_backward_kernel
 from cce_numba.ampere.backward.tiles import backward_tiles_for
 from cce_numba.ampere.tiles import SLABS, smem_bytes_of
-from tests.ampere.forward.test_compile import NEWER, PRODUCTS
+from tests.ampere.forward.test_compile import MACHINES, NEWER, PRODUCTS
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -26,11 +26,8 @@ SPILLED_BYTES = 64  # with all options: what a slab's tokens are multiplied by
 @pytest.mark.parametrize(
     ("cc", "dtype", "options"),
     [
-        # Each number of stages, and each generation: what is launched most. Then all options.
-        ((8, 0), "bf16", {"by_chance": True}),
-        ((8, 9), "bf16", {"by_chance": True}),
-        ((9, 0), "bf16", {"by_chance": True}),
-        ((12, 0), "bf16", {"by_chance": True}),
+        # Each machine: what is launched most. Then all options.
+        *((cc, "bf16", {"by_chance": True}) for cc in MACHINES),
         ((9, 0), "f16", {"capped": True, "with_sums": True, "scaled": True, "smoothed": True}),
     ],
     ids=str,
