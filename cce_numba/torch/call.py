@@ -171,7 +171,7 @@ def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: b
         mean_logit = statistics.lse[:0]
     entropy = statistics.lse[:0] if statistics.entropy is None else statistics.entropy
     numbers = statistics.lse, statistics.max_logit, statistics.log_sum, statistics.target_logit
-    kept = p.xp.empty(0, np.uint8) if statistics.kept_logits is None else statistics.kept_logits
+    kept = bits[:0] if statistics.kept_logits is None else statistics.kept_logits
     return *numbers, statistics.n_valid, tokens, bits, kept, mean_logit, draw_seed, entropy
 
 

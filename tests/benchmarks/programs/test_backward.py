@@ -38,7 +38,7 @@ def test_rows_are_chosen_by_number_and_name(named, with_archive, rows, left_out,
     ("arguments", "message"),
     [
         (["--rounds", "0"], "at least 1"),
-        (["--rows", "15"], "there is no '15' among 1 default filter, calibrated; 2 "),
+        (["--rows", "19"], "there is no '19' among 1 default filter, calibrated; 2 "),
         (["--rows", "2"], "real data need --data"),
         (["--data", "absent.npz"], "No such file"),
         (["--quick", "--small"], "not allowed with"),
@@ -91,7 +91,7 @@ def test_it_validates_times_shows_and_records(archive, tmp_path, capsys):
     assert "wrong" not in out
     written = json.loads((tmp_path / "name.json").read_text())
     assert [data["data"] for data in written["data"]] == ["calibrated", "real", "random"]
-    assert [row["number"] for row in written["rows"]] == list(range(1, 15))
+    assert [row["number"] for row in written["rows"]] == list(range(1, 19))
     for row, spec in zip(written["rows"], backward.ROWS, strict=True):
         assert f"{row['number']} {spec.name}, {spec.data}: " in out
         assert (row["options"], row["wrt"]) == (spec.options, list(spec.wrt))
