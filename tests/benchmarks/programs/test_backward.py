@@ -21,8 +21,8 @@ from cce_numba.commands import UsageError
 @pytest.mark.parametrize(
     ("named", "with_archive", "rows", "left_out"),
     [
-        ([""], False, (0, 2, 3, 4, 5, 7, 8, 10, 12), (1, 6, 9, 11, 13)),
-        ([""], True, tuple(range(14)), ()),
+        ([""], False, (0, 2, 3, 4, 5, 7, 8, 10, 12, 14, 15, 16, 17), (1, 6, 9, 11, 13)),
+        ([""], True, tuple(range(18)), ()),
         (["2", "1"], True, (0, 1), ()),
         (["1", "frozen"], False, (0, 4, 5), ()),
         (["exact, calibrated"], False, (2,), ()),
@@ -104,7 +104,7 @@ def test_it_validates_times_shows_and_records(archive, tmp_path, capsys):
     exact_row = written["rows"][2]
     assert exact_row["flagged"] == 1
     assert all(error["error"] <= error["at_most"] for error in exact_row["errors"].values())
-    assert readme.backward(written).count("\n") == 15
+    assert readme.backward(written).count("\n") == 19
 
 
 @pytest.mark.usefixtures("without_gpu")
