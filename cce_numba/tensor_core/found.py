@@ -14,11 +14,11 @@ from cce_numba.backend import Statistics
 from cce_numba.integers import ceil_div
 from cce_numba.survivors import coarse_eps_of, log_threshold
 from cce_numba.tensor_core.draws import write_draw_seed
-from cce_numba.tensor_core.folds import FOLDS, SURVIVORS_BY_CHANCE, Fold, result_names
+from cce_numba.tensor_core.folds import FOLDS, SEVERAL_TARGET_LOGITS, SURVIVORS_BY_CHANCE, Fold, result_names
 from cce_numba.tensor_core.indexed_dot import launch_indexed_dot
 from cce_numba.tensor_core.layout import Layout
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import Found, Survivors, Tokens
+from cce_numba.tensor_core.records import Found, FoundOfSeveral, SeveralTargets, Survivors, Tokens
 from cce_numba.tensor_core.tokens import list_tokens
 
 NO_SURVIVORS = Survivors(bits=0, pitch_words=0, coarse_words=0, log_eps=0.0, log_coarser=0.0, first_block=0, seed=0)
@@ -35,12 +35,21 @@ def forward(
 
     launch: launches all kernels that fill `Arrays`.
     """
-    known = FOLDS | {fold_names.SURVIVORS: SURVIVORS_BY_CHANCE} if p.options.is_unbiased else FOLDS
-    folds = folds or tuple(known[name] for name in fold_names.wanted(p, record))
+    folds = folds or folds_of(p, record)
     arrays = Arrays.of(p, layout, folds)
     if p.N:
         launch(p, layout, folds, arrays)
     return arrays.statistics(p, layout)
+
+
+def folds_of(p: Problem, record: bool) -> tuple[Fold, ...]:
+    """The folds that a problem's forward runs, with survivors if `record`."""
+    known = dict(FOLDS)
+    if p.options.is_unbiased:
+        known[fold_names.SURVIVORS] = SURVIVORS_BY_CHANCE
+    if p.K is not None:
+        known[fold_names.TARGET_LOGIT] = SEVERAL_TARGET_LOGITS
+    return tuple(known[name] for name in fold_names.wanted(p, record))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +60,9 @@ class Arrays:
         listing: (1 + ceil(N / 2),) int64: how many tokens count, then their rows of e as int32.
         numbers: (results of all folds, N) float32.
         names: of the results.
-        bounds: (N,) float32 logits of the targets, by which survivors are found; None if these are not recorded.
+        target_logits: (N, K) float32, where tokens have several targets; else None.
+        bounds: (N,) float32 logits of the targets, by which survivors are found, of several the largest; None if these are not
+            recorded.
         bits: (blocks, pitch_words) uint32 survivor bits, twice as many rows if dC has its own; None if not recorded.
         seed: (1,) int64, of the unbiased filter's draws; None for the filter that drops, and if no survivors are recorded.
         n_valid, tokens, found, survivors: addresses of the same, as kernels take them.
@@ -60,12 +71,13 @@ class Arrays:
     listing: Any
     numbers: Any
     names: tuple[str, ...]
+    target_logits: Any
     bounds: Any
     bits: Any
     seed: Any
     n_valid: int
     tokens: int
-    found: Found
+    found: Found | FoundOfSeveral
     survivors: Survivors
 
     @staticmethod
@@ -83,8 +95,14 @@ class Arrays:
                 seed = xp.zeros(1, np.int64)
                 survivors = survivors._replace(seed=seed.data.ptr)
         targets, n_valid = 0 if p.targets is None else p.targets.data.ptr, listing.data.ptr
-        found = Found(numbers.data.ptr, N, targets, 0 if bounds is None else bounds.data.ptr)
-        return Arrays(listing, numbers, names, bounds, bits, seed, n_valid, n_valid + 8, found, survivors)
+        of_one = numbers.data.ptr, N, targets, 0 if bounds is None else bounds.data.ptr
+        found: Any = Found(*of_one)
+        target_logits = None
+        if p.K is not None:
+            target_logits = xp.empty((N, p.K), np.float32)
+            several = SeveralTargets(targets, p.K, p.options.ignore_index, target_logits.data.ptr)
+            found = FoundOfSeveral(*of_one, several)
+        return Arrays(listing, numbers, names, target_logits, bounds, bits, seed, n_valid, n_valid + 8, found, survivors)
 
     def statistics(self, p: Problem, layout: Layout) -> Statistics:
         """As the rest of the package takes it."""
@@ -96,7 +114,7 @@ class Arrays:
             lse=results.pop("lse"),
             max_logit=results.pop("max_logit"),
             log_sum=results.pop("log_sum"),
-            target_logit=results.pop("target_logit", None),
+            target_logit=results.pop("target_logit", self.target_logits),
             survivors=None if self.bits is None else self.bits.view(np.uint8)[:, : ceil_div(p.V, 8)],
             survivor_block=layout.tiles.survivor_block,
             draw_seed=None if self.seed is None else self.seed[0],

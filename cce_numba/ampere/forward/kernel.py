@@ -19,9 +19,9 @@ from cce_numba.ampere.tiles import ALIGNMENT_BYTES, ROW_BYTES, THREADS, AmpereTi
 from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.ptx import arithmetic, memory
 from cce_numba.ptx import fragment as fragments
-from cce_numba.tensor_core.folds import Fold, number_count
+from cce_numba.tensor_core.folds import Fold, found_class, number_count
 from cce_numba.tensor_core.logits import make_bias_fragment, make_finish_logits
-from cce_numba.tensor_core.records import I32, Found, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
+from cce_numba.tensor_core.records import I32, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
 from cce_numba.tensor_core.schedule import NO_SLOT, quotient, segment
 from cce_numba.tensor_core.tokens import token_at
 
@@ -97,7 +97,7 @@ def make_forward_kernel(
         tokens: Tokens,  # a batch, which begins at a multiple of 128
         per_round: Any,  # groups of tokens, see `schedule`
         terms: LogitTerms,
-        found: Found,
+        found: Any,  # Found, or FoundOfSeveral
         has_earlier: Any,  # whether results of earlier parts of the vocabulary are there, to go on from
         parts: Parts,
         survivors: Survivors,  # from the batch's first block on
@@ -207,5 +207,5 @@ def make_forward_kernel(
             merge((state_0, state_1, state_2, state_3), me, ring, parts, slot * block_n)
             index = np.int32(index + 1)
 
-    parameters = Matrix, Matrix, Tokens, I32, LogitTerms, Found, I32, Parts, Survivors, Vocabulary, I32
+    parameters = Matrix, Matrix, Tokens, I32, LogitTerms, found_class(folds), I32, Parts, Survivors, Vocabulary, I32
     return Kernel(forward_kernel, parameters, threads=THREADS, smem_bytes=tiles.smem_bytes)

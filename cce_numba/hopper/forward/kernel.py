@@ -23,8 +23,8 @@ from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.ptx import cluster, control, memory
-from cce_numba.tensor_core.folds import Fold, number_count
-from cce_numba.tensor_core.records import I32, U64, Found, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
+from cce_numba.tensor_core.folds import Fold, found_class, number_count
+from cce_numba.tensor_core.records import I32, U64, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
 from cce_numba.tensor_core.schedule import quotient
 
 
@@ -55,7 +55,7 @@ def make_forward_kernel(
         tokens: Tokens,  # a batch, which begins at a multiple of group_n
         per_round: Any,  # groups of tokens, see `schedule`
         terms: LogitTerms,
-        found: Found,
+        found: Any,  # Found, or FoundOfSeveral
         has_earlier: Any,  # whether results of earlier parts of the vocabulary are there, to go on from
         parts: Parts,
         survivors: Survivors,  # from the batch's first block on
@@ -86,5 +86,5 @@ def make_forward_kernel(
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while others still write to its shared memory
 
-    parameters = U64, Matrix, Tokens, I32, LogitTerms, Found, I32, Parts, Survivors, Vocabulary, I32
+    parameters = U64, Matrix, Tokens, I32, LogitTerms, found_class(folds), I32, Parts, Survivors, Vocabulary, I32
     return Kernel(forward_kernel, parameters, threads=tiles.threads, cluster=tiles.cluster, smem_bytes=tiles.smem_bytes)
