@@ -182,7 +182,8 @@ def problem(**given):
     return SimpleNamespace(
         N=N, V=V, D=D, K=None, e=_OnDevice((N, D), BFLOAT16), c=_OnDevice((V, D), BFLOAT16), bias=None, dtype=BFLOAT16,
         device="cuda:0",
-        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), on_device=True, logits_bytes=4 * N * V, extras=frozenset(),
+        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), on_device=True, extras=frozenset(),
+        logits_bytes=4 * N * V,
         logit_scale=scale, class_weights=None,
     )  # fmt: skip
 

@@ -88,14 +88,8 @@ def problem(*, bias=False, logit_scale=False, class_weights=False, K=None, **opt
 def statistics(*, survivors=True, planes=2, K=None):
     bits = zeros((planes * 3, PITCH_WORDS), np.uint32).view(np.uint8)[:, : V // 8] if survivors else None
     target_logit = zeros(N if K is None else (N, K), np.float32)
-    return Statistics(
-        zeros(N, np.int32),
-        zeros((), np.int64),
-        *(zeros(N, np.float32) for _ in range(3)),
-        target_logit,
-        bits,
-        survivor_block=128,
-    )
+    of_tokens = (zeros(N, np.float32) for _ in range(3))
+    return Statistics(zeros(N, np.int32), zeros((), np.int64), *of_tokens, target_logit, bits, survivor_block=128)
 
 
 def gradients(names="e c bias", dtype=BFLOAT16):
