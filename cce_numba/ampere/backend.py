@@ -18,7 +18,7 @@ from cce_numba.plan import Plan
 from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
 
-EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", SEVERAL_TARGETS})
+EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "batch_invariant", SEVERAL_TARGETS})
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10
 
@@ -90,8 +90,6 @@ def _make_plan(p: Problem, layout: Any) -> AmperePlan:
         how += f"; for the backward whole copies: {' and '.join(by_rows)}"
     how += f"; {2 * p.N * p.V * p.D / 1e12:.3g} TFLOP of products in the forward, in the backward three times as many, "
     how += "less what the filter leaves out"
-    has_more_weights = p.options.smooths_capped or p.options.entropy
-    several_bytes = _module("tensor_core.backward.passes").several_bytes(p)
     coarse_eps = coarse_eps_of(p.options)
     if coarse_eps is not None:
         how += "; the gradients of c and of the bias leave out 128 sorted entries for 128 tokens at once where all are below "
@@ -104,9 +102,8 @@ def _make_plan(p: Problem, layout: Any) -> AmperePlan:
         stored_logits_bytes=p.logits_bytes,
         forward_bytes=layout.scratch_bytes(folds.number_count(chosen)) + layout.copy_bytes + of_tokens_bytes,
         survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if filters else 0,
-        # Beside the workspace, each token's largest weight, where there are weights beside those of softmax and target; and
-        # of several targets what takes their place in the survey, and where they stand in G.
-        backward_bytes=_module("ampere.backward.workspace").workspace_bytes(p) + 4 * p.N * has_more_weights + several_bytes,
+        backward_bytes=_module("ampere.backward.workspace").workspace_bytes(p)
+        + _module("tensor_core.backward.passes").bytes_beside(p),
         coarse_eps=coarse_eps,
     )
 

@@ -30,10 +30,10 @@ class Split(Record):
 
 
 @kernel_factory
-def make_merge_kernel(group_n: int, folds: tuple[Fold, ...]) -> Kernel:
-    """The kernel for groups of `group_n` tokens: a warp for each token."""
+def make_merge_kernel(group_n: int, folds: tuple[Fold, ...], fixed: bool = False) -> Kernel:
+    """The kernel for groups of `group_n` tokens: a warp for each token. fixed: of a fixed schedule."""
     warps, count, folded = _WARPS, number_count(folds), chain(folds, _COLUMNS)
-    slots_of, quotient = schedule.slots_of, schedule.quotient
+    slots_of, quotient = schedule.fixed_slots_of if fixed else schedule.slots_of, schedule.quotient
     nothing, merge, store = folded.nothing, folded.merge, folded.store
     load_numbers, shuffle_numbers = make_load_numbers(count), make_shuffle_numbers(count)
 

@@ -22,7 +22,7 @@ from cce_numba.ptx import fragment as fragments
 from cce_numba.tensor_core.folds import Fold, found_class, number_count
 from cce_numba.tensor_core.logits import make_bias_fragment, make_finish_logits
 from cce_numba.tensor_core.records import I32, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
-from cce_numba.tensor_core.schedule import NO_SLOT, quotient, segment
+from cce_numba.tensor_core.schedule import NO_SLOT, fixed_segment, quotient, segment
 from cce_numba.tensor_core.tokens import token_at
 
 
@@ -35,11 +35,13 @@ def make_forward_kernel(
     scaled: bool,
     whole: bool,
     folds: tuple[Fold, ...],
+    fixed: bool = False,
 ) -> Kernel:
     """The kernel for 16-bit `dtype`, with what a problem asks for, so that nobody pays for what others need.
 
     bias_dtype: of the bias, or None without one. capped: with a softcap. scaled: with a logit scale for each token. whole:
-    rows are a multiple of 16 bytes long. folds: what is made of the tiles; the first is `max_sum`. Raises ValueError if a row's
+    rows are a multiple of 16 bytes long. folds: what is made of the tiles; the first is `max_sum`. fixed: by a fixed schedule
+    (`schedule`). Raises ValueError if a row's
     folds have more numbers than `tiles.row_numbers`.
     """
     if (numbers := number_count(folds)) > tiles.row_numbers:
@@ -91,6 +93,8 @@ def make_forward_kernel(
             entry = np.int32(min(v + row + ROWS_AT_ONCE * i, last_row))
             copy_row(np.uint32(place + np.uint32(ROWS_BYTES * i)), source, entry, c.pitch_bytes, left_bytes)
 
+    segment_of = fixed_segment if fixed else segment
+
     def forward_kernel(
         e: Matrix,
         c: Matrix,  # from vocabulary.first_row on
@@ -120,7 +124,7 @@ def make_forward_kernel(
         own_scale = np.uint32(scales_smem + np.uint32(4 * (64 * me.warp_row + (lane >> 2))))
         index = np.int32(0)
         while True:
-            block, first, last, tile_step, slot = segment(index, worker, workers, groups, per_round, vocabulary.n_tiles)
+            block, first, last, tile_step, slot = segment_of(index, worker, workers, groups, per_round, vocabulary.n_tiles)
             if slot == NO_SLOT:
                 break
             if thread < block_n:

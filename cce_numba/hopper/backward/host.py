@@ -54,7 +54,7 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
     )
     make_begin_kernel().launch(1, *a_map, maps, counters, layout.counters)
     products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)
-    run_survey(call, layout.survey, tables, keep_all, products, leaves_dense)
+    run_survey(call, layout.survey, tables, keep_all, products, leaves_dense, layout.fixed_tiles)
     placed, bias_sums = place_targets(call, layout.survey, tables, d_bias)
     scaled, smoothed, entropic = p.logit_scale is not None, weights.uniform is not None, weights.entropy is not None
     # The neighbouring jobs of a cluster must take equally many stages, so those of dE and dC must be tiles of the same rows.

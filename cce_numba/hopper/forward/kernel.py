@@ -30,20 +30,27 @@ from cce_numba.tensor_core.schedule import quotient
 
 @kernel_factory
 def make_forward_kernel(
-    tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | None, capped: bool, scaled: bool, folds: tuple[Fold, ...]
+    tiles: HopperTiles,
+    dtype: np.dtype,
+    bias_dtype: np.dtype | None,
+    capped: bool,
+    scaled: bool,
+    folds: tuple[Fold, ...],
+    fixed: bool = False,
 ) -> Kernel:
     """The kernel for 16-bit `dtype`, with what a problem asks for, so that nobody pays for what others need.
 
     bias_dtype: of the bias, or None without one. capped: with a softcap. scaled: with a logit scale for each token. folds: what
-    is made of the tiles; the first is `max_sum`. Raises ValueError if a row's folds have more numbers than `tiles.row_numbers`.
+    is made of the tiles; the first is `max_sum`. fixed: by a fixed schedule (`schedule`). Raises ValueError if a row's folds
+    have more numbers than `tiles.row_numbers`.
     """
     if (numbers := number_count(folds)) > tiles.row_numbers:
         raise ValueError(
             f"folds: their workers tell each other {numbers} numbers of a row, and shared memory has room for "
             f"{tiles.row_numbers}: fewer folds, or a larger `HopperTiles.row_numbers`"
         )
-    produce, gather = make_produce(tiles), make_gather(tiles)
-    consume = make_consume(tiles, dtype, bias_dtype, capped, scaled, folds)
+    produce, gather = make_produce(tiles, fixed), make_gather(tiles, fixed)
+    consume = make_consume(tiles, dtype, bias_dtype, capped, scaled, folds, fixed)
     init = make_ring(tiles).init
     lower_registers = control.lower_registers(tiles.producer_registers)
     raise_registers = control.raise_registers(tiles.consumer_registers)

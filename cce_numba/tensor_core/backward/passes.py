@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,11 @@ def in_passes(
         survey was dense; the pass did nothing then. e_if: (1,) int32: dE is computed only if this is not 0.
     """
     call = Call(p, statistics, weights, matrices.aligned(p.e), matrices.aligned(p.c), adds)
+    if p.options.batch_invariant and p.dtype == np.float16 and into.e is not None:
+        _make_e_by_token(call, into.e, make)
+        into = Gradients(c=into.c, bias=into.bias)
+        if into.c is None and into.bias is None:
+            return
     filtered = statistics.survivors is not None
     e_filtered, c_filtered = filtered and p.options.filter_eps_e is not None, filtered and p.options.filter_eps_c is not None
     if e_filtered == c_filtered or into.e is None or (into.c is None and into.bias is None):
@@ -95,8 +100,44 @@ def in_passes(
         make(call, Gradients(c=into.c, bias=into.bias), False)
 
 
-def run_survey(call: Call, layout: Any, base: int, keep_all: bool, products: Products, leaves_dense: Any) -> None:
-    """Launches the survey, whose tables begin at address `base`; keep_all, leaves_dense: as in `in_passes`."""
+def _make_e_by_token(call: Call, d_e: Any, make: Callable[..., None]) -> None:
+    """Makes an exact dE such that no token's row depends on the weights of others, for float16.
+
+    G is rounded to float16 with the scale of the largest weight of all, by which small numbers keep more digits or fewer. Here
+    each token's weights are multiplied by a power of two of its own before, so that the largest is always in [1, 2), and its
+    row is divided by that in float32.
+    """
+    p, xp = call.p, call.p.xp
+    largest = xp.maximum(_largest_weight(p, call.weights), _target_weight(call.weights))
+    _, exponent = xp.frexp(xp.where((largest > 0) & (largest < np.inf), largest, np.float32(1)))
+    down, up = (xp.ldexp(xp.ones(p.N, np.float32), sign * (exponent - 1)) for sign in (-1, 1))
+    scaled = replace(
+        call.weights,
+        softmax=call.weights.softmax * down,
+        target=call.weights.target * (down if p.K is None else down[:, None]),
+        uniform=None if call.weights.uniform is None else call.weights.uniform * down,
+        entropy=None if call.weights.entropy is None else call.weights.entropy * down,
+    )
+    rows = xp.zeros((p.N, p.D), np.float32)
+    make(replace(call, weights=scaled, adds=False), Gradients(e=rows), True)
+    rows *= up[:, None]
+    if call.adds:
+        rows += d_e.astype(np.float32)
+    d_e[...] = rows
+
+
+def _target_weight(weights: Weights) -> Any:
+    """(N,): the magnitude of what a token's target gives to G, of several targets the sum, as the survey takes it."""
+    return abs(weights.target) if weights.target.ndim == 1 else abs(weights.target).sum(axis=1)
+
+
+def run_survey(
+    call: Call, layout: Any, base: int, keep_all: bool, products: Products, leaves_dense: Any, fixed_tiles: int = 0
+) -> None:  # fmt: skip
+    """Launches the survey, whose tables begin at address `base`; keep_all, leaves_dense: as in `in_passes`.
+
+    fixed_tiles: tiles of a round of a dense survey; 0 if as many as fit.
+    """
     p, statistics, weights = call.p, call.statistics, call.weights
     bits, largest = statistics.survivors, weights.softmax
     has_more = weights.uniform is not None or weights.entropy is not None
@@ -129,6 +170,7 @@ def run_survey(call: Call, layout: Any, base: int, keep_all: bool, products: Pro
         dense_share=survivors.DENSE_SHARE,
         products=products,
         smoothed=has_more,
+        fixed_tiles=fixed_tiles,
         dense=0 if leaves_dense is None else leaves_dense.data.ptr,
     )
 
@@ -153,7 +195,7 @@ def _in_place_of_targets(p: Problem, statistics: Statistics, weights: Weights) -
     """
     lost = p.xp.isnan(statistics.target_logit).any(axis=1)
     logit = p.xp.where(lost, np.float32(np.nan), np.float32(0))
-    return abs(weights.target).sum(axis=1), logit, p.xp.full(p.N, -1, np.int64)
+    return _target_weight(weights), logit, p.xp.full(p.N, -1, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,12 +239,19 @@ def place_targets(call: Call, layout: Any, base: int, d_bias: Any) -> tuple[Plac
     return Placed(placed, of_place), sums
 
 
-def several_bytes(p: Problem) -> int:
-    """Memory that several targets of a token take in the backward, 0 if each has one."""
-    if p.K is None:
-        return 0
-    places = ceil_div(p.N, SURVIVOR_BLOCK) * SURVIVOR_BLOCK * ceil_div(p.K, AT_ONCE) * AT_ONCE
-    return 16 * places + 16 * p.N + 12 * p.V
+def bytes_beside(p: Problem) -> int:
+    """Memory that a backward takes beside its workspace.
+
+    There are each token's largest weight, where there are weights beside those of softmax and target; of several targets what
+    takes their place in the survey, and where they stand in G; and rows of `_make_e_by_token`.
+    """
+    size = 4 * p.N if p.options.smooths_capped or p.options.entropy else 0
+    if p.K is not None:
+        places = ceil_div(p.N, SURVIVOR_BLOCK) * SURVIVOR_BLOCK * ceil_div(p.K, AT_ONCE) * AT_ONCE
+        size += 16 * places + 16 * p.N + 12 * p.V
+    if p.options.batch_invariant and p.dtype == np.float16:
+        size += 4 * p.N * p.D
+    return size
 
 
 def take_targets_from(d_bias: Any, sums: Any, tables: Any) -> None:
