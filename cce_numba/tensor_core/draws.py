@@ -11,7 +11,7 @@ from cce_numba.arguments import Problem
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx.pointers import address_of
 from cce_numba.survivors import make_draw, make_mix
-from cce_numba.tensor_core.records import I64, Tokens
+from cce_numba.tensor_core.records import I32, I64, Tokens
 from cce_numba.tensor_core.sums import THREADS, sum_before
 from cce_numba.tensor_core.tokens import token_at
 
@@ -26,9 +26,14 @@ def draw(block: Any, entry: Any, seed: Any) -> Any:
 
 
 @kernel_factory
-def make_draw_seed_kernel() -> Kernel:
-    """The kernel: one CTA, whose threads share the tokens. Sums of integers do not depend on who has which."""
+def make_draw_seed_kernel(several: bool = False) -> Kernel:
+    """The kernel: one CTA, whose threads share the tokens. Sums of integers do not depend on who has which.
+
+    several: tokens have several targets, targets (N, K), and the kernel takes K and the number that is padding, too.
+    """
     threads = THREADS
+    if several:
+        return _make_draw_seed_kernel_of_several()
 
     def draw_seed_kernel(
         tokens: Tokens,  # all of them
@@ -51,8 +56,38 @@ def make_draw_seed_kernel() -> Kernel:
     return Kernel(draw_seed_kernel, (Tokens, p_i64, I64, p_i64, p_i64), threads=THREADS)
 
 
+def _make_draw_seed_kernel_of_several() -> Kernel:
+    threads = THREADS
+
+    def draw_seed_kernel(
+        tokens: Tokens,  # all of them
+        targets: Any,  # (N, K) int64
+        number: Any,  # the caller's `filter_seed`
+        array: Any,  # (1,) int64, where that is on the device; else null
+        seed: Any,  # (1,) int64, to be written: in [0, 2**32)
+        K: Any,
+        padding: Any,  # a target that is this number is none
+    ) -> None:
+        """Hashes the targets of the listed tokens, and the caller's number."""
+        sums = cuda.shared.array(32, np.int64)
+        total = np.int64(0)
+        for position in range(cuda.threadIdx.x, tokens.n_valid[0], threads):
+            first = np.int64(token_at(tokens.listed, position)) * K
+            for k in range(K):
+                if targets[first + k] != padding:
+                    total += np.int64(mix(targets[first + k]))
+        _, total = sum_before(total, sums)
+        if cuda.threadIdx.x == 0:
+            given = number if address_of(array) == 0 else array[0]
+            seed[0] = np.int64(mix(np.int64(mix(given)) + total))
+
+    p_i64 = pointer_to(np.int64)
+    return Kernel(draw_seed_kernel, (Tokens, p_i64, I64, p_i64, p_i64, I32, I64), threads=THREADS)
+
+
 def write_draw_seed(p: Problem, tokens: Tokens, seed: int) -> None:
     """Writes the seed of a problem's draws, an int64, to the address `seed`. tokens: all that are listed."""
     given = p.filter_seed
     number, array = (given, 0) if isinstance(given, int) else (0, given.data.ptr)
-    make_draw_seed_kernel().launch(1, tokens, p.targets.data.ptr, number, array, seed)
+    several = () if p.K is None else (p.K, p.options.ignore_index)
+    make_draw_seed_kernel(p.K is not None).launch(1, tokens, p.targets.data.ptr, number, array, seed, *several)

@@ -147,6 +147,8 @@ TABLE = [
     Row("memory.add_4_f32", rf"red\.relaxed\.gpu\.global\.add\.v4\.f32 \[%rd\d+\], {several('%f', 4)}", (U64, *(F32,) * 4)),
     Row("memory.store_global_u32", r"st\.global\.u32 \[%rd\d+\], %r\d+", (U64, U32)),
     Row("memory.store_global_f32", r"st\.global\.f32 \[%rd\d+\], %f\d+", (U64, F32)),
+    Row("memory.store_global_u16", r"cvt\.u16\.u32 x, %r\d+; st\.global\.u16 \[%rd\d+\], x", (U64, U32)),
+    Row("memory.add_global_s64", r"red\.relaxed\.gpu\.global\.add\.u64 \[%rd\d+\], %rd\d+", (U64, I64)),
     Row("memory.load_acquire_u32", r"ld\.acquire\.gpu\.global\.u32", (U64,), U32),
     Row("memory.add_release_u32", r"red\.release\.gpu\.global\.add\.u32", (U64, U32)),
     Row("memory.fetch_add_u32", r"atom\.relaxed\.gpu\.global\.add\.u32", (U64, U32), U32),
