@@ -12,6 +12,7 @@ from cce_numba.arguments import Problem
 from cce_numba.integers import ceil_div
 from cce_numba.launch.inlined import finish
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
+from cce_numba.parallel.shard import ELSEWHERE
 from cce_numba.ptx import memory
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core import matrices
@@ -24,10 +25,12 @@ _WARPS = 4  # of a CTA, each with a token
 
 
 @kernel_factory
-def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligned: bool, scaled: bool = False) -> Kernel:
+def make_indexed_dot_kernel(
+    dtype: np.dtype, bias_dtype: np.dtype | None, aligned: bool, scaled: bool = False, in_shards: bool = False
+) -> Kernel:
     """The kernel for 16-bit `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads 4 numbers at a time.
 
-    scaled: with a logit scale for each token.
+    scaled: with a logit scale for each token. in_shards: other ranks have other entries, so a target may be `ELSEWHERE`.
     """
     wide = widen(dtype)
     load_bias, bias_bytes = make_load(bias_dtype or dtype), (bias_dtype or dtype).itemsize
@@ -53,7 +56,10 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
         target_logit: Any,  # (N,)
         survivors: Survivors,
     ) -> None:
-        """target_logit[n] of each listed token n, NaN for a target out of range; sets the bit of its target in its block."""
+        """target_logit[n] of each listed token n, NaN for a target out of range; sets the bit of its target in its block.
+
+        -inf for a target that another rank has, which bounds nothing.
+        """
         lane, position = cuda.threadIdx.x & 31, cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5)
         if position >= tokens.n_valid[0]:
             return
@@ -61,7 +67,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype | None, aligne
         target = targets[n]
         if target < 0 or target >= V:
             if lane == 0:
-                target_logit[n] = np.float32(math.nan)
+                target_logit[n] = np.float32(-math.inf) if in_shards and target == ELSEWHERE else np.float32(math.nan)
             return
         e_row = e.address + np.uint64(n * e.pitch_bytes)
         c_row = c.address + np.uint64(target * c.pitch_bytes)
@@ -100,6 +106,6 @@ def launch_indexed_dot(
     """Fills target_logit, the address of (N,) float32, for listed tokens. e: that of p, or a copy in aligned rows."""
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
     aligned, (c_pitch_bytes, c_step_bytes) = matrices.why_not(p.c) is None, p.c.strides
-    kernel = make_indexed_dot_kernel(p.dtype, bias_dtype, aligned, p.logit_scale is not None)
+    kernel = make_indexed_dot_kernel(p.dtype, bias_dtype, aligned, p.logit_scale is not None, p.shard is not None)
     c, targets = Matrix(p.c.data.ptr, c_pitch_bytes), p.targets.data.ptr
     kernel.launch(ceil_div(p.N, _WARPS), e, c, c_step_bytes, terms, targets, tokens, p.V, p.D, target_logit, survivors)

@@ -11,6 +11,7 @@ from numba.cuda import types
 
 from cce_numba.arguments import Problem
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
+from cce_numba.parallel.shard import ELSEWHERE
 from cce_numba.ptx import memory
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core.records import I32, I64, U64, Found
@@ -37,8 +38,11 @@ def are_neighbours(tokens: Any, n0: Any, listed: Any) -> Any:
 
 
 @kernel_factory
-def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
-    """The kernel: one CTA. On its way it writes `n_constants` 64-bit words to memory, for kernels that must read them there."""
+def make_list_tokens_kernel(n_constants: int = 0, in_shards: bool = False) -> Kernel:
+    """The kernel: one CTA. On its way it writes `n_constants` 64-bit words to memory, for kernels that must read them there.
+
+    in_shards: other ranks have other entries, so a target may be `ELSEWHERE`.
+    """
     threads, tokens_per_thread = THREADS, _TOKENS
 
     def list_tokens_kernel(
@@ -56,7 +60,8 @@ def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
     ) -> None:
         """tokens[:n_valid[0]] = those whose target is not ignore_index, ascending. Results of all others become 0.
 
-        The target logit of a listed token whose target is out of range becomes NaN. Other results of listed tokens stay.
+        The target logit of a listed token becomes NaN if its target is out of range, and -inf if another rank has it. Other
+        results of listed tokens stay.
         """
         sums = cuda.shared.array(32, np.int64)
         t = cuda.threadIdx.x
@@ -78,7 +83,10 @@ def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
                     tokens[position] = n
                     position += np.int64(1)
                     if target_result >= 0 and (targets[n] < 0 or targets[n] >= V):
-                        found.results[target_result * found.pitch + n] = np.float32(math.nan)
+                        logit = np.float32(math.nan)
+                        if in_shards and targets[n] == ELSEWHERE:
+                            logit = np.float32(-math.inf)
+                        found.results[target_result * found.pitch + n] = logit
                 else:
                     for k in range(n_results):
                         found.results[k * found.pitch + n] = np.float32(0)
@@ -105,7 +113,7 @@ def list_tokens(
     results: the names of `found.results`.
     """
     target_result = results.index("target_logit") if "target_logit" in results else -1
-    make_list_tokens_kernel(len(constants)).launch(
+    make_list_tokens_kernel(len(constants), p.shard is not None).launch(
         1, constants, constants_to, found, p.targets is not None, p.options.ignore_index, p.N, p.V, tokens, n_valid,
         len(results), target_result,
     )  # fmt: skip
