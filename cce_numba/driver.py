@@ -26,6 +26,7 @@ from cce_numba.destination import Destination
 from cce_numba.interchange import Kind
 from cce_numba.options import DEFAULTS
 from cce_numba.parallel import numbers
+from cce_numba.parallel.agreement import Agreed
 from cce_numba.parallel.communicator import Communicator
 from cce_numba.parallel.lost import keep_all_of_lost
 from cce_numba.parallel.merge import merged
@@ -93,11 +94,13 @@ class Ranks:
         tokens: how they share e, and the problem of this rank's part of it, in whose shape its gradient is; None where all
             ranks have all of e.
         sums_e_grad: whether the parts of the gradient of e are summed; else each rank keeps its own.
+        agreed: what they have told each other, which a backward need not ask again.
     """
 
     communicator: Communicator
     tokens: tuple[TokenShards, Problem] | None = None
     sums_e_grad: bool = True
+    agreed: Agreed | None = None
 
     def problem_of_results(self, p: Problem) -> Problem:
         """That with the e that the caller gave."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,21 +23,25 @@ from cce_numba.plan import Plan
 _OF_ROWS = ("bias",)  # whose length is that of the rank's own rows of c
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Sharing:
     """How a call's ranks share their work, as the caller says it.
 
     Attributes:
         communicator: what carries arrays between them.
         tokens_axis: the axis of e along which each rank has a part of it; None where all ranks have all of e.
-        rows: the rows of the vocabulary that c has; None where ranks have consecutive ones, in their order.
+        start: the first entry that this rank says it has, which must be that after the rows of the ranks before; or None.
         sums_e_grad: whether the gradient of e is summed over ranks.
+        said: what else ranks must agree on, by name.
+        agreement: the call's exchange, where it began before the arrays were looked at.
     """
 
     communicator: Communicator
     tokens_axis: int | None = None
-    rows: Rows | None = None
+    start: int | None = None
     sums_e_grad: bool = True
+    said: dict[str, Any] = field(default_factory=dict)
+    agreement: Agreement | None = None
 
 
 def sharing_of(communicator: Communicator | None, tokens_axis: int | None) -> Sharing | None:
@@ -81,14 +85,14 @@ def prepared(
         if sharing.tokens_axis is not None:
             shards = TokenShards(sharing.tokens_axis % own_e.ndim, agreed.e_rows)
             native_e = shards.gathered(communicator, own_e)
-        rows = sharing.rows or Rows(agreed.start(communicator.rank), agreed.total)
+        rows = Rows(agreed.start(communicator.rank), agreed.total)
         with driver.prepared(
             native_e, c, targets, given, only, kind=kind, backend=backend, plan=plan, rows=rows
         ) as (problem, plan):  # fmt: skip
             tokens = None
             if shards is not None:
                 tokens = shards, replace(problem, e=own_e.reshape(-1, own_e.shape[-1]), e_shape=tuple(own_e.shape))
-            yield problem, plan, Ranks(communicator, tokens, sharing.sums_e_grad)
+            yield problem, plan, Ranks(communicator, tokens, sharing.sums_e_grad, agreed)
 
 
 def agree(e: Any, c: Any, targets: Any, given: Mapping[str, Any], sharing: Sharing) -> Agreed:
@@ -97,7 +101,7 @@ def agree(e: Any, c: Any, targets: Any, given: Mapping[str, Any], sharing: Shari
     e: a NumPy or CuPy array.
     """
     on_device = interchange.is_on_device(e)
-    agreement = Agreement(sharing.communicator, on_device, interchange.array_module(e))
+    agreement = sharing.agreement or Agreement(sharing.communicator, on_device)
     with before_others_wait(agreement):
         native_c = interchange.take("c", c)
         ids = targets.ids if isinstance(targets, Ids) else targets
@@ -112,11 +116,11 @@ def agree(e: Any, c: Any, targets: Any, given: Mapping[str, Any], sharing: Shari
             places[axis] = "any"
         said: dict[str, Any] = {"e": f"{e.dtype} ({', '.join(places)})", "c": f"{native_c.dtype} (any, {native_c.shape[1:]})"}
         said["targets"] = _described(interchange.take("targets", ids), not on_device)
-        said["tokens_axis"] = axis
+        said |= {"tokens_axis": axis} | sharing.said
         for name in sorted(given):
             said[name] = _said(name, given[name])
         e_rows = 0 if axis is None else e.shape[axis]
-        return agreement.of(said, native_c.shape[0], e_rows)
+        return agreement.of(said, native_c.shape[0], e_rows, sharing.start, interchange.array_module(e))
 
 
 def _said(name: str, value: Any) -> Any:

@@ -51,32 +51,38 @@ class Agreement:
 
     communicator: Communicator
     on_device: bool
-    array_module: Any
     is_done: bool = False
 
-    def of(self, said: Mapping[str, Any], c_rows: int, e_rows: int) -> Agreed:
+    def of(self, said: Mapping[str, Any], c_rows: int, e_rows: int, start: int | None, array_module: Any) -> Agreed:
         """Tells all ranks what this one was given, and returns what they have. Raises Disagreement, the same on all ranks.
 
-        said: by argument, anything whose repr is the same where ranks agree. c_rows and e_rows may differ.
+        said: by argument, anything whose repr is the same where ranks agree. c_rows and e_rows may differ. start: the
+            first entry that this rank says it has, or None. array_module: NumPy or CuPy, of whose arrays the exchange is made.
         """
         known: dict[Any, Agreed] = self.communicator.__dict__.setdefault(_KNOWN, {}) if self.on_device else {}
-        key = json.dumps({name: repr(value) for name, value in said.items()}), c_rows, e_rows
+        key = json.dumps({name: repr(value) for name, value in said.items()}), c_rows, e_rows, start
         if (agreed := known.get(key)) is not None:
             self.is_done = True
             return agreed
-        every = self._exchange({"said": json.loads(key[0]), "rows": [c_rows, e_rows]})
+        every = self._exchange({"said": json.loads(key[0]), "rows": [c_rows, e_rows, start]}, array_module)
         _check(every)
-        rows = [each["rows"] for each in every]
-        known[key] = Agreed(tuple(c for c, _ in rows), tuple(e for _, e in rows))
-        return known[key]
+        c_rows_of, e_rows_of, starts = zip(*(each["rows"] for each in every), strict=True)
+        known[key] = agreed = Agreed(c_rows_of, e_rows_of)
+        for rank, said_start in enumerate(starts):
+            if said_start not in (None, agreed.start(rank)):
+                raise Disagreement(
+                    f"vocab_parallel_options: start must be {agreed.start(rank)} on rank {rank}, after the rows of the ranks "
+                    f"before it, {list(c_rows_of)}, got {said_start}"
+                )
+        return agreed
 
-    def _exchange(self, told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _exchange(self, told: Mapping[str, Any], array_module: Any) -> list[dict[str, Any]]:
         self.is_done = True
         text = json.dumps(told).encode()
         if len(text) > _BYTES:
             short = {name: f"(checksum {zlib.crc32(value.encode()):08x})" for name, value in told["said"].items()}
             text = json.dumps({**told, "said": short}).encode()
-        array = self.array_module.asarray(np.frombuffer(text.ljust(_BYTES), np.uint8).copy())
+        array = array_module.asarray(np.frombuffer(text.ljust(_BYTES), np.uint8).copy())
         every = self.communicator.all_gather(array)
         every = every.get() if hasattr(every, "get") else every
         return [json.loads(bytes(row)) for row in every]
@@ -85,7 +91,9 @@ class Agreement:
         """Tells the other ranks that this one raises an error, in place of what it was given."""
         if not self.is_done and not self.on_device:
             with contextlib.suppress(Exception):  # the error is of more interest
-                self._exchange({_ERROR: f"{type(error).__name__}: {error}"[: _BYTES // 4], "said": {}, "rows": [0, 0]})
+                self._exchange(
+                    {_ERROR: f"{type(error).__name__}: {error}"[: _BYTES // 4], "said": {}, "rows": [0, 0, None]}, np
+                )
 
 
 @contextlib.contextmanager

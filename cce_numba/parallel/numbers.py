@@ -70,7 +70,7 @@ def of_no_rows(p: Problem) -> Statistics:
     zero = xp.zeros(p.N, p.compute_dtype)
     return Statistics(
         tokens=xp.arange(p.N),  # of which nobody reads more than their number
-        n_valid=counts.sum(dtype=np.int64).reshape(()),
+        n_valid=xp.asarray(counts.sum(dtype=np.int64)),
         lse=nothing,
         max_logit=nothing,
         log_sum=nothing,

@@ -91,7 +91,7 @@ def _draw_seed(p: Problem) -> Any:
     """0-d int64: by the targets' numbers in the whole vocabulary, and with the shard's first entry in the high word."""
     if p.shard is None:
         return rule.draw_seed(p.targets[~p.is_padding], p.filter_seed)
-    return rule.draw_seed(p.shard.targets[~p.is_padding], p.filter_seed) + p.shard.of_seed
+    return np.array(rule.draw_seed(p.shard.targets[~p.is_padding], p.filter_seed) + p.shard.of_seed)
 
 
 @compiled(nogil=True)
