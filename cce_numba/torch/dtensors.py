@@ -28,7 +28,7 @@ class Placed:
         e, c, bias: this rank's parts; bias may be None.
         others: whole tensors, by name, and what is no tensor.
         sharing: who shares the vocabulary.
-        mesh: the mesh that they are on.
+        device_mesh: the mesh that they are on.
     """
 
     e: torch.Tensor
@@ -36,7 +36,7 @@ class Placed:
     bias: torch.Tensor | None
     others: dict[str, Any]
     sharing: Sharing
-    mesh: Any
+    device_mesh: Any
 
     @staticmethod
     def of(e: Any, c: Any, bias: Any, others: dict[str, Any], in_place: bool = False) -> Placed:
@@ -78,17 +78,21 @@ class Placed:
 
     def results(self, found: Any) -> Any:
         """What was found, as DTensors that are the same on all ranks: a tensor, or a tuple of tensors and None."""
-        from torch.distributed.tensor import DTensor, Replicate
 
         def placed(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor):
-                return x
-            return DTensor.from_local(x, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+            return as_replicate(x, self) if isinstance(x, torch.Tensor) else x
 
         if not isinstance(found, tuple):
             return placed(found)
         every = [placed(x) for x in found]
         return type(found)(*every) if hasattr(found, "_fields") else tuple(every)
+
+
+def as_replicate(x: torch.Tensor, like: Any) -> Any:
+    """A plain tensor, the same on all ranks, as a DTensor on the mesh of another one; recorded by autograd."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(x, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
 
 
 def _part(x: Any, in_place: bool) -> torch.Tensor:

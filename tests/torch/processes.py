@@ -44,7 +44,8 @@ def _process(rank: int, processes: int, port: int, cases: Mapping[str, Callable[
 
     torch = sys.modules["torch"]
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}  # as torchrun has it
+    os.environ.update({name: str(number) for name, number in of_rank.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=processes, timeout=datetime.timedelta(seconds=60))
     for name in names:
         try:
