@@ -12,6 +12,7 @@ from cce_numba.arguments import Problem
 from cce_numba.integers import ceil_div
 from cce_numba.launch.inlined import finish
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
+from cce_numba.parallel.shard import ELSEWHERE
 from cce_numba.ptx import arithmetic, memory
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core import matrices
@@ -26,12 +27,17 @@ _WARPS = 4  # of a CTA, each with a token
 
 @kernel_factory
 def make_indexed_dot_kernel(
-    dtype: np.dtype, bias_dtype: np.dtype | None, aligned: bool, scaled: bool = False, several: bool = False
+    dtype: np.dtype,
+    bias_dtype: np.dtype | None,
+    aligned: bool,
+    scaled: bool = False,
+    several: bool = False,
+    in_shards: bool = False,
 ) -> Kernel:
     """The kernel for 16-bit `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads 4 numbers at a time.
 
     scaled: with a logit scale for each token. several: tokens have several targets, targets (N, K), and the kernel takes K and
-    the number that is padding, too.
+    the number that is padding, too. in_shards: other ranks have other entries, so a target may be `ELSEWHERE`.
     """
     maximum = arithmetic.maximum_or_nan
     wide = widen(dtype)
@@ -96,7 +102,7 @@ def make_indexed_dot_kernel(
     ) -> None:
         """target_logit[n] of each listed token n: the largest logit of a target, NaN if one is out of range.
 
-        Sets the bits of its targets in its block.
+        Sets the bits of its targets in its block. A target that another rank has bounds nothing.
         """
         lane, position = cuda.threadIdx.x & 31, cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5)
         if position >= tokens.n_valid[0]:
@@ -112,6 +118,8 @@ def make_indexed_dot_kernel(
                     if lane == 0:
                         z = logit_of(product, terms, n, target)
                         set_bit(position, target, survivors)
+                elif in_shards and target == ELSEWHERE:
+                    z = NEGATIVE_INFINITY
                 largest = maximum(largest, z)
         if lane == 0:
             target_logit[n] = largest
@@ -128,7 +136,10 @@ def make_indexed_dot_kernel(
         target_logit: Any,  # (N,)
         survivors: Survivors,
     ) -> None:
-        """target_logit[n] of each listed token n, NaN for a target out of range; sets the bit of its target in its block."""
+        """target_logit[n] of each listed token n, NaN for a target out of range; sets the bit of its target in its block.
+
+        -inf for a target that another rank has, which bounds nothing.
+        """
         lane, position = cuda.threadIdx.x & 31, cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5)
         if position >= tokens.n_valid[0]:
             return
@@ -136,7 +147,7 @@ def make_indexed_dot_kernel(
         target = targets[n]
         if target < 0 or target >= V:
             if lane == 0:
-                target_logit[n] = np.float32(math.nan)
+                target_logit[n] = np.float32(-math.inf) if in_shards and target == ELSEWHERE else np.float32(math.nan)
             return
         product = product_of(e, c, c_step_bytes, n, target, D, lane)
         if lane == 0:
@@ -159,7 +170,9 @@ def launch_indexed_dot(
     """
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
     aligned, (c_pitch_bytes, c_step_bytes) = matrices.why_not(p.c) is None, p.c.strides
-    kernel = make_indexed_dot_kernel(p.dtype, bias_dtype, aligned, p.logit_scale is not None, p.K is not None)
+    kernel = make_indexed_dot_kernel(
+        p.dtype, bias_dtype, aligned, p.logit_scale is not None, p.K is not None, p.shard is not None
+    )
     c, targets = Matrix(p.c.data.ptr, c_pitch_bytes), p.targets.data.ptr
     several = () if p.K is None else (p.K, p.options.ignore_index)
     kernel.launch(

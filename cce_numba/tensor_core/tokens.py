@@ -11,6 +11,7 @@ from numba.cuda import types
 
 from cce_numba.arguments import Problem
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
+from cce_numba.parallel.shard import ELSEWHERE
 from cce_numba.ptx import memory
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core.records import I32, I64, U64, Found, FoundOfSeveral
@@ -46,22 +47,27 @@ def has_target(n: Any, several: Any) -> Any:
 
 
 @cuda.jit(device=True, forceinline=True)
-def mark_targets(n: Any, V: Any, several: Any) -> None:
-    """Writes the logits of a token's targets that have none: 0 for padding, NaN for a target out of range."""
+def mark_targets(n: Any, V: Any, several: Any, in_shards: Any) -> None:
+    """Writes the logits of a token's targets that have none here.
+
+    0 for padding, -inf for a target that another rank has (`in_shards`), and NaN for one out of range.
+    """
     for k in range(several.K):
         place = np.int64(n) * several.K + k
         target = several.ids[place]
         if target == several.padding:
             several.logits[place] = np.float32(0)
+        elif in_shards and target == ELSEWHERE:
+            several.logits[place] = np.float32(-math.inf)
         elif target < 0 or target >= V:
             several.logits[place] = np.float32(math.nan)
 
 
 @kernel_factory
-def make_list_tokens_kernel(n_constants: int = 0, several: bool = False) -> Kernel:
+def make_list_tokens_kernel(n_constants: int = 0, several: bool = False, in_shards: bool = False) -> Kernel:
     """The kernel: one CTA. On its way it writes `n_constants` 64-bit words to memory, for kernels that must read them there.
 
-    several: tokens have several targets.
+    several: tokens have several targets. in_shards: other ranks have other entries, so a target may be `ELSEWHERE`.
     """
     threads, tokens_per_thread = THREADS, _TOKENS
 
@@ -87,7 +93,8 @@ def make_list_tokens_kernel(n_constants: int = 0, several: bool = False) -> Kern
     ) -> None:
         """tokens[:n_valid[0]] = those with a target that is not ignore_index, ascending. Results of all others become 0.
 
-        The target logit of a listed token whose target is out of range becomes NaN. Other results of listed tokens stay.
+        The target logit of a listed token becomes NaN if its target is out of range, and -inf if another rank has it. Other
+        results of listed tokens stay.
         """
         sums = cuda.shared.array(32, np.int64)
         t = cuda.threadIdx.x
@@ -109,12 +116,15 @@ def make_list_tokens_kernel(n_constants: int = 0, several: bool = False) -> Kern
                     tokens[position] = n
                     position += np.int64(1)
                     if target_result >= 0 and (targets[n] < 0 or targets[n] >= V):
-                        found.results[target_result * found.pitch + n] = np.float32(math.nan)
+                        logit = np.float32(math.nan)
+                        if in_shards and targets[n] == ELSEWHERE:
+                            logit = np.float32(-math.inf)
+                        found.results[target_result * found.pitch + n] = logit
                 else:
                     for k in range(n_results):
                         found.results[k * found.pitch + n] = np.float32(0)
                 if several:
-                    mark_targets(n, V, found.several)
+                    mark_targets(n, V, found.several, in_shards)
         if t == 0:
             n_valid[0] = listed
 
@@ -138,7 +148,7 @@ def list_tokens(
     results: the names of `found.results`.
     """
     target_result = results.index("target_logit") if "target_logit" in results else -1
-    make_list_tokens_kernel(len(constants), isinstance(found, FoundOfSeveral)).launch(
+    make_list_tokens_kernel(len(constants), isinstance(found, FoundOfSeveral), p.shard is not None).launch(
         1, constants, constants_to, found, p.targets is not None, p.options.ignore_index, p.N, p.V, tokens, n_valid,
         len(results), target_result,
     )  # fmt: skip
