@@ -93,6 +93,8 @@ def test_maximum(cupy, rng):
     x[:4], y[:4] = [np.nan, 1, -np.inf, np.nan], [1, np.nan, -3, np.nan]
     larger = elementwise(cupy, lambda x, y, z: arithmetic.maximum(x, y), x, y)
     np.testing.assert_array_equal(larger, np.fmax(x, y))
+    smaller = elementwise(cupy, lambda x, y, z: arithmetic.minimum(x, y), x, y)
+    np.testing.assert_array_equal(smaller, np.fmin(x, y))
 
 
 def test_fma_rounds_once_and_multiply_before_a_sum(cupy, rng):
