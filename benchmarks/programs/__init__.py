@@ -11,6 +11,7 @@ PROGRAMS = {  # name: what `--help` says of it
     "quick": "forward and backward in under two minutes on an H100, one short table: run it before and after a change",
     "forward": "the loss on tensor cores against cuBLAS's one product",
     "backward": "loss and gradients on tensor cores against cuBLAS's one product",
+    "ampere": "the mma.sync kernels beside Hopper's and the paper's, the limit of mma.sync, and float32 on tensor cores",
     "autograd": "what PyTorch's autograd adds to a call",
     "several_gpus": "a vocabulary in shards on several GPUs, against one of them",
     "training_step": "the steps of a small transformer, against stored logits",
@@ -21,5 +22,6 @@ PROGRAMS = {  # name: what `--help` says of it
     "calibrated": "how closely made-up inputs match the sparsity of a real model",
     "demo_file": "turn an archive of a real last layer into a file for `python -m cce_numba demo --data`",
     "readme": "print a table of the README from recorded results",
+    "predictions": "print the table of docs/which_kernels.md: what other GPUs are predicted to take",
     "picture": "draw the README's picture from recorded results",
 }
