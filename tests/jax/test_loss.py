@@ -136,6 +136,15 @@ def test_agrees_with_the_reference(seed, shape, shift):
     assert relative(grads[1], exact_grads.c) <= 1e-5
 
 
+def test_no_tokens():
+    given = make(0, (0,), 12, 4, "float32")
+    loss = lambda e, c: ccj.linear_cross_entropy(e, c, given["targets"], reduction="sum")
+    value, (d_e, d_c) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(given["e"], given["c"])
+    assert value == 0
+    assert d_e.shape == (0, 4)
+    assert (d_c.shape, float(abs(d_c).max())) == ((12, 4), 0)
+
+
 def test_only_the_gradients_that_are_wanted_are_computed(monkeypatch):
     given = make(0, (40,), 60, 8, "float32")
     wrt = []
