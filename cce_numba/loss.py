@@ -97,9 +97,9 @@ class Result:
 
         With `filter="drop"` it bounds the token's error in a filtered gradient: that of `dE` by `|d_loss| * dropped_mass *
         max_v |c_v|`, times its weights and `logit_scale` if there are any, less where a softcap is flat. Where more than 70 %
-        of all pairs of a block and an entry survive, "cpu" and "hopper" take all of them. On "cpu" it is then 0; on "hopper",
-        where only the device knows, it is more than what is left out. What the gradients of `c` and `bias` leave out beyond
-        (see `filter_eps`) is not counted.
+        of all pairs of a block and an entry survive, "cpu", "hopper" and "ampere" take all of them. On "cpu" it is then 0; on
+        the other two, where only the device knows, it is more than what is left out. What the gradients of `c` and `bias` leave
+        out beyond (see `filter_eps`) is not counted.
 
         With `filter="unbiased"` it is what this seed's draws leave out, if all tokens take part, and bounds no error: other
         entries are multiplied to make up for it, and the error is 0 on average over seeds.
@@ -163,15 +163,18 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
             the step.
         filter_eps: the filter's threshold, a probability. "auto" is `finfo(dtype).eps / 32` (2^-12 for bfloat16), or for "drop"
             `finfo(dtype).eps / 512` (2^-16 for bfloat16). None is exact. The loss itself is always exact. With "drop" and
-            "auto", "hopper" leaves out more of the gradients of `c` and `bias`: 128 entries, in an order of its own, for a
-            block of 128 tokens, if none of them is a target there and none reaches 4 times that.
+            "auto", "hopper" and "ampere" leave out more of the gradients of `c` and `bias`: 128 entries, in an order of their
+            own, for a block of 128 tokens, if none of them is a target there and none reaches 4 times that.
         filter_e_grad: False keeps the gradient of `e` exact.
         filter_c_grad: False keeps the gradients of `c` and `bias` exact (the paper's FullC).
         accum_e_fp32: return the gradient of 16-bit `e` in float32, as it was accumulated.
         accum_c_fp32: return the gradient of 16-bit `c` in float32, as it was accumulated.
         check_targets: True raises for a target out of range, on any device. None does so on the host, where looking is
             free; on a device, where it would wait for the device, such a token's loss and gradient become NaN.
-        backend: "cpu", "simt", "hopper", or None to choose by device and dtype (`explain` tells).
+        workspace_bytes: memory for logits that are kept from the forward to the backward, so that exact gradients need not
+            compute them again: 388 bytes for each token and 192 entries. Backend "hopper" uses it, of the others none. 0 keeps
+            none; None is what the environment variable CCE_WORKSPACE_BYTES says, else 0.
+        backend: "cpu", "simt", "ampere", "hopper", or None to choose by device and dtype (`explain` tells).
 
     Returns:
         The loss, an array of e's kind on e's device: 0-d, or for "none" in the shape of `targets[..., shift:]` with 0

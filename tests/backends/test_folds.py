@@ -267,7 +267,7 @@ class SimtExpected:
 
 def folds_of(backend):
     """`(the folds that a backend knows, those that are added)`."""
-    if backend == "hopper":  # of which the simulator knows nothing, so it is imported where it is wanted
+    if backend in ("hopper", "ampere"):  # of which the simulator knows nothing, so it is imported where it is wanted
         from cce_numba.tensor_core.folds import FOLDS
         from tests.backends import tensor_core_folds
 
@@ -281,7 +281,7 @@ def folds_of(backend):
 
 def results_of(backend):
     """What the added folds store. The fold of the tensor cores does not say which entry the smallest is."""
-    return {"smallest", "expected"} | (set() if backend == "hopper" else {"smallest_entry"})
+    return {"smallest", "expected"} | (set() if backend in ("hopper", "ampere") else {"smallest_entry"})
 
 
 @pytest.fixture(scope="module")

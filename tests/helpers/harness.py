@@ -169,6 +169,31 @@ class HopperHarness(GpuHarness):
         return None if major == 9 else f"the GPU has compute capability {major}.{minor}, and this is about 9.x (Hopper)"
 
 
+class AmpereHarness(HopperHarness):
+    # Tiles of 128 x 256 x 64 (128 x 128 where shared memory is small); jobs of 192 columns; phases of the vocabulary.
+    edges: ClassVar = Edges(
+        n=(1, 64, 128, 256, 512),
+        v=(1, 8, 128, 192, 256, 512, 256 * 16),
+        d=(1, 8, 64, 128, 192, 320, 384),
+        max_n=700,
+        max_v=5000,
+        max_d=450,
+        long_v=40_003,
+        dtypes=DTYPES[:2],
+    )
+
+    def __init__(self) -> None:
+        GpuHarness.__init__(self, "ampere")
+
+    @staticmethod
+    def why_not() -> str | None:
+        """Why the GPU here cannot run it, or None."""
+        from cce_numba import gpu
+
+        major, minor = gpu.current().compute_capability
+        return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, and this is about 8.0 and later"
+
+
 class Poisoned:
     """`numpy` or `cupy`, but for `empty`."""
 

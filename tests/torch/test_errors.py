@@ -74,7 +74,7 @@ def arguments(**changed):
         ({"impl": "torch_compile", "targets": torch.zeros(3).long()}, ValueError, "targets: must have the shape of e without"),
         ({"impl": "torch_compile", "bias": torch.ones(1)}, ValueError, r"bias: must have shape \(V,\) = \(8,\), got \(1,\)"),
         ({"impl": "torch_compile", "c": torch.ones(4, 8)}, ValueError, r"c: must have shape \(V, D\) for e \(\.\.\., D\)"),
-        ({"backend": "cuda"}, ValueError, "backend: must be one of 'hopper', 'simt', 'cpu' or None, got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend: must be one of 'hopper', 'ampere', 'simt', 'cpu' or None, got 'cuda'"),
         ({"backend": "hopper"}, cce.BackendUnavailable, "backend: 'hopper' cannot run this"),
         ({"vocab_parallel_options": None}, TypeError, "vocab_parallel_options: is not an option; options are bias"),
         (

@@ -8,77 +8,24 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.backward.chance import make_decide, make_find_maxima
-from cce_numba.hopper.backward.column_sums import sum_of_column
 from cce_numba.hopper.backward.finish_rows import make_finish_rows
 from cce_numba.hopper.backward.jobs import D_E, END, LOGITS, make_job_ring
+from cce_numba.hopper.backward.kept import make_logits_of
 from cce_numba.hopper.backward.multiply import ONE_CONSUMER, make_multiply, make_turns
-from cce_numba.hopper.backward.partial_sums import SUMS_STEP, make_add_sums, make_add_to_sums, make_store_sums
-from cce_numba.hopper.backward.records import WORD, GTile, ListColumns, TilePlace
+from cce_numba.hopper.backward.records import WORD, GTile, TilePlace
 from cce_numba.hopper.backward.store_g import make_store_g
-from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PARTS, STAGING_BYTES, BackwardTiles
+from cce_numba.hopper.backward.tiles import STAGING_BYTES, BackwardTiles
 from cce_numba.ptx import arithmetic, control, mbarrier, memory
 from cce_numba.ptx import fragment as fragments
 from cce_numba.ptx.pointers import address_of
-from cce_numba.tensor_core.exponentials import LN2, exp2, fma
-from cce_numba.tensor_core.records import RowWeights
+from cce_numba.tensor_core.backward.chance import make_decide, make_find_maxima
+from cce_numba.tensor_core.backward.column_sums import sum_of_column
+from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP, make_add_sums, make_add_to_sums, make_store_sums
+from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
+from cce_numba.tensor_core.backward.row_weights import ROW_BYTES, make_two_row_weights
+from cce_numba.tensor_core.kept import TILE_BYTES
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE
-
-_ROW_BYTES = 16  # of a row of the survey's table `rows`
-
-
-@functools.cache
-def make_two_row_weights(scaled: bool, smoothed: bool, entropic: bool) -> Any:
-    """The device function that loads the `RowWeights` of two listed tokens; options: see `gradient.make_gradient`."""
-    load_f32, load_i32 = memory.load_global_f32, memory.load_global_i32
-    has_further = scaled or smoothed or entropic
-
-    @cuda.jit(device=True, forceinline=True)
-    def further_of(position: Any, terms: Any, tables: Any) -> Any:
-        """`(scale, uniform, entropy, log_sum)` of a listed token."""
-        scale, uniform, entropy, log_sum = np.float32(1), np.float32(0), np.float32(0), np.float32(0)
-        if has_further:
-            n = tables.row_of[position]
-            if n >= 0:
-                if scaled:
-                    scale = load_f32(terms.scale + np.uint64(4 * np.int64(n)))
-                if smoothed:
-                    uniform = load_f32(terms.uniform_weight + np.uint64(4 * np.int64(n))) * tables.weight_scale[0]
-                if entropic:
-                    log_sum = tables.log_sums[position]
-                    weight = load_f32(terms.entropy_weight + np.uint64(4 * np.int64(n))) * tables.weight_scale[0]
-                    entropy = LN2 * weight * exp2(-log_sum)
-        return scale, uniform, entropy, log_sum
-
-    @cuda.jit(device=True, forceinline=True)
-    def row_weights(row: Any, further: Any) -> Any:
-        """row: the token's address in the survey's table `rows`. further: of the token."""
-        scale, uniform, entropy, log_sum = further
-        softmax = load_f32(row)
-        if entropic:
-            softmax = fma(-entropy, log_sum, softmax)
-        return RowWeights(
-            softmax=softmax,
-            shift=load_f32(row + np.uint64(8)),
-            target_weight=load_f32(row + np.uint64(4)),
-            target=load_i32(row + np.uint64(12)),
-            scale=scale,
-            uniform=uniform,
-            entropy=entropy,
-        )
-
-    @cuda.jit(device=True, forceinline=True)
-    def two_row_weights(position: Any, row: Any, terms: Any, tables: Any) -> Any:
-        """Of the tokens at `position`, an int64, of the list, and 8 further on. Weights are times the survey's scale.
-
-        row: address of the first of the two in the survey's table `rows`. terms: a `LogitTerms`. tables: the survey's.
-        """
-        further_0, further_1 = further_of(position, terms, tables), further_of(position + 8, terms, tables)
-        next_row = np.uint64(row + np.uint64(8 * _ROW_BYTES))
-        return row_weights(row, further_0), row_weights(next_row, further_1)
-
-    return two_row_weights
 
 
 @functools.cache
@@ -91,6 +38,7 @@ def make_consume(
     smoothed: bool,
     by_chance: bool,
     entropic: bool,
+    keeps: bool,
 ) -> Any:
     """The device function of a consumer warpgroup; see `kernel.make_backward_kernel`."""
     jobs_, turns_ = make_job_ring(tiles), make_turns(tiles)
@@ -101,7 +49,10 @@ def make_consume(
     multiply_logits = make_multiply(tiles, name, a_m_major=False, b_n_major=False)
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
-    store_g = make_store_g(block_v, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic)
+    store_g = make_store_g(
+        block_v, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, finished=by_chance or keeps
+    )
+    logits_of = make_logits_of(block_v, capped, scaled)
     find_maxima, decide = make_find_maxima(block_v, capped, scaled), make_decide(block_v)
     scales_bytes, warp_bytes = np.uint32(tiles.scales_bytes), np.uint32(4 * block_v)
     two_row_weights = make_two_row_weights(scaled, smoothed, entropic)
@@ -136,8 +87,8 @@ def make_consume(
         block = np.int64(field(jobs, s, WORD.block_or_tile))
         position = block * COLUMN_TILE + row
         to = GTile(g=g, sums=sums, staging=staging, consumer=consumer)
-        row_of_weights = np.uint64(address_of(tables.rows) + np.uint64(_ROW_BYTES * position))
-        next_half = np.uint64(row_of_weights + np.uint64(64 * _ROW_BYTES))
+        row_of_weights = np.uint64(address_of(tables.rows) + np.uint64(ROW_BYTES * position))
+        next_half = np.uint64(row_of_weights + np.uint64(64 * ROW_BYTES))
         if by_chance:
             maxima = np.uint32(staging + np.uint32(thread >> 5) * warp_bytes)
             row_0, row_1 = two_row_weights(position, row_of_weights, terms, tables)
@@ -151,9 +102,15 @@ def make_consume(
             decide(columns, staging, chance, block, consumer, thread)
             columns = ListColumns(ids=ids, biases=biases, scales=opaque(scales), stored=stored)
         row_0, row_1 = two_row_weights(position, row_of_weights, terms, tables)
+        tile = field(jobs, s, WORD.kept) if keeps else np.int32(-1)
+        kept = np.uint64(workspace.kept + np.uint64(TILE_BYTES) * np.uint64(block * workspace.kept_tiles))
+        if keeps:
+            upper = logits_of(upper, np.int32(0), tile, kept, thread, columns, row_0, row_1, terms.softcap)
         store_g(upper, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
         to = GTile(g=np.uint64(g + np.uint64(128)), sums=np.uint64(sums + np.uint64(16)), staging=staging, consumer=consumer)
         row_0, row_1 = two_row_weights(position + 64, next_half, terms, tables)
+        if keeps:
+            lower = logits_of(lower, np.int32(1), tile, kept, thread, columns, row_0, row_1, terms.softcap)
         store_g(lower, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
         memory.fence_proxy_async_all()  # the bulk copy engine will read G
 

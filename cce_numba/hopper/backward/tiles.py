@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cce_numba.hopper.tiles import HopperTiles
-from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core.survey.tables import LIST_TILE
 
 PANEL = 64  # rows of a panel, and 16-bit numbers of a row: these are 128 bytes, the width of the swizzle's pattern
-G_ROW_BYTES = 2 * SURVIVOR_BLOCK  # of a column of G of a block, which is a row in the workspace
 HEADER_WORDS = 16  # 32-bit words of a job's header
-PARTS = 8  # of the sum of a column of G of a block: one of 16 tokens each
 # Rounds whose G is in the workspace at a time: one is written, one is read, and a third gives both time to finish. In a dense
 # problem with dE the jobs of dE give that time, so two larger buffers are better.
 BUFFERS, LARGE_BUFFERS = 3, 2

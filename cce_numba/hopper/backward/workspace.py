@@ -13,10 +13,11 @@ from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.records import Workspace
-from cce_numba.hopper.backward.tiles import BUFFERS, G_ROW_BYTES, LARGE_BUFFERS, PANEL, PARTS
+from cce_numba.hopper.backward.tiles import BUFFERS, LARGE_BUFFERS, PANEL
 from cce_numba.integers import ceil_div
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core import matrices
+from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE, SurveyLayout
 
 _SHARE = 0.115  # of the gradients' bytes: the workspace is to stay below it
@@ -162,8 +163,12 @@ class WorkspaceLayout:
         """The address of the buffers in dC's memory, which begins at `c_address`."""
         return (c_address + self.c_bytes - self.borrowed_bytes) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
 
-    def at(self, base: int, c_address: int) -> Any:
-        """The kernel's record of a workspace that begins at address `base`. c_address: of dC's memory."""
+    def at(self, base: int, c_address: int, kept: int = 0, kept_tiles: int = 0) -> Any:
+        """The kernel's record of a workspace that begins at address `base`.
+
+        c_address: of dC's memory. kept, kept_tiles: the address of logits that the forward kept, and of how many tiles of a
+        block.
+        """
         counters, offsets = base + self.offsets["counters"], self.offsets
         return Workspace(
             next_job=counters,
@@ -177,6 +182,8 @@ class WorkspaceLayout:
             buffer_slots=self.buffer_slots,
             large_slots=self.large_slots,
             borrowed_slots=self.borrowed_slots,
+            kept=kept,
+            kept_tiles=kept_tiles,
         )
 
     def g_maps(self, base: int, c_address: int, dtype: np.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:

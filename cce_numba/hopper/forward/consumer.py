@@ -217,12 +217,14 @@ def make_consume(
                 half = Tile(
                     v_tile=v_tile, V=V, block=block, half=np.int32(0), consumer=consumer, thread=thread, tokens=batch.tokens,
                     rows_smem=rows_smem, columns_smem=columns_smem, class_weights=weights, survivors=survivors,
+                    keepers=np.int32(128),
                 )  # fmt: skip
                 upper_states = fold_tile(upper_states, upper, half, found)
                 lower = finish_logits(lower, own_scale + np.uint32(256), column, terms.softcap, V, is_last)
                 half = Tile(
                     v_tile=v_tile, V=V, block=block, half=np.int32(1), consumer=consumer, thread=thread, tokens=batch.tokens,
                     rows_smem=rows_smem, columns_smem=columns_smem, class_weights=weights, survivors=survivors,
+                    keepers=np.int32(128),
                 )  # fmt: skip
                 lower_states = fold_tile(lower_states, lower, half, found)
             use = np.uint32(use + np.uint32(n_turns * k_steps))

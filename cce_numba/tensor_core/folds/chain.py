@@ -48,7 +48,11 @@ class RowPair(Record):
 
 
 class Tile(Record):
-    """Where half a tile of logits is from, and who folds it."""
+    """Where half a tile of logits is from, and who folds it.
+
+    A warp folds 16 rows, from 64 * half + 16 * (thread // 32) on. Where a warp has more rows of a half, it folds each 16 of
+    them in the place of another warp: `thread` is then not the thread's number.
+    """
 
     v_tile = I32  # the tile's number in the vocabulary
     V = I32
@@ -61,6 +65,7 @@ class Tile(Record):
     columns_smem = U32  # shared address of a float32 for each column of the tile, of this consumer's own
     class_weights = U64  # address of (V,) float32, or 0
     survivors = Survivors
+    keepers = I32  # threads that share columns_smem: the 128 of a consumer, or the 32 of a warp (`columns`)
 
 
 class Row(Record):

@@ -23,9 +23,9 @@ from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward import host
 from cce_numba.hopper.backward import workspace as workspace_module
 from cce_numba.hopper.backward.records import Outputs, Shape, Workspace
-from cce_numba.hopper.backward.scheduler import RUNS_ALWAYS, RUNS_IF_DENSE, RUNS_IF_FILTERED
 from cce_numba.launch.kernel import Kernel
 from cce_numba.options import Options
+from cce_numba.tensor_core.backward.phases import RUNS_ALWAYS, RUNS_IF_DENSE, RUNS_IF_FILTERED
 from cce_numba.tensor_core.records import Chance, LogitTerms, Matrix, SurvivorBits, WeightedTokens
 from cce_numba.tensor_core.survey.tables import Sizes, Tables
 

@@ -21,14 +21,14 @@ if SimulatorHarness.is_active():
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward import scheduler
 from cce_numba.hopper.backward import workspace as workspace_module
-from cce_numba.hopper.backward.lists import listed_place
-from cce_numba.hopper.backward.partial_sums import SUMS_STEP
-from cce_numba.hopper.backward.phases import is_of_products, phase_of_logits, phase_of_products, round_of
 from cce_numba.hopper.backward.tiles import BUFFERS, LARGE_BUFFERS, PANEL, STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.backward.workspace import WorkspaceLayout
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
 from cce_numba.ptx.wgmma import PANEL_BYTES
 from cce_numba.tensor_core import matrices
+from cce_numba.tensor_core.backward.lists import listed_place
+from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP
+from cce_numba.tensor_core.backward.phases import is_of_products, phase_of_logits, phase_of_products, round_of
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE, tiles_of_dense_round
 from tests.tensor_core.test_survey import make_inputs, model
 

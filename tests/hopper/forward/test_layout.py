@@ -12,9 +12,9 @@ from tests.helpers.harness import SimulatorHarness
 if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
-from cce_numba.hopper.forward import layout as layout_module
 from cce_numba.hopper.forward.layout import Layout
 from cce_numba.hopper.tiles import HopperTiles
+from cce_numba.tensor_core import layout as layout_module
 from cce_numba.tensor_core import schedule
 
 TILES = HopperTiles()

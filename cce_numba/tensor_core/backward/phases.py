@@ -23,6 +23,14 @@ from numba import cuda
 
 from cce_numba.ptx import memory
 
+RUNS_ALWAYS, RUNS_IF_FILTERED, RUNS_IF_DENSE = np.int32(0), np.int32(1), np.int32(2)  # for which surveys a kernel has jobs
+
+
+@cuda.jit(device=True, forceinline=True)
+def has_jobs_for(runs: Any, is_dense: Any) -> Any:
+    """Whether a kernel does anything. runs: RUNS_ALWAYS, RUNS_IF_FILTERED or RUNS_IF_DENSE. is_dense: what the survey found."""
+    return runs == RUNS_ALWAYS or (runs == RUNS_IF_DENSE) == is_dense
+
 
 @cuda.jit(device=True, forceinline=True)
 def phase_of_logits(r: Any) -> Any:
