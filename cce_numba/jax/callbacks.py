@@ -66,7 +66,8 @@ class Call:
     def _split(self, arrays: Mapping[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
         others = dict(arrays)
         e, c, targets = (others.pop(name) for name in ("e", "c", "targets"))
-        return e, c, Ids(targets) if self.of_ids else targets, {**dict(self.options), **others}
+        # Logits that a forward keeps (`workspace_bytes`) would have to be copied: to the state, which is in XLA's memory.
+        return e, c, Ids(targets) if self.of_ids else targets, {**dict(self.options), **others, "workspace_bytes": 0}
 
 
 @dataclass(frozen=True)

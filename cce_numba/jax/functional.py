@@ -13,8 +13,10 @@ from cce_numba.jax.callbacks import Call
 from cce_numba.options import DEFAULTS, LossOptions, flag, unknown
 from cce_numba.returned import Logprobs, LossStatistics
 
-# JAX wants gradients of their inputs' dtypes, so there is nothing to choose.
-OPTIONS = tuple(name for name in DEFAULTS if name not in ("accum_e_fp32", "accum_c_fp32"))
+# JAX wants gradients of their inputs' dtypes, and what a backward needs in its own memory, so there is nothing to choose.
+_NOT_HERE = ("accum_e_fp32", "accum_c_fp32", "workspace_bytes")
+OPTIONS = tuple(name for name in DEFAULTS if name not in _NOT_HERE)
+_OPTIONS_OF_LOGPROBS = tuple(name for name in logprobs.OPTIONS if name in OPTIONS)
 _ARRAYS = ("bias", "class_weights", "token_weights", "target_probs")
 _ARRAYS_OR_NUMBERS = ("logit_scale", "filter_seed")
 
@@ -36,10 +38,11 @@ def linear_cross_entropy(
         options: the others of `cce_numba.linear_cross_entropy`, which says what they mean. `bias`, `class_weights`,
             `token_weights` and `target_probs` are arrays; `logit_scale` and `filter_seed` are arrays or numbers, and an array
             may change from step to step without a new compilation. All others must be known when JAX traces. `accum_e_fp32` and
-            `accum_c_fp32` are not among them: a gradient has its input's dtype in JAX. It was summed in float32.
+            `accum_c_fp32` are not among them: a gradient has its input's dtype in JAX. It was summed in float32. Nor is
+            `workspace_bytes`: no logits are kept here.
         check_targets: None looks for targets out of range on the CPU alone. What is found there and by True fails when the
             program runs, with JAX's own kind of error around the message; otherwise such a token's loss is NaN.
-        backend: "cpu", "simt", "hopper", or None to choose by device and dtype when the program runs.
+        backend: "cpu", "simt", "ampere", "hopper", or None to choose by device and dtype when the program runs.
 
     Returns:
         The loss: 0-d, or for "none" in the shape of `targets[..., shift:]` with 0 where ignored; float32, or float64 for
@@ -84,7 +87,7 @@ def linear_logprobs(e: jax.Array, c: jax.Array, ids: jax.Array, **options: Unpac
     >>> [round(float(x), 4) for x in (found.logprobs[0], found.entropy[0])]
     [-2.0794, 2.0794]
     """
-    return Logprobs(**_found(e, c, ids, options, logprobs.OPTIONS, of_ids=True))
+    return Logprobs(**_found(e, c, ids, options, _OPTIONS_OF_LOGPROBS, of_ids=True))
 
 
 def _found(e: Any, c: Any, targets: Any, options: Any, known: Iterable[str], *, of_ids: bool) -> dict[str, jax.Array]:

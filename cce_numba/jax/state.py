@@ -6,10 +6,13 @@ survivor bits of whichever backend needs the most; the others leave some of it u
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from cce_numba.arguments import Problem
@@ -95,5 +98,15 @@ def _fields(p: Problem, wrt: Collection[str]) -> Iterator[tuple[str, tuple[np.dt
 
 
 def _survivor_bytes(p: Problem) -> int:
-    """Memory of the survivor bits of the backend that needs the most."""
-    return max(backend_module(name).statistics_form(p).survivor_bytes(p.N, p.V) for name in BACKENDS)
+    """Memory of the survivor bits of the backend that needs the most, of those that may run here."""
+    names = BACKENDS if _may_run_on_a_gpu() else ("cpu",)
+    return max(backend_module(name).statistics_form(p).survivor_bytes(p.N, p.V) for name in names)
+
+
+@functools.cache
+def _may_run_on_a_gpu() -> bool:
+    """Whether JAX has one, and CuPy is there, which kernels need. Backends for GPUs may have to ask one for their forms."""
+    try:
+        return bool(jax.devices("cuda")) and importlib.util.find_spec("cupy") is not None
+    except RuntimeError:
+        return False

@@ -44,6 +44,7 @@ def test_arrays_are_checked_when_jax_traces(inputs, change, kind, message, jitte
     [
         ({"temperature": 2.0}, TypeError, "temperature: is not an option; did you mean 'logit_scale'"),
         ({"accum_c_fp32": True}, TypeError, "accum_c_fp32: means nothing here"),
+        ({"workspace_bytes": 1}, TypeError, "workspace_bytes: means nothing here"),
         ({"reduction": "avg"}, ValueError, "reduction: must be one of"),
         ({"backend": "tpu"}, ValueError, "backend: must be one of"),
         ({"softcap": -1.0}, ValueError, "softcap: must be positive"),

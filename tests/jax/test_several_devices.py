@@ -53,7 +53,6 @@ for kind in AxisType.Auto, AxisType.Explicit:
 second = [jax.device_put(x, jax.devices()[1]) for x in (e, c, targets)]
 loss = jax.jit(lambda *x: linear_cross_entropy(*x, filter_eps=None))(*second)
 assert loss == exact and loss.devices() == {jax.devices()[1]}
-print("all is well")
 """
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "jax.md").read_text(), re.DOTALL)
 AFTER_THE_FIRST = """
@@ -69,17 +68,11 @@ print("all is well")
 """
 
 
-def run(program, monkeypatch):
+def test_shared_arrays_are_refused_and_shard_map_is_the_way_as_the_documentation_has_it(monkeypatch):
+    """One process for all: it takes seconds to begin."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    first, second = EXAMPLES
+    program = ON_SEVERAL_DEVICES + first + AFTER_THE_FIRST + second + AFTER_THE_SECOND
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "all is well\n", done.stderr
-
-
-def test_arrays_on_several_devices_are_refused_and_shard_map_is_the_way(monkeypatch):
-    run(ON_SEVERAL_DEVICES, monkeypatch)
-
-
-def test_the_examples_of_the_documentation(monkeypatch):
-    first, second = EXAMPLES
-    run(first + AFTER_THE_FIRST + second + AFTER_THE_SECOND, monkeypatch)
