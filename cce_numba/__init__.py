@@ -23,7 +23,7 @@ from cce_numba.loss import (
 from cce_numba.plan import Plan
 from cce_numba.returned import Logprobs, LossStatistics
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendUnavailable",
