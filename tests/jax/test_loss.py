@@ -148,6 +148,18 @@ def test_no_tokens():
     assert (d_c.shape, float(abs(d_c).max())) == ((12, 4), 0)
 
 
+def test_float64():
+    with jax.enable_x64(True):
+        given = make(5, (30,), 50, 6, "float64", ignored=0.2)
+        e, c, targets = given["e"], given["c"], given["targets"]
+        loss, d_c = jax.value_and_grad(lambda c: ccj.linear_cross_entropy(e, c, targets, filter_eps=None))(c)
+        found = ccj.linear_logprobs(e, c, targets, top_k=2)
+    arrays = list(map(np.asarray, (e, c, targets)))
+    assert (loss.dtype, d_c.dtype, found.top_ids.dtype, targets.dtype) == ("float64", "float64", "int64", "int64")
+    assert abs(float(loss) - reference.forward(*arrays).loss) <= 1e-13
+    assert relative(d_c, reference.backward(*arrays).c) <= 1e-13
+
+
 def test_only_the_gradients_that_are_wanted_are_computed(monkeypatch):
     given = make(0, (40,), 60, 8, "float32")
     wrt = []
