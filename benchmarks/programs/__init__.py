@@ -14,6 +14,7 @@ PROGRAMS = {  # name: what `--help` says of it
     "ampere": "the mma.sync kernels beside Hopper's and the paper's, the limit of mma.sync, and float32 on tensor cores",
     "autograd": "what PyTorch's autograd adds to a call",
     "several_gpus": "a vocabulary in shards on several GPUs, against one of them",
+    "jit": "what JAX adds to a call, and whether XLA copies arrays",
     "training_step": "the steps of a small transformer, against stored logits",
     "learning": "a small transformer learns text, with gradients filtered in several ways: which learn as exact ones do",
     "simt": "the portable kernels against cuBLAS in float32",
