@@ -91,7 +91,8 @@ class WorkspaceLayout:
     def survey(self) -> SurveyLayout:
         """The survey's tables, for rounds that fit the buffers."""
         cap = self.buffer_slots - self.blocks * self._overhead
-        return SurveyLayout(self.N, self.V, cap, dense_cap=cap, large_cap=cap)
+        # Lists of dense rounds are whole tiles, as long in each round, and fill a buffer.
+        return SurveyLayout(self.N, self.V, cap, dense_cap=self.buffer_slots, large_cap=self.buffer_slots)
 
     @functools.cached_property
     def offsets(self) -> dict[str, int]:

@@ -218,9 +218,10 @@ def run(layout, found, e, c, outputs, dims, n_blocks):
         (130, 200, 200, {"density": None}, np.float16),
         (130, 300, 8, {"density": 0.02}, np.float16),
         (100, 1500, 8, {"density": 0.9, "dense_share": 1.0}, np.float16),
+        (130, 1200, 8, {"density": None}, np.float16),
         (300, 400, 200, {"density": 0.4, "listed": 0.9, "dead": 0.2, "coarse": 0.5}, np.float32),
     ],
-    ids=["filtered", "exact", "few", "many rounds", "filtered, float32"],
+    ids=["filtered", "exact", "few", "many rounds", "exact, many rounds", "filtered, float32"],
 )
 def test_jobs_make_the_gradients(N, V, D, named, dtype):
     """Tokens without weight; dC for some of what survives; tiles without survivors; more rounds than buffers."""
@@ -248,4 +249,4 @@ def test_jobs_make_the_gradients(N, V, D, named, dtype):
     np.testing.assert_array_equal(d_c, g_c.T @ np.where(row_of[:, None] >= 0, e[row_of], 0).astype(np.float32))
     assert set(kinds) == {LOGITS, D_E, D_C}
     assert len(kinds) == found["phase_end"][2 * found["n_rounds"][0] - 1]
-    assert (found["n_rounds"][0] > BUFFERS) == (V == 1500)
+    assert (found["n_rounds"][0] > BUFFERS) == (V >= 1200)

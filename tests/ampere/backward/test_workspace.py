@@ -12,7 +12,7 @@ if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
 from cce_numba.ampere.backward.workspace import BUFFERS, WorkspaceLayout
-from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, tiles_of_dense_round
 
 sizes = {
     "N": st.integers(1, 100_000),
@@ -30,6 +30,8 @@ def test_a_round_fits_its_buffer(N, V, D, with_e, with_sums, itemsize):
     layout = WorkspaceLayout.of(N, V, D, with_e=with_e, with_sums=with_sums, itemsize=itemsize)
     most = layout.survey.cap + layout.blocks * (COLUMN_TILE + K_STEP)
     assert most <= layout.buffer_slots
+    dense_tiles = tiles_of_dense_round(layout.buffer_slots, layout.blocks)
+    assert layout.blocks * COLUMN_TILE * dense_tiles <= layout.buffer_slots, "dense rounds have lists of whole tiles"
     assert layout.buffer_slots % K_STEP == 0, "lists begin at multiples of a step"
     assert BUFFERS * layout.buffer_slots < 2**31
 
