@@ -18,8 +18,8 @@ _PERCENTILES = (10, 50, 90)
 def measure(archive: Archive, xp: Any, tokens: int, done: Callable[[], None]) -> dict[str, Any]:
     """Of the archive's first tokens, block by block; `done` is called after each block.
 
-    Returns `mean` (V,), the mean probability of each rank over the tokens, with `p10`, `p50` and `p90`; the tokens' `loss`, its
-    largest difference from the archive's known losses; and for each threshold shares of the vocabulary, means over the blocks:
+    Returns `mean` (V,), the mean probability of each rank over the tokens, with `p10`, `p50` and `p90`; the tokens' mean `loss`,
+    and how far losses are from the archive's known ones; and for each threshold shares of the vocabulary, means over the blocks:
     `columns` that survive, `tiles` of 128 entries that hold one; and means over the tokens: `entries` at or above it, and
     `dropped`, the probability below it in columns that do not survive.
     """
@@ -59,7 +59,8 @@ def measure(archive: Archive, xp: Any, tokens: int, done: Callable[[], None]) ->
         "V": V,
         "D": c.shape[1],
         "loss": round(float(loss.mean(dtype=np.float64)), 6),
-        "apart_from_known_loss": float(np.abs(loss - known).max()),
+        "apart_from_known_loss": round(float(np.abs(loss - known).max()), 6),
+        "mean_apart_from_known_loss": round(abs(float((loss - known).mean(dtype=np.float64))), 8),
         "rank": _shown(V).tolist(),
         "mean": [float(f"{x:.4g}") for x in to_host(total)[_shown(V) - 1] / len(e)],
         **{name: [float(f"{x:.4g}") for x in values] for name, values in spread.items()},

@@ -31,7 +31,9 @@ from cce_numba.commands import UsageError
 
 QUICK_TOKENS = 256
 _MADE_UP = (256, 4096, 256)
-_APART = 0.02  # of a token's loss from the known one: the archive's embeddings are rounded to bfloat16
+# How far losses may be from the known ones, in nats: the archive's embeddings are rounded to bfloat16, which moves a logit of 30
+# by up to 0.06, and the mean by next to nothing.
+_TOKEN_APART, _MEAN_APART = 0.2, 2e-3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
         with session.progress(-(-tokens // ranks.BLOCK)) as steps:
             steps.say("blocks of 128 tokens")
             found = ranks.measure(archive, xp, tokens, steps.done)
-        if not found["apart_from_known_loss"] <= _APART:  # so written, NaN is wrong as well
-            raise Wrong(f"a token's loss is {found['apart_from_known_loss']:.3g} nats from the known one")
+        token, mean = found["apart_from_known_loss"], found["mean_apart_from_known_loss"]
+        if not (token <= _TOKEN_APART and mean <= _MEAN_APART):  # so written, NaN is wrong as well
+            raise Wrong(f"losses are {mean:.3g} nats from the known ones on average, and up to {token:.3g}")
         book.put(key, found)
     elif book.find(key) is None and not book.cells:
         raise UsageError(f"--show: {book.path} holds nothing; it has not been measured")
