@@ -16,22 +16,22 @@ Key = dict[str, Any]
 class Book:
     """A JSON file with `surroundings`, `how` and `cells`.
 
-    A cell is a dictionary that holds its key, what it was `made_with`, and what was found. Cells that another commit or another
-    GPU made are kept in the file until they are made anew.
+    A cell is a dictionary that holds its key, what it was `made_with`, and what was found. `same` says whether `find` passes over
+    cells that another commit or another GPU made. They stay in the file until they are made anew.
     """
 
-    def __init__(self, path: Path, how: dict[str, Any]) -> None:
+    def __init__(self, path: Path, how: dict[str, Any], *, same: bool = True) -> None:
         """Reads the file if it is there. Raises UsageError if it is no such record, or was taken otherwise than `how` says."""
-        self.path, self.how = path, json.loads(json.dumps(how))
+        self.path, self.same, self.how = path, same, json.loads(json.dumps(how))
         self.cells: list[dict[str, Any]] = []
         self.made_with = {"gpu": record.gpu(), "commit": record.commit()}
         if path.exists():
             self.cells = self._read()["cells"]
 
     def find(self, key: Key) -> dict[str, Any] | None:
-        """The cell with this key, if this commit made it on this GPU."""
+        """The cell with this key, None if there is none or it is passed over."""
         cell = self._cell(key)
-        return cell if cell is not None and cell["made_with"] == self.made_with else None
+        return cell if cell is not None and (not self.same or cell["made_with"] == self.made_with) else None
 
     def put(self, key: Key, found: dict[str, Any]) -> dict[str, Any]:
         """Writes a cell, in the place of the one with this key if there is one; returns it."""

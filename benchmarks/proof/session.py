@@ -84,9 +84,9 @@ class Session:
             return self.path().with_name(f"{self.record_name}{'_' if name else ''}{name}")
         return IMAGES / (f"{self.command}_{name}" if name else self.command)
 
-    def book(self, how: dict[str, Any]) -> Book:
-        """The record, with what it already holds."""
-        return Book(self.path(), how)
+    def book(self, how: dict[str, Any], *, same: bool = True) -> Book:
+        """The record, with what it already holds; `same` as `Book` has it."""
+        return Book(self.path(), how, same=same)
 
     @contextmanager
     def progress(self, total: int) -> Iterator[Steps]:

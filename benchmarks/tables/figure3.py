@@ -72,7 +72,7 @@ def _probabilities(axes: Any, cell: dict[str, Any]) -> None:
         if each["power"] in _MARKED:
             threshold = 2.0 ** -each["power"]
             axes.axhline(threshold, color=_RED, linewidth=1, linestyle="--")
-            told = f"$2^{{-{each['power']}}}$: {each['entries']:.0f} entries of a token are at or above it"
+            told = f"$2^{{-{each['power']}}}$: {each['entries']:,.0f} entries of a token"
             axes.text(1.1, threshold * 0.9, told, fontsize=8.5, color=TEXT, va="top")
     axes.set_xlabel("rank of the vocabulary entry for its token")
     axes.set_ylabel("probability")
