@@ -18,10 +18,10 @@ _PERCENTILES = (10, 50, 90)
 def measure(archive: Archive, xp: Any, tokens: int, done: Callable[[], None]) -> dict[str, Any]:
     """Of the archive's first tokens, block by block; `done` is called after each block.
 
-    Returns `mean` (V,), the mean probability of each rank over the tokens, with `p10`, `p50` and `p90`; the tokens' mean `loss`,
-    and how far losses are from the archive's known ones; and for each threshold shares of the vocabulary, means over the blocks:
-    `columns` that survive, `tiles` of 128 entries that hold one; and means over the tokens: `entries` at or above it, and
-    `dropped`, the probability below it in columns that do not survive.
+    Returns the mean probability of each rank over the tokens, as `mean`, with `p10`, `p50` and `p90`, for the ranks `rank`; the
+    tokens' mean `loss`, and how far losses are from the archive's known ones. For each threshold it returns shares of the
+    vocabulary, means over the blocks: `columns` that survive, `tiles` of 128 entries that hold one; and means over the tokens:
+    `entries` at or above it, and `dropped`, the probability in columns that do not survive.
     """
     e, c = xp.asarray(archive.e[:tokens]), xp.asarray(archive.c)
     targets = xp.asarray(archive.targets[:tokens].astype(np.int64))

@@ -47,8 +47,8 @@ class Peak:
 def peak_of(device: str) -> Iterator[Peak]:
     """Measures the most memory taken inside beyond what was taken before.
 
-    Of "cuda" it is what PyTorch hands out, to our kernels too. Of "cpu" it is how far the resident set of the whole process grows,
-    as Linux counts it: a coarse figure, 0 where freed memory was taken again.
+    Of "cuda" it is what PyTorch hands out, to our kernels too. Of "cpu" it is how far the resident set of the whole process
+    grows, as Linux counts it: a coarse figure, 0 where freed memory was taken again.
     """
     peak = Peak()
     if device == "cuda":

@@ -1,8 +1,8 @@
 """All ways to the loss that are compared: ours with its options, and the packages of others. Imports PyTorch.
 
-A method makes its criterion, a function of e (..., D), c (V, D) and targets (...), that returns the mean loss of the tokens whose
-target is not -100, recorded by autograd. A package that is not installed, or that needs a GPU that is not there, is named by
-`why_none`.
+A method makes its criterion, a function of e (..., D), c (V, D) and targets (...), that returns the mean loss of the tokens
+whose target is not -100, recorded by autograd. A package that is not installed, or that needs a GPU that is not there, is
+named by `why_none`.
 """
 
 from __future__ import annotations

@@ -7,14 +7,15 @@
     python -m benchmarks comparison --quick               64 small shapes of each kind, on the CPU too
 
 cu_cce (https://github.com/mnehete32/cu_cce) is the paper's loss in CUTLASS. Its comparison test takes all shapes in which
-tokens, entries and hidden size are each one of 128, 256, 512, 1024, 2048 and 4096; e and c uniform in [0, 1); uniform targets. It
-compares the mean loss and both gradients with PyTorch's from stored logits, by the largest absolute difference, 1e-4 at most. This
-program takes the same shapes and distribution, and besides every size made ragged: one more or less than a multiple of a tile.
+tokens, entries and hidden size are each one of 128, 256, 512, 1024, 2048 and 4096; e and c uniform in [0, 1); uniform targets.
+It compares the mean loss and both gradients with PyTorch's from stored logits, by the largest absolute difference, 1e-4 at
+most. This program takes the same shapes and distribution, and besides every size made ragged: one more or less than a multiple
+of a tile.
 
-An absolute difference says little here: no entry of dE is above 1 / N, which is 2.4e-4 for 4096 tokens. So errors are relative,
-Frobenius norms of the difference over that of the truth, and the truth is PyTorch's own mathematics in float64. PyTorch in the dtype
-of the inputs stands beside ours. Ours is wrong where its error is above 4 times PyTorch's and above 4 times finfo(dtype).eps. The
-table has cu_cce's largest absolute difference too.
+An absolute difference says little here: no entry of dE is above 1 / N, which is 2.4e-4 for 4096 tokens. So errors are
+relative, Frobenius norms of the difference over that of the truth, and the truth is PyTorch's own mathematics in float64.
+PyTorch in the dtype of the inputs stands beside ours. Ours is wrong where its error is above 4 times PyTorch's and above 4
+times finfo(dtype).eps. The table has cu_cce's largest absolute difference too.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Compares the shapes that the record lacks, shows all. Raises Wrong if one is wrong; the others are compared nevertheless."""
+    """Compares the shapes that the record lacks, shows all. Raises Wrong if one is wrong, after the others."""
     session = Session.of("comparison", arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     how = {"dtype": arguments.dtype, "filter": arguments.filter, "device": device}
@@ -74,7 +75,9 @@ def run(arguments: argparse.Namespace) -> None:
         session.console.print(shown)
     session.told(book, [], sum(book.find(_key(kind, shape)) is None for kind, shape in shapes))
     if wrong := [cell for cell in results["cells"] if cell["wrong"]]:
-        raise Wrong(f"{len(wrong)} shapes; the first: N={wrong[0]['N']}, V={wrong[0]['V']}, D={wrong[0]['D']}: {wrong[0]['wrong']}")
+        raise Wrong(
+            f"{len(wrong)} shapes; the first: N={wrong[0]['N']}, V={wrong[0]['V']}, D={wrong[0]['D']}: {wrong[0]['wrong']}"
+        )
 
 
 def shapes_of(arguments: argparse.Namespace) -> Iterator[tuple[str, Shape]]:

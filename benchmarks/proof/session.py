@@ -33,7 +33,10 @@ def add_options(parser: argparse.ArgumentParser, quick: str) -> None:
         "--out", type=Path, metavar="FOLDER", help="of record and pictures (default benchmarks/results, docs/images)"
     )
     parser.add_argument(
-        "--limit-seconds", type=options.positive, metavar="S", help="begin nothing new after so many seconds; run again to go on"
+        "--limit-seconds",
+        type=options.positive,
+        metavar="S",
+        help="begin nothing new after so many seconds; run again to go on",
     )
 
 

@@ -1,4 +1,4 @@
-"""What `figure4` and `figure5` share: runs of several methods and seeds, each in pieces, and where they are written. Imports PyTorch."""
+"""What `figure4` and `figure5` share: runs of several methods and seeds, in pieces, and their record. Imports PyTorch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Times of methods that take turns with the product `e @ c.T`, so that a ratio is of one round, at one clock. Imports PyTorch."""
+"""Times of methods that take turns with the product `e @ c.T`: a ratio is of one round, at one clock. Imports PyTorch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def product(operands: Operands) -> Callable[[], None]:
     return call
 
 
-def one_round(methods: Sequence[Ready], operands: Operands, multiply: Callable[[], None], clock: Clock) -> list[dict[str, float]]:
+def one_round(
+    methods: Sequence[Ready], operands: Operands, multiply: Callable[[], None], clock: Clock
+) -> list[dict[str, float]]:
     """Each method once: the loss alone, then the loss with its gradients. Milliseconds for each method, with the product's.
 
     Nothing waits within the round, so the host runs ahead of the device. The first product keeps the device busy while the

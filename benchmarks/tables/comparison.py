@@ -21,7 +21,7 @@ def tables(results: dict[str, Any]) -> Iterable[Table]:
 def _table(kind: str, cells: list[dict[str, Any]], how: dict[str, Any]) -> Table:
     right = sum(not cell["wrong"] for cell in cells)
     gradients = "default filter" if how["filter"] else "exact"
-    title = f"{right} of {len(cells)} {kind} shapes right; {how['dtype']}, {gradients}; relative errors against float64, worst over D"
+    title = f"{right} of {len(cells)} {kind} shapes right; {how['dtype']}, {gradients}; relative errors, worst over D"
     table = Table(title=title)
     columns = ["N", "V", "D", "loss"]
     columns += [f"{what}: {who}" for what in ("loss", "dE", "dC") for who in ("ours", "PyTorch")]

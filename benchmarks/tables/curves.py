@@ -107,7 +107,9 @@ def _figure(results: dict[str, Any]) -> Any:
         _differences(difference, by_method)
         train.set_title(f"V = {vocabulary:,}", fontsize=11, color=TEXT)
         difference.set_xlabel("step")
-    for axes, label in zip(panels[:, 0], ("training loss", "validation loss", "validation loss,\nless that of exact"), strict=True):
+    for axes, label in zip(
+        panels[:, 0], ("training loss", "validation loss", "validation loss,\nless that of exact"), strict=True
+    ):
         axes.set_ylabel(label)
     for axes in panels.flat:
         axes.grid(alpha=0.25)

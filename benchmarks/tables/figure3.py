@@ -20,7 +20,14 @@ def table(results: dict[str, Any]) -> Table:
     (cell,) = results["cells"]
     title = f"{escape(results['how'].get('data', ''))}: {cell['N']} tokens, {cell['V']} entries; mean loss {cell['loss']:.4f}"
     made = Table(title=title)
-    columns = "threshold", "entries a token", "mean falls below at rank", "columns that survive", "tiles that hold one", "mass dropped"
+    columns = (
+        "threshold",
+        "entries a token",
+        "mean falls below at rank",
+        "columns that survive",
+        "tiles that hold one",
+        "mass dropped",
+    )
     add_columns(made, columns, left=["threshold"])
     for each in cell["thresholds"]:
         rank = "never" if each["mean_rank"] >= cell["V"] else f"{each['mean_rank'] + 1}"
@@ -32,7 +39,9 @@ def table(results: dict[str, Any]) -> Table:
 def markdown(results: dict[str, Any]) -> str:
     """The same rows for a page."""
     (cell,) = results["cells"]
-    rows = ["| threshold | entries of a token at or above it | columns that survive | tiles that hold one | probability dropped |"]
+    rows = [
+        "| threshold | entries of a token at or above it | columns that survive | tiles that hold one | probability dropped |"
+    ]
     rows.append("|---|---|---|---|---|")
     for each in cell["thresholds"]:
         shares = " | ".join(f"{each[name]:.1%}" for name in ("columns", "tiles", "dropped"))
@@ -62,7 +71,9 @@ def _figure(results: dict[str, Any]) -> Any:
 
 
 def _probabilities(axes: Any, cell: dict[str, Any]) -> None:
-    axes.fill_between(cell["rank"], cell["p10"], cell["p90"], color=_BLUE, alpha=0.2, linewidth=0, label="10th to 90th percentile")
+    axes.fill_between(
+        cell["rank"], cell["p10"], cell["p90"], color=_BLUE, alpha=0.2, linewidth=0, label="10th to 90th percentile"
+    )
     axes.plot(cell["rank"], cell["p50"], color=_BLUE, linewidth=1, linestyle=":", label="median")
     axes.plot(cell["rank"], cell["mean"], color=_BLUE, linewidth=2, label="mean over the tokens")
     axes.set_xscale("log")
@@ -90,7 +101,9 @@ def _survivors(axes: Any, cell: dict[str, Any]) -> None:
         values = [100 * each[name] for each in thresholds]
         axes.bar([place + shift for place in places], values, width=0.38, color=colour, label=label)
         for place, value in zip(places, values, strict=True):
-            axes.text(place + shift, value + 1, f"{value:.0f}" if value >= 1 else f"{value:.1f}", ha="center", fontsize=8, color=TEXT)
+            axes.text(
+                place + shift, value + 1, f"{value:.0f}" if value >= 1 else f"{value:.1f}", ha="center", fontsize=8, color=TEXT
+            )
     axes.set_xticks(list(places), [f"$2^{{-{each['power']}}}$" for each in thresholds])
     axes.set_ylim(0, 125)
     axes.set_yticks(range(0, 101, 20))

@@ -12,7 +12,14 @@ from benchmarks.tables.cells import add_columns
 from benchmarks.tables.images import TEXT, save
 from benchmarks.tables.table1_pictures import OTHERS, OURS, OURS_TOO
 
-_HEAD = "method", "peak of a step, GiB", "beyond the model without a loss", "weights and AdamW, GiB", "ms a step", "first losses"
+_HEAD = (
+    "method",
+    "peak of a step, GiB",
+    "beyond the model without a loss",
+    "weights and AdamW, GiB",
+    "ms a step",
+    "first losses",
+)
 ALONE = "the model without a loss"
 
 
@@ -86,7 +93,9 @@ def _figure(results: dict[str, Any]) -> Any:
         axes.patch.set_alpha(0)
         if cells:
             axes.set_title(_title(cells[0]), fontsize=9, loc="left", color=TEXT)
-    figure.suptitle("peak memory of a training step beyond weights and AdamW; dashed: the model without a loss", fontsize=10, color=TEXT)
+    figure.suptitle(
+        "peak memory of a training step beyond weights and AdamW; dashed: the model without a loss", fontsize=10, color=TEXT
+    )
     return figure
 
 

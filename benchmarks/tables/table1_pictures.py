@@ -50,7 +50,8 @@ def _bars(cells: list[dict[str, Any]], results: dict[str, Any]) -> Any:
     figure = _figure(10.5, 1.3 + 0.33 * len(shown))
     panels = figure.subplots(1, 2 if known else 1, sharey=True, squeeze=False)[0]
     gpu = results["surroundings"]["gpu"].split(",")[0] or "the CPU"
-    sizes = f"{first['N']:,} tokens, {first['V']:,} entries, hidden size {first['D']}, {first['data']} data, {results['how']['dtype']}"
+    sizes = f"{first['N']:,} tokens, {first['V']:,} entries, hidden size {first['D']}"
+    sizes += f", {first['data']} data, {results['how']['dtype']}"
     figure.suptitle(f"Loss and gradients on {gpu}: less is better\n{sizes}", fontsize=10, color=TEXT)
     values = [[_both(figures[cell["method"]]) for cell in shown], [cell["memory"]["both"] or 0 for cell in shown]]
     told = [

@@ -1,4 +1,4 @@
-"""Causal language models of transformers, as `Trainee` takes them: pretrained ones from a local path, and random ones of a size."""
+"""Causal language models of transformers, as `Trainee` takes them: pretrained from a local path, or random of a size."""
 
 from __future__ import annotations
 
