@@ -24,7 +24,8 @@ class Book:
         """Reads the file if it is there. Raises UsageError if it is no such record, or was taken otherwise than `how` says."""
         self.path, self.same, self.how = path, same, json.loads(json.dumps(how))
         self.cells: list[dict[str, Any]] = []
-        self.made_with = {"gpu": record.gpu(), "commit": record.commit()}
+        # A record that git knows makes the checkout dirty by growing, which must not make its own cells old.
+        self.made_with = {"gpu": record.gpu(), "commit": record.commit().removesuffix("-dirty")}
         if path.exists():
             self.cells = self._read()["cells"]
 

@@ -14,7 +14,7 @@ from benchmarks.measure import device as gpu
 from benchmarks.proof.problems import Problem
 from benchmarks.validate import gradients as truth
 from benchmarks.validate.gradients import ExactGradients
-from cce_numba.interchange import take
+from cce_numba.interchange import BFLOAT16, take
 
 IGNORED = -100
 
@@ -27,7 +27,6 @@ class Operands:
         data: where the numbers come from.
         e, c: (N, D) and (V, D), which require gradients; bfloat16, on the CPU the same numbers in float32.
         targets: (N,) int64, `IGNORED` where a token takes no part.
-        counted: (n,) numbers of the tokens that count.
         exact: mean loss and gradients, of e for the tokens that count alone.
     """
 
@@ -35,7 +34,6 @@ class Operands:
     e: torch.Tensor
     c: torch.Tensor
     targets: torch.Tensor
-    counted: Any
     exact: ExactGradients
 
     def leaves(self, wrt: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,15 +55,18 @@ def make(problem: Problem, archive: Archive | None, device: str) -> Operands:
     inputs, data = _inputs(problem.shape, archive, xp)
     N = problem.shape[0]
     ignored = np.sort(np.random.default_rng(0).permutation(N)[: round(problem.ignored * N)])
-    counted = xp.asarray(np.setdiff1d(np.arange(N), ignored))
-    exact = truth.compute(Inputs(inputs.e[counted], inputs.c, inputs.targets[counted]))
+    counting = inputs
+    if len(ignored):
+        counted = xp.asarray(np.setdiff1d(np.arange(N), ignored))
+        counting = Inputs(inputs.e.view(np.uint16)[counted].view(BFLOAT16), inputs.c, inputs.targets[counted])
+    exact = truth.compute(counting)
     e, c, targets = (tensor_of(x) for x in inputs)
     if device == "cpu":  # where PyTorch multiplies bfloat16 a hundred times more slowly
         e, c = e.float(), c.float()
     targets = targets.clone()
     targets[torch.from_numpy(ignored).to(targets.device)] = IGNORED
     free(device)
-    return Operands(data, e.requires_grad_(), c.requires_grad_(), targets, counted, exact)
+    return Operands(data, e.requires_grad_(), c.requires_grad_(), targets, exact)
 
 
 def tensor_of(array: Any) -> torch.Tensor:

@@ -93,7 +93,8 @@ class Trainee:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=schooling.learning_rate, betas=BETAS, fused=True)
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda")
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.criterion: Criterion = partial(method.make(), filter_seed=self.draws) if method.is_ours else method.make()
+        criterion: Any = method.make()
+        self.criterion: Criterion = partial(criterion, filter_seed=self.draws) if method.is_ours else criterion
         self.step = 0
         self.losses = torch.zeros(schooling.steps, device=device)
         self.validation: list[tuple[int, float]] = []
@@ -173,5 +174,5 @@ class Trainee:
     def _operands(self, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with self.autocast():
             e = self.model(batch[:, :-1])
-        head: torch.Tensor = self.model.head  # type: ignore[assignment]  # what the class asks of a model
+        head: torch.Tensor = self.model.head
         return e.to(self.dtype), head.to(self.dtype), batch[:, 1:]

@@ -184,7 +184,7 @@ class TestFigure5:
         assert main(["figure5"]) == 2
         assert "--tokens: names the text to learn" in capsys.readouterr().err
         assert main(["figure5", "--quick", "--vocabularies", "100"]) == 2
-        assert "must be at least 512" in capsys.readouterr().err
+        assert "must be at least 511" in capsys.readouterr().err
 
 
 class TestModelsOfTransformers:
