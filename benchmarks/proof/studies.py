@@ -72,6 +72,7 @@ class Runs:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.seeds = arguments.seeds or (QUICK_SEEDS if arguments.quick else SEEDS)
         self.methods: list[Method] = []
+        self.failed: list[Method] = []  # peers that have failed in this session
         for method in chosen(METHODS, arguments.methods, "--methods"):
             if reason := method.why_none(self.device):
                 session.console.print(f"{method.name} is left out: {reason}", markup=False)
@@ -86,10 +87,18 @@ class Runs:
             for seed, study, method in wanted:
                 if self.session.is_over:
                     break
-                if self.book.find(self._key(study, method, seed)) is None:
-                    self._run(study, method, seed, steps)
-                else:
+                key = self._key(study, method, seed)
+                if self.book.find(key) is not None or method in self.failed:
                     steps.done(self.schooling.points)
+                    continue
+                try:
+                    self._run(study, method, seed, steps)
+                except Exception as error:  # of a peer, whatever it raises; the other methods may do
+                    if method.is_ours:
+                        raise
+                    self.failed.append(method)
+                    told = f"{_told(key)}: failed and is left out: {type(error).__name__}: {error}".splitlines()[0]
+                    self.session.console.print(told, markup=False)
         left = sum(self.book.find(self._key(study, method, seed)) is None for seed, study, method in wanted)
         self.show(left)
 

@@ -180,6 +180,18 @@ class TestFigure5:
             assert one["validation"] == other["validation"]
         assert "V = 600" in (tmp_path / "figure5_quick_cpu.svg").read_text()
 
+    def test_a_peer_that_fails_is_left_out(self, tmp_path, monkeypatch, capsys):
+        def broken(e, c, targets):
+            raise RuntimeError("no such preset")
+
+        peer = methods.Method("peer", "torch", lambda: broken, on_cpu=True)
+        monkeypatch.setattr(studies, "METHODS", (peer, methods.BY_NAME["cce_numba, exact"]))
+        assert main(["figure5", "--quick", "--vocabularies", "600", "--seeds", "0", "1"]) == 0
+        assert [cell["method"] for cell in recorded(tmp_path, "figure5")["cells"]] == ["cce_numba, exact"] * 2
+        out = " ".join(capsys.readouterr().out.split())
+        assert out.count("RuntimeError: no such preset") == 1
+        assert "2 cells are left" in out
+
     def test_wrong_arguments_are_told(self, capsys):
         assert main(["figure5"]) == 2
         assert "--tokens: names the text to learn" in capsys.readouterr().err
