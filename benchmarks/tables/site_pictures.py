@@ -17,7 +17,15 @@ _NAMES_SHARE = 0.30  # of the width, for the names at the left
 
 @dataclass(frozen=True)
 class Bar:
-    """name: what stands at the left. value: the bar's length. told: the words beside it. spread: from where to where, or None."""
+    """A bar.
+
+    Attributes:
+        name: what stands at the left.
+        value: its length.
+        told: the words beside it.
+        ours: whether it is drawn as ours.
+        spread: from where to where measurements lie, or None.
+    """
 
     name: str
     value: float

@@ -1,10 +1,6 @@
 """What the package chooses on each GPU, and what each backend has, asked of the package itself.
 
-    ```{chosen-backends}
-    ```
-
-    ```{extras-of-backends}
-    ```
+`{chosen-backends}` is a table with a row for each kind of GPU, `{extras-of-backends}` one with a row for each extra.
 """
 
 from __future__ import annotations
@@ -42,8 +38,8 @@ def chosen(cc: tuple[int, int], dtype: np.dtype, **options: Any) -> str:
     """
     outline = Outline(8192, 128_000, 2048, dtype, True, "cuda:0", Options.of(dtype, options))
     with (
-        mock.patch.object(gpu, "current", lambda: gpu.Gpu(cc, 100)),
-        mock.patch.object(gpu, "why_not", lambda on_device: None),
+        mock.patch.object(gpu, "current", return_value=gpu.Gpu(cc, 100)),
+        mock.patch.object(gpu, "why_not", return_value=None),
         mock.patch.object(gpu, "SIMULATED", False, create=True),
     ):
         return plan.choose_backend(outline, None)[0]
