@@ -16,7 +16,7 @@ import cce_numba
 
 project = "cce_numba"
 author = "the authors of cce_numba"
-copyright = "Apache-2.0"
+copyright = "the authors of cce_numba, Apache-2.0"
 version = release = cce_numba.__version__
 
 extensions = [
@@ -45,6 +45,8 @@ nb_execution_cache_path = str(DOCS / "_build" / "executed")
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 nb_render_markdown_format = "myst"
 
 default_role = "code"  # docstrings write code in single backticks

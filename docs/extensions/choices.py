@@ -13,10 +13,12 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 
 from cce_numba import gpu, plan
-from cce_numba.arguments import EXTRAS, Outline
+from cce_numba.ampere.tiles import tiles_for
+from cce_numba.arguments import DISTILLATION, EXTRAS, Outline
 from cce_numba.backend import BACKENDS, backend_module
+from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.interchange import BFLOAT16
-from cce_numba.options import Options
+from cce_numba.options import DEFAULTS, Options
 
 # GPUs with the compute capabilities that they have; those of a line are chosen for alike, or the page would be wrong.
 GPUS = {
@@ -47,14 +49,21 @@ def chosen(cc: tuple[int, int], dtype: np.dtype, **options: Any) -> str:
 
 def chosen_table() -> list[str]:
     """Markdown: a row for each kind of GPU."""
-    rows = ["| compute capability | GPUs, for example | float16, bfloat16 | float32, float64 |", "|---|---|---|---|"]
+    titles = "compute capability", "GPUs, for example", "float16, bfloat16", "its tiles, stages", "float32, float64"
+    rows = [f"| {' | '.join(titles)} |", "|---|---|---|---|---|"]
     for ccs, names in GPUS.items():
-        cells = [", ".join(f"{major}.{minor}" for major, minor in ccs), names]
-        for dtypes in ((np.dtype(np.float16), BFLOAT16), (np.dtype(np.float32), np.dtype(np.float64))):
-            (backend,) = {chosen(cc, dtype) for cc in ccs for dtype in dtypes}
-            cells.append(f"`{backend}`")
-        rows.append(f"| {' | '.join(cells)} |")
+        (half,) = {chosen(cc, dtype) for cc in ccs for dtype in (np.dtype(np.float16), BFLOAT16)}
+        (wide,) = {chosen(cc, dtype) for cc in ccs for dtype in (np.dtype(np.float32), np.dtype(np.float64))}
+        (tiles,) = {_tiles(half, cc) for cc in ccs}
+        told = ", ".join(f"{major}.{minor}" for major, minor in ccs)
+        rows.append(f"| {told} | {names} | `{half}` | {tiles} | `{wide}` |")
     return rows
+
+
+def _tiles(backend: str, cc: tuple[int, int]) -> str:
+    """Tokens and entries of a tile of the forward on tensor cores, and the stages of its ring."""
+    tiles = {"hopper": HopperTiles(), "ampere": tiles_for(cc)}.get(backend)
+    return "" if tiles is None else f"{tiles.block_n} x {tiles.block_v}, {tiles.stages}"
 
 
 def extras_table() -> list[str]:
@@ -62,7 +71,8 @@ def extras_table() -> list[str]:
     rows = [f"| what is asked for | {' | '.join(f'`{name}`' for name in BACKENDS)} |", "|---|" + "---|" * len(BACKENDS)]
     for extra in sorted(EXTRAS):
         has = ("yes" if extra in backend_module(name).EXTRAS else "not yet" for name in BACKENDS)
-        rows.append(f"| {extra.replace('_', ' ')} | {' | '.join(has)} |")
+        name = "`linear_distillation`" if extra == DISTILLATION else f"`{extra}`" if extra in DEFAULTS else extra
+        rows.append(f"| {name} | {' | '.join(has)} |")
     return rows
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,19 +24,32 @@ DOCS = Path(__file__).parents[1]
 SOURCE, COPIES, PICTURES = DOCS.parent / "notebooks", DOCS / "notebooks", DOCS / "pictures"
 
 
-def copy_notebooks(app: Any = None) -> None:
+def copy_notebooks() -> None:
     """Copies the notebooks that changed, and the README as `index.md` with a table of contents."""
     COPIES.mkdir(exist_ok=True)
-    for notebook in sorted(SOURCE.glob("[0-9][0-9]_*.ipynb")):
-        copy = COPIES / notebook.name
-        if not copy.exists() or copy.read_bytes() != notebook.read_bytes():
-            shutil.copy(notebook, copy)
-    names = "\n".join(path.stem for path in sorted(COPIES.glob("[0-9][0-9]_*.ipynb")))
+    found = sorted(SOURCE.glob("[0-9][0-9]_*.ipynb"))
+    for gone in {path.name for path in COPIES.glob("*.ipynb")} - {path.name for path in found}:
+        (COPIES / gone).unlink()
+    for notebook in found:
+        _write(COPIES / notebook.name, _folded(notebook))
+    names = "\n".join(path.stem for path in found)
     text = (SOURCE / "README.md").read_text(encoding="utf-8")
-    text += f"\n```{{toctree}}\n:hidden:\n\n{names}\n```\n"
-    index = COPIES / "index.md"
-    if not index.exists() or index.read_text(encoding="utf-8") != text:
-        index.write_text(text, encoding="utf-8")
+    _write(COPIES / "index.md", f"{text}\n```{{toctree}}\n:hidden:\n\n{names}\n```\n")
+
+
+def _folded(notebook: Path) -> str:
+    """The notebook, with the tag that MyST-NB has for sources that Jupyter folds away: those of solutions and of figures."""
+    read = nbformat.read(notebook, as_version=4)
+    for cell in read.cells:
+        if cell.metadata.get("jupyter", {}).get("source_hidden"):
+            cell.metadata.setdefault("tags", []).append("hide-input")
+    return nbformat.writes(read)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes what is new, and leaves other files as old as they are: Sphinx reads again what is younger."""
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
 
 
 def pictures(notebook: Path) -> dict[str, str]:
@@ -71,8 +83,7 @@ class LessonPicture(Directive):
             raise self.error(f"{notebook.name} has no picture {title!r}; it has {', '.join(map(repr, of_title))}")
         PICTURES.mkdir(exist_ok=True)
         path = PICTURES / f"{notebook.stem}_{hashlib.sha256(title.encode()).hexdigest()[:8]}.svg"
-        if not path.exists() or path.read_text(encoding="utf-8") != of_title[title]:
-            path.write_text(of_title[title], encoding="utf-8")
+        _write(path, of_title[title])
         figure = nodes.figure("", nodes.image(uri=f"/{path.relative_to(DOCS).as_posix()}", alt=title), classes=["lesson"])
         caption = nodes.caption()
         self.state.nested_parse(self.content, self.content_offset, caption)
