@@ -25,6 +25,7 @@ extensions = [
     "myst_nb",
     "sphinx_copybutton",
     "extensions.choices",
+    "extensions.docstrings",
     "extensions.formulas",
     "extensions.lessons",
     "extensions.records",

@@ -149,3 +149,15 @@ def test_pictures_of_lessons_have_titles():
 
 def test_the_version_is_the_packages(pages, site):
     assert f"cce_numba {cce_numba.__version__}" in (site / "index.html").read_text(encoding="utf-8")
+
+
+def test_what_a_function_returns_is_not_taken_for_a_type(site):
+    text = (site / "api" / "cce_numba.html").read_text(encoding="utf-8")
+    assert "s device: 0-d, or for" in re.sub(r"\s+", " ", text)  # in one piece
+
+
+def test_solutions_are_folded_away(site):
+    text = (site / "notebooks" / "07_softmax_is_sparse.html").read_text(encoding="utf-8")
+    hidden = (lessons.SOURCE / "07_softmax_is_sparse.ipynb").read_text(encoding="utf-8").count('"source_hidden": true')
+    assert hidden >= 1
+    assert text.count("Show the code") == hidden
