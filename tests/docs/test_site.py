@@ -161,3 +161,18 @@ def test_solutions_are_folded_away(site):
     hidden = (lessons.SOURCE / "07_softmax_is_sparse.ipynb").read_text(encoding="utf-8").count('"source_hidden": true')
     assert hidden >= 1
     assert text.count("Show the code") == hidden
+
+
+def test_what_filters_cost_is_what_was_recorded():
+    """The table of accuracy.md is a choice of a record's rows."""
+    errors = {(row["name"], row["data"]): row["errors"] for row in record.read("backward_h100")["rows"] if "errors" in row}
+    table = re.findall(
+        r"^\|.*(`\"unbiased\"`|`\"drop\"`|exact) \|.*?\| (\S+e-3) \| (\S+e-3) \|$", (DOCS / "accuracy.md").read_text(), re.M
+    )
+    names = {'`"unbiased"`': "default filter", '`"drop"`': "filter that drops", "exact": "exact"}
+    expected = [
+        (word, *(f"{errors[name, data][of]['error'] * 1e3:.1f}e-3" for of in ("e", "c")))
+        for data in ("calibrated", "real")
+        for word, name in names.items()
+    ]
+    assert table == expected
