@@ -67,7 +67,8 @@ def prepared(
 def forward(problem: Problem, plan: Plan, wrt: Collection[str] = ()) -> ForwardPass:
     """Goes forward, inside `prepared`. `wrt` names the gradients that a backward may be asked for, out of "e", "c", "bias"."""
     record_survivors = problem.options.records_survivors(wrt)
-    part = backend_module(plan.backend).forward(problem, plan, record_survivors=record_survivors)
+    keeps = plan.kept_bytes > 0 and problem.options.keeps_logits(wrt)
+    part = backend_module(plan.backend).forward(problem, plan, record_survivors=record_survivors, keep_logits=keeps)
     return ForwardPass.of(problem, plan, combine([part]))
 
 

@@ -25,6 +25,7 @@ OPTIONS = (
     "filter_e_grad",
     "filter_c_grad",
     "check_targets",
+    "workspace_bytes",
     "backend",
 )
 
@@ -46,8 +47,8 @@ def linear_logprobs(e: Any, c: Any, ids: Any, **options: Unpack[LossOptions]) ->
         sum_squares: return the sum of the squares of all probabilities: 1 / V for a uniform distribution, 1 for a certain one.
         top_k: return the k largest log-probabilities and their entries, exactly.
         batch_invariant: a token's numbers are bitwise the same whatever other tokens stand beside it, and how many.
-        filter, filter_seed, filter_eps, filter_e_grad, filter_c_grad: accepted, and of no effect, since they are about
-            gradients.
+        filter, filter_seed, filter_eps, filter_e_grad, filter_c_grad, workspace_bytes: accepted, and of no effect, since they
+            are about gradients.
 
     Returns a `Logprobs` of arrays of e's kind, on e's device.
 

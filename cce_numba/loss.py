@@ -171,6 +171,9 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         accum_c_fp32: return the gradient of 16-bit `c` in float32, as it was accumulated.
         check_targets: True raises for a target out of range, on any device. None does so on the host, where looking is
             free; on a device, where it would wait for the device, such a token's loss and gradient become NaN.
+        workspace_bytes: memory for logits that are kept from the forward to the backward, so that exact gradients need not
+            compute them again: 388 bytes for each token and 192 entries. Backend "hopper" uses it, of the others none. 0 keeps
+            none; None is what the environment variable CCE_WORKSPACE_BYTES says, else 0.
         backend: "cpu", "simt", "ampere", "hopper", or None to choose by device and dtype (`explain` tells).
 
     Returns:

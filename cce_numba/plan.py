@@ -28,6 +28,8 @@ class Plan:
         coarse_eps: a higher threshold than the filter's own, for the gradients of `c` and `bias` with `filter="drop"`, or None.
             These gradients may also leave out an entry for a block if its probability is below this in all of the block's
             tokens, and it is the target of none of them.
+        kept_bytes: logits that are kept from the forward to the backward, so that they need not be computed again, if gradients
+            are wanted that are exact: as many as `workspace_bytes` has room for.
     """
 
     backend: str
@@ -40,6 +42,7 @@ class Plan:
     rejected: dict[str, str] = field(default_factory=dict)
     filter: str = ""
     coarse_eps: float | None = None
+    kept_bytes: int = 0
 
     def __str__(self) -> str:
         lines = [f"backend {self.backend}: {self.how}", f"  filter: {self.filter}", f"  tiles: {self.tiles}"]
@@ -52,6 +55,7 @@ class Plan:
         return {
             "forward workspace": self.forward_bytes,
             "survivor bits": self.survivor_bytes,
+            **({"kept logits": self.kept_bytes} if self.kept_bytes else {}),
             "backward workspace": self.backward_bytes,
             "stored logits would take": self.stored_logits_bytes,
         }

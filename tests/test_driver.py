@@ -45,9 +45,9 @@ def watched(monkeypatch):
     def watched_module(name):
         module = backend_module(name)
 
-        def forward(p, plan, *, record_survivors):
+        def forward(p, plan, *, record_survivors, keep_logits):
             seen.forwards.append(record_survivors)
-            return module.forward(p, plan, record_survivors=record_survivors)
+            return module.forward(p, plan, record_survivors=record_survivors, keep_logits=keep_logits)
 
         def backward(p, plan, statistics, weights, into, adds):
             before = {name: getattr(into, name).copy() for name in GRADIENTS if getattr(into, name) is not None}

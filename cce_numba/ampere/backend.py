@@ -115,7 +115,7 @@ def indexed_dot(p: Problem, plan: Any) -> Any:
     return _module("ampere.forward.host").indexed_dot(p, plan.layout)
 
 
-def forward(p: Problem, plan: Any, *, record_survivors: bool) -> Statistics:
+def forward(p: Problem, plan: Any, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
     return _module("ampere.forward.host").forward(p, plan.layout, record_survivors)
 

@@ -23,7 +23,14 @@ EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares"})
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10
 _TILES = HopperTiles()
-_FORM = StatisticsForm(np.dtype(np.int32), _TILES.survivor_block, planes=1, row_unit_bytes=_TILES.block_v // 8)
+_FORM = StatisticsForm(
+    np.dtype(np.int32),
+    _TILES.survivor_block,
+    planes=1,
+    row_unit_bytes=_TILES.block_v // 8,
+    kept_entries=_TILES.block_v,
+    kept_tile_bytes=2 * _TILES.survivor_block * (_TILES.block_v + 2),  # 16 bits a logit, and a float32 a token
+)
 _FORM_WITH_COARSE_PLANE = replace(_FORM, planes=2)
 
 
@@ -84,6 +91,10 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         how += f"; for the backward whole copies: {' and '.join(by_rows)}"
     how += f"; {2 * p.N * p.V * p.D / 1e12:.3g} TFLOP of products in the forward, in the backward three times as many, "
     how += "less what the filter leaves out"
+    kept_bytes = _FORM.kept_bytes(p.N, p.V, p.options.workspace_bytes) if p.options.keeps_logits(("e", "c")) else 0
+    if kept_bytes:
+        share = _FORM.kept_tiles(p.N, p.V, p.options.workspace_bytes) * _FORM.kept_entries / p.V
+        how += f"; {min(share, 1):.0%} of the logits are kept for the backward, 16 bits each"
     has_more_weights = p.options.smooths_capped or p.options.entropy
     coarse_eps = coarse_eps_of(p.options)
     if coarse_eps is not None:
@@ -100,6 +111,7 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         # Beside the workspace, each token's largest weight, where there are weights beside those of softmax and target.
         backward_bytes=_module("hopper.backward.workspace").workspace_bytes(p) + 4 * p.N * has_more_weights,
         coarse_eps=coarse_eps,
+        kept_bytes=kept_bytes,
     )
 
 
@@ -108,9 +120,10 @@ def indexed_dot(p: Problem, plan: Any) -> Any:
     return _module("hopper.forward.host").indexed_dot(p, plan.layout)
 
 
-def forward(p: Problem, plan: Any, *, record_survivors: bool) -> Statistics:
+def forward(p: Problem, plan: Any, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
-    return _module("hopper.forward.host").forward(p, plan.layout, record_survivors)
+    tiles = _FORM.kept_tiles(p.N, p.V, p.options.workspace_bytes) if keep_logits else 0
+    return _module("hopper.forward.host").forward(p, plan.layout, record_survivors, kept_tiles=tiles)
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:

@@ -155,6 +155,14 @@ load_if_4_u32 = instruction(
     name="ld.global.cg.v4.u32",
     doc="(address, condition): 16 bytes, as four words; zeros if the condition is 0. ISA 9.7.9, ld.",
 )
+load_once_4_u32 = instruction(
+    "ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];",
+    (U64,),
+    _FOUR,
+    ordered=False,
+    name="ld.global.nc.L1::no_allocate.v4.u32",
+    doc="(address) of 16 bytes that nobody writes, and that are not read again. ISA 9.7.9, ld.global.nc.",
+)
 store_if_4_u32 = instruction(
     "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.u32 [$0], {$1, $2, $3, $4}; }",
     (U64, U32, U32, U32, U32, U32),

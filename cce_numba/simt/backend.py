@@ -72,7 +72,7 @@ def indexed_dot(p: Problem, plan: Plan) -> Any:
     return indexed_dot_kernels.indexed_dot(p, list_tokens(p), LogitTerms.of(p))
 
 
-def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
+def forward(p: Problem, plan: Plan, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
     return forward_kernels.forward(p, plan.tiles, record_survivors)
 

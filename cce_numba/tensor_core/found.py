@@ -16,6 +16,7 @@ from cce_numba.survivors import coarse_eps_of, log_threshold
 from cce_numba.tensor_core.draws import write_draw_seed
 from cce_numba.tensor_core.folds import FOLDS, SURVIVORS_BY_CHANCE, Fold, result_names
 from cce_numba.tensor_core.indexed_dot import launch_indexed_dot
+from cce_numba.tensor_core.kept import bytes_of
 from cce_numba.tensor_core.layout import Layout
 from cce_numba.tensor_core.problem import matrix_of, terms_of
 from cce_numba.tensor_core.records import Found, Survivors, Tokens
@@ -30,14 +31,15 @@ def forward(
     record: bool,
     folds: tuple[Fold, ...] | None,
     launch: Callable[[Problem, Any, tuple[Fold, ...], Arrays], None],
+    kept_tiles: int = 0,
 ) -> Statistics:
     """What the folds find of each token; by default those that the problem wants, with survivors if `record`.
 
-    launch: launches all kernels that fill `Arrays`.
+    launch: launches all kernels that fill `Arrays`. kept_tiles: of each block, whose logits are kept (`tensor_core.kept`).
     """
     known = FOLDS | {fold_names.SURVIVORS: SURVIVORS_BY_CHANCE} if p.options.is_unbiased else FOLDS
-    folds = folds or tuple(known[name] for name in fold_names.wanted(p, record))
-    arrays = Arrays.of(p, layout, folds)
+    folds = folds or tuple(known[name] for name in fold_names.wanted(p, record, kept_tiles > 0))
+    arrays = Arrays.of(p, layout, folds, kept_tiles)
     if p.N:
         launch(p, layout, folds, arrays)
     return arrays.statistics(p, layout)
@@ -53,6 +55,7 @@ class Arrays:
         names: of the results.
         bounds: (N,) float32 logits of the targets, by which survivors are found; None if these are not recorded.
         bits: (blocks, pitch_words) uint32 survivor bits, twice as many rows if dC has its own; None if not recorded.
+        kept: (bytes,) uint8 of logits that are kept, or None.
         seed: (1,) int64, of the unbiased filter's draws; None for the filter that drops, and if no survivors are recorded.
         n_valid, tokens, found, survivors: addresses of the same, as kernels take them.
     """
@@ -62,6 +65,7 @@ class Arrays:
     names: tuple[str, ...]
     bounds: Any
     bits: Any
+    kept: Any
     seed: Any
     n_valid: int
     tokens: int
@@ -69,22 +73,27 @@ class Arrays:
     survivors: Survivors
 
     @staticmethod
-    def of(p: Problem, layout: Layout, folds: tuple[Fold, ...]) -> Arrays:
+    def of(p: Problem, layout: Layout, folds: tuple[Fold, ...], kept_tiles: int = 0) -> Arrays:
         """Arrays for what these folds find of a problem, still to be filled."""
         xp: Any = p.xp
         N, names = p.N, result_names(folds)
         numbers = xp.empty((len(names), N), np.float32)
         listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
-        bounds, bits, seed, survivors = None, None, None, NO_SURVIVORS
+        bounds, bits, kept, seed, survivors = None, None, None, None, NO_SURVIVORS
         if any(fold.name == fold_names.SURVIVORS for fold in folds):
             bounds = xp.empty(N, np.float32)
             bits, survivors = _survivor_bits(p, layout)
             if p.options.is_unbiased:
                 seed = xp.zeros(1, np.int64)
                 survivors = survivors._replace(seed=seed.data.ptr)
+        if kept_tiles:
+            kept = xp.empty(bytes_of(layout.blocks, kept_tiles), np.uint8)
         targets, n_valid = 0 if p.targets is None else p.targets.data.ptr, listing.data.ptr
-        found = Found(numbers.data.ptr, N, targets, 0 if bounds is None else bounds.data.ptr)
-        return Arrays(listing, numbers, names, bounds, bits, seed, n_valid, n_valid + 8, found, survivors)
+        found = Found(
+            results=numbers.data.ptr, pitch=N, targets=targets, bound=0 if bounds is None else bounds.data.ptr,
+            kept=0 if kept is None or not N else kept.data.ptr, kept_tiles=kept_tiles,
+        )  # fmt: skip
+        return Arrays(listing, numbers, names, bounds, bits, kept, seed, n_valid, n_valid + 8, found, survivors)
 
     def statistics(self, p: Problem, layout: Layout) -> Statistics:
         """As the rest of the package takes it."""
@@ -100,6 +109,7 @@ class Arrays:
             survivors=None if self.bits is None else self.bits.view(np.uint8)[:, : ceil_div(p.V, 8)],
             survivor_block=layout.tiles.survivor_block,
             draw_seed=None if self.seed is None else self.seed[0],
+            kept_logits=self.kept,
             entropy=results.pop("entropy", None),
             sum_squares=results.pop("sum_squares", None),
             mean_logit=None if total_logit is None else total_logit / np.float32(p.V),

@@ -50,6 +50,8 @@ class Found(Record):
     pitch = I64  # N
     targets = pointer_to(np.int64)  # (N,), or null without targets
     bound = pointer_to(np.float32)  # (N,) the target's logit, NaN for one out of range; null where no survivors are recorded
+    kept = U64  # address of kept logits (`tensor_core.kept`), (blocks, kept_tiles) tiles; 0 if none are kept
+    kept_tiles = I32  # tiles of each block that are kept, the first ones
 
 
 class Parts(Record):

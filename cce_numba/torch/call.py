@@ -28,7 +28,10 @@ from cce_numba.torch import memory
 # All but the first three may be None. A forward alone reads the last: backwards take the seed that it made, and have None.
 TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights", "target_probs", "filter_seed")
 _ON_CPU = Kind("torch", None, memory.tensor_of)
-SAVED = ("lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "mean_logit", "draw_seed", "entropy")
+SAVED = (
+    "lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "kept_logits", "mean_logit", "draw_seed",
+    "entropy",
+)  # fmt: skip
 MORE = ("logprobs", "sum_squares", "top_logprobs", "top_ids")  # what a backward does not need
 LOGPROBS = "logprobs"  # in place of a reduction: targets are ids whose log-probabilities are wanted, and there is no loss
 
@@ -168,7 +171,8 @@ def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: b
         mean_logit = statistics.lse[:0]
     entropy = statistics.lse[:0] if statistics.entropy is None else statistics.entropy
     numbers = statistics.lse, statistics.max_logit, statistics.log_sum, statistics.target_logit
-    return *numbers, statistics.n_valid, tokens, bits, mean_logit, draw_seed, entropy
+    kept = bits[:0] if statistics.kept_logits is None else statistics.kept_logits
+    return *numbers, statistics.n_valid, tokens, bits, kept, mean_logit, draw_seed, entropy
 
 
 def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -184,7 +188,7 @@ def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
 def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor]) -> Statistics:
     """What `_saved` was made of, out of tensors of it."""
     *others, mean_logit, draw_seed, entropy = saved
-    lse, max_logit, log_sum, target_logit, n_valid, tokens, bits = map(memory.array_of, others)
+    lse, max_logit, log_sum, target_logit, n_valid, tokens, bits, kept = map(memory.array_of, others)
     if not p.on_device:
         tokens = tokens[: int(n_valid)]
     if bits.size:
@@ -202,4 +206,5 @@ def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor])
         mean_logit=memory.array_of(mean_logit) if p.options.smooths_capped else None,
         draw_seed=memory.array_of(draw_seed) if draw_seed.numel() else None,
         entropy=memory.array_of(entropy) if len(entropy) == p.N else None,
+        kept_logits=kept if kept.size else None,
     )

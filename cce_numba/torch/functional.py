@@ -55,6 +55,7 @@ def linear_cross_entropy(
     filter: str = "unbiased",
     filter_seed: int | torch.Tensor = 0,
     check_targets: bool | None = None,
+    workspace_bytes: int | None = None,
     backend: str | None = None,
     **others: Any,
 ) -> Any:
@@ -112,6 +113,7 @@ def linear_cross_entropy(
             step to step, in a CUDA graph too; of one on the CPU a graph keeps the value. A forward alone reads it.
         check_targets: True raises for a target out of range, on any device. None does so on the CPU; on CUDA, where looking
             would wait for the device, such a token's loss and gradient become NaN.
+        workspace_bytes: memory for logits that are kept for the backward; see `cce_numba.linear_cross_entropy`.
         backend: "cpu", "simt", "ampere", "hopper", or None to choose by device and dtype.
         others: none; an option of another library is refused with its name here.
 
@@ -151,6 +153,7 @@ def linear_cross_entropy(
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "check_targets": check_targets,
+        "workspace_bytes": workspace_bytes,
         "backend": backend,
         "accum_e_fp32": accum_e_fp32,
         "accum_c_fp32": accum_c_fp32,

@@ -21,7 +21,7 @@ from cce_numba.torch.call import MORE, SAVED, TENSORS, Outputs, Upstream
 # Options travel in a few lists, since PyTorch takes time for each argument: None as nan, -1 or "", by place. A threshold is
 # either a number or a word.
 _FLAGS = ("filter_e_grad", "filter_c_grad", "entropy", "sum_squares", "batch_invariant")
-_INTEGERS = ("ignore_index", "shift", *_FLAGS, "top_k", "check_targets")
+_INTEGERS = ("ignore_index", "shift", *_FLAGS, "top_k", "workspace_bytes", "check_targets")
 _REALS = ("softcap", "filter_eps", "logit_scale", "label_smoothing", "z_loss")
 _WORDS = ("reduction", "backend", "filter", "filter_eps")
 _INPUTS = ", ".join(["Tensor e, Tensor c, Tensor targets", *(f"Tensor? {name}" for name in TENSORS[3:])])
@@ -73,8 +73,9 @@ def needed(ctx: Any) -> list[str]:
 def _encoded(given: Mapping[str, Any]) -> tuple[list[int], list[float], torch.Tensor | None, str]:
     """The options that are no tensors, as operators take them."""
     options = {**DEFAULTS, **given}
-    look, eps = options["check_targets"], options["filter_eps"]
-    numbers = {**options, "check_targets": -1 if look is None else look, "filter_eps": None if isinstance(eps, str) else eps}
+    look, eps, room = options["check_targets"], options["filter_eps"], options["workspace_bytes"]
+    numbers = {**options, "workspace_bytes": -1 if room is None else room, "check_targets": -1 if look is None else look}
+    numbers |= {"filter_eps": None if isinstance(eps, str) else eps}
     left_open = [name for name in _REALS if _is_open(numbers[name])]
     open_reals = None
     if left_open:  # products, which compilers know to make without the number's value
@@ -103,6 +104,7 @@ def _decoded(
     *plain_words, left_open = words.split(",")
     options: dict[str, Any] = dict(zip(_INTEGERS, integers, strict=True))
     options |= {name: bool(options[name]) for name in _FLAGS}
+    options["workspace_bytes"] = None if options["workspace_bytes"] < 0 else options["workspace_bytes"]
     options["check_targets"] = None if options["check_targets"] < 0 else bool(options["check_targets"])
     options |= {name: None if real != real else real for name, real in zip(_REALS, reals, strict=True)}
     options |= {name: word for name, word in zip(_WORDS, plain_words, strict=True) if word}

@@ -34,6 +34,7 @@ OPTIONS = (
     "label_smoothing",
     "z_loss",
     "check_targets",
+    "workspace_bytes",
     "backend",
 )
 

@@ -194,7 +194,7 @@ def make_backward_kernel(
         block_words = quotient(shape.blocks + 31, np.int32(32))
         dims = Dimensions(blocks=shape.blocks, block_words=block_words, column_tiles=column_tiles, D=shape.D)
         number, has_jobs = np.int32(0), has_jobs_for(runs, tables.dense[0] != 0)
-        if warp == 0:
+        if warp == 0 and has_jobs:  # a kernel without jobs leaves the queue to the one that has them
             begin(job, lane)
             number = take(workspace.next_job, lane)
         while has_jobs:

@@ -10,6 +10,7 @@ from numba import cuda
 
 from cce_numba.hopper.backward.finish_rows import make_finish_rows
 from cce_numba.hopper.backward.jobs import D_E, END, LOGITS, make_job_ring
+from cce_numba.hopper.backward.kept import make_logits_of
 from cce_numba.hopper.backward.multiply import ONE_CONSUMER, make_multiply, make_turns
 from cce_numba.hopper.backward.records import WORD, GTile, TilePlace
 from cce_numba.hopper.backward.store_g import make_store_g
@@ -22,6 +23,7 @@ from cce_numba.tensor_core.backward.column_sums import sum_of_column
 from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP, make_add_sums, make_add_to_sums, make_store_sums
 from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
 from cce_numba.tensor_core.backward.row_weights import ROW_BYTES, make_two_row_weights
+from cce_numba.tensor_core.kept import TILE_BYTES
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE
 
@@ -36,6 +38,7 @@ def make_consume(
     smoothed: bool,
     by_chance: bool,
     entropic: bool,
+    keeps: bool,
 ) -> Any:
     """The device function of a consumer warpgroup; see `kernel.make_backward_kernel`."""
     jobs_, turns_ = make_job_ring(tiles), make_turns(tiles)
@@ -46,7 +49,10 @@ def make_consume(
     multiply_logits = make_multiply(tiles, name, a_m_major=False, b_n_major=False)
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
-    store_g = make_store_g(block_v, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic)
+    store_g = make_store_g(
+        block_v, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, finished=by_chance or keeps
+    )
+    logits_of = make_logits_of(block_v, capped, scaled)
     find_maxima, decide = make_find_maxima(block_v, capped, scaled), make_decide(block_v)
     scales_bytes, warp_bytes = np.uint32(tiles.scales_bytes), np.uint32(4 * block_v)
     two_row_weights = make_two_row_weights(scaled, smoothed, entropic)
@@ -96,9 +102,15 @@ def make_consume(
             decide(columns, staging, chance, block, consumer, thread)
             columns = ListColumns(ids=ids, biases=biases, scales=opaque(scales), stored=stored)
         row_0, row_1 = two_row_weights(position, row_of_weights, terms, tables)
+        tile = field(jobs, s, WORD.kept) if keeps else np.int32(-1)
+        kept = np.uint64(workspace.kept + np.uint64(TILE_BYTES) * np.uint64(block * workspace.kept_tiles))
+        if keeps:
+            upper = logits_of(upper, np.int32(0), tile, kept, thread, columns, row_0, row_1, terms.softcap)
         store_g(upper, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
         to = GTile(g=np.uint64(g + np.uint64(128)), sums=np.uint64(sums + np.uint64(16)), staging=staging, consumer=consumer)
         row_0, row_1 = two_row_weights(position + 64, next_half, terms, tables)
+        if keeps:
+            lower = logits_of(lower, np.int32(1), tile, kept, thread, columns, row_0, row_1, terms.softcap)
         store_g(lower, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
         memory.fence_proxy_async_all()  # the bulk copy engine will read G
 

@@ -18,6 +18,7 @@ from cce_numba.hopper.backward.workspace import layout_of
 from cce_numba.integers import ceil_div
 from cce_numba.tensor_core import matrices
 from cce_numba.tensor_core.backward.passes import Call, in_passes, output_of, run_survey
+from cce_numba.tensor_core.kept import bytes_of
 from cce_numba.tensor_core.problem import matrix_of, terms_of
 from cce_numba.tensor_core.survey import Products
 
@@ -59,8 +60,13 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
     # The neighbouring jobs of a cluster must take equally many stages, so those of dE and dC must be tiles of the same rows.
     tiles = CLUSTER_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
     capped, with_sums = p.options.softcap is not None, d_bias is not None
+    kept, kept_tiles = call.statistics.kept_logits, 0
+    if kept is not None and keep_all:
+        kept_tiles = kept.nbytes // bytes_of(layout.blocks, 1)
+    workspace = layout.at(base, c_address, kept.data.ptr if kept_tiles else 0, kept_tiles)
     for by_chance, runs, chance in call.runs(keep_all, leaves_dense):
-        kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, by_chance, entropic)
+        options = capped, with_sums, scaled, smoothed, by_chance, entropic, kept_tiles > 0
+        kernel = make_backward_kernel(tiles, p.dtype, *options)
         kernel.launch(
             gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
             maps,
@@ -71,7 +77,7 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
             call.statistics.n_valid.data.ptr,
             layout.survey.at(tables),
             runs,
-            layout.at(base, c_address),
+            workspace,
             outputs,
             Shape(blocks=layout.blocks, V=p.V, D=p.D),
         )

@@ -49,6 +49,7 @@ def make_backward_kernel(
     smoothed: bool = False,
     by_chance: bool = False,
     entropic: bool = False,
+    keeps: bool = False,
 ) -> Kernel:
     """The kernel for 16-bit `dtype`, which looks at no option that it was not made for.
 
@@ -61,9 +62,10 @@ def make_backward_kernel(
         smoothed: G is less by a uniform weight of each token times class weights.
         by_chance: columns survive by chance, see `chance`. Nothing is filtered where logits are smoothed.
         entropic: G has p * log(p) times a weight of each token.
+        keeps: the forward may have kept logits (`tensor_core.kept`); chance decides nothing then.
     """
-    copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype)
-    consume = make_consume(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic)
+    copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype, keeps)
+    consume = make_consume(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, keeps)
     staging_bytes = np.uint32(tiles.consumers * STAGING_BYTES)
     init_ring, init_jobs, ring_bytes = make_ring(tiles).init, make_job_ring(tiles).init, np.uint32(tiles.ring_bytes)
     jobs_bytes = np.uint32(tiles.jobs_bytes)

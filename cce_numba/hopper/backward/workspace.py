@@ -163,8 +163,12 @@ class WorkspaceLayout:
         """The address of the buffers in dC's memory, which begins at `c_address`."""
         return (c_address + self.c_bytes - self.borrowed_bytes) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
 
-    def at(self, base: int, c_address: int) -> Any:
-        """The kernel's record of a workspace that begins at address `base`. c_address: of dC's memory."""
+    def at(self, base: int, c_address: int, kept: int = 0, kept_tiles: int = 0) -> Any:
+        """The kernel's record of a workspace that begins at address `base`.
+
+        c_address: of dC's memory. kept, kept_tiles: the address of logits that the forward kept, and of how many tiles of a
+        block.
+        """
         counters, offsets = base + self.offsets["counters"], self.offsets
         return Workspace(
             next_job=counters,
@@ -178,6 +182,8 @@ class WorkspaceLayout:
             buffer_slots=self.buffer_slots,
             large_slots=self.large_slots,
             borrowed_slots=self.borrowed_slots,
+            kept=kept,
+            kept_tiles=kept_tiles,
         )
 
     def g_maps(self, base: int, c_address: int, dtype: np.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -20,9 +20,14 @@ from cce_numba.tensor_core.problem import matrix_of, terms_of
 from cce_numba.tensor_core.records import Parts, Vocabulary
 
 
-def forward(p: Problem, layout: Layout, record: bool, folds: tuple[Fold, ...] | None = None) -> Statistics:
-    """What the folds find of each token; by default those that the problem wants, with survivors if `record`."""
-    return tensor_core_found.forward(p, layout, record, folds, _launch)
+def forward(
+    p: Problem, layout: Layout, record: bool, folds: tuple[Fold, ...] | None = None, kept_tiles: int = 0
+) -> Statistics:  # fmt: skip
+    """What the folds find of each token; by default those that the problem wants, with survivors if `record`.
+
+    kept_tiles: of each block of tokens, whose logits are kept for the backward.
+    """
+    return tensor_core_found.forward(p, layout, record, folds, _launch, kept_tiles)
 
 
 def indexed_dot(p: Problem, layout: Layout) -> Any:

@@ -36,17 +36,19 @@ from __future__ import annotations
 
 from cce_numba.tensor_core.folds.chain import Fold, Row, RowPair, Tile, chain, number_count, result_names
 from cce_numba.tensor_core.folds.entropy import ENTROPY
+from cce_numba.tensor_core.folds.kept_logits import KEPT_LOGITS
 from cce_numba.tensor_core.folds.max_sum import MAX_SUM
 from cce_numba.tensor_core.folds.mean_logit import MEAN_LOGIT
 from cce_numba.tensor_core.folds.sum_squares import SUM_SQUARES
 from cce_numba.tensor_core.folds.survivors import SURVIVORS, SURVIVORS_BY_CHANCE
 from cce_numba.tensor_core.folds.target_logit import TARGET_LOGIT
 
-FOLDS = {fold.name: fold for fold in (MAX_SUM, TARGET_LOGIT, MEAN_LOGIT, ENTROPY, SUM_SQUARES, SURVIVORS)}
+FOLDS = {fold.name: fold for fold in (MAX_SUM, TARGET_LOGIT, MEAN_LOGIT, ENTROPY, SUM_SQUARES, SURVIVORS, KEPT_LOGITS)}
 
 __all__ = [
     "ENTROPY",
     "FOLDS",
+    "KEPT_LOGITS",
     "MAX_SUM",
     "MEAN_LOGIT",
     "SUM_SQUARES",
