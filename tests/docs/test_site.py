@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 import subprocess
 import sys
@@ -21,7 +22,7 @@ for package in ("sphinx", "furo", "myst_nb", "sphinx_copybutton", "latex2mathml"
 
 pytestmark = pytest.mark.skipif(SimulatorHarness.is_active(), reason="there is one site, whatever runs the kernels")
 sys.path.append(str(DOCS))
-from extensions import choices, formulas, lessons  # noqa: E402
+from extensions import choices, docstrings, formulas, lessons  # noqa: E402
 
 
 class Fetched(HTMLParser):
@@ -176,3 +177,9 @@ def test_what_filters_cost_is_what_was_recorded():
         for word, name in names.items()
     ]
     assert table == expected
+
+
+@pytest.mark.parametrize("module", [choices, docstrings], ids=lambda module: module.__name__)
+def test_examples_of_extensions(module):
+    assert doctest.testmod(module).attempted >= 1
+    assert doctest.testmod(module).failed == 0
