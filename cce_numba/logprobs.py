@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from cce_numba import arguments, driver
+from cce_numba import arguments, driver, ranks
 from cce_numba.options import LossOptions
+from cce_numba.parallel.communicator import Communicator
+from cce_numba.ranks import sharing_of
 from cce_numba.returned import Logprobs
 
 # Filters mean nothing where there is no backward; they are taken so that one set of options does for PyTorch and for arrays.
@@ -30,7 +32,15 @@ OPTIONS = (
 )
 
 
-def linear_logprobs(e: Any, c: Any, ids: Any, **options: Unpack[LossOptions]) -> Logprobs:
+def linear_logprobs(
+    e: Any,
+    c: Any,
+    ids: Any,
+    *,
+    communicator: Communicator | None = None,
+    tokens_axis: int | None = None,
+    **options: Unpack[LossOptions],
+) -> Logprobs:
     """Log-probabilities `log(softmax(e @ c.T + bias))` of each token's ids, without storing the logits.
 
     One pass over the logits finds all that is asked for. For gradients, call `forward` and `backward` with `d_logprobs`,
@@ -41,6 +51,7 @@ def linear_logprobs(e: Any, c: Any, ids: Any, **options: Unpack[LossOptions]) ->
         c: (V, D) classifier.
         ids: (...) integers in [0, V), or (..., K) for several entries of each token; `ignore_index` is padding. A token whose
             ids are all padding is ignored.
+        communicator, tokens_axis: as in `linear_cross_entropy`.
         bias, softcap, logit_scale, shift, ignore_index, check_targets, backend: as in `linear_cross_entropy`; ids shift as
             targets do, and are what `check_targets` looks at.
         entropy: return the entropy of each token's distribution, in nats.
@@ -61,6 +72,7 @@ def linear_logprobs(e: Any, c: Any, ids: Any, **options: Unpack[LossOptions]) ->
     >>> found.logprobs.round(4).tolist(), found.entropy.round(4).tolist(), found.top_ids.tolist()
     ([[-2.0794, -2.0794], [-2.0794, 0.0]], [2.0794, 2.0794], [[0, 1], [0, 1]])
     """
-    with driver.prepared(e, c, arguments.Ids(ids), options, OPTIONS) as (problem, plan):
-        done = driver.forward(problem, plan)
+    sharing = sharing_of(communicator, tokens_axis)
+    with ranks.prepared(e, c, arguments.Ids(ids), options, sharing, OPTIONS) as (problem, plan, together):
+        done = driver.forward(problem, plan, ranks=together)
         return Logprobs(problem.exported(done.logprobs()), **done.beside())

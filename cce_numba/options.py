@@ -228,9 +228,12 @@ class Options:
         return ("e" in wrt and self.filter_e_grad) or (("c" in wrt or "bias" in wrt) and self.filter_c_grad)
 
     def keeps_logits(self, wrt: Collection[str]) -> bool:
-        """Whether kept logits would help a backward that gives gradients of these names: where one of them is exact."""
+        """Whether logits are kept for a backward that gives gradients of these names: where one of them is exact.
+
+        How many are kept depends on the number of tokens, so none are where nothing may depend on it.
+        """
         of_e, of_c = "e" in wrt and self.filter_eps_e is None, ("c" in wrt or "bias" in wrt) and self.filter_eps_c is None
-        return self.workspace_bytes > 0 and (of_e or of_c)
+        return self.workspace_bytes > 0 and (of_e or of_c) and not self.batch_invariant
 
     @property
     def asks_for_more(self) -> bool:

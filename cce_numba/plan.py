@@ -9,6 +9,7 @@ from typing import Any
 from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import BACKENDS, BackendUnavailable, backend_module
 from cce_numba.options import Options
+from cce_numba.survivors import SURVIVOR_BLOCK
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,9 @@ class Plan:
 def choose(p: Problem, backend: str | None) -> Plan:
     """The plan of the forced backend, or of the first in `BACKENDS` that can take the problem; errors of `choose_backend`."""
     name, rejected = choose_backend(p, backend)
+    if p.shard is not None and not p.V:
+        how = "this rank has no rows of the classifier, and computes nothing"
+        return Plan(name, how, None, 0, 0, 0, 0, rejected, _filter(p.options, SURVIVOR_BLOCK))
     plan = backend_module(name).plan(p)
     return replace(plan, rejected=rejected, filter=_filter(p.options, plan.tiles.survivor_block))
 

@@ -18,6 +18,9 @@ from cce_numba.tensor_core.schedule import count_slots, groups_per_round
 FIRST_PHASE, LEAST_TILES, PHASE_GROWTH = 1 / 64, 16, 5
 _COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
 _CACHED_BYTES = 14 * 2**20  # of e, at a time: it stays in the L2 cache (50 MB, of which each half keeps its own copy)
+# Groups of tokens that go together by a fixed schedule: few, so that many workers share a group, however few groups there are;
+# and enough to read c seldom.
+_FIXED_GROUPS = 3
 _SCRATCH_BYTES = 960 * 2**10  # partial results of a launch: so many tokens go at a time
 
 
@@ -34,6 +37,8 @@ class Layout:
         e_copied: why e must be copied for the copy engine to read it, or None.
         c_copied: why c must be copied, part by part, or None.
         c_rows: rows of c that are in reach of the copy engine at a time: V, or as many as a copy may hold.
+        fixed: the schedule is a fixed one, and phases are the same whether survivors are recorded or not: for
+            `Options.batch_invariant`. Then what is found of a token depends on V, D, where c lies and the GPU, but not on N.
     """
 
     N: int
@@ -46,12 +51,16 @@ class Layout:
     e_copied: str | None
     c_copied: str | None
     c_rows: int
+    fixed: bool = False
 
     @classmethod
     def of(cls, p: Problem, tiles: Any) -> Any:
         """The layout for a problem on CuPy's current device."""
         workers = gpu.current().multiprocessors // tiles.cluster
         per_round = groups_per_round(workers, _CACHED_BYTES // (2 * p.D * tiles.group_n))
+        fixed = p.options.batch_invariant
+        if fixed:
+            per_round = min(per_round, _FIXED_GROUPS)
         c_copied, c_rows = matrices.why_not(p.c), p.V
         if c_copied is not None:
             fitting = _COPY_BYTES // (2 * matrices.padded_columns(p.D)) // tiles.block_v * tiles.block_v
@@ -60,7 +69,7 @@ class Layout:
         slots_of_round = workers // per_round * per_round
         rounds = max(1, (_SCRATCH_BYTES // (4 * tiles.group_n) - 2 * workers) // slots_of_round)
         batch = rounds * per_round * tiles.group_n
-        return _known(cls(p.N, p.V, p.D, tiles, workers, per_round, batch, matrices.why_not(p.e), c_copied, c_rows))
+        return _known(cls(p.N, p.V, p.D, tiles, workers, per_round, batch, matrices.why_not(p.e), c_copied, c_rows, fixed))
 
     @functools.cached_property
     def n_tiles(self) -> int:
@@ -111,7 +120,7 @@ class Layout:
 
     def phases(self, record: bool) -> list[tuple[int, int, int]]:
         """`(first row of c in reach, first tile, last tile)` of each launch."""
-        return self._phases_with_survivors if record else self._cut({self.n_tiles})
+        return self._phases_with_survivors if record or self.fixed else self._cut({self.n_tiles})
 
     @functools.cached_property
     def _phases_with_survivors(self) -> list[tuple[int, int, int]]:

@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cce_numba import driver, interchange
+from cce_numba import driver, interchange, ranks
 from cce_numba.arguments import GRADIENTS, Ids, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, backend_module
 from cce_numba.destination import Destination
-from cce_numba.driver import ForwardPass
+from cce_numba.driver import ForwardPass, Ranks
 from cce_numba.integers import ceil_div
 from cce_numba.interchange import Kind
 from cce_numba.options import DEFAULTS
+from cce_numba.parallel.agreement import Agreed
 from cce_numba.plan import Plan
+from cce_numba.ranks import Sharing
 from cce_numba.torch import memory
 
 # All but the first three may be None. A forward alone reads the last: backwards take the seed that it made, and have None.
@@ -75,9 +77,13 @@ def wanted(tensors: Iterable[torch.Tensor | None]) -> list[str]:
 
 @contextlib.contextmanager
 def prepared(
-    tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any], plan: Plan | None = None
-) -> Iterator[tuple[Problem, Plan]]:
-    """The checked problem and its plan, as in `driver.prepared`; inside, PyTorch's device, stream and memory are current.
+    tensors: Sequence[torch.Tensor | None],
+    given: Mapping[str, Any],
+    plan: Plan | None = None,
+    sharing: Sharing | None = None,
+    agreed: Agreed | None = None,
+) -> Iterator[tuple[Problem, Plan, Ranks | None]]:
+    """The checked problem and its plan, as in `ranks.prepared`; inside, PyTorch's device, stream and memory are current.
 
     The problem has the tensors' addresses, which are theirs until this is left: later, FSDP may have freed and filled them
     again elsewhere. So a backward comes here anew.
@@ -86,6 +92,8 @@ def prepared(
         tensors: `TENSORS`.
         given: the options that are no tensors, by name; defaults may be missing.
         plan: that of the same arguments, if it was made before.
+        sharing: how ranks share the work, if they do.
+        agreed: what they have agreed on, if they did so before.
     """
     e, c, targets, *others = tensors
     assert e is not None, "of TENSORS, the first three are never None"
@@ -96,19 +104,22 @@ def prepared(
     on_cpu = e.device.type == "cpu"
     kind = _ON_CPU if on_cpu else Kind("torch", e.get_device(), memory.tensor_of)
     backend = "cpu" if on_cpu else None  # no need to ask those for GPUs
+    of_targets = Ids(targets) if ids else targets
     with (
         memory.from_pytorch(e.device),
-        driver.prepared(e, c, Ids(targets) if ids else targets, given, kind=kind, backend=backend, plan=plan) as both,
+        ranks.prepared(e, c, of_targets, given, sharing, kind=kind, backend=backend, plan=plan, agreed=agreed) as call,
     ):
-        yield both
+        yield call
 
 
-def forward(problem: Problem, plan: Plan, wrt: Collection[str]) -> tuple[torch.Tensor, tuple[Any, ...], tuple[Any, ...]]:
+def forward(
+    problem: Problem, plan: Plan, wrt: Collection[str], together: Ranks | None = None
+) -> tuple[torch.Tensor, tuple[Any, ...], tuple[Any, ...]]:
     """The loss and the arrays `SAVED` and `MORE`, inside `prepared`. `wrt`: the gradients that a backward is to give.
 
     Of the latter those that were not asked for are None.
     """
-    done = driver.forward(problem, plan, wrt)
+    done = driver.forward(problem, plan, wrt, together)
     form = backend_module(plan.backend).statistics_form(problem)
     logprobs = None if problem.has_loss else done.logprobs()
     more = logprobs, done.statistics.sum_squares, done.top_logprobs(), done.statistics.top_ids
@@ -121,15 +132,17 @@ def backward(
     saved: Sequence[torch.Tensor],
     upstream: Upstream,
     grads: dict[str, torch.Tensor],
+    together: Ranks | None = None,
 ) -> None:
     """Writes the gradients that follow from what flows into the outputs to `grads`, made by `gradients_like`."""
-    flat = {name: interchange.take(name, grad).reshape(getattr(problem, name).shape) for name, grad in grads.items()}
+    of_caller = problem if together is None else together.problem_of_results(problem)
+    flat = {name: interchange.take(name, grad).reshape(getattr(of_caller, name).shape) for name, grad in grads.items()}
     destination = Destination(frozenset(grads), Gradients(**grads), Gradients(**flat), False)  # fresh: nothing to check
     form = backend_module(plan.backend).statistics_form(problem)
     d_lse, d_logprobs, d_entropy = (
         None if x is None else problem.per_token(interchange.take("an upstream gradient", x)) for x in upstream[1:]
     )
-    done = ForwardPass.of(problem, plan, _statistics(problem, form, saved))
+    done = ForwardPass.of(problem, plan, _statistics(problem, form, saved), together)
     d_loss = 0.0 if upstream.loss is None else upstream.loss
     done.backward(d_loss, d_lse, destination, d_logprobs=d_logprobs, d_entropy=d_entropy)
 

@@ -122,7 +122,7 @@ def _decoded(
 def forward_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """`call.forward`; `wrt`: the names of the gradients that a backward is to give, separated by commas."""
     tensors, (*options, wrt) = arguments[: len(TENSORS)], arguments[len(TENSORS) :]
-    with call.prepared(tensors, call.given(_decoded(*options))) as (problem, plan):
+    with call.prepared(tensors, call.given(_decoded(*options))) as (problem, plan, _):
         loss, arrays, more = call.forward(problem, plan, wrt.split(","))
         empty = arrays[0][:0]
         return loss, *memory.tensors_of((*call.defined(problem, arrays), *(empty if x is None else x for x in more)))
@@ -139,7 +139,7 @@ def backward_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
     upstream, saved, tensors, (*options, wrt) = _split(arguments)
     given = call.given(_decoded(*options)) | {"check_targets": False}  # the forward has looked
     grads = call.gradients_like(tensors, wrt.split(","))
-    with call.prepared(tensors, given) as (problem, plan):
+    with call.prepared(tensors, given) as (problem, plan, _):
         call.backward(problem, plan, saved, upstream, grads)
     return _all_of(grads, tensors)
 
