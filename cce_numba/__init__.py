@@ -22,8 +22,9 @@ from cce_numba.loss import (
 )
 from cce_numba.plan import Plan
 from cce_numba.returned import Logprobs, LossStatistics
+from cce_numba.shards import ShardResult, forward_shard, merge
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendUnavailable",
@@ -32,9 +33,11 @@ __all__ = [
     "LossStatistics",
     "Plan",
     "Result",
+    "ShardResult",
     "backward",
     "explain",
     "forward",
+    "forward_shard",
     "indexed_dot",
     "linear_cross_entropy",
     "linear_cross_entropy_with_grad",
@@ -42,4 +45,5 @@ __all__ = [
     "linear_distillation_with_grad",
     "linear_logprobs",
     "linear_logsumexp",
+    "merge",
 ]

@@ -16,6 +16,7 @@ import numpy as np
 from cce_numba import interchange
 from cce_numba.interchange import BFLOAT16, Kind
 from cce_numba.options import DEFAULTS, Options, compute_dtype_of, integer, positive
+from cce_numba.parallel.shard import IGNORED, Shard, coded
 
 DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
 GRADIENTS = ("e", "c", "bias")
@@ -24,6 +25,14 @@ NO_TARGETS = object()  # in place of targets, where only the log-sum-exp is want
 SEVERAL_TARGETS = "several targets of a token"
 DISTILLATION = "distillation"  # which no problem asks for by itself, but two of them together
 EXTRAS = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", "allow_tf32", SEVERAL_TARGETS, DISTILLATION})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a vocabulary a caller's `c` has: those from `start` on, of `total` entries that all ranks have together."""
+
+    start: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,8 @@ class Problem(_Sized):
         e_shape: shape of the caller's `e`.
         token_shape: shape of the tokens before the shift; their product is N.
         kind: how to give results back.
+        shard: which rows of the vocabulary c has, where it has not all of them. Then c, bias and class_weights are of these
+            rows, targets are coded (`parallel.shard`), V is the number of these rows and may be 0; or None.
     """
 
     e: Any
@@ -128,6 +139,7 @@ class Problem(_Sized):
     e_shape: tuple[int, ...]
     token_shape: tuple[int, ...]
     kind: Kind
+    shard: Shard | None = None
 
     @property
     def N(self) -> int:
@@ -138,6 +150,11 @@ class Problem(_Sized):
     def V(self) -> int:
         """Vocabulary entries."""
         return self.c.shape[0]
+
+    @property
+    def total_V(self) -> int:
+        """Entries of the whole vocabulary, of which c may have some alone."""
+        return self.V if self.shard is None else self.shard.total
 
     @property
     def D(self) -> int:
@@ -184,7 +201,10 @@ class Problem(_Sized):
         """The same with copies of all arrays but e and c, which the caller may then change."""
         small = ("targets", "bias", "logit_scale", "class_weights", "token_weights", "target_probs")
         given = {name: array for name in small if (array := getattr(self, name)) is not None}
-        return replace(self, **{name: array.copy() for name, array in given.items()})
+        copies = {name: array.copy() for name, array in given.items()}
+        if self.shard is not None and self.shard.class_weights is not None:
+            copies["shard"] = replace(self.shard, class_weights=self.shard.class_weights.copy())
+        return replace(self, **copies)
 
     def per_token(self, flat: Any) -> Any:
         """(N, ...) as the caller sees it: tokens have the shape of those of `targets[..., shift:]`."""
@@ -200,14 +220,23 @@ class Problem(_Sized):
 
 
 def problem(
-    e: Any, c: Any, targets: Any, given: Mapping[str, Any], only: Iterable[str] = DEFAULTS, kind: Kind | None = None
+    e: Any,
+    c: Any,
+    targets: Any,
+    given: Mapping[str, Any],
+    only: Iterable[str] = DEFAULTS,
+    kind: Kind | None = None,
+    rows: Rows | None = None,
 ) -> Problem:
     """Checks the arrays and the options against each other and makes them canonical, without a copy where strides allow.
 
     `NO_TARGETS` makes a problem without targets (every token counts), `Ids` one without a loss. `only`: options that mean
     something here.
-    `kind`: how to give results back; that of `e`, if left out. Raises TypeError for what is not an array or has a wrong dtype,
-    ValueError for shapes, devices, targets and option values that do not fit.
+    `kind`: how to give results back; that of `e`, if left out. `rows`: of which entries c has the rows, where these are not
+    all; then class weights are those of the whole vocabulary, and the bias is of these entries.
+
+    Raises TypeError for what is not an array or has a wrong dtype, ValueError for shapes, devices, targets and option values
+    that do not fit.
 
     >>> p = problem(np.ones((2, 3, 4)), np.ones((5, 4)), np.zeros((2, 3), int), {"shift": 1})
     >>> p.N, p.V, p.D, p.targets.tolist()
@@ -219,15 +248,18 @@ def problem(
     if dtype not in DTYPES:
         raise TypeError(f"e: dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     checked = Options.of(dtype, given, only)
-    _check_classifier(native_c, native_e)
+    _check_classifier(native_c, native_e, 1 if rows is None else 0)
+    if rows is not None:
+        _check_rows(rows, native_c)
+    total = native_c.shape[0] if rows is None else rows.total
     has_loss = not isinstance(targets, Ids)
     name = "targets" if has_loss else "ids"
     targets = targets.ids if isinstance(targets, Ids) else targets
     native_targets = None if targets is NO_TARGETS else interchange.take(name, targets)
     devices = {"e": interchange.device_of(native_e), "c": interchange.device_of(native_c)}
     check_devices(devices if native_targets is None else devices | {name: interchange.device_of(native_targets)})
-    if checked.top_k > native_c.shape[0]:
-        raise ValueError(f"top_k: must be at most V = {native_c.shape[0]}, the entries that there are, got {checked.top_k}")
+    if checked.top_k > total:
+        raise ValueError(f"top_k: must be at most V = {total}, the entries that there are, got {checked.top_k}")
     token_shape = tuple(native_e.shape[:-1])
     if checked.shift:
         check_shift(checked.shift, tuple(native_e.shape))
@@ -242,7 +274,7 @@ def problem(
         targets=None if native_targets is None else _targets(name, native_targets, native_e, native_c, checked, kind, several),
         bias=None if bias is None else _bias(bias, native_e, native_c),
         logit_scale=_logit_scale(given.get("logit_scale"), native_e),
-        class_weights=None if class_weights is None else _class_weights(class_weights, native_e, native_c),
+        class_weights=None if class_weights is None else _class_weights(class_weights, native_e, total),
         token_weights=None if token_weights is None else _token_weights(token_weights, native_e, checked),
         target_probs=target_probs,
         has_loss=has_loss,
@@ -253,8 +285,33 @@ def problem(
         kind=kind,
     )
     if p.targets is not None and (look or (look is None and not p.on_device)):  # on a device, looking would wait for it
-        _check_range_of_targets(name, p)
-    return p
+        _check_range_of_targets(name, p, total)
+    return p if rows is None else _of_shard(p, rows)
+
+
+def _of_shard(p: Problem, rows: Rows) -> Problem:
+    """A problem whose targets and class weights are those of the whole vocabulary, as one of a shard."""
+    options, start, stop = p.options, rows.start, rows.start + p.V
+    shard = Shard(start, rows.total, p.targets, p.class_weights, options.top_k)
+    targets = None
+    if p.targets is not None:
+        targets = coded(p.targets, start, p.V, rows.total, options.ignore_index)
+        # What is hashed for the draws' seed must not take the caller's padding for an entry.
+        shard = replace(shard, targets=p.xp.where(p.is_padding, np.int64(IGNORED), p.targets))
+    return replace(
+        p,
+        targets=targets,
+        class_weights=None if p.class_weights is None else p.class_weights[start:stop],
+        options=replace(options, ignore_index=IGNORED, top_k=min(options.top_k, p.V) if p.V else options.top_k),
+        shard=shard,
+    )
+
+
+def _check_rows(rows: Rows, c: Any) -> None:
+    if not 0 <= rows.start <= rows.start + c.shape[0] <= rows.total or rows.total < 1:
+        raise ValueError(
+            f"vocab_start: the rows of c must lie in the vocabulary, got {c.shape[0]} rows from {rows.start} on of {rows.total}"
+        )
 
 
 def upstream(name: str, gradient: Any, p: Problem, shape: tuple[int, ...], flat_shape: tuple[int, ...] | None = None) -> Any:
@@ -325,7 +382,7 @@ def check_shift(shift: int, shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_classifier(c: Any, e: Any) -> None:
+def _check_classifier(c: Any, e: Any, fewest_rows: int) -> None:
     """Its dtype and shape, which are often those of another argument."""
     if np.dtype(c.dtype) != e.dtype:
         hint = "cast one of them, for example c.astype(e.dtype)"
@@ -335,8 +392,8 @@ def _check_classifier(c: Any, e: Any) -> None:
     if c.ndim != 2:
         hint = "; e and c look exchanged: the embeddings come first" if c.ndim > 2 and e.ndim == 2 else ""
         raise ValueError(f"c: must have shape (V, D), got shape {c.shape}{hint}")
-    if c.shape[0] < 1 or c.shape[1] < 1:
-        raise ValueError(f"c: must have V >= 1 and D >= 1, got shape {c.shape}")
+    if c.shape[0] < fewest_rows or c.shape[1] < 1:
+        raise ValueError(f"c: must have V >= {fewest_rows} and D >= 1, got shape {c.shape}")
     if e.ndim < 1:
         raise ValueError("e: must have shape (..., D), got a 0-d array")
     if e.shape[-1] != c.shape[1]:
@@ -408,14 +465,14 @@ def _flat(native: Any, several: bool = False) -> Any:
     return interchange.array_module(native).ascontiguousarray(native.reshape(shape))
 
 
-def _check_range_of_targets(name: str, p: Problem) -> None:
-    wrong = ~p.is_padding & ((p.targets < 0) | (p.targets >= p.V))
+def _check_range_of_targets(name: str, p: Problem, total: int) -> None:
+    wrong = ~p.is_padding & ((p.targets < 0) | (p.targets >= total))
     if bool(wrong.any()):
         first = int(wrong.argmax())
         token = first if p.K is None else first // p.K
         how_many = f"{int(wrong.sum())} of {p.N} tokens" if p.K is None else f"{int(wrong.sum())} of {p.targets.size} {name}"
         raise ValueError(
-            f"{name}: must lie in [0, V) = [0, {p.V}) or equal ignore_index = {p.options.ignore_index}, got "
+            f"{name}: must lie in [0, V) = [0, {total}) or equal ignore_index = {p.options.ignore_index}, got "
             f"{int(p.targets.reshape(-1)[first])} for token {token} ({how_many} out of range)"
         )
 
@@ -451,10 +508,10 @@ def _logit_scale(logit_scale: Any, e: Any) -> Any:
     return _flat(xp.broadcast_to(native, e.shape[:-1]))
 
 
-def _class_weights(class_weights: Any, e: Any, c: Any) -> Any:
+def _class_weights(class_weights: Any, e: Any, total: int) -> Any:
     native = _real("class_weights", class_weights, e)
-    if native.shape != (c.shape[0],):
-        raise ValueError(f"class_weights: must have shape (V,) = ({c.shape[0]},), got shape {native.shape}")
+    if native.shape != (total,):
+        raise ValueError(f"class_weights: must have shape (V,) = ({total},), got shape {native.shape}")
     return _flat(native)
 
 

@@ -56,6 +56,8 @@ class Statistics:
             ignored; rounded as target_logit is. None if k is 0.
         top_ids: (N, k) int64, which entries these are, in [0, V); equal logits by ascending id; 0 where ignored. None if k is
             0. Where the token is lost they may be any entries.
+        kept_logits: (bytes,) uint8 of logits that are kept for the backward (`Plan.kept_bytes`), in the backend's own form;
+            None if none are.
         folded: (N,) results of further folds (`folds.py`) by name, 0 where ignored.
     """
 
@@ -73,6 +75,7 @@ class Statistics:
     sum_squares: Any = None
     top_logits: Any = None
     top_ids: Any = None
+    kept_logits: Any = None
     folded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -101,12 +104,16 @@ class StatisticsForm:
         planes: rows of survivor bits for each block. Row b of plane i is row i * ceil(N / survivor_block) + b. Plane 0 holds
             the filter's bits; plane 1 of "hopper" and "ampere" the same at a higher threshold (`survivors.coarse_eps_of`).
         row_unit_bytes: the memory of a row is a whole number of so many bytes.
+        kept_entries, kept_tile_bytes: of a tile of logits that can be kept for the backward, of a block of tokens and so many
+            entries; 0 if none can.
     """
 
     tokens: np.dtype
     survivor_block: int
     planes: int = 1
     row_unit_bytes: int = 1
+    kept_entries: int = 0
+    kept_tile_bytes: int = 0
 
     def survivors_shape(self, N: int, V: int) -> tuple[int, int]:
         """(rows, bytes of a row) of the survivor bits of N tokens and V entries, all memory included.
@@ -117,6 +124,24 @@ class StatisticsForm:
         n_blocks = (N + self.survivor_block - 1) // self.survivor_block
         units = (V + 8 * self.row_unit_bytes - 1) // (8 * self.row_unit_bytes)
         return self.planes * n_blocks, units * self.row_unit_bytes
+
+    def kept_tiles(self, N: int, V: int, workspace_bytes: int) -> int:
+        """Of each block of tokens, the tiles of logits that can be kept in so much memory: an even number.
+
+        >>> form = StatisticsForm(np.dtype(np.int32), survivor_block=128, kept_entries=192, kept_tile_bytes=49664)
+        >>> form.kept_tiles(256, 100_000, 10**6)
+        10
+        """
+        if self.kept_entries == 0 or workspace_bytes == 0 or N == 0:
+            return 0
+        blocks = (N + self.survivor_block - 1) // self.survivor_block
+        of_vocabulary = (V + self.kept_entries - 1) // self.kept_entries
+        return min(of_vocabulary, workspace_bytes // (blocks * self.kept_tile_bytes)) // 2 * 2
+
+    def kept_bytes(self, N: int, V: int, workspace_bytes: int) -> int:
+        """The memory of these."""
+        blocks = (N + self.survivor_block - 1) // self.survivor_block
+        return blocks * self.kept_tiles(N, V, workspace_bytes) * self.kept_tile_bytes
 
     def survivor_bytes(self, N: int, V: int) -> int:
         """Memory of the survivor bits."""
@@ -213,13 +238,14 @@ class Backend(Protocol):
         `Statistics.target_logit` is the same number, rounded otherwise. There is one target a token here.
         """
 
-    def forward(self, p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
+    def forward(self, p: Problem, plan: Plan, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
         """Largest logit, log-sum-exp and target logits per token; with `record_survivors`, also what the backward must look at.
 
         A column survives in a block if a token of the block has it as one of its targets, or may give it a probability of at
         least `filter_eps`: `survivors.py` has the rule. For the unbiased filter it also says which columns may survive by
         chance, and the seed of the draws, which follows from all targets that are not padding. Also the mean logit, if the
-        problem `smooths_capped`; and the entropy, the sum of squares and the best entries, if the options ask for them.
+        problem `smooths_capped`; and the entropy, the sum of squares and the best entries, if the options ask for them. With
+        `keep_logits`, as many logits as `Plan.kept_bytes` has room for; only backends whose plans have some are asked.
         """
 
     def reduced_nll(self, p: Problem, statistics: Statistics) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-from cce_numba import arguments, driver
+from cce_numba import arguments, driver, ranks
 from cce_numba.options import LossOptions
+from cce_numba.parallel.communicator import Communicator
+from cce_numba.ranks import sharing_of
 from cce_numba.returned import Logprobs
 
 # Filters mean nothing where there is no backward; they are taken so that one set of options does for PyTorch and for arrays.
@@ -26,11 +28,20 @@ OPTIONS = (
     "filter_e_grad",
     "filter_c_grad",
     "check_targets",
+    "workspace_bytes",
     "backend",
 )
 
 
-def linear_logprobs(e: Any, c: Any, ids: Any, **options: Unpack[LossOptions]) -> Logprobs:
+def linear_logprobs(
+    e: Any,
+    c: Any,
+    ids: Any,
+    *,
+    communicator: Communicator | None = None,
+    tokens_axis: int | None = None,
+    **options: Unpack[LossOptions],
+) -> Logprobs:
     """Log-probabilities `log(softmax(e @ c.T + bias))` of each token's ids, without storing the logits.
 
     One pass over the logits finds all that is asked for. For gradients, call `forward` and `backward` with `d_logprobs`,
@@ -41,6 +52,7 @@ def linear_logprobs(e: Any, c: Any, ids: Any, **options: Unpack[LossOptions]) ->
         c: (V, D) classifier.
         ids: (...) integers in [0, V), or (..., K) for several entries of each token; `ignore_index` is padding. A token whose
             ids are all padding is ignored.
+        communicator, tokens_axis: as in `linear_cross_entropy`.
         bias, softcap, logit_scale, shift, ignore_index, check_targets, backend: as in `linear_cross_entropy`; ids shift as
             targets do, and are what `check_targets` looks at.
         entropy: return the entropy of each token's distribution, in nats.
@@ -48,8 +60,8 @@ def linear_logprobs(e: Any, c: Any, ids: Any, **options: Unpack[LossOptions]) ->
         top_k: return the k largest log-probabilities and their entries, exactly.
         batch_invariant: a token's numbers are bitwise the same whatever other tokens stand beside it, and how many.
         allow_tf32: as in `linear_cross_entropy`.
-        filter, filter_seed, filter_eps, filter_e_grad, filter_c_grad: accepted, and of no effect, since they are about
-            gradients.
+        filter, filter_seed, filter_eps, filter_e_grad, filter_c_grad, workspace_bytes: accepted, and of no effect, since they
+            are about gradients.
 
     Returns a `Logprobs` of arrays of e's kind, on e's device.
 
@@ -62,6 +74,7 @@ def linear_logprobs(e: Any, c: Any, ids: Any, **options: Unpack[LossOptions]) ->
     >>> found.logprobs.round(4).tolist(), found.entropy.round(4).tolist(), found.top_ids.tolist()
     ([[-2.0794, -2.0794], [-2.0794, 0.0]], [2.0794, 2.0794], [[0, 1], [0, 1]])
     """
-    with driver.prepared(e, c, arguments.Ids(ids), options, OPTIONS) as (problem, plan):
-        done = driver.forward(problem, plan)
+    sharing = sharing_of(communicator, tokens_axis)
+    with ranks.prepared(e, c, arguments.Ids(ids), options, sharing, OPTIONS) as (problem, plan, together):
+        done = driver.forward(problem, plan, ranks=together)
         return Logprobs(problem.exported(done.logprobs()), **done.beside())

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from cce_numba import arguments, driver, survivors
+from cce_numba import arguments, driver, ranks, survivors
 from cce_numba.arguments import GRADIENTS, Problem
 from cce_numba.backend import Gradients, Statistics
 from cce_numba.destination import Destination
@@ -17,9 +17,11 @@ from cce_numba.driver import ForwardPass
 from cce_numba.integers import ceil_div
 from cce_numba.interchange import ReadAgain
 from cce_numba.options import LossOptions, flag
+from cce_numba.parallel.communicator import Communicator
 from cce_numba.plan import Plan
+from cce_numba.ranks import sharing_of
 from cce_numba.returned import LossStatistics
-from cce_numba.terms import Nll, NoLoss, Terms, times
+from cce_numba.terms import times
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +52,24 @@ class Result:
     plan: Plan
     _problem: Problem
     _statistics: Statistics
-    _terms: Nll | Terms | NoLoss
+    _done: ForwardPass
     _read_again: tuple[ReadAgain, ReadAgain]
+
+    @staticmethod
+    def of(done: ForwardPass, read_again: tuple[ReadAgain, ReadAgain]) -> Result:
+        """That of a forward that has been done."""
+        problem, statistics = done.problem, done.statistics
+        return Result(
+            loss=done.loss(),
+            **done.beside(),
+            target_logit=problem.exported(statistics.target_logit),
+            n_valid=problem.kind.export(statistics.n_valid),
+            plan=done.plan,
+            _problem=problem,
+            _statistics=statistics,
+            _done=done,
+            _read_again=read_again,
+        )
 
     @functools.cached_property
     def nll(self) -> Any:
@@ -68,10 +86,6 @@ class Result:
         """Computed when it is first asked for."""
         with self._problem.kind.current():
             return self._problem.exported(self._done.logprobs())
-
-    @property
-    def _done(self) -> ForwardPass:
-        return ForwardPass(self._problem, self.plan, self._statistics, self._terms)
 
     def survivor_counts(self) -> np.ndarray:
         """(n_blocks,) of each block of counting tokens, how many vocabulary entries the backward computes again.
@@ -115,7 +129,16 @@ class Result:
             return self._problem.exported(survivors.dropped_mass(self._problem, self._statistics))
 
 
-def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = False, **options: Unpack[LossOptions]) -> Any:
+def linear_cross_entropy(
+    e: Any,
+    c: Any,
+    targets: Any,
+    *,
+    return_lse: bool = False,
+    communicator: Communicator | None = None,
+    tokens_axis: int | None = None,
+    **options: Unpack[LossOptions],
+) -> Any:
     """Cross-entropy of `softmax(e @ c.T + bias)` with `targets`, without storing the logits (arXiv 2411.09009).
 
     The loss of a token is that of `torch.nn.functional.cross_entropy` with the same `ignore_index`, `label_smoothing` and class
@@ -127,6 +150,11 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         c: (V, D) classifier, of e's dtype, on e's device. If N == V nothing tells it from e, which comes first here.
         targets: (...) integers in [0, V), or `ignore_index`; or (..., K) with `target_probs`.
         return_lse: return `(loss, lse)`.
+        communicator: carries arrays between ranks that share the vocabulary (`cce_numba.parallel.Communicator`). Then c and
+            bias are this rank's rows, consecutive entries in the order of ranks, any number of them, even none. Targets, class
+            weights and all options are the same on all ranks, and so is the loss, bit by bit.
+        tokens_axis: with a communicator, the axis of e along which each rank has a part of it: the loss gathers e, and each
+            rank gets the gradient of its part. None: all ranks have all of e, and get all of its gradient.
         bias: (V,) added to the logits; of e's dtype or float32.
         ignore_index: tokens with this target take no part, whatever stands in their rows.
         softcap: logits become `softcap * tanh(logits / softcap)`, after the bias.
@@ -174,6 +202,9 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         accum_c_fp32: return the gradient of 16-bit `c` in float32, as it was accumulated.
         check_targets: True raises for a target out of range, on any device. None does so on the host, where looking is
             free; on a device, where it would wait for the device, such a token's loss and gradient become NaN.
+        workspace_bytes: memory for logits that are kept from the forward to the backward, so that exact gradients need not
+            compute them again: 388 bytes for each token and 192 entries. Backend "hopper" uses it, of the others none. 0 keeps
+            none; None is what the environment variable CCE_WORKSPACE_BYTES says, else 0.
         backend: "cpu", "simt", "ampere", "hopper", or None to choose by device and dtype (`explain` tells).
 
     Returns:
@@ -192,8 +223,8 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
     np.float32(2.0794)
     """
     return_lse = flag("return_lse", return_lse)
-    with driver.prepared(e, c, targets, options) as (problem, plan):
-        done = driver.forward(problem, plan)
+    with ranks.prepared(e, c, targets, options, sharing_of(communicator, tokens_axis)) as (problem, plan, together):
+        done = driver.forward(problem, plan, ranks=together)
         found = _returned(done, return_lse)
         return found if len(found) > 1 else found[0]
 
@@ -215,6 +246,8 @@ def linear_cross_entropy_with_grad(
     wrt: Iterable[str] | None = None,
     out: Gradients | None = None,
     accumulate: bool = False,
+    communicator: Communicator | None = None,
+    tokens_axis: int | None = None,
     **options: Unpack[LossOptions],
 ) -> Any:
     """The loss and its gradients: `(loss, grads)`, or `(loss, lse, grads)` with `return_lse`.
@@ -244,15 +277,25 @@ def linear_cross_entropy_with_grad(
     array([[0., 0.]])
     """
     return_lse = flag("return_lse", return_lse)
-    with driver.prepared(e, c, targets, options) as (problem, plan):
-        destination = Destination.of(out, accumulate, arguments.wanted(wrt, problem), problem)
-        done = driver.forward(problem, plan, GRADIENTS)  # all of them: so the loss has the same bits whichever are wanted
+    with ranks.prepared(e, c, targets, options, sharing_of(communicator, tokens_axis)) as (problem, plan, together):
+        of_caller = problem if together is None else together.problem_of_results(problem)
+        destination = Destination.of(out, accumulate, arguments.wanted(wrt, problem), of_caller)
+        # Of all gradients: so the loss has the same bits whichever are wanted.
+        done = driver.forward(problem, plan, GRADIENTS, together)
         found = _returned(done, return_lse)
         grads = done.backward(None, None, destination)
         return (found, grads) if isinstance(found, LossStatistics) else (*found, grads)
 
 
-def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Result:
+def forward(
+    e: Any,
+    c: Any,
+    targets: Any,
+    *,
+    communicator: Communicator | None = None,
+    tokens_axis: int | None = None,
+    **options: Unpack[LossOptions],
+) -> Result:
     """The loss with its parts, ready for `backward`; arguments and errors are those of `linear_cross_entropy`.
 
     The result keeps `e` and `c` themselves, which must not change before the last `backward`, since that reads them again (of
@@ -262,21 +305,9 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
     >>> result.nll.round(4), int(result.n_valid)
     (array([2.0794, 0.    ]), 1)
     """
-    with driver.prepared(e, c, targets, options) as (problem, plan):
-        problem = problem.with_own_small_arrays()
-        done = driver.forward(problem, plan, GRADIENTS)
-        statistics = done.statistics
-        return Result(
-            loss=done.loss(),
-            **done.beside(),
-            target_logit=problem.exported(statistics.target_logit),
-            n_valid=problem.kind.export(statistics.n_valid),
-            plan=plan,
-            _problem=problem,
-            _statistics=statistics,
-            _terms=done.terms,
-            _read_again=(ReadAgain("e", e), ReadAgain("c", c)),
-        )
+    with ranks.prepared(e, c, targets, options, sharing_of(communicator, tokens_axis)) as (problem, plan, together):
+        done = driver.forward(problem.with_own_small_arrays(), plan, GRADIENTS, together)
+        return Result.of(done, (ReadAgain("e", e), ReadAgain("c", c)))
 
 
 def backward(
@@ -320,7 +351,9 @@ def backward(
     for array in result._read_again:
         array.check()
     with problem.kind.current():
-        destination = Destination.of(out, accumulate, gradients, problem)
+        together = result._done.ranks
+        of_caller = problem if together is None else together.problem_of_results(problem)
+        destination = Destination.of(out, accumulate, gradients, of_caller)
         return result._done.backward(d_loss, d_lse, destination, d_logprobs=d_logprobs, d_entropy=d_entropy)
 
 

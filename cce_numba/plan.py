@@ -9,6 +9,7 @@ from typing import Any
 from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import BACKENDS, BackendUnavailable, backend_module
 from cce_numba.options import Options
+from cce_numba.survivors import SURVIVOR_BLOCK
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class Plan:
         coarse_eps: a higher threshold than the filter's own, for the gradients of `c` and `bias` with `filter="drop"`, or None.
             These gradients may also leave out an entry for a block if its probability is below this in all of the block's
             tokens, and it is the target of none of them.
+        kept_bytes: logits that are kept from the forward to the backward, so that they need not be computed again, if gradients
+            are wanted that are exact: as many as `workspace_bytes` has room for.
     """
 
     backend: str
@@ -40,6 +43,7 @@ class Plan:
     rejected: dict[str, str] = field(default_factory=dict)
     filter: str = ""
     coarse_eps: float | None = None
+    kept_bytes: int = 0
 
     def __str__(self) -> str:
         lines = [f"backend {self.backend}: {self.how}", f"  filter: {self.filter}", f"  tiles: {self.tiles}"]
@@ -52,6 +56,7 @@ class Plan:
         return {
             "forward workspace": self.forward_bytes,
             "survivor bits": self.survivor_bytes,
+            **({"kept logits": self.kept_bytes} if self.kept_bytes else {}),
             "backward workspace": self.backward_bytes,
             "stored logits would take": self.stored_logits_bytes,
         }
@@ -60,6 +65,9 @@ class Plan:
 def choose(p: Problem, backend: str | None) -> Plan:
     """The plan of the forced backend, or of the first in `BACKENDS` that can take the problem; errors of `choose_backend`."""
     name, rejected = choose_backend(p, backend)
+    if p.shard is not None and not p.V:
+        how = "this rank has no rows of the classifier, and computes nothing"
+        return Plan(name, how, None, 0, 0, 0, 0, rejected, _filter(p.options, SURVIVOR_BLOCK))
     plan = backend_module(name).plan(p)
     return replace(plan, rejected=rejected, filter=_filter(p.options, plan.tiles.survivor_block))
 

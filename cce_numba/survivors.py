@@ -33,6 +33,9 @@ A draw is no state. Its seed follows from the targets that count, in any order, 
     seed = mix(mix(filter_seed) + sum of mix(targets[n]) over the tokens that count)        modulo 2**32
 
 So the same inputs give the same bits, a recomputed forward draws the same, and a CUDA graph draws anew when its inputs change.
+Where several ranks share a vocabulary (`parallel/`), v is the entry's number in all of it. Kernels count from a rank's first
+entry, so that number travels with the seed: `seed + (first entry << 32)` is what they are handed, and their draws add the high
+word to v. Without ranks it is 0.
 `reference/roulette.py` defines the same apart from this package.
 """
 
@@ -184,10 +187,12 @@ def draw_seed(targets: np.ndarray, filter_seed: int) -> np.ndarray:
 def draws(blocks: Any, entries: Any, seed: Any) -> Any:
     """The draws u of blocks and entries, int64 arrays that broadcast: float32. With array operations.
 
+    seed: with the first entry in its high word, as kernels are handed it.
+
     >>> [f"{u:.4f}" for u in draws(0, np.array([0, 1]), 7)]
     ['0.9197', '0.8550']
     """
-    return _draw(blocks, _mix(entries ^ seed))
+    return _draw(blocks, _mix((entries + (seed >> 32)) ^ seed))
 
 
 def log_threshold(eps: float | None) -> float:

@@ -143,8 +143,9 @@ class Terms:
             of_token = xp.where(counts, p.token_weights, of_token)  # whatever an ignored token's weight is
         of_target = of_token if probs is None else times(xp.broadcast_to(of_token[:, None], probs.shape), probs)
         if p.class_weights is not None:
-            in_range = (p.targets >= 0) & (p.targets < p.V)
-            picked = p.class_weights[xp.where(in_range, p.targets, xp.zeros_like(p.targets))]
+            targets, all_weights = (p.targets, p.class_weights) if p.shard is None else (p.shard.targets, p.shard.class_weights)
+            in_range = (targets >= 0) & (targets < p.total_V)
+            picked = all_weights[xp.where(in_range, targets, xp.zeros_like(targets))]
             # A target out of range makes its token's loss NaN by its logit. With a weight of 1 it spoils no other token's loss.
             of_target = times(of_target, xp.where(in_range, picked, xp.ones_like(picked)))
         smoothed = of_token if probs is None else times(of_token, probs.sum(axis=1))
@@ -228,9 +229,9 @@ class Terms:
                 e, weight = p.e[n0:n1].astype(p.compute_dtype, copy=False), smooth_weight[n0:n1]
                 # Zero times a NaN in a row that takes no part would be NaN.
                 total += weight @ xp.where((weight == 0)[:, None], xp.zeros((), e.dtype), e)
-            pairs["c"] = p.class_weights, (-total / p.V).astype(p.compute_dtype)
+            pairs["c"] = p.class_weights, (-total / p.total_V).astype(p.compute_dtype)
         if "bias" in wanted:
-            mean = (-smooth_weight.sum(dtype=np.float64) / p.V).astype(p.compute_dtype)
+            mean = (-smooth_weight.sum(dtype=np.float64) / p.total_V).astype(p.compute_dtype)
             pairs["bias"] = p.class_weights, mean.reshape(1)
         return Gradients(**pairs)
 
@@ -238,34 +239,47 @@ class Terms:
     def _mean_class_weight(self) -> Any:
         """0-d, of the compute dtype."""
         p = self.problem
-        return p.compute_dtype.type(1) if p.class_weights is None else _mean(p, p.class_weights)
+        weights = p.class_weights if p.shard is None else p.shard.class_weights
+        return p.compute_dtype.type(1) if weights is None else _mean(p, weights)
 
     @functools.cached_property
     def _mean_row(self) -> tuple[Any, Any]:
-        """(D,) and 0-d, of the compute dtype: the means over the vocabulary of class weight times row of c, and times bias."""
-        p, xp = self.problem, self.problem.xp
-        total = xp.zeros(p.D, np.float64)
-        weights = xp.ones(p.V, p.compute_dtype) if p.class_weights is None else p.class_weights
-        for v0, v1 in _pieces(p, p.V):
-            weight, c = weights[v0:v1], p.c[v0:v1].astype(p.compute_dtype, copy=False)
-            if p.class_weights is not None:  # zero times an inf would be NaN
-                c = xp.where((weight == 0)[:, None], xp.zeros((), c.dtype), c)
-            total += weight @ c
-        no_bias = xp.zeros((), p.compute_dtype)
-        mean_bias = no_bias if p.bias is None else _mean(p, times(weights, p.bias.astype(p.compute_dtype, copy=False)))
-        return (total / p.V).astype(p.compute_dtype), mean_bias
+        return mean_row(self.problem)
 
     def _mean_logit(self) -> Any:
         """(N,) of the compute dtype: the mean over the vocabulary of class weight times logit."""
-        p = self.problem
-        if p.options.smooths_capped:
-            return self.statistics.mean_logit
-        mean_row, mean_bias = self._mean_row
-        mean_logit = p.xp.empty(p.N, p.compute_dtype)
-        for n0, n1 in _pieces(p, p.N):
-            mean_logit[n0:n1] = p.e[n0:n1].astype(p.compute_dtype, copy=False) @ mean_row
-        mean_logit += mean_bias
-        return mean_logit if p.logit_scale is None else mean_logit * p.logit_scale
+        found = self.statistics.mean_logit  # by a fold, or by all ranks
+        return mean_logit(self.problem, self._mean_row) if found is None else found
+
+
+def mean_row(p: Problem) -> tuple[Any, Any]:
+    """(D,) and 0-d, of the compute dtype: the means over the vocabulary of class weight times row of c, and times bias.
+
+    Of a shard of the vocabulary its share in them.
+    """
+    xp: Any = p.xp
+    total = xp.zeros(p.D, np.float64)
+    weights = xp.ones(p.V, p.compute_dtype) if p.class_weights is None else p.class_weights
+    for v0, v1 in _pieces(p, p.V):
+        weight, c = weights[v0:v1], p.c[v0:v1].astype(p.compute_dtype, copy=False)
+        if p.class_weights is not None:  # zero times an inf would be NaN
+            c = xp.where((weight == 0)[:, None], xp.zeros((), c.dtype), c)
+        total += weight @ c
+    bias = xp.zeros((), np.float64)
+    if p.bias is not None:
+        bias = times(weights, p.bias.astype(p.compute_dtype, copy=False)).sum(dtype=np.float64)
+    return (total / p.total_V).astype(p.compute_dtype), (bias / p.total_V).astype(p.compute_dtype)
+
+
+@_quiet
+def mean_logit(p: Problem, mean: tuple[Any, Any]) -> Any:
+    """(N,) of the compute dtype: the mean over the vocabulary of class weight times logit; `mean`: of `mean_row`."""
+    of_row, of_bias = mean
+    result = p.xp.empty(p.N, p.compute_dtype)
+    for n0, n1 in _pieces(p, p.N):
+        result[n0:n1] = p.e[n0:n1].astype(p.compute_dtype, copy=False) @ of_row
+    result += of_bias
+    return result if p.logit_scale is None else result * p.logit_scale
 
 
 @_quiet

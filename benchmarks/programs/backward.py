@@ -99,6 +99,10 @@ ROWS = (
     Row("unbiased at 2^-13", "real", {"filter_eps": 2.0**-13}),
     Row("filter that drops", "calibrated", {"filter": "drop"}),
     Row("filter that drops", "real", {"filter": "drop"}),
+    Row("exact", "random", {"filter_eps": None}, x_at_most=4.15),
+    Row("exact dC", "random", {"filter_c_grad": False}, x_at_most=4.2),
+    Row("exact, 1.5 GiB of kept logits", "random", {"filter_eps": None, "workspace_bytes": 3 * 2**29}, x_at_most=3.5),
+    Row("exact, 512 MiB of kept logits", "random", {"filter_eps": None, "workspace_bytes": 2**29}),
 )
 QUICK_ROWS = tuple(range(6))
 

@@ -78,6 +78,9 @@ def checks(harness: Harness, odd: Harness, cut: Cut | None = None) -> dict[str, 
     for D, ctas in ((PAIRED, "pairs"), (ALONE, "single CTAs")):
         borrowing = make_case(20, (N,), V_BORROWED * PAIRED // D, D, BFLOAT16, filter_eps=None)
         add(f"exact, G borrows memory of dC, {ctas}", check_case, borrowing)
+        for tiles in (26, 10):
+            kept = make_case(22, (N,), V_BORROWED, D, BFLOAT16, filter_eps=None, workspace_bytes=3 * tiles * 49_664)
+            add(f"exact, {tiles} tiles of logits are kept, {ctas}", check_case, kept)
     nearly_all = make_case(19, (N,), V, PAIRED, BFLOAT16, spread=1.0, ignored=0.1, bias=True, filter_eps=2.0**-9.8)
     for name, case in (
         ("so all are taken", nearly_all),

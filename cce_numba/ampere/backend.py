@@ -9,18 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from cce_numba import folds as fold_names
 from cce_numba import gpu, terms
 from cce_numba.ampere.elements import elements_of
 from cce_numba.ampere.tiles import AmpereTiles, tiles_for
-from cce_numba.arguments import Outline, Problem
+from cce_numba.arguments import SEVERAL_TARGETS, Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.interchange import BFLOAT16
 from cce_numba.plan import Plan
 from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
 
-EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "allow_tf32"})
+EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "batch_invariant", SEVERAL_TARGETS, "allow_tf32"})
 # float32 on tensor cores is as accurate as elsewhere by construction, but nobody has measured that yet, nor how fast it is.
 ON_REQUEST: frozenset[np.dtype] = frozenset({np.dtype(np.float32)})
 _DTYPES = (np.dtype(np.float16), BFLOAT16, *ON_REQUEST)
@@ -74,7 +73,7 @@ _plans: dict[Any, AmperePlan] = {}  # made so far: training asks for the same on
 def plan(p: Problem) -> AmperePlan:
     """Tiles and bytes."""
     layout = _module("tensor_core.layout").Layout.of(p, _tiles(p.dtype))
-    key = layout, p.dtype, p.device, p.options, p.bias is not None, p.targets is not None
+    key = layout, p.dtype, p.device, p.options, p.bias is not None, p.targets is not None, p.K
     if (known := _plans.get(key)) is not None:
         return known
     if len(_plans) >= 256:
@@ -83,10 +82,10 @@ def plan(p: Problem) -> AmperePlan:
 
 
 def _make_plan(p: Problem, layout: Any) -> AmperePlan:
-    folds, filters = _module("tensor_core.folds"), p.options.filters
-    chosen = tuple(folds.FOLDS[name] for name in fold_names.wanted(p, filters))
+    folds, filters, K = _module("tensor_core.folds"), p.options.filters, p.K or 0
+    chosen = _module("tensor_core.found").folds_of(p, filters)
     # The tokens' list, the folds' results and, where survivors are recorded, the bound that they begin with: 4 bytes each.
-    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters) * p.N
+    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters + K) * p.N
     how = f"forward and backward on the tensor cores of {p.device}, with instructions that all GPUs since 2020 have"
     if elements_of(p.dtype).wide:
         how += ", rounded to tf32" if p.options.allow_tf32 else ", each float32 number as the sum of two tf32 numbers"
@@ -99,7 +98,6 @@ def _make_plan(p: Problem, layout: Any) -> AmperePlan:
         how += f"; for the backward whole copies: {' and '.join(by_rows)}"
     how += f"; {2 * p.N * p.V * p.D / 1e12:.3g} TFLOP of products in the forward, in the backward three times as many, "
     how += "less what the filter leaves out"
-    has_more_weights = p.options.smooths_capped or p.options.entropy
     coarse_eps = coarse_eps_of(p.options)
     if coarse_eps is not None:
         how += "; the gradients of c and of the bias leave out 128 sorted entries for 128 tokens at once where all are below "
@@ -112,8 +110,8 @@ def _make_plan(p: Problem, layout: Any) -> AmperePlan:
         stored_logits_bytes=p.logits_bytes,
         forward_bytes=layout.scratch_bytes(folds.number_count(chosen)) + layout.copy_bytes + of_tokens_bytes,
         survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if filters else 0,
-        # Beside the workspace, each token's largest weight, where there are weights beside those of softmax and target.
-        backward_bytes=_module("ampere.backward.workspace").workspace_bytes(p) + 4 * p.N * has_more_weights,
+        backward_bytes=_module("ampere.backward.workspace").workspace_bytes(p)
+        + _module("tensor_core.backward.passes").bytes_beside(p),
         coarse_eps=coarse_eps,
     )
 
@@ -123,7 +121,7 @@ def indexed_dot(p: Problem, plan: Any) -> Any:
     return _module("ampere.forward.host").indexed_dot(p, plan.layout)
 
 
-def forward(p: Problem, plan: Any, *, record_survivors: bool) -> Statistics:
+def forward(p: Problem, plan: Any, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
     return _module("ampere.forward.host").forward(p, plan.layout, record_survivors)
 

@@ -25,6 +25,7 @@ _PACKAGES = {
     "ml_dtypes": (("ml_dtypes",), "pip install ml_dtypes"),
     "cupy": (("cupy-cuda13x", "cupy-cuda12x", "cupy"), machine.GET_CUPY),
     "torch": (("torch",), "pip install 'cce_numba[torch]'"),
+    "jax": (("jax",), "pip install 'cce_numba[jax]'"),
     "rich": (("rich",), "pip install 'cce_numba[cli]'"),
 }
 

@@ -63,7 +63,7 @@ def indexed_dot(p: Problem, plan: Plan) -> Any:
 
 
 @_quiet
-def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
+def forward(p: Problem, plan: Plan, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
     with threads.of(p):
         return forward_loops.forward(p, plan.tiles, record_survivors)

@@ -16,6 +16,7 @@ from cce_numba.cpu.folds.fold import Given, Tile
 from cce_numba.cpu.threads import for_each, spans
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.integers import ceil_div
+from cce_numba.parallel.shard import ELSEWHERE
 from cce_numba.progress import advance
 
 
@@ -27,7 +28,7 @@ def counting_tokens(p: Problem) -> Any:
 def target_logits(p: Problem, tokens: Any, block_n: int) -> Any:
     """(N,) of the compute dtype: the target's logit, 0 where ignored, NaN where the target is out of range.
 
-    Of several targets the largest one, NaN where any is out of range.
+    -inf where another rank has it. Of several targets the largest one, NaN where any is out of range.
     """
     if p.K is None:
         return _logits_of(p, p.targets, tokens, block_n)
@@ -49,7 +50,8 @@ def _logits_of(p: Problem, ids: Any, tokens: Any, block_n: int) -> Any:
         z = np.vecdot(rows(p.e, block, p.compute_dtype), p.c[safe].astype(p.compute_dtype, copy=False))
         bias, scale = (None if x is None else x[of] for x, of in ((p.bias, safe), (p.logit_scale, block)))
         logit.finish_in_place(z, bias, scale, p.options.softcap)
-        out[block] = np.where(in_range, z, np.nan)
+        elsewhere = p.shard is not None and targets == ELSEWHERE
+        out[block] = np.where(in_range, z, np.where(elsewhere, -np.inf, np.nan))
     return out
 
 

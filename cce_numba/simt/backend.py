@@ -20,7 +20,7 @@ from cce_numba.simt.records import LogitTerms
 from cce_numba.simt.tiles import choose_tiles
 from cce_numba.simt.tokens import list_tokens
 
-EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", SEVERAL_TARGETS})
+EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS})
 ON_REQUEST: frozenset[np.dtype] = frozenset()
 
 
@@ -43,7 +43,8 @@ def plan(p: Problem) -> Plan:
     """Tiles and bytes."""
     tiles = choose_tiles(p.compute_dtype, SIMULATED)
     n_blocks = ceil_div(p.N, tiles.block_n)
-    splits = forward_kernels.count_splits(n_blocks, ceil_div(p.V, tiles.block_v)) if p.N else 1
+    v_tiles = ceil_div(p.V, tiles.block_v)
+    splits = forward_kernels.count_splits(n_blocks, v_tiles, p.options.batch_invariant) if p.N else 1
     chunk = backward_kernels.chunk_of(p, tiles)
     where = "Numba's simulator" if SIMULATED else p.device
     return Plan(
@@ -73,7 +74,7 @@ def indexed_dot(p: Problem, plan: Plan) -> Any:
     return indexed_dot_kernels.indexed_dot(p, list_tokens(p), LogitTerms.of(p))
 
 
-def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
+def forward(p: Problem, plan: Plan, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
     return forward_kernels.forward(p, plan.tiles, record_survivors)
 

@@ -23,8 +23,8 @@ draw_of_hash = cuda.jit(device=True)(make_draw(_WORD))
 
 @cuda.jit(device=True)
 def draw(n_block: Any, v: Any, seed: Any) -> Any:
-    """u of a block of tokens and a vocabulary entry: float32 in (0, 1)."""
-    return draw_of_hash(n_block, mix(v ^ seed))
+    """u of a block of tokens and a vocabulary entry: float32 in (0, 1). The seed's high word is added to v."""
+    return draw_of_hash(n_block, mix((v + (seed >> 32)) ^ seed))
 
 
 class FilterSeed(NamedTuple):
@@ -74,8 +74,8 @@ def make_draw_seed_kernel() -> ArrayKernel:
 
 
 def draw_seed(p: Problem, tokens: Tokens) -> Any:
-    """(1,) int64: the seed of a problem's draws."""
+    """(1,) int64: the seed of a problem's draws, with the shard's first entry in its high word."""
     seed = p.xp.empty(1, np.int64)
-    targets = by_target(p.targets), p.options.ignore_index
+    targets = by_target(p.targets if p.shard is None else p.shard.targets), p.options.ignore_index
     make_draw_seed_kernel().launch(1, *targets, tokens, FilterSeed.of(p, tokens.n_valid), seed)
-    return seed
+    return seed if p.shard is None else seed + p.shard.of_seed

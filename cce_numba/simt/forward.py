@@ -37,6 +37,9 @@ from cce_numba.simt.tokens import list_tokens
 # Without that each would know only what it has seen itself. Tokenizers give the frequent entries the first numbers. On real
 # text (V = 49152, eps = 2^-16, 32 splits) it changes the flagged columns from 85 % to 40 %, where 32 % survive in truth.
 _HEAD = 8
+# CTAs that share a block of tokens where a token's numbers must not depend on its batch. They are few, since what each of them
+# finds of a token takes memory (of the best entries most), and enough for a few tokens on a small GPU.
+_INVARIANT_SPLITS = 16
 
 
 class Splits(NamedTuple):
@@ -155,9 +158,10 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
     seed = draw_seed(p, tokens) if record_survivors and p.options.is_unbiased else None
     n_blocks, v_tiles = ceil_div(p.N, tiles.block_n), ceil_div(p.V, tiles.block_v)
     phases = [(0, v_tiles)]
-    if record_survivors and v_tiles >= 2 * _HEAD:
+    # An invariant token does not know either whether a backward is to come.
+    if (record_survivors or p.options.batch_invariant) and v_tiles >= 2 * _HEAD:
         phases = [(0, v_tiles // _HEAD), (v_tiles // _HEAD, v_tiles)]
-    splits = [count_splits(n_blocks, last - first) for first, last in phases]
+    splits = [count_splits(n_blocks, last - first, p.options.batch_invariant) for first, last in phases]
 
     folds = folds_.of_problem(p, record_survivors)
     given = Given(p, tiles, tokens, by_target(p.targets), bound, seed, sum(splits))
@@ -201,8 +205,15 @@ def bytes_of_row(p: Problem) -> int:
     return sum(dtype.itemsize for dtype in dtypes) + of_best
 
 
-def count_splits(n_blocks: int, v_tiles: int) -> int:
-    """How many CTAs share a block of tokens: enough for about four CTAs on each multiprocessor, none without tiles."""
-    multiprocessors = 1 if SIMULATED else gpu.current().multiprocessors
-    wanted = max(1, min(v_tiles, ceil_div(4 * multiprocessors, max(1, n_blocks))))
+def count_splits(n_blocks: int, v_tiles: int, invariant: bool) -> int:
+    """How many CTAs share a block of tokens: enough for about four CTAs on each multiprocessor, none without tiles.
+
+    `invariant`: by the tiles alone, so that the tokens' numbers depend neither on the batch nor on the GPU's size.
+    """
+    if invariant:
+        share = _INVARIANT_SPLITS
+    else:
+        multiprocessors = 1 if SIMULATED else gpu.current().multiprocessors
+        share = ceil_div(4 * multiprocessors, max(1, n_blocks))
+    wanted = max(1, min(v_tiles, share))
     return ceil_div(v_tiles, ceil_div(v_tiles, wanted))

@@ -13,6 +13,7 @@ from cce_numba.gpu import SIMULATED
 from cce_numba.integers import ceil_div
 from cce_numba.launch.array_kernel import ArrayKernel
 from cce_numba.launch.kernel import kernel_factory
+from cce_numba.parallel.shard import ELSEWHERE
 from cce_numba.simt.logits import make_terms
 from cce_numba.simt.numbers import conversions, real_of
 from cce_numba.simt.records import LogitTerms, Tokens, bias_dtype_of, by_target
@@ -22,8 +23,8 @@ _LANES, _TOKENS = (2, 2) if SIMULATED else (32, 4)
 
 
 @kernel_factory
-def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype) -> ArrayKernel:
-    """The kernel for `e` and `c` of `dtype`."""
+def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype, in_shards: bool = False) -> ArrayKernel:
+    """The kernel for `e` and `c` of `dtype`. in_shards: other ranks have other entries, so a target may be `ELSEWHERE`."""
     real = real_of(dtype)
     load, _ = conversions(dtype)
     bias_of, scale_of, logit_of = make_terms(bias_dtype, real)
@@ -40,7 +41,7 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype) -> ArrayKerne
     ) -> None:
         """Grid: enough CTAs for all tokens. target_logit[n] = logit of <e[n], c[targets[n, 0]]>; NaN for a target out of range.
 
-        Of several targets it is the largest of their logits, NaN if any is out of range.
+        Of several targets it is the largest of their logits, NaN if any is out of range; -inf where other ranks have them.
         """
         partial = cuda.shared.array(shape, real)
         lane, slot = cuda.threadIdx.x, cuda.threadIdx.y
@@ -62,7 +63,8 @@ def make_indexed_dot_kernel(dtype: np.dtype, bias_dtype: np.dtype) -> ArrayKerne
             cuda.syncthreads()  # the first lane has read the terms of the target before
             partial[slot, lane] = total
             cuda.syncthreads()
-            if lane == 0 and counts and target != padding:
+            is_elsewhere = in_shards and target == ELSEWHERE
+            if lane == 0 and counts and target != padding and not is_elsewhere:
                 n = tokens.listed[position]
                 z = real(math.nan)
                 if in_range:
@@ -84,7 +86,7 @@ def indexed_dot(p: Problem, tokens: Tokens, terms: LogitTerms) -> Any:
     Of several targets the largest logit, NaN if any is out of range.
     """
     target_logit = p.xp.zeros(p.N, p.compute_dtype)
-    kernel = make_indexed_dot_kernel(p.dtype, bias_dtype_of(p))
+    kernel = make_indexed_dot_kernel(p.dtype, bias_dtype_of(p), p.shard is not None)
     targets = by_target(p.targets), p.options.ignore_index
     kernel.launch(ceil_div(p.N, _TOKENS), p.e, p.c, terms, *targets, tokens, target_logit)
     return target_logit

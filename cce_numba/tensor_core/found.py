@@ -14,11 +14,12 @@ from cce_numba.backend import Statistics
 from cce_numba.integers import ceil_div
 from cce_numba.survivors import coarse_eps_of, log_threshold
 from cce_numba.tensor_core.draws import write_draw_seed
-from cce_numba.tensor_core.folds import FOLDS, SURVIVORS_BY_CHANCE, Fold, result_names
+from cce_numba.tensor_core.folds import FOLDS, SEVERAL_TARGET_LOGITS, SURVIVORS_BY_CHANCE, Fold, result_names
 from cce_numba.tensor_core.indexed_dot import launch_indexed_dot
+from cce_numba.tensor_core.kept import bytes_of
 from cce_numba.tensor_core.layout import Layout
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import Found, Survivors, Tokens
+from cce_numba.tensor_core.records import Found, FoundOfSeveral, SeveralTargets, Survivors, Tokens
 from cce_numba.tensor_core.tokens import list_tokens
 
 NO_SURVIVORS = Survivors(bits=0, pitch_words=0, coarse_words=0, log_eps=0.0, log_coarser=0.0, first_block=0, seed=0)
@@ -30,17 +31,27 @@ def forward(
     record: bool,
     folds: tuple[Fold, ...] | None,
     launch: Callable[[Problem, Any, tuple[Fold, ...], Arrays], None],
+    kept_tiles: int = 0,
 ) -> Statistics:
     """What the folds find of each token; by default those that the problem wants, with survivors if `record`.
 
-    launch: launches all kernels that fill `Arrays`.
+    launch: launches all kernels that fill `Arrays`. kept_tiles: of each block, whose logits are kept (`tensor_core.kept`).
     """
-    known = FOLDS | {fold_names.SURVIVORS: SURVIVORS_BY_CHANCE} if p.options.is_unbiased else FOLDS
-    folds = folds or tuple(known[name] for name in fold_names.wanted(p, record))
-    arrays = Arrays.of(p, layout, folds)
+    folds = folds or folds_of(p, record, kept_tiles > 0)
+    arrays = Arrays.of(p, layout, folds, kept_tiles)
     if p.N:
         launch(p, layout, folds, arrays)
     return arrays.statistics(p, layout)
+
+
+def folds_of(p: Problem, record: bool, keep_logits: bool = False) -> tuple[Fold, ...]:
+    """The folds that a problem's forward runs, with survivors if `record`."""
+    known = dict(FOLDS)
+    if p.options.is_unbiased:
+        known[fold_names.SURVIVORS] = SURVIVORS_BY_CHANCE
+    if p.K is not None:
+        known[fold_names.TARGET_LOGIT] = SEVERAL_TARGET_LOGITS
+    return tuple(known[name] for name in fold_names.wanted(p, record, keep_logits))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +62,11 @@ class Arrays:
         listing: (1 + ceil(N / 2),) int64: how many tokens count, then their rows of e as int32.
         numbers: (results of all folds, N) float32.
         names: of the results.
-        bounds: (N,) float32 logits of the targets, by which survivors are found; None if these are not recorded.
+        target_logits: (N, K) float32, where tokens have several targets; else None.
+        bounds: (N,) float32 logits of the targets, by which survivors are found, of several the largest; None if these are not
+            recorded.
         bits: (blocks, pitch_words) uint32 survivor bits, twice as many rows if dC has its own; None if not recorded.
+        kept: (bytes,) uint8 of logits that are kept, or None.
         seed: (1,) int64, of the unbiased filter's draws; None for the filter that drops, and if no survivors are recorded.
         n_valid, tokens, found, survivors: addresses of the same, as kernels take them.
     """
@@ -60,31 +74,48 @@ class Arrays:
     listing: Any
     numbers: Any
     names: tuple[str, ...]
+    target_logits: Any
     bounds: Any
     bits: Any
+    kept: Any
     seed: Any
     n_valid: int
     tokens: int
-    found: Found
+    found: Found | FoundOfSeveral
     survivors: Survivors
 
     @staticmethod
-    def of(p: Problem, layout: Layout, folds: tuple[Fold, ...]) -> Arrays:
+    def of(p: Problem, layout: Layout, folds: tuple[Fold, ...], kept_tiles: int = 0) -> Arrays:
         """Arrays for what these folds find of a problem, still to be filled."""
         xp: Any = p.xp
         N, names = p.N, result_names(folds)
         numbers = xp.empty((len(names), N), np.float32)
         listing = (xp.empty if N else xp.zeros)(1 + (N + 1) // 2, np.int64)
-        bounds, bits, seed, survivors = None, None, None, NO_SURVIVORS
+        bounds, bits, kept, seed, survivors = None, None, None, None, NO_SURVIVORS
         if any(fold.name == fold_names.SURVIVORS for fold in folds):
             bounds = xp.empty(N, np.float32)
             bits, survivors = _survivor_bits(p, layout)
             if p.options.is_unbiased:
                 seed = xp.zeros(1, np.int64)
                 survivors = survivors._replace(seed=seed.data.ptr)
+        if kept_tiles:
+            kept = xp.empty(bytes_of(layout.blocks, kept_tiles), np.uint8)
         targets, n_valid = 0 if p.targets is None else p.targets.data.ptr, listing.data.ptr
-        found = Found(numbers.data.ptr, N, targets, 0 if bounds is None else bounds.data.ptr)
-        return Arrays(listing, numbers, names, bounds, bits, seed, n_valid, n_valid + 8, found, survivors)
+        of_one = {
+            "results": numbers.data.ptr,
+            "pitch": N,
+            "targets": targets,
+            "bound": 0 if bounds is None else bounds.data.ptr,
+            "kept": 0 if kept is None or not N else kept.data.ptr,
+            "kept_tiles": kept_tiles,
+        }
+        found: Any = Found(**of_one)
+        target_logits = None
+        if p.K is not None:
+            target_logits = xp.empty((N, p.K), np.float32)
+            several = SeveralTargets(targets, p.K, p.options.ignore_index, target_logits.data.ptr)
+            found = FoundOfSeveral(**of_one, several=several)
+        return Arrays(listing, numbers, names, target_logits, bounds, bits, kept, seed, n_valid, n_valid + 8, found, survivors)
 
     def statistics(self, p: Problem, layout: Layout) -> Statistics:
         """As the rest of the package takes it."""
@@ -96,10 +127,11 @@ class Arrays:
             lse=results.pop("lse"),
             max_logit=results.pop("max_logit"),
             log_sum=results.pop("log_sum"),
-            target_logit=results.pop("target_logit", None),
+            target_logit=results.pop("target_logit", self.target_logits),
             survivors=None if self.bits is None else self.bits.view(np.uint8)[:, : ceil_div(p.V, 8)],
             survivor_block=layout.tiles.survivor_block,
             draw_seed=None if self.seed is None else self.seed[0],
+            kept_logits=self.kept,
             entropy=results.pop("entropy", None),
             sum_squares=results.pop("sum_squares", None),
             mean_logit=None if total_logit is None else total_logit / np.float32(p.V),

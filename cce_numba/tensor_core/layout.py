@@ -19,6 +19,9 @@ FIRST_PHASE, LEAST_TILES, PHASE_GROWTH = 1 / 64, 16, 5
 _COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
 # Of e, at a time: it stays in an L2 cache of 50 MB, of which each half keeps its own copy; or so much of a smaller cache.
 _CACHED_BYTES, _CACHED_PERCENT = 14 * 2**20, 30
+# Groups of tokens that go together by a fixed schedule: few, so that many workers share a group, however few groups there are;
+# and enough to read c seldom.
+_FIXED_GROUPS = 3
 _SCRATCH_BYTES = 960 * 2**10  # partial results of a launch: so many tokens go at a time
 
 
@@ -35,6 +38,8 @@ class Layout:
         e_copied: why e must be copied for the copy engine to read it, or None.
         c_copied: why c must be copied, part by part, or None.
         c_rows: rows of c that are in reach of the copy engine at a time: V, or as many as a copy may hold.
+        fixed: the schedule is a fixed one, and phases are the same whether survivors are recorded or not: for
+            `Options.batch_invariant`. Then what is found of a token depends on V, D, where c lies and the GPU, but not on N.
     """
 
     N: int
@@ -47,15 +52,18 @@ class Layout:
     e_copied: str | None
     c_copied: str | None
     c_rows: int
+    fixed: bool = False
     itemsize: int = 2
 
     @classmethod
     def of(cls, p: Problem, tiles: Any) -> Any:
         """The layout for a problem on CuPy's current device."""
-        device, itemsize = gpu.current(), p.dtype.itemsize
+        device, itemsize, fixed = gpu.current(), p.dtype.itemsize, p.options.batch_invariant
         workers = device.multiprocessors // tiles.cluster
         cached_bytes = min(_CACHED_BYTES, device.l2_bytes * _CACHED_PERCENT // 100)
         per_round = groups_per_round(workers, cached_bytes // (itemsize * p.D * tiles.group_n))
+        if fixed:
+            per_round = min(per_round, _FIXED_GROUPS)
         c_copied, c_rows = matrices.why_not(p.c), p.V
         if c_copied is not None:
             fitting = _COPY_BYTES // (itemsize * matrices.padded_columns(p.D)) // tiles.block_v * tiles.block_v
@@ -65,7 +73,7 @@ class Layout:
         rounds = max(1, (_SCRATCH_BYTES // (4 * tiles.group_n) - 2 * workers) // slots_of_round)
         batch = rounds * per_round * tiles.group_n
         e_copied = matrices.why_not(p.e)
-        return _known(cls(p.N, p.V, p.D, tiles, workers, per_round, batch, e_copied, c_copied, c_rows, itemsize))
+        return _known(cls(p.N, p.V, p.D, tiles, workers, per_round, batch, e_copied, c_copied, c_rows, fixed, itemsize))
 
     @functools.cached_property
     def n_tiles(self) -> int:
@@ -116,7 +124,7 @@ class Layout:
 
     def phases(self, record: bool) -> list[tuple[int, int, int]]:
         """`(first row of c in reach, first tile, last tile)` of each launch."""
-        return self._phases_with_survivors if record else self._cut({self.n_tiles})
+        return self._phases_with_survivors if record or self.fixed else self._cut({self.n_tiles})
 
     @functools.cached_property
     def _phases_with_survivors(self) -> list[tuple[int, int, int]]:

@@ -12,23 +12,35 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
+from cce_numba.ranks import Sharing
 from cce_numba.torch import call, memory, operators
 from cce_numba.torch.call import TENSORS, Outputs, Upstream
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_NONE = (None,) * (len(TENSORS) + 2)
+_NONE = (None,) * (len(TENSORS) + 3)
 
 
-def apply(tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any]) -> Outputs:
+def apply(tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any], sharing: Sharing | None = None) -> Outputs:
     """What was asked for, recorded by autograd; all but the loss is flat, (N, ...), 0 where ignored or shifted away.
 
-    `tensors`: `call.TENSORS`; `given`: the options that are no tensors, by name; defaults may be missing.
+    `tensors`: `call.TENSORS`; `given`: the options that are no tensors, by name; defaults may be missing. `sharing`: how ranks
+    share the work, if they do. Operators know no communicators, so a compiler leaves its program for such a call.
     """
     _check_transforms(tensors)
     wrt = call.wanted(tensors)
+    if sharing is not None:
+        return _apply_on_ranks(tensors, given, wrt, sharing)
     if is_watched(tensors):
         return operators.forward(tensors, given, wrt)
-    return Outputs(*CutCrossEntropy.apply(*tensors, given, wrt))
+    return Outputs(*CutCrossEntropy.apply(*tensors, given, wrt, None))
+
+
+@torch.compiler.disable
+def _apply_on_ranks(
+    tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any], wrt: list[str], sharing: Sharing
+) -> Outputs:
+    sharing.said["gradients"] = wrt
+    return Outputs(*CutCrossEntropy.apply(*tensors, given, wrt, sharing))
 
 
 def is_watched(tensors: Iterable[torch.Tensor | None]) -> bool:
@@ -70,10 +82,10 @@ class CutCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor | None, ...]:
-        """Takes `call.TENSORS`, the other options by name, and the names of the gradients that a backward is to give."""
-        *tensors, given, wrt = inputs
-        with call.prepared(tensors, given) as (problem, plan):
-            loss, arrays, more = call.forward(problem, plan, wrt)
+        """Takes `call.TENSORS`, the other options by name, the names of the gradients that a backward is to give, `Sharing`."""
+        *tensors, given, wrt, sharing = inputs
+        with call.prepared(tensors, given, sharing=sharing) as (problem, plan, together):
+            loss, arrays, more = call.forward(problem, plan, wrt, together)
             lse, *others = (memory.tensor_of(array) for array in (arrays if wrt else arrays[:1]))
             entropy = None
             if problem.options.entropy:
@@ -83,7 +95,8 @@ class CutCrossEntropy(torch.autograd.Function):
             ctx.set_materialize_grads(False)
             ctx.mark_non_differentiable(*(x for x in without_gradient if x is not None))
             ctx.save_for_backward(*call.for_backward(tensors), lse, *others)
-            ctx.given, ctx.plan = given, plan
+            ctx.given, ctx.plan, ctx.sharing = given, plan, sharing
+            ctx.agreed = None if together is None else together.agreed
         return loss, lse, logprobs, entropy, *without_gradient
 
     @staticmethod
@@ -95,11 +108,16 @@ class CutCrossEntropy(torch.autograd.Function):
         kept = ctx.saved_tensors
         tensors, saved = kept[: len(TENSORS)], kept[len(TENSORS) :]
         is_recorded = torch.is_grad_enabled()  # for second derivatives
-        if is_recorded or is_watched((*upstream, *kept)) or any(map(_is_batched, upstream)):
+        if ctx.sharing is not None and (is_recorded or any(map(_is_batched, upstream))):
+            raise NotImplementedError(
+                "cce_numba.torch.linear_cross_entropy: on several ranks its gradients have no derivatives, and one upstream "
+                "gradient at a time"
+            )
+        if ctx.sharing is None and (is_recorded or is_watched((*upstream, *kept)) or any(map(_is_batched, upstream))):
             grads = operators.backward(saved, tensors, ctx.given, upstream, names)
         else:
             grads = call.gradients_like(tensors, names)
             given = {**ctx.given, "check_targets": False}  # the forward has looked
-            with call.prepared(tensors, given, ctx.plan) as (problem, plan):
-                call.backward(problem, plan, saved, upstream, grads)
-        return *(grads.get(name) for name in TENSORS), None, None
+            with call.prepared(tensors, given, ctx.plan, ctx.sharing, ctx.agreed) as (problem, plan, together):
+                call.backward(problem, plan, saved, upstream, grads, together)
+        return *(grads.get(name) for name in TENSORS), None, None, None

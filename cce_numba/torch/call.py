@@ -14,21 +14,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cce_numba import driver, interchange
+from cce_numba import driver, interchange, ranks
 from cce_numba.arguments import GRADIENTS, Ids, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, backend_module
 from cce_numba.destination import Destination
-from cce_numba.driver import ForwardPass
+from cce_numba.driver import ForwardPass, Ranks
 from cce_numba.integers import ceil_div
 from cce_numba.interchange import Kind
 from cce_numba.options import DEFAULTS
+from cce_numba.parallel.agreement import Agreed
 from cce_numba.plan import Plan
+from cce_numba.ranks import Sharing
 from cce_numba.torch import memory
 
 # All but the first three may be None. A forward alone reads the last: backwards take the seed that it made, and have None.
 TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights", "target_probs", "filter_seed")
 _ON_CPU = Kind("torch", None, memory.tensor_of)
-SAVED = ("lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "mean_logit", "draw_seed", "entropy")
+SAVED = (
+    "lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "kept_logits", "mean_logit", "draw_seed",
+    "entropy",
+)  # fmt: skip
 MORE = ("logprobs", "sum_squares", "top_logprobs", "top_ids")  # what a backward does not need
 LOGPROBS = "logprobs"  # in place of a reduction: targets are ids whose log-probabilities are wanted, and there is no loss
 
@@ -72,9 +77,13 @@ def wanted(tensors: Iterable[torch.Tensor | None]) -> list[str]:
 
 @contextlib.contextmanager
 def prepared(
-    tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any], plan: Plan | None = None
-) -> Iterator[tuple[Problem, Plan]]:
-    """The checked problem and its plan, as in `driver.prepared`; inside, PyTorch's device, stream and memory are current.
+    tensors: Sequence[torch.Tensor | None],
+    given: Mapping[str, Any],
+    plan: Plan | None = None,
+    sharing: Sharing | None = None,
+    agreed: Agreed | None = None,
+) -> Iterator[tuple[Problem, Plan, Ranks | None]]:
+    """The checked problem and its plan, as in `ranks.prepared`; inside, PyTorch's device, stream and memory are current.
 
     The problem has the tensors' addresses, which are theirs until this is left: later, FSDP may have freed and filled them
     again elsewhere. So a backward comes here anew.
@@ -83,6 +92,8 @@ def prepared(
         tensors: `TENSORS`.
         given: the options that are no tensors, by name; defaults may be missing.
         plan: that of the same arguments, if it was made before.
+        sharing: how ranks share the work, if they do.
+        agreed: what they have agreed on, if they did so before.
     """
     e, c, targets, *others = tensors
     assert e is not None, "of TENSORS, the first three are never None"
@@ -93,19 +104,22 @@ def prepared(
     on_cpu = e.device.type == "cpu"
     kind = _ON_CPU if on_cpu else Kind("torch", e.get_device(), memory.tensor_of)
     backend = "cpu" if on_cpu else None  # no need to ask those for GPUs
+    of_targets = Ids(targets) if ids else targets
     with (
         memory.from_pytorch(e.device),
-        driver.prepared(e, c, Ids(targets) if ids else targets, given, kind=kind, backend=backend, plan=plan) as both,
+        ranks.prepared(e, c, of_targets, given, sharing, kind=kind, backend=backend, plan=plan, agreed=agreed) as call,
     ):
-        yield both
+        yield call
 
 
-def forward(problem: Problem, plan: Plan, wrt: Collection[str]) -> tuple[torch.Tensor, tuple[Any, ...], tuple[Any, ...]]:
+def forward(
+    problem: Problem, plan: Plan, wrt: Collection[str], together: Ranks | None = None
+) -> tuple[torch.Tensor, tuple[Any, ...], tuple[Any, ...]]:
     """The loss and the arrays `SAVED` and `MORE`, inside `prepared`. `wrt`: the gradients that a backward is to give.
 
     Of the latter those that were not asked for are None.
     """
-    done = driver.forward(problem, plan, wrt)
+    done = driver.forward(problem, plan, wrt, together)
     form = backend_module(plan.backend).statistics_form(problem)
     logprobs = None if problem.has_loss else done.logprobs()
     more = logprobs, done.statistics.sum_squares, done.top_logprobs(), done.statistics.top_ids
@@ -118,15 +132,17 @@ def backward(
     saved: Sequence[torch.Tensor],
     upstream: Upstream,
     grads: dict[str, torch.Tensor],
+    together: Ranks | None = None,
 ) -> None:
     """Writes the gradients that follow from what flows into the outputs to `grads`, made by `gradients_like`."""
-    flat = {name: interchange.take(name, grad).reshape(getattr(problem, name).shape) for name, grad in grads.items()}
+    of_caller = problem if together is None else together.problem_of_results(problem)
+    flat = {name: interchange.take(name, grad).reshape(getattr(of_caller, name).shape) for name, grad in grads.items()}
     destination = Destination(frozenset(grads), Gradients(**grads), Gradients(**flat), False)  # fresh: nothing to check
     form = backend_module(plan.backend).statistics_form(problem)
     d_lse, d_logprobs, d_entropy = (
         None if x is None else problem.per_token(interchange.take("an upstream gradient", x)) for x in upstream[1:]
     )
-    done = ForwardPass.of(problem, plan, _statistics(problem, form, saved))
+    done = ForwardPass.of(problem, plan, _statistics(problem, form, saved), together)
     d_loss = 0.0 if upstream.loss is None else upstream.loss
     done.backward(d_loss, d_lse, destination, d_logprobs=d_logprobs, d_entropy=d_entropy)
 
@@ -168,7 +184,8 @@ def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: b
         mean_logit = statistics.lse[:0]
     entropy = statistics.lse[:0] if statistics.entropy is None else statistics.entropy
     numbers = statistics.lse, statistics.max_logit, statistics.log_sum, statistics.target_logit
-    return *numbers, statistics.n_valid, tokens, bits, mean_logit, draw_seed, entropy
+    kept = bits[:0] if statistics.kept_logits is None else statistics.kept_logits
+    return *numbers, statistics.n_valid, tokens, bits, kept, mean_logit, draw_seed, entropy
 
 
 def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -184,7 +201,7 @@ def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
 def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor]) -> Statistics:
     """What `_saved` was made of, out of tensors of it."""
     *others, mean_logit, draw_seed, entropy = saved
-    lse, max_logit, log_sum, target_logit, n_valid, tokens, bits = map(memory.array_of, others)
+    lse, max_logit, log_sum, target_logit, n_valid, tokens, bits, kept = map(memory.array_of, others)
     if not p.on_device:
         tokens = tokens[: int(n_valid)]
     if bits.size:
@@ -202,4 +219,5 @@ def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor])
         mean_logit=memory.array_of(mean_logit) if p.options.smooths_capped else None,
         draw_seed=memory.array_of(draw_seed) if draw_seed.numel() else None,
         entropy=memory.array_of(entropy) if len(entropy) == p.N else None,
+        kept_logits=kept if kept.size else None,
     )

@@ -43,6 +43,7 @@ def forward(
     form = _form(outline, e.device, given.get("backend"))
     recorded = options.records_survivors(wrt)
     rows, row_bytes = form.survivors_shape(N, V) if recorded else (0, 0)
+    kept_bytes = form.kept_bytes(N, V, options.workspace_bytes) if options.keeps_logits(wrt) else 0
     return (
         e.new_empty(loss_shape, dtype=wide),
         *(e.new_empty(N, dtype=wide) for _ in range(3)),
@@ -50,6 +51,7 @@ def forward(
         e.new_empty((), dtype=torch.int64),
         e.new_empty(N, dtype=memory.TORCH_DTYPES[form.tokens]),
         e.new_empty(rows * row_bytes, dtype=torch.uint8),
+        e.new_empty(kept_bytes, dtype=torch.uint8),
         e.new_empty(N if options.smooths_capped else 0, dtype=wide),
         e.new_empty(() if recorded and options.is_unbiased else 0, dtype=torch.int64),
         e.new_empty(N if options.entropy else 0, dtype=wide),

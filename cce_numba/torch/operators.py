@@ -21,7 +21,7 @@ from cce_numba.torch.call import MORE, SAVED, TENSORS, Outputs, Upstream
 # Options travel in a few lists, since PyTorch takes time for each argument: None as nan, -1 or "", by place. A threshold is
 # either a number or a word.
 _FLAGS = ("filter_e_grad", "filter_c_grad", "entropy", "sum_squares", "batch_invariant", "allow_tf32")
-_INTEGERS = ("ignore_index", "shift", *_FLAGS, "top_k", "check_targets")
+_INTEGERS = ("ignore_index", "shift", *_FLAGS, "top_k", "workspace_bytes", "check_targets")
 _REALS = ("softcap", "filter_eps", "logit_scale", "label_smoothing", "z_loss")
 _WORDS = ("reduction", "backend", "filter", "filter_eps")
 _INPUTS = ", ".join(["Tensor e, Tensor c, Tensor targets", *(f"Tensor? {name}" for name in TENSORS[3:])])
@@ -73,8 +73,9 @@ def needed(ctx: Any) -> list[str]:
 def _encoded(given: Mapping[str, Any]) -> tuple[list[int], list[float], torch.Tensor | None, str]:
     """The options that are no tensors, as operators take them."""
     options = {**DEFAULTS, **given}
-    look, eps = options["check_targets"], options["filter_eps"]
-    numbers = {**options, "check_targets": -1 if look is None else look, "filter_eps": None if isinstance(eps, str) else eps}
+    look, eps, room = options["check_targets"], options["filter_eps"], options["workspace_bytes"]
+    numbers = {**options, "workspace_bytes": -1 if room is None else room, "check_targets": -1 if look is None else look}
+    numbers |= {"filter_eps": None if isinstance(eps, str) else eps}
     left_open = [name for name in _REALS if _is_open(numbers[name])]
     open_reals = None
     if left_open:  # products, which compilers know to make without the number's value
@@ -103,6 +104,7 @@ def _decoded(
     *plain_words, left_open = words.split(",")
     options: dict[str, Any] = dict(zip(_INTEGERS, integers, strict=True))
     options |= {name: bool(options[name]) for name in _FLAGS}
+    options["workspace_bytes"] = None if options["workspace_bytes"] < 0 else options["workspace_bytes"]
     options["check_targets"] = None if options["check_targets"] < 0 else bool(options["check_targets"])
     options |= {name: None if real != real else real for name, real in zip(_REALS, reals, strict=True)}
     options |= {name: word for name, word in zip(_WORDS, plain_words, strict=True) if word}
@@ -120,7 +122,7 @@ def _decoded(
 def forward_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
     """`call.forward`; `wrt`: the names of the gradients that a backward is to give, separated by commas."""
     tensors, (*options, wrt) = arguments[: len(TENSORS)], arguments[len(TENSORS) :]
-    with call.prepared(tensors, call.given(_decoded(*options))) as (problem, plan):
+    with call.prepared(tensors, call.given(_decoded(*options))) as (problem, plan, _):
         loss, arrays, more = call.forward(problem, plan, wrt.split(","))
         empty = arrays[0][:0]
         return loss, *memory.tensors_of((*call.defined(problem, arrays), *(empty if x is None else x for x in more)))
@@ -137,7 +139,7 @@ def backward_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
     upstream, saved, tensors, (*options, wrt) = _split(arguments)
     given = call.given(_decoded(*options)) | {"check_targets": False}  # the forward has looked
     grads = call.gradients_like(tensors, wrt.split(","))
-    with call.prepared(tensors, given) as (problem, plan):
+    with call.prepared(tensors, given) as (problem, plan, _):
         call.backward(problem, plan, saved, upstream, grads)
     return _all_of(grads, tensors)
 

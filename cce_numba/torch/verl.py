@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cce_numba.ranks import Sharing
 from cce_numba.torch.logprobs import linear_logprobs
 
 
@@ -28,9 +29,10 @@ def linear_cross_entropy(
         labels: (...) integers in [0, V).
         temperature: divides the logits.
         reduction: "none", which verl's models pass.
-        dist_process_group: None: the vocabulary is on one device.
+        dist_process_group: whose ranks share the vocabulary, each having some rows of `weight`; None if this one has all. As
+            with verl's own, each rank then gets its part of the gradient of `hidden`, and their sum is the gradient.
 
-    Raises ValueError for another reduction or a process group, and what `linear_logprobs` raises.
+    Raises ValueError for another reduction, and what `linear_logprobs` raises.
 
     >>> logprobs, entropy = linear_cross_entropy(torch.zeros(2, 4), torch.ones(8, 4), torch.tensor([1, 2]))
     >>> round(logprobs[0].item(), 4), round(entropy[0].item(), 4)
@@ -38,8 +40,11 @@ def linear_cross_entropy(
     """
     if reduction != "none":
         raise ValueError(f"reduction: must be 'none', got {reduction!r}; reduce the log-probabilities that are returned")
+    sharing = None
     if dist_process_group is not None:
-        raise ValueError("dist_process_group: must be None; a vocabulary that is split among devices is not supported here")
-    found = linear_logprobs(hidden, weight, labels, entropy=True, logit_scale=1 / temperature)
+        from cce_numba.torch.communicator import communicator_of
+
+        sharing = Sharing(communicator_of(dist_process_group), sums_e_grad=False)
+    found = linear_logprobs(hidden, weight, labels, entropy=True, logit_scale=1 / temperature, process_group=sharing)
     assert found.entropy is not None, "it was asked for"
     return found.logprobs, found.entropy

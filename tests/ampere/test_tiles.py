@@ -18,6 +18,7 @@ from cce_numba import gpu
 from cce_numba.ampere.backward import host as backward_host
 from cce_numba.ampere.backward.tiles import BackwardTiles, backward_tiles_for
 from cce_numba.ampere.tiles import AmpereTiles, smem_bytes_of, tiles_for
+from cce_numba.options import Options
 from cce_numba.tensor_core import layout
 
 FLOAT32 = np.dtype(np.float32)
@@ -62,7 +63,8 @@ def test_tiles_that_cannot_be_are_refused_with_the_reason(make, message):
 )
 def test_rows_of_e_that_are_used_at_a_time_fit_the_cache(monkeypatch, name, multiprocessors, l2_mib, at_most):
     """So many blocks of 128 rows of 2304 numbers, 0.56 MiB each, in 14 MiB or in 30 % of a smaller cache."""
-    p = SimpleNamespace(N=8192, V=256_000, D=2304, dtype=np.dtype(np.float16), e=None, c=None)
+    dtype = np.dtype(np.float16)
+    p = SimpleNamespace(N=8192, V=256_000, D=2304, dtype=dtype, e=None, c=None, options=Options.of(dtype, {}))
     monkeypatch.setattr(layout.matrices, "why_not", lambda matrix: None)
     monkeypatch.setattr(gpu, "current", lambda: gpu.Gpu((8, 0), multiprocessors, l2_mib * 2**20))
     found = layout.Layout.of(p, tiles_for((8, 0)))

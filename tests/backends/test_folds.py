@@ -390,7 +390,7 @@ def test_of_many_splits_and_beside_the_others(harness, edges, more_folds, smooth
         if harness.backend == "simt":
             from cce_numba.simt import forward
 
-            patch.setattr(forward, "count_splits", lambda n_blocks, v_tiles: min(v_tiles, 5))
+            patch.setattr(forward, "count_splits", lambda n_blocks, v_tiles, invariant: min(v_tiles, 5))
         result = harness.forward(case)
         check_folded(case, result, harness)
     with pytest.MonkeyPatch.context() as patch:

@@ -29,7 +29,16 @@ from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.tiles import BackwardTiles
 from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
-from cce_numba.tensor_core.folds import ENTROPY, MAX_SUM, MEAN_LOGIT, SUM_SQUARES, SURVIVORS, SURVIVORS_BY_CHANCE, TARGET_LOGIT
+from cce_numba.tensor_core.folds import (
+    ENTROPY,
+    MAX_SUM,
+    MEAN_LOGIT,
+    SEVERAL_TARGET_LOGITS,
+    SUM_SQUARES,
+    SURVIVORS,
+    SURVIVORS_BY_CHANCE,
+    TARGET_LOGIT,
+)
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
 from cce_numba.tensor_core.survey.listing import make_list_kernel
@@ -39,7 +48,7 @@ on_gpu = pytest.mark.gpu
 
 FLOAT16, FLOAT32 = DTYPES[0], np.dtype(np.float32)
 TILES = HopperTiles()
-PLAIN, RECORDING, SMOOTHED, BY_CHANCE, WITH_ENTROPY, WITH_ALL = (
+PLAIN, RECORDING, SMOOTHED, BY_CHANCE, WITH_ENTROPY = (
     (MAX_SUM, TARGET_LOGIT, *more)
     for more in (
         (),
@@ -47,9 +56,9 @@ PLAIN, RECORDING, SMOOTHED, BY_CHANCE, WITH_ENTROPY, WITH_ALL = (
         (MEAN_LOGIT,),
         (SURVIVORS_BY_CHANCE,),
         (ENTROPY,),
-        (ENTROPY, SUM_SQUARES, SURVIVORS),
     )
 )
+WITH_ALL = MAX_SUM, SEVERAL_TARGET_LOGITS, ENTROPY, SUM_SQUARES, SURVIVORS
 # Of what consumers keep from tile to tile, most of it with a softcap, a scale and survivors; none of it is in the loop over the
 # stages.
 FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 384, 3072
@@ -91,18 +100,18 @@ def test_the_forward(dtype, bias, capped, scaled, folds):
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
-    ("dtype", "capped", "with_sums", "scaled", "smoothed", "by_chance", "entropic"),
+    ("dtype", "capped", "with_sums", "scaled", "smoothed", "by_chance", "entropic", "several"),
     [
-        (BFLOAT16, False, False, True, False, False, False),
-        (FLOAT16, True, True, True, True, False, True),
-        (BFLOAT16, True, False, True, False, True, False),
-        (BFLOAT16, False, False, False, False, True, False),
-        (BFLOAT16, False, False, False, False, True, True),
-        (BFLOAT16, True, True, True, False, True, True),
+        (BFLOAT16, False, False, True, False, False, False, False),
+        (FLOAT16, True, True, True, True, False, True, False),
+        (BFLOAT16, True, False, True, False, True, False, False),
+        (BFLOAT16, False, False, False, False, True, False, False),
+        (BFLOAT16, False, False, False, False, True, True, False),
+        (BFLOAT16, True, True, True, False, True, True, True),
     ],
 )
-def test_the_backward(dtype, capped, with_sums, scaled, smoothed, by_chance, entropic):
-    options = capped, with_sums, scaled, smoothed, by_chance, entropic
+def test_the_backward(dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, several):
+    options = capped, with_sums, scaled, smoothed, by_chance, entropic, several
     compiled = offline.compile_hopper(make_backward_kernel(BackwardTiles(), dtype, *options))
     assert compiled.notices == []
     assert compiled.registers == 168
@@ -171,8 +180,10 @@ def problem(**given):
     """Of 1000 tokens and 50 000 entries."""
     N, V, D, scale = 1000, 50_000, 64, given.pop("logit_scale", None)
     return SimpleNamespace(
-        N=N, V=V, D=D, e=_OnDevice((N, D), BFLOAT16), c=_OnDevice((V, D), BFLOAT16), bias=None, dtype=BFLOAT16, device="cuda:0",
-        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), on_device=True, logits_bytes=4 * N * V,
+        N=N, V=V, D=D, K=None, e=_OnDevice((N, D), BFLOAT16), c=_OnDevice((V, D), BFLOAT16), bias=None, dtype=BFLOAT16,
+        device="cuda:0",
+        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), on_device=True, extras=frozenset(),
+        logits_bytes=4 * N * V,
         logit_scale=scale, class_weights=None,
     )  # fmt: skip
 

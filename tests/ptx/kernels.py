@@ -420,6 +420,17 @@ def make_add_vectors():
     return Kernel(add_vectors_kernel, (types.uint64, F32_ARRAY), threads=128)
 
 
+def make_add_integers():
+    """sums[i % 2] += x[i], and out[i] = the lower half of x[i], by many threads at once."""
+
+    def add_integers_kernel(sums, x, out):
+        i = cuda.blockIdx.x * 128 + cuda.threadIdx.x
+        memory.add_global_s64(sums + np.uint64(8 * (i % 2)), x[i])
+        memory.store_global_u16(out + np.uint64(2 * i), np.uint32(x[i] & 0xFFFFFFFF))
+
+    return Kernel(add_integers_kernel, (types.uint64, types.CPointer(types.int64), types.uint64), threads=128)
+
+
 def make_counters():
     """tickets[cta] = how many came before; out = what each had stored before it counted itself, as the first CTA reads it."""
 

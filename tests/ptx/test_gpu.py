@@ -93,6 +93,8 @@ def test_maximum(cupy, rng):
     x[:4], y[:4] = [np.nan, 1, -np.inf, np.nan], [1, np.nan, -3, np.nan]
     larger = elementwise(cupy, lambda x, y, z: arithmetic.maximum(x, y), x, y)
     np.testing.assert_array_equal(larger, np.fmax(x, y))
+    smaller = elementwise(cupy, lambda x, y, z: arithmetic.minimum(x, y), x, y)
+    np.testing.assert_array_equal(smaller, np.fmin(x, y))
 
 
 def test_fma_rounds_once_and_multiply_before_a_sum(cupy, rng):
@@ -450,6 +452,14 @@ def test_vectors_are_added_by_many_threads_at_once(cupy, rng):
     on_device, sums_on_device = cupy.asarray(x), cupy.asarray(sums)
     kernels.make_add_vectors().launch(8, sums_on_device.data.ptr, on_device.data.ptr)
     np.testing.assert_array_equal(sums_on_device.get(), sums + x.reshape(-1, 2, 4).sum(axis=0))
+
+
+def test_integers_are_added_in_any_order_and_stored_by_half(cupy, rng):
+    x = rng.integers(-(2**50), 2**50, 1024)
+    sums, out = cupy.asarray([5, -7]), cupy.zeros(1024, np.uint16)
+    kernels.make_add_integers().launch(8, sums.data.ptr, cupy.asarray(x).data.ptr, out.data.ptr)
+    np.testing.assert_array_equal(sums.get(), np.array([5, -7]) + x.reshape(-1, 2).sum(axis=0))
+    np.testing.assert_array_equal(out.get(), x & 0xFFFF)
 
 
 def test_ctas_count_and_see_what_others_stored_before(cupy):

@@ -75,9 +75,9 @@ def test_without_grad_nothing_is_kept_and_no_survivors_are_made(inputs, mode, mo
     def watched(name):
         module = backend_module(name)
 
-        def forward(p, plan, *, record_survivors):
+        def forward(p, plan, *, record_survivors, keep_logits):
             recorded.append(record_survivors)
-            return module.forward(p, plan, record_survivors=record_survivors)
+            return module.forward(p, plan, record_survivors=record_survivors, keep_logits=keep_logits)
 
         return SimpleNamespace(**(vars(module) | {"forward": forward}))
 

@@ -76,7 +76,10 @@ def arguments(**changed):
         ({"impl": "torch_compile", "c": torch.ones(4, 8)}, ValueError, r"c: must have shape \(V, D\) for e \(\.\.\., D\)"),
         ({"backend": "cuda"}, ValueError, "backend: must be one of 'hopper', 'ampere', 'simt', 'cpu' or None, got 'cuda'"),
         ({"backend": "hopper"}, cce.BackendUnavailable, "backend: 'hopper' cannot run this"),
-        ({"vocab_parallel_options": None}, TypeError, "vocab_parallel_options: is not an option; options are bias"),
+        ({"use_rms_norm": None}, TypeError, "use_rms_norm: is not an option; options are bias"),
+        ({"vocab_parallel_options": 3}, TypeError, "vocab_parallel_options: must be a VocabParallelOptions, got int"),
+        ({"tokens_axis": 0}, ValueError, "tokens_axis: needs a process_group, got None"),
+        ({"process_group": 1}, RuntimeError, r"process_group: torch\.distributed\.init_process_group must be called before"),
         (
             {"weight": torch.ones(8)},
             TypeError,

@@ -108,7 +108,12 @@ CASES = [
     ("simt", "bfloat16", {"backend": "simt"}, torch.int64, 3, 625),
     ("simt", "bfloat16", {"filter": "drop", "backend": "simt"}, torch.int64, 3, 625),
     ("hopper", "bfloat16", {"filter": "drop"}, torch.int32, 2 * 3, 27 * 24),
+    ("hopper", "bfloat16", {"filter_c_grad": False, "workspace_bytes": 10**6}, torch.int32, 3, 27 * 24),
+    ("hopper", "bfloat16", {"filter_eps": None, "workspace_bytes": 10**9}, torch.int32, 0, 0),
+    ("hopper", "bfloat16", {"workspace_bytes": 10**9}, torch.int32, 3, 27 * 24),
+    ("simt", "float32", {"filter_eps": None, "workspace_bytes": 10**9}, torch.int64, 0, 0),
 ]
+KEPT_BYTES = {10**6: 3 * 6 * 49664, 10**9: 3 * 26 * 49664}  # of three blocks; of the vocabulary's 27 tiles evenly many
 
 
 @pytest.mark.parametrize(("backend", "dtype", "options", "tokens", "rows", "row_bytes"), CASES, ids=str)
@@ -132,8 +137,11 @@ def test_an_operator_on_a_device_that_is_not_there(monkeypatch, backend, dtype, 
     expected = [((), wide), *[((N,), wide)] * 4, ((), torch.int64), ((N,), tokens)]
     seed = () if rows and options.get("filter") != "drop" else (0,)
     more = [((0,), wide)] * (1 + len(MORE))  # no entropy, and nothing else that was not asked for
-    assert shapes(found) == [*expected, ((rows * row_bytes,), torch.uint8), ((mean_logit,), wide), (seed, torch.int64), *more]
-    assert shapes(without) == [*expected, ((0,), torch.uint8), ((mean_logit,), wide), ((0,), torch.int64), *more]
+    is_exact = options.get("filter_eps", 1) is None or "filter_c_grad" in options
+    kept = KEPT_BYTES[options["workspace_bytes"]] if "workspace_bytes" in options and backend == "hopper" and is_exact else 0
+    bits, none = ((rows * row_bytes,), torch.uint8), ((0,), torch.uint8)
+    assert shapes(found) == [*expected, bits, ((kept,), torch.uint8), ((mean_logit,), wide), (seed, torch.int64), *more]
+    assert shapes(without) == [*expected, none, none, ((mean_logit,), wide), ((0,), torch.int64), *more]
     assert shapes(grads) == [((0,), c.dtype), ((V, D), c.dtype), ((0,), c.dtype)]
     assert set(chosen) == {backend}
 

@@ -44,8 +44,8 @@ def check(given, loss, expected):
 
 
 def test_they_are_short():
-    functions = re.findall(r"^def .*?(?=\n\n\n|\Z)", "\n\n\n".join(BLOCKS), re.DOTALL | re.MULTILINE)
-    assert len(functions) == 8
+    functions = re.findall(r"^(?:def|class) .*?(?=\n\n\n|\Z)", "\n\n\n".join(BLOCKS), re.DOTALL | re.MULTILINE)
+    assert len(functions) == 9
     assert max(len(function.strip().splitlines()) for function in functions) <= 15
 
 
@@ -119,6 +119,31 @@ def test_verl(given):
     check(given, entropy, -(log_p.exp() * log_p).sum(-1))
     with pytest.raises(ValueError, match="reduction: must be 'none'"):
         verl.linear_cross_entropy(given.e, given.c, given.ids, reduction="mean")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_trl(recipes, temperature):
+    """What TRL makes of stored logits: those of the last tokens, each of the token before, divided by the temperature."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    model, ids = transformers.LlamaForCausalLM(config), torch.randint(0, V, (B, T))
+    trainer = recipes.WithoutLogits()
+    trainer.temperature, trainer.accelerator = temperature, SimpleNamespace(unwrap_model=lambda model: model)
+    seen, kept = torch.ones(B, T, dtype=torch.long), 4
+    seen[0, :2] = 0  # padding of a shorter prompt
+
+    log_p = (model(input_ids=ids, attention_mask=seen).logits[:, -kept - 1 : -1] / temperature).log_softmax(-1)
+    expected = log_p.gather(-1, ids[:, -kept:, None])[..., 0], -(log_p.exp() * log_p).sum(-1)
+    found = trainer._get_per_token_logps_and_entropies(model, ids, seen, kept, compute_entropy=True)
+    weight = model.lm_head.weight
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        of_a, of_b = (torch.autograd.grad(x.sum(), weight, retain_graph=True)[0] for x in (a, b))
+        torch.testing.assert_close(of_a, of_b, rtol=1e-4, atol=1e-5)
+    assert trainer._get_per_token_logps_and_entropies(model, ids, seen, kept)[1] is None
 
 
 def test_the_exact_kl_of_the_vocabulary(given):

@@ -36,12 +36,14 @@ from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import arithmetic, control, memory
 from cce_numba.ptx import fragment as fragments
 from cce_numba.ptx.pointers import address_of
+from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core.backward.chance import make_decide, make_find_maxima
 from cce_numba.tensor_core.backward.column_sums import sum_of_column
 from cce_numba.tensor_core.backward.phases import has_jobs_for
 from cce_numba.tensor_core.backward.records import PARTS, ListColumns
 from cce_numba.tensor_core.backward.row_weights import ROW_BYTES, make_two_row_weights
-from cce_numba.tensor_core.records import I32, Chance, LogitTerms, Matrix
+from cce_numba.tensor_core.backward.several import JobColumns, first_ordinal, make_mark_targets, make_write_targets
+from cce_numba.tensor_core.records import I32, Chance, LogitTerms, Matrix, NoTargets, PlacedTargets
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, Tables
 
@@ -58,6 +60,7 @@ def make_backward_kernel(
     smoothed: bool = False,
     by_chance: bool = False,
     entropic: bool = False,
+    several: bool = False,
     allow_tf32: bool = False,
 ) -> Kernel:
     """The kernel for `dtype`, which looks at no option that it was not made for.
@@ -71,6 +74,7 @@ def make_backward_kernel(
         smoothed: G is less by a uniform weight of each token times class weights.
         by_chance: columns survive by chance, see `tensor_core.backward.chance`. Nothing is filtered where logits are smoothed.
         entropic: G has p * log(p) times a weight of each token.
+        several: tokens have several targets.
         allow_tf32: float32 numbers may be rounded to tf32.
     """
     n, block_v, elements = tiles.warp_v, tiles.block_v, elements_of(dtype, allow_tf32)
@@ -81,6 +85,7 @@ def make_backward_kernel(
     multiply_d_c = make_loop(tiles, elements, fill.d_c, False, True)
     write_g, store_g = make_write_g(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic), make_store_g(tiles)
     find_maxima, decide = make_find_maxima(n, capped, scaled), make_decide(block_v, THREADS)
+    mark_targets, write_targets = make_mark_targets(block_v), make_write_targets(dtype, capped, smoothed, entropic)
     two_row_weights, finish_rows = make_two_row_weights(scaled, smoothed, entropic), make_finish_rows(tiles, dtype)
     load_sums, store_sums = make_partial_sums(tiles)
     sums_tile_bytes, sums_half_bytes = map(np.uint64, partial_sums_offset(tiles))
@@ -120,8 +125,19 @@ def make_backward_kernel(
         write_g(x, columns, place, row_0, row_1, terms.softcap, terms.class_weights)
 
     @cuda.jit(device=True, forceinline=True)
-    def store_logits(sums: Any, job: Any, ring: Any, me: Any, terms: Any, chance: Any, tables: Any, workspace: Any) -> None:
-        """Turns the products of a job LOGITS into G, in the workspace."""
+    def job_columns(job: Any, tables: Any, workspace: Any, dims: Any) -> Any:
+        """The columns of a job LOGITS, for its rows' targets."""
+        r, block = field(job, WORD.round), field(job, WORD.block_or_tile)
+        of_list = np.int64(r) * (dims.blocks + 1) + block
+        first_slot = np.int32((r % workspace.buffers) * workspace.buffer_slots + tables.first_slot[of_list])
+        ordinal = first_ordinal(block, r, np.int32(field(job, WORD.slot) - first_slot), tables, dims)
+        return JobColumns(ids=opaque(ids_smem(job)), first_ordinal=ordinal, block=block)
+
+    @cuda.jit(device=True, forceinline=True)
+    def store_logits(
+        sums: Any, job: Any, ring: Any, me: Any, terms: Any, chance: Any, tables: Any, workspace: Any, placed: Any, dims: Any
+    ) -> None:  # fmt: skip
+        """Turns the products of a job LOGITS into G, in the workspace. placed: a `PlacedTargets`, or `NoTargets`."""
         x_0, x_1, x_2, x_3 = sums[0], sums[1], sums[2], sums[3]
         stored, slot, block = field(job, WORD.stored), np.int64(field(job, WORD.slot)), field(job, WORD.block_or_tile)
         ids, biases, scales = opaque(ids_smem(job)), opaque(biases_smem(job)), opaque(np.uint32(ring + scales_offset))
@@ -134,6 +150,10 @@ def make_backward_kernel(
             x_1 = maxima_of_slab(x_1, 1, columns, position + 16, row_1, ring, me, terms, tables)
             x_2 = maxima_of_slab(x_2, 2, columns, position + 32, row_2, ring, me, terms, tables)
             x_3 = maxima_of_slab(x_3, 3, columns, position + 48, row_3, ring, me, terms, tables)
+            if several:
+                meet()  # all maxima are there
+                if me.number < SURVIVOR_BLOCK:
+                    mark_targets(job_columns(job, tables, workspace, dims), me.number, ring, placed)
             decide(columns, ring, chance, np.int64(block), np.int32(0), me.number)
             columns = ListColumns(ids=ids, biases=biases, scales=opaque(scales), stored=stored)
         staging = np.uint32(ring + maxima_bytes) if by_chance else np.uint32(ring)
@@ -146,6 +166,10 @@ def make_backward_kernel(
         if not wide:
             meet()
             store_g(staging, g, stored, me.number)
+        if several:
+            meet()  # all have stored G
+            if me.number < SURVIVOR_BLOCK:
+                write_targets(job_columns(job, tables, workspace, dims), me.number, g, terms, tables, placed)
 
     @cuda.jit(device=True, forceinline=True)
     def sums_address(job: Any, me: Any, workspace: Any, outputs: Any) -> Any:
@@ -194,6 +218,7 @@ def make_backward_kernel(
         workspace: Any,  # Workspace, whose counters are zeros
         outputs: Any,  # Outputs
         shape: Any,  # Shape
+        placed: Any,  # PlacedTargets, or NoTargets
     ) -> None:
         """Any grid: writes or adds to the outputs; of dE, the rows of listed tokens with weight."""
         ring = np.uint32((memory.shared_address(cuda.shared.array(0, np.uint8)) + alignment) & ~alignment)
@@ -204,7 +229,7 @@ def make_backward_kernel(
         block_words = quotient(shape.blocks + 31, np.int32(32))
         dims = Dimensions(blocks=shape.blocks, block_words=block_words, column_tiles=column_tiles, D=shape.D)
         number, has_jobs = np.int32(0), has_jobs_for(runs, tables.dense[0] != 0)
-        if warp == 0:
+        if warp == 0 and has_jobs:  # a kernel without jobs leaves the queue to the one that has them
             begin(job, lane)
             number = take(workspace.next_job, lane)
         while has_jobs:
@@ -226,7 +251,7 @@ def make_backward_kernel(
             if kind == LOGITS:
                 if units > 0:
                     sums = multiply_logits(sums, ring, units, filling, workspace, tables, dims, me)
-                    store_logits(sums, job, ring, me, terms, chance, tables, workspace)
+                    store_logits(sums, job, ring, me, terms, chance, tables, workspace, placed, dims)
             elif kind == D_E:
                 if field(job, WORD.is_first) == 0:
                     sums = load_sums(sums, sums_address(job, me, workspace, outputs))
@@ -240,9 +265,10 @@ def make_backward_kernel(
                 memory.add_release_u32(workspace.done + np.uint64(4 * field(job, WORD.phase)), np.uint32(1))
             cuda.syncwarp()
 
+    targets = PlacedTargets if several else NoTargets
     return Kernel(
         backward_kernel,
-        (Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, I32, Workspace, Outputs, Shape),
+        (Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, I32, Workspace, Outputs, Shape, targets),
         threads=tiles.threads,
         smem_bytes=tiles.smem_bytes,
     )

@@ -70,7 +70,7 @@ def backward_tiles_for(cc: tuple[int, int]) -> BackwardTiles:
     """The tiles for a compute capability, with as many stages as fit, up to 5.
 
     >>> [backward_tiles_for(cc).stages for cc in ((9, 0), (8, 0), (8, 6))]
-    [5, 3, 2]
+    [5, 4, 2]
     """
     limit = smem_bytes_of(cc)
     for stages in range(_MOST_STAGES, 2, -1):

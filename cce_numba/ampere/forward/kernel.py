@@ -20,10 +20,10 @@ from cce_numba.ampere.tiles import ALIGNMENT_BYTES, ROW_BYTES, THREADS, AmpereTi
 from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.ptx import arithmetic, memory
 from cce_numba.ptx import fragment as fragments
-from cce_numba.tensor_core.folds import Fold, number_count
+from cce_numba.tensor_core.folds import Fold, found_class, number_count
 from cce_numba.tensor_core.logits import make_bias_fragment, make_finish_logits
-from cce_numba.tensor_core.records import I32, Found, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
-from cce_numba.tensor_core.schedule import NO_SLOT, quotient, segment
+from cce_numba.tensor_core.records import I32, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
+from cce_numba.tensor_core.schedule import NO_SLOT, fixed_segment, quotient, segment
 from cce_numba.tensor_core.tokens import token_at
 
 
@@ -36,13 +36,15 @@ def make_forward_kernel(
     scaled: bool,
     whole: bool,
     folds: tuple[Fold, ...],
+    fixed: bool = False,
     allow_tf32: bool = False,
 ) -> Kernel:
     """The kernel for `dtype`, with what a problem asks for, so that nobody pays for what others need.
 
     bias_dtype: of the bias, or None without one. capped: with a softcap. scaled: with a logit scale for each token. whole:
-    rows are a multiple of 16 bytes long. folds: what is made of the tiles; the first is `max_sum`. allow_tf32: float32 numbers
-    may be rounded to tf32. Raises ValueError if a row's folds have more numbers than `tiles.row_numbers`.
+    rows are a multiple of 16 bytes long. folds: what is made of the tiles; the first is `max_sum`. fixed: by a fixed schedule
+    (`schedule`). allow_tf32: float32 numbers may be rounded to tf32. Raises ValueError if a row's folds have more numbers than
+    `tiles.row_numbers`.
     """
     if (numbers := number_count(folds)) > tiles.row_numbers:
         raise ValueError(
@@ -94,13 +96,15 @@ def make_forward_kernel(
             entry = np.int32(min(v + row + ROWS_AT_ONCE * i, last_row))
             copy_row(np.uint32(place + np.uint32(ROWS_BYTES * i)), source, entry, c.pitch_bytes, left_bytes)
 
+    segment_of = fixed_segment if fixed else segment
+
     def forward_kernel(
         e: Matrix,
         c: Matrix,  # from vocabulary.first_row on
         tokens: Tokens,  # a batch, which begins at a multiple of 128
         per_round: Any,  # groups of tokens, see `schedule`
         terms: LogitTerms,
-        found: Found,
+        found: Any,  # Found, or FoundOfSeveral
         has_earlier: Any,  # whether results of earlier parts of the vocabulary are there, to go on from
         parts: Parts,
         survivors: Survivors,  # from the batch's first block on
@@ -124,7 +128,7 @@ def make_forward_kernel(
         own_scale = np.uint32(scales_smem + np.uint32(4 * (64 * me.warp_row + (lane >> 2))))
         index = np.int32(0)
         while True:
-            block, first, last, tile_step, slot = segment(index, worker, workers, groups, per_round, vocabulary.n_tiles)
+            block, first, last, tile_step, slot = segment_of(index, worker, workers, groups, per_round, vocabulary.n_tiles)
             if slot == NO_SLOT:
                 break
             if thread < block_n:
@@ -225,5 +229,5 @@ def make_forward_kernel(
             merge((state_0, state_1, state_2, state_3), me, ring, parts, slot * block_n)
             index = np.int32(index + 1)
 
-    parameters = Matrix, Matrix, Tokens, I32, LogitTerms, Found, I32, Parts, Survivors, Vocabulary, I32
+    parameters = Matrix, Matrix, Tokens, I32, LogitTerms, found_class(folds), I32, Parts, Survivors, Vocabulary, I32
     return Kernel(forward_kernel, parameters, threads=THREADS, smem_bytes=tiles.smem_bytes)

@@ -8,13 +8,16 @@ import numpy as np
 
 from cce_numba import folds
 from cce_numba.cpu.folds.fold import Given, Tile
+from cce_numba.parallel.shard import ELSEWHERE
 
 
 class State(NamedTuple):
     """Of each target of each counting token, (n_valid, K); K is 1 where targets are (N,)."""
 
     target: Any  # int64
-    logit: Any  # of the compute dtype; NaN as long as the target's tile has not come, and for one out of range for ever
+    # Of the compute dtype; NaN as long as the target's tile has not come, and for one out of range for ever; -inf for one that
+    # another rank has.
+    logit: Any
 
 
 class TargetLogit:
@@ -26,7 +29,8 @@ class TargetLogit:
         """See `fold.Fold`."""
         p = given.problem
         targets = p.targets[given.tokens].reshape(len(given.tokens), p.K or 1)
-        return State(targets, np.full(targets.shape, np.nan, p.compute_dtype))
+        elsewhere = p.shard is not None and targets == ELSEWHERE
+        return State(targets, np.where(elsewhere, -np.inf, np.full(targets.shape, np.nan, p.compute_dtype)))
 
     def step(self, state: State, first_state: Any, tile: Tile) -> None:
         """See `fold.Fold`."""

@@ -26,7 +26,7 @@ from cce_numba.hopper.backward.tiles import STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.ring import make_ring
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import cluster, control, memory
-from cce_numba.tensor_core.records import I32, U64, Chance, LogitTerms, Matrix
+from cce_numba.tensor_core.records import I32, U64, Chance, LogitTerms, Matrix, NoTargets, PlacedTargets
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, Tables
 
@@ -49,6 +49,8 @@ def make_backward_kernel(
     smoothed: bool = False,
     by_chance: bool = False,
     entropic: bool = False,
+    keeps: bool = False,
+    several: bool = False,
 ) -> Kernel:
     """The kernel for 16-bit `dtype`, which looks at no option that it was not made for.
 
@@ -61,9 +63,11 @@ def make_backward_kernel(
         smoothed: G is less by a uniform weight of each token times class weights.
         by_chance: columns survive by chance, see `chance`. Nothing is filtered where logits are smoothed.
         entropic: G has p * log(p) times a weight of each token.
+        keeps: the forward may have kept logits (`tensor_core.kept`); chance decides nothing then.
+        several: tokens have several targets.
     """
-    copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype)
-    consume = make_consume(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic)
+    copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype, keeps)
+    consume = make_consume(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, keeps, several)
     staging_bytes = np.uint32(tiles.consumers * STAGING_BYTES)
     init_ring, init_jobs, ring_bytes = make_ring(tiles).init, make_job_ring(tiles).init, np.uint32(tiles.ring_bytes)
     jobs_bytes = np.uint32(tiles.jobs_bytes)
@@ -83,6 +87,7 @@ def make_backward_kernel(
         workspace: Any,  # Workspace, whose counters are zeros
         outputs: Any,  # Outputs
         shape: Any,  # Shape
+        placed: Any,  # PlacedTargets, or NoTargets
     ) -> None:
         """Any grid of clusters: writes or adds to the outputs; of dE, the rows of listed tokens with weight."""
         staging = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
@@ -107,13 +112,15 @@ def make_backward_kernel(
                 gather(smem, np.int32(thread - first_gatherer), e, c, tables, workspace, dims)
         else:
             raise_registers()
-            consume(smem, np.int32(warpgroup - 1), np.int32(thread & 127), terms, chance, tables, workspace, outputs, dims)
+            number, thread = np.int32(warpgroup - 1), np.int32(thread & 127)
+            consume(smem, number, thread, terms, chance, tables, workspace, outputs, dims, placed)
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while the other still writes to its shared memory
 
+    targets = PlacedTargets if several else NoTargets
     return Kernel(
         backward_kernel,
-        (U64, Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, I32, Workspace, Outputs, Shape),
+        (U64, Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, I32, Workspace, Outputs, Shape, targets),
         threads=tiles.threads,
         cluster=tiles.cluster,
         smem_bytes=tiles.smem_bytes,

@@ -29,6 +29,8 @@ class Workspace(Record):
     buffer_slots = I32  # slots of one of three buffers
     large_slots = I32  # slots of one of two buffers in the same memory, in a dense problem with dE
     borrowed_slots = I32  # the same of one of two buffers in borrowed memory
+    kept = U64  # address of logits that the forward kept (`tensor_core.kept`)
+    kept_tiles = I32  # tiles of each block that it kept, the first ones
 
 
 class Outputs(Record):
@@ -89,6 +91,7 @@ class Header(Record):
     is_first = I32  # whether the round is the first
     is_last = I32  # whether the round is the last
     shares_a = I32  # whether the cluster's other CTA multiplies the same A at the same time
+    kept = I32  # LOGITS: the number of the tile among those of its block whose logits the forward kept, or -1
 
 
 WORD = Header(*range(len(Header.declared)))  # the word of each field, by name
@@ -105,6 +108,7 @@ class Job(Record):
     slot = I32
     first_column = I32
     shares_a = types.boolean
+    kept = I32
 
 
 class Extent(Record):

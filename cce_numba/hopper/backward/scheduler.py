@@ -53,42 +53,69 @@ def in_groups(index: Any, rows: Any, of_row: Any) -> Any:
 
 
 @cuda.jit(device=True, forceinline=True)
-def logits_job(index: Any, round_: Any, rank: Any, lane: Any, extent: Any, k_steps: Any, tables: Any, dims: Any) -> Any:
-    """By a warp: `(job, columns, skipped)` of a job of the phase G(r).
+def kept_tile(first_column: Any, rank: Any, workspace: Any) -> Any:
+    """The number among those of its block of the tile that begins with a column, if the forward kept its logits; else -1.
 
-    The job, a `Job`, passes over `skipped` columns of a block's list, and computes the logits of the next `columns`. The last
-    job of a phase may have no columns: it is there because a cluster takes two jobs at a time.
-
-    rank: of this CTA in its cluster. k_steps: stages that a sum over the hidden size takes.
+    A cluster's CTAs take neighbouring tiles, and equally many stages for them. So both were kept, or both are computed again.
     """
-    before, first_job, t0, t1 = tables.before, tables.first_job, round_.first_tile, round_.end_tile
-    row = np.int64(round_.number) * (dims.blocks + 1)
-    of_block = np.int32(first_job[row + 1])  # jobs of the first block
-    if extent.is_dense and of_block % 2 == 0 and first_job[row + extent.n_blocks] == of_block * extent.n_blocks:
-        block, place = in_groups(index, extent.n_blocks, of_block)
-        index = np.int32(block * of_block + place)
-    block = largest_at_most(first_job, row, extent.n_blocks, index, lane)
-    skipped = np.int32(LIST_TILE * (index - first_job[row + block]))
-    counts = np.int64(block) * (dims.column_tiles + 1)
-    n_list = np.int32(before[counts + t1] - before[counts + t0])
-    columns = max(np.int32(0), min(_LIST_TILE, np.int32(n_list - skipped)))
-    rounded = np.int32((n_list + K_STEP - 1) // K_STEP * K_STEP)
-    stored = max(np.int32(0), min(_LIST_TILE, np.int32(rounded - skipped)))
-    if rank == 0:
-        shares_a = block + 1 == extent.n_blocks or index + 1 < first_job[row + block + 1]
-    else:
-        shares_a = index > first_job[row + block]
-    job = Job(
-        kind=LOGITS,
-        k_steps=k_steps,
-        block_or_tile=block,
-        d0=np.int32(0),
-        stored=stored,
-        slot=np.int32(round_.first_slot + tables.first_slot[row + block] + skipped),
-        first_column=np.int32(round_.first_column + skipped),
-        shares_a=shares_a,
-    )
-    return job, columns, skipped
+    first_of_pair = np.int32(first_column - LIST_TILE * rank)
+    tile = quotient(first_of_pair, _LIST_TILE)
+    is_kept = tile * _LIST_TILE == first_of_pair and tile + 1 < workspace.kept_tiles
+    return np.int32(tile + rank if is_kept else -1)
+
+
+@functools.cache
+def make_logits_job(keeps: bool) -> Any:
+    """The device function `logits_job`; keeps: whether the forward may have kept logits (`tensor_core.kept`)."""
+
+    @cuda.jit(device=True, forceinline=True)
+    def logits_job(
+        index: Any, round_: Any, rank: Any, lane: Any, extent: Any, k_steps: Any, tables: Any, workspace: Any, dims: Any
+    ) -> Any:  # fmt: skip
+        """By a warp: `(job, columns, skipped)` of a job of the phase G(r).
+
+        The job, a `Job`, passes over `skipped` columns of a block's list, and computes the logits of the next `columns`. The
+        last job of a phase may have no columns: it is there because a cluster takes two jobs at a time.
+
+        rank: of this CTA in its cluster. k_steps: stages that a sum over the hidden size takes.
+        """
+        before, first_job, t0, t1 = tables.before, tables.first_job, round_.first_tile, round_.end_tile
+        row = np.int64(round_.number) * (dims.blocks + 1)
+        of_block = np.int32(first_job[row + 1])  # jobs of the first block
+        in_pairs = extent.is_dense and of_block % 2 == 0 and first_job[row + extent.n_blocks] == of_block * extent.n_blocks
+        if in_pairs:
+            block, place = in_groups(index, extent.n_blocks, of_block)
+            index = np.int32(block * of_block + place)
+        block = largest_at_most(first_job, row, extent.n_blocks, index, lane)
+        skipped = np.int32(LIST_TILE * (index - first_job[row + block]))
+        counts = np.int64(block) * (dims.column_tiles + 1)
+        n_list = np.int32(before[counts + t1] - before[counts + t0])
+        columns = max(np.int32(0), min(_LIST_TILE, np.int32(n_list - skipped)))
+        rounded = np.int32((n_list + K_STEP - 1) // K_STEP * K_STEP)
+        stored = max(np.int32(0), min(_LIST_TILE, np.int32(rounded - skipped)))
+        if rank == 0:
+            shares_a = block + 1 == extent.n_blocks or index + 1 < first_job[row + block + 1]
+        else:
+            shares_a = index > first_job[row + block]
+        first_column, kept = np.int32(round_.first_column + skipped), np.int32(-1)
+        if keeps and in_pairs:
+            kept = kept_tile(first_column, rank, workspace)
+            if kept >= 0:
+                k_steps = np.int32(0)
+        job = Job(
+            kind=LOGITS,
+            k_steps=k_steps,
+            block_or_tile=block,
+            d0=np.int32(0),
+            stored=stored,
+            slot=np.int32(round_.first_slot + tables.first_slot[row + block] + skipped),
+            first_column=first_column,
+            shares_a=shares_a,
+            kept=kept,
+        )
+        return job, columns, skipped
+
+    return logits_job
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -152,6 +179,7 @@ def d_c_job(index: Any, round_: Any, lane: Any, extent: Any, tiles_of_row: Any, 
         slot=round_.first_slot,
         first_column=round_.first_column,
         shares_a=True,
+        kept=np.int32(-1),
     )
 
 
@@ -173,12 +201,14 @@ def d_e_job(index: Any, round_: Any, extent: Any, tiles_of_row: Any, tables: Any
         slot=np.int32(round_.first_slot + first_slot),
         first_column=round_.first_column,
         shares_a=True,
+        kept=np.int32(-1),
     )
 
 
 @functools.cache
-def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
-    """The device function of the scheduling warp."""
+def make_schedule(tiles: BackwardTiles, dtype: np.dtype, keeps: bool) -> Any:
+    """The device function of the scheduling warp; keeps: see `make_logits_job`."""
+    logits_job = make_logits_job(keeps)
     ring = make_job_ring(tiles)
     take, wait_empty, publish, describe, set_field = ring.take, ring.wait_empty, ring.publish, ring.describe, ring.set_field
     columns_smem, bias_smem = ring.columns_smem, ring.bias_smem
@@ -268,7 +298,7 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
                     number=r, phase=phase, first_tile=first_tile, end_tile=end_tile, first_slot=first_slot,
                     first_column=first_column, first_empty=np.int64(0), empty_tiles=np.int32(0),
                 )  # fmt: skip
-                job, columns, skipped = logits_job(index, round_, rank, lane, extent, k_steps_d, tables, dims)
+                job, columns, skipped = logits_job(index, round_, rank, lane, extent, k_steps_d, tables, workspace, dims)
                 if is_dense and r >= buffers:
                     block = job.block_or_tile
                     wait_for_blocks(block, np.int32(block + 1), np.int32((r - buffers + 1) * d_tiles_e), done_e, lane)

@@ -41,10 +41,11 @@ def make_store_g(
     smoothed: bool,
     by_chance: bool,
     entropic: bool,
+    finished: bool,
 ) -> Any:
     """The function `store_g(x, columns, to, row_0, row_1, softcap, class_weights)` for a fragment of 64 tokens x n columns.
 
-    x holds products of rows of e and of c, without biases; logits if by_chance. `columns` is a `ListColumns`, whose addresses
+    x holds products of rows of e and of c, without biases; logits if finished. `columns` is a `ListColumns`, whose addresses
     must come out of an ordered instruction (see `memory.load_shared_2_i32_freely`). `to` is a `GTile`. row_0 and row_1 are the
     `RowWeights` of the thread's two rows. class_weights: address of (V,) float32, or 0 if all are 1.
 
@@ -54,9 +55,10 @@ def make_store_g(
         capped, scaled, smoothed, entropic: see `gradient.make_gradient`.
         with_sums: the sum of each column of G over the 16 tokens of a warp is stored, for the gradient of the bias.
         by_chance: columns are multiplied by `columns.scales`.
+        finished: the function is given logits.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
-    gradient = make_gradient(capped, scaled, smoothed, finished=by_chance, entropic=entropic)
+    gradient = make_gradient(capped, scaled, smoothed, finished=finished, entropic=entropic)
 
     @cuda.jit(device=True, forceinline=True)
     def eight_columns(
@@ -70,7 +72,7 @@ def make_store_g(
         place = np.uint32(4 * (column + 2 * (lane & 3)))
         v = memory.load_shared_2_i32_freely(columns.ids + place)
         bias = (np.float32(0), np.float32(0))
-        if not by_chance:
+        if not finished:
             bias = memory.load_shared_2_f32_freely(columns.biases + place)
         weight_0 = weight_1 = np.float32(1)
         if smoothed:

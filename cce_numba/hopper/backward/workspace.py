@@ -13,7 +13,7 @@ from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients
 from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.records import Workspace
-from cce_numba.hopper.backward.tiles import BUFFERS, LARGE_BUFFERS, PANEL
+from cce_numba.hopper.backward.tiles import BUFFERS, FIXED_ROUND_TILES, LARGE_BUFFERS, PANEL
 from cce_numba.integers import ceil_div
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core import matrices
@@ -39,6 +39,7 @@ class WorkspaceLayout:
         with_sums: sums of G's columns are kept, for the gradient of the bias.
         g_bytes: for G, about; G takes less where there is little to do, and more where blocks are many.
         c_bytes: of dC's array, if G may borrow rows of it that are not written yet, else 0.
+        fixed_tiles: tiles of a round of a dense problem, whatever N is; 0 if as many as fit.
 
     Larger rounds read and write the sums of dE less often. In a dense problem columns come in the order of the vocabulary, so
     the last rows of dC are written last. Until then their memory holds the G of the first rounds, which are larger.
@@ -51,17 +52,18 @@ class WorkspaceLayout:
     with_sums: bool
     g_bytes: int
     c_bytes: int = 0
+    fixed_tiles: int = 0
 
     @classmethod
     def of(
-        cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool, c_bytes: int = 0
+        cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool, c_bytes: int = 0, fixed_tiles: int = 0
     ) -> WorkspaceLayout:  # fmt: skip
         """The layout with as much room for G as keeps the whole within its share of the gradients' bytes, if that is enough."""
         allowed = int(_SHARE * 2 * D * (N + V))
         without_g = _known(cls(N, V, D, with_e, with_sums, 0))
         others = without_g.nbytes - BUFFERS * without_g.buffer_slots * without_g.slot_bytes
         g_bytes = min(max(allowed - others, _G_BYTES[0]), _G_BYTES[1]) >> 20 << 20
-        return _known(cls(N, V, D, with_e, with_sums, g_bytes, c_bytes if with_e and not with_sums else 0))
+        return _known(cls(N, V, D, with_e, with_sums, g_bytes, c_bytes if with_e and not with_sums else 0, fixed_tiles))
 
     @property
     def blocks(self) -> int:
@@ -79,6 +81,8 @@ class WorkspaceLayout:
         least = 2 * COLUMN_TILE + self._overhead
         most = ceil_div(self.V, COLUMN_TILE) * COLUMN_TILE + self._overhead
         wanted = self.g_bytes // (BUFFERS * self.slot_bytes) // max(1, self.blocks)
+        if self.fixed_tiles:
+            wanted = self.fixed_tiles * COLUMN_TILE
         return self.blocks * (min(max(wanted, least), most) // K_STEP * K_STEP)
 
     @property
@@ -163,8 +167,12 @@ class WorkspaceLayout:
         """The address of the buffers in dC's memory, which begins at `c_address`."""
         return (c_address + self.c_bytes - self.borrowed_bytes) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
 
-    def at(self, base: int, c_address: int) -> Any:
-        """The kernel's record of a workspace that begins at address `base`. c_address: of dC's memory."""
+    def at(self, base: int, c_address: int, kept: int = 0, kept_tiles: int = 0) -> Any:
+        """The kernel's record of a workspace that begins at address `base`.
+
+        c_address: of dC's memory. kept, kept_tiles: the address of logits that the forward kept, and of how many tiles of a
+        block.
+        """
         counters, offsets = base + self.offsets["counters"], self.offsets
         return Workspace(
             next_job=counters,
@@ -178,6 +186,8 @@ class WorkspaceLayout:
             buffer_slots=self.buffer_slots,
             large_slots=self.large_slots,
             borrowed_slots=self.borrowed_slots,
+            kept=kept,
+            kept_tiles=kept_tiles,
         )
 
     def g_maps(self, base: int, c_address: int, dtype: np.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -221,4 +231,7 @@ def workspace_bytes(p: Problem) -> int:
 
 def _layout(p: Problem, *, with_e: bool, with_sums: bool, c_bytes: int = 0) -> WorkspaceLayout:
     columns = matrices.padded_columns(p.D)
-    return WorkspaceLayout.of(p.N, p.V, columns, with_e=with_e, with_sums=with_sums, c_bytes=c_bytes)
+    fixed_tiles = FIXED_ROUND_TILES if with_e and p.options.batch_invariant else 0
+    if fixed_tiles:
+        c_bytes = 0
+    return WorkspaceLayout.of(p.N, p.V, columns, with_e=with_e, with_sums=with_sums, c_bytes=c_bytes, fixed_tiles=fixed_tiles)

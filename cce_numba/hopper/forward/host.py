@@ -20,9 +20,14 @@ from cce_numba.tensor_core.problem import matrix_of, terms_of
 from cce_numba.tensor_core.records import Parts, Vocabulary
 
 
-def forward(p: Problem, layout: Layout, record: bool, folds: tuple[Fold, ...] | None = None) -> Statistics:
-    """What the folds find of each token; by default those that the problem wants, with survivors if `record`."""
-    return tensor_core_found.forward(p, layout, record, folds, _launch)
+def forward(
+    p: Problem, layout: Layout, record: bool, folds: tuple[Fold, ...] | None = None, kept_tiles: int = 0
+) -> Statistics:  # fmt: skip
+    """What the folds find of each token; by default those that the problem wants, with survivors if `record`.
+
+    kept_tiles: of each block of tokens, whose logits are kept for the backward.
+    """
+    return tensor_core_found.forward(p, layout, record, folds, _launch, kept_tiles)
 
 
 def indexed_dot(p: Problem, layout: Layout) -> Any:
@@ -41,8 +46,8 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: Arrays)
     terms, e_rows = terms_of(p), matrix_of(e)
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
     capped, scaled = p.options.softcap is not None, p.logit_scale is not None
-    kernel = make_forward_kernel(tiles, p.dtype, bias_dtype, capped, scaled, folds)
-    merge_kernel = make_merge_kernel(tiles.group_n, folds)
+    kernel = make_forward_kernel(tiles, p.dtype, bias_dtype, capped, scaled, folds, layout.fixed)
+    merge_kernel = make_merge_kernel(tiles.group_n, folds, layout.fixed)
     for first_row, first_tile, last_tile in layout.phases(arrays.bits is not None):
         if c is not p.c and first_tile * tiles.block_v == first_row:
             copy_rows(p.c[first_row : first_row + layout.c_rows], c)

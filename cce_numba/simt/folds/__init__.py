@@ -37,7 +37,7 @@ FOLDS: dict[str, Fold] = {fold.name: fold for fold in _ALL}
 def of_problem(p: Problem, record_survivors: bool) -> tuple[Fold, ...]:
     """The folds that a problem's forward runs."""
     chosen = FOLDS | {
-        folds.TARGET_LOGIT: TargetLogit(several=p.K is not None),
+        folds.TARGET_LOGIT: TargetLogit(several=p.K is not None, in_shards=p.shard is not None),
         folds.SURVIVORS: Survivors(unbiased=p.options.is_unbiased),
     }
     return tuple(chosen[name] for name in folds.wanted(p, record_survivors))

@@ -10,6 +10,7 @@ import numpy as np
 from numba import cuda
 
 from cce_numba import folds
+from cce_numba.parallel.shard import ELSEWHERE
 from cce_numba.simt.folds.fold import Functions, Given
 from cce_numba.simt.product import make_product
 from cce_numba.simt.tiles import SimtTiles
@@ -36,9 +37,11 @@ class TargetLogit:
 
     Attributes:
         several: whether tokens have several targets.
+        in_shards: whether other ranks have other entries, so that a target may be `ELSEWHERE`.
     """
 
     several: bool = False
+    in_shards: bool = False
     name: ClassVar[str] = folds.TARGET_LOGIT
     Row: ClassVar[Any] = None
 
@@ -57,12 +60,13 @@ class TargetLogit:
 
     def functions(self, tiles: SimtTiles, real: np.dtype) -> Functions:
         """See `fold.Fold`."""
-        return _functions(tiles, real.type, self.several)
+        return _functions(tiles, real.type, self.several, self.in_shards)
 
 
-def _functions(tiles: SimtTiles, real: Any, several: bool) -> Functions:
+def _functions(tiles: SimtTiles, real: Any, several: bool, in_shards: bool) -> Functions:
     block_n, block_v, threads, threads_v = tiles.block_n, tiles.block_v, tiles.threads, tiles.threads_v
     thread_n, thread_v, column_of, nan = tiles.thread_n, tiles.thread_v, make_product(tiles, real).column_of, real(math.nan)
+    minus_infinity = real(-math.inf)
 
     @cuda.jit(device=True)
     def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
@@ -114,11 +118,13 @@ def _functions(tiles: SimtTiles, real: Any, several: bool) -> Functions:
 
     @cuda.jit(device=True)
     def store(row: Any, first_row: Any, arrays: Any, place: Any) -> None:
-        """Writes NaN for a target out of range, which is in no tile."""
+        """Writes NaN for a target out of range, which is in no tile, and -inf for one that another rank has."""
         if place.exists:
             for k in range(arrays.targets.shape[1]):
                 target = arrays.targets[place.token, k]
-                if target != arrays.padding and (target < 0 or target >= place.V):
+                if in_shards and target == ELSEWHERE:
+                    arrays.target_logit[place.token, k] = minus_infinity
+                elif target != arrays.padding and (target < 0 or target >= place.V):
                     arrays.target_logit[place.token, k] = nan
 
     return Functions(begin, step, row, merge, store)

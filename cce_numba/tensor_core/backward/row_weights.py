@@ -25,8 +25,11 @@ def class_weight_of(entry: Any, class_weights: Any) -> Any:
 
 
 @functools.cache
-def make_two_row_weights(scaled: bool, smoothed: bool, entropic: bool) -> Any:
-    """The device function that loads the `RowWeights` of two listed tokens; options: see `gradient.make_gradient`."""
+def make_row_weights(scaled: bool, smoothed: bool, entropic: bool) -> tuple[Any, Any]:
+    """`(further_of, row_weights)`, device functions that load the `RowWeights` of a listed token: `row_weights(row, further)`.
+
+    Options: see `gradient.make_gradient`.
+    """
     load_f32, load_i32 = memory.load_global_f32, memory.load_global_i32
     has_further = scaled or smoothed or entropic
 
@@ -63,6 +66,14 @@ def make_two_row_weights(scaled: bool, smoothed: bool, entropic: bool) -> Any:
             uniform=uniform,
             entropy=entropy,
         )
+
+    return further_of, row_weights
+
+
+@functools.cache
+def make_two_row_weights(scaled: bool, smoothed: bool, entropic: bool) -> Any:
+    """The device function that loads the `RowWeights` of two listed tokens; options: see `gradient.make_gradient`."""
+    further_of, row_weights = make_row_weights(scaled, smoothed, entropic)
 
     @cuda.jit(device=True, forceinline=True)
     def two_row_weights(position: Any, row: Any, terms: Any, tables: Any) -> Any:

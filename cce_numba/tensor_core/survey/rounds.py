@@ -16,8 +16,11 @@ from cce_numba.tensor_core.survey.tables import K_STEP, LIST_TILE, Sizes, Tables
 
 
 @kernel_factory
-def make_rounds_kernel() -> Kernel:
-    """A CTA for each block sums the block's counts of columns; one more CTA cuts the rounds."""
+def make_rounds_kernel(fixed_tiles: int = 0) -> Kernel:
+    """A CTA for each block sums the block's counts of columns; one more CTA cuts the rounds.
+
+    fixed_tiles: how many tiles a round of a dense survey has, whatever else there is; 0 if as many as there is room for.
+    """
     threads, dense_tiles = THREADS, cuda.jit(device=True, forceinline=True)(tiles_of_dense_round)
 
     @cuda.jit(device=True, forceinline=True)
@@ -51,7 +54,9 @@ def make_rounds_kernel() -> Kernel:
             borrowed = np.int64(0)
             if d_tiles_e != 0:
                 tiles = dense_tiles(sizes.large_cap, blocks)
-                if more_tiles > tiles:
+                if fixed_tiles > 0:
+                    tiles = fixed_tiles
+                elif more_tiles > tiles:
                     borrowed = np.int64(min(sizes.borrowed_tiles, n_live)) // more_tiles
             for round_ in range(t, sizes.rounds_max + 1, threads):
                 first = min(round_, borrowed) * more_tiles + max(np.int64(0), round_ - borrowed) * tiles

@@ -26,7 +26,16 @@ from cce_numba.hopper.backward.records import Outputs, Shape, Workspace
 from cce_numba.launch.kernel import Kernel
 from cce_numba.options import Options
 from cce_numba.tensor_core.backward.phases import RUNS_ALWAYS, RUNS_IF_DENSE, RUNS_IF_FILTERED
-from cce_numba.tensor_core.records import Chance, LogitTerms, Matrix, SurvivorBits, WeightedTokens
+from cce_numba.tensor_core.records import (
+    Chance,
+    LogitTerms,
+    Matrix,
+    NoTargets,
+    PlacedTargets,
+    SeveralTargets,
+    SurvivorBits,
+    WeightedTokens,
+)
 from cce_numba.tensor_core.survey.tables import Sizes, Tables
 
 N, V, D = 300, 1000, 200
@@ -62,21 +71,25 @@ def launches(monkeypatch):
     return seen
 
 
-def problem(*, bias=False, logit_scale=False, class_weights=False, **options):
+def problem(*, bias=False, logit_scale=False, class_weights=False, K=None, **options):
     return SimpleNamespace(
-        N=N, V=V, D=D, e=zeros((N, D), BFLOAT16), c=zeros((V, D), BFLOAT16), dtype=BFLOAT16,
-        bias=zeros(V, BFLOAT16) if bias else None, targets=zeros(N, np.int64),
+        N=N, V=V, D=D, K=K, e=zeros((N, D), BFLOAT16), c=zeros((V, D), BFLOAT16), dtype=BFLOAT16,
+        bias=zeros(V, BFLOAT16) if bias else None, targets=zeros(N if K is None else (N, K), np.int64),
         logit_scale=zeros(N, np.float32) if logit_scale else None,
         class_weights=zeros(V, np.float32) if class_weights else None,
-        xp=SimpleNamespace(empty=zeros, zeros=zeros, maximum=np.maximum), options=Options.of(BFLOAT16, DROPPING | options),
+        xp=SimpleNamespace(
+            empty=zeros, zeros=zeros, maximum=np.maximum, isnan=np.isnan,
+            where=lambda *given: np.where(*given).view(OnDevice), full=lambda *given: np.full(*given).view(OnDevice),
+        ),
+        options=Options.of(BFLOAT16, DROPPING | options),
     )  # fmt: skip
 
 
-def statistics(*, survivors=True, planes=2):
+def statistics(*, survivors=True, planes=2, K=None):
     bits = zeros((planes * 3, PITCH_WORDS), np.uint32).view(np.uint8)[:, : V // 8] if survivors else None
-    return Statistics(
-        zeros(N, np.int32), zeros((), np.int64), *(zeros(N, np.float32) for _ in range(4)), bits, survivor_block=128
-    )
+    target_logit = zeros(N if K is None else (N, K), np.float32)
+    of_tokens = (zeros(N, np.float32) for _ in range(3))
+    return Statistics(zeros(N, np.int32), zeros((), np.int64), *of_tokens, target_logit, bits, survivor_block=128)
 
 
 def gradients(names="e c bias", dtype=BFLOAT16):
@@ -85,7 +98,7 @@ def gradients(names="e c bias", dtype=BFLOAT16):
 
 
 def run(p, found, into, *, smoothed=False, accumulate=False):
-    softmax, target = zeros(N, np.float32), zeros(N, np.float32)
+    softmax, target = zeros(N, np.float32), zeros(p.targets.shape, np.float32)
     uniform = zeros(N, np.float32) if smoothed else None
     host.backward(p, found, Weights(softmax, target, uniform), into, accumulate)
     return softmax, target, uniform
@@ -124,7 +137,30 @@ def test_launches_are_in_order_and_kernels_take_their_records(launches):
     assert ctas == 132
     assert kernel.cluster == 2, "200 hidden entries are two tiles"
     kinds = [type(value) for value in values]
-    assert kinds == [int, Matrix, Matrix, LogitTerms, Chance, int, Tables, np.int32, Workspace, Outputs, Shape]
+    assert kinds == [int, Matrix, Matrix, LogitTerms, Chance, int, Tables, np.int32, Workspace, Outputs, Shape, NoTargets]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_several_targets_are_placed_after_the_survey(launches, bias):
+    """And what they give to the gradient of the bias is taken from it at the end."""
+    p, found = problem(bias=bias, K=5), statistics(K=5)
+    _, target, _ = run(p, found, gradients("e c bias" if bias else "e c"))
+    assert [name for name, *_ in launches] == [*KERNELS[:-1], "invert", "place", "backward", *["take_from_bias"] * bias]
+    values = by_name(launches)
+    placed = record_of(values["place"], PlacedTargets)
+    assert record_of(values["backward"], PlacedTargets) == placed
+    assert placed.K == 8, "four are looked at together"
+    assert len(set(placed[:4])) == 4
+    assert record_of(values["place"], SeveralTargets) == (p.targets.data.ptr, 5, -100, found.target_logit.data.ptr)
+    assert values["place"][1] == target.data.ptr
+    assert values["invert"][2] == values["place"][2], "which of the sorted columns each entry is"
+    assert record_of(values["place"], Tables) == record_of(values["backward"], Tables)
+    tokens = record_of(values["weigh"], WeightedTokens)
+    assert target.data.ptr != tokens.target_weight, "the survey has one weight and one logit of each token"
+    assert (values["place"][-1] != 0) == bias
+    if bias:
+        assert values["take_from_bias"][0] == values["place"][-1]
+        assert values["take_from_bias"][-1] == record_of(values["backward"], Outputs).bias
 
 
 def test_what_is_there_is_told_by_its_address(launches):
@@ -295,7 +331,7 @@ def test_nothing_is_lent(launches, names, adds):
 def test_parts_of_the_workspace_do_not_overlap(launches):
     """As records say where they begin: maps, counters, tables, and what the kernel keeps from job to job."""
     run(problem(bias=True), statistics(), gradients())
-    maps, *_, tables, _, workspace, _, _ = by_name(launches)["backward"]
+    maps, *_, tables, _, workspace, _, _, _ = by_name(launches)["backward"]
     counters = by_name(launches)["begin"][-2]
     assert workspace.next_job == counters
     assert workspace.done == counters + 4

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cce_numba import gpu
+from cce_numba.options import Options
 from tests.helpers.harness import SimulatorHarness
 
 if SimulatorHarness.is_active():
@@ -34,6 +35,7 @@ class Problem:
     def __init__(self, N, V, D, e=None, c=None):
         self.N, self.V, self.D, self.dtype = N, V, D, np.dtype(np.float16)
         self.e, self.c = e or Matrix(N, D), c or Matrix(V, D)
+        self.options = Options.of(np.dtype(np.float16), {})
 
 
 @pytest.fixture(autouse=True, params=[132, 114, 78], ids=lambda count: f"{count} multiprocessors")
