@@ -78,7 +78,7 @@ def test_all_options(folds):
 def test_float32(name):
     """None of what is spilled is in the loop over stages, which nothing here can tell: states of rows are."""
     tiles = tiles_for((9, 0), wide=True)
-    kernel = make_forward_kernel(tiles, F32, None, False, False, True, RECORDING, name == "tf32")
+    kernel = make_forward_kernel(tiles, F32, None, False, False, True, RECORDING, allow_tf32=name == "tf32")
     check(kernel, offline.compile_launched(kernel), tiles, (9, 0), name, 640 if name == "f32" else 0)
 
 
