@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,6 +56,19 @@ def test_tiles_fit_their_machine_and_one_stage_more_would_not_or_is_not_wanted(c
 def test_tiles_that_cannot_be_are_refused_with_the_reason(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("cc", [cc for cc in MACHINES if cc != (13, 0)], ids=str)
+def test_the_page_of_kernels_tells_the_tiles(cc):
+    """docs/which_kernels.md, in the row that names the compute capability."""
+    page = (Path(__file__).parents[2] / "docs" / "which_kernels.md").read_text().partition("## Tiles and shared memory")[2]
+    name = "{}.{}".format(*cc)
+    rows = [line.split("|") for line in page.partition("## float32")[0].splitlines() if line.startswith("| ")]
+    (row,) = [row for row in rows if name in row[1].strip().split(", ")]
+    cells = [f"{smem_bytes_of(cc) // 1024} KiB"]
+    chosen = tiles_for(cc), wide_tiles_for(cc), backward_tiles_for(cc)
+    cells += [f"128 x {tiles.block_v}, {tiles.stages} stages" for tiles in chosen]
+    assert [cell.strip() for cell in row[2:6]] == cells
 
 
 @pytest.mark.parametrize(
