@@ -21,6 +21,7 @@ OPTIONS = (
     "sum_squares",
     "top_k",
     "batch_invariant",
+    "allow_tf32",
     "filter",
     "filter_seed",
     "filter_eps",
@@ -58,6 +59,7 @@ def linear_logprobs(
         sum_squares: return the sum of the squares of all probabilities: 1 / V for a uniform distribution, 1 for a certain one.
         top_k: return the k largest log-probabilities and their entries, exactly.
         batch_invariant: a token's numbers are bitwise the same whatever other tokens stand beside it, and how many.
+        allow_tf32: as in `linear_cross_entropy`.
         filter, filter_seed, filter_eps, filter_e_grad, filter_c_grad, workspace_bytes: accepted, and of no effect, since they
             are about gradients.
 

@@ -178,6 +178,9 @@ def linear_cross_entropy(
         batch_invariant: what is found of a token (log-probabilities, lse, entropy, sum of squares, best entries) is bitwise the
             same whatever other tokens stand beside it, and how many. So is its row of the gradient of `e`, which is exact then,
             for the same upstream gradient of its own; a mean over all tokens is none of its own.
+        allow_tf32: float32 numbers of e and c (and, in a backward, gradients of logits) may be rounded to tf32, 11 significant
+            bits, on their way to tensor cores. It chooses backend "ampere"; other backends refuse it. It means nothing for
+            other dtypes.
         reduction: "mean" over the tokens that count (nan if none does), "sum", or "none". With weights, the mean divides by the
             sum of token weight times class weight of the target (nan, with gradients of 0, if that is 0).
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.

@@ -19,6 +19,7 @@ from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
 
 EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "batch_invariant", SEVERAL_TARGETS})
+ON_REQUEST: frozenset[np.dtype] = frozenset()
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10
 _TILES = HopperTiles()

@@ -21,6 +21,7 @@ from cce_numba.simt.tiles import choose_tiles
 from cce_numba.simt.tokens import list_tokens
 
 EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS})
+ON_REQUEST: frozenset[np.dtype] = frozenset()
 
 
 def why_not(p: Outline | Problem) -> str | None:

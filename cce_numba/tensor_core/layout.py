@@ -29,7 +29,7 @@ class Layout:
     """How a problem is cut.
 
     Attributes:
-        N, V, D: of the problem.
+        N, V, D, itemsize: of the problem.
         tiles: the tiles, with `block_n`, `block_v`, `group_n` and `cluster`, the CTAs that work together.
         workers: clusters that run at the same time.
         per_round: groups of tokens that they take at a time, see `schedule`.
@@ -52,24 +52,26 @@ class Layout:
     c_copied: str | None
     c_rows: int
     fixed: bool = False
+    itemsize: int = 2
 
     @classmethod
     def of(cls, p: Problem, tiles: Any) -> Any:
         """The layout for a problem on CuPy's current device."""
         workers = gpu.current().multiprocessors // tiles.cluster
-        per_round = groups_per_round(workers, _CACHED_BYTES // (2 * p.D * tiles.group_n))
-        fixed = p.options.batch_invariant
+        itemsize, fixed = p.dtype.itemsize, p.options.batch_invariant
+        per_round = groups_per_round(workers, _CACHED_BYTES // (itemsize * p.D * tiles.group_n))
         if fixed:
             per_round = min(per_round, _FIXED_GROUPS)
         c_copied, c_rows = matrices.why_not(p.c), p.V
         if c_copied is not None:
-            fitting = _COPY_BYTES // (2 * matrices.padded_columns(p.D)) // tiles.block_v * tiles.block_v
+            fitting = _COPY_BYTES // (itemsize * matrices.padded_columns(p.D)) // tiles.block_v * tiles.block_v
             c_rows = min(p.V, max(tiles.block_v, fitting))
         # Tokens of a launch: whole rounds, at least one.
         slots_of_round = workers // per_round * per_round
         rounds = max(1, (_SCRATCH_BYTES // (4 * tiles.group_n) - 2 * workers) // slots_of_round)
         batch = rounds * per_round * tiles.group_n
-        return _known(cls(p.N, p.V, p.D, tiles, workers, per_round, batch, matrices.why_not(p.e), c_copied, c_rows, fixed))
+        e_copied = matrices.why_not(p.e)
+        return _known(cls(p.N, p.V, p.D, tiles, workers, per_round, batch, e_copied, c_copied, c_rows, fixed, itemsize))
 
     @functools.cached_property
     def n_tiles(self) -> int:
@@ -105,7 +107,7 @@ class Layout:
     def copy_bytes(self) -> int:
         """Copies of e and of a part of c."""
         rows = (self.N if self.e_copied else 0) + (self.c_rows if self.c_copied else 0)
-        return 2 * rows * matrices.padded_columns(self.D)
+        return self.itemsize * rows * matrices.padded_columns(self.D)
 
     def e_in_reach(self, p: Problem) -> Any:
         """e, or a copy that the copy engine can read."""

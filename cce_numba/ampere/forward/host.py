@@ -36,8 +36,9 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: Arrays)
     begin(p, arrays, e)
     terms, e_rows, c_rows = terms_of(p), matrix_of(e), matrix_of(c)
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
-    capped, scaled, whole = p.options.softcap is not None, p.logit_scale is not None, p.D % 8 == 0
-    kernel = make_forward_kernel(tiles, p.dtype, bias_dtype, capped, scaled, whole, folds, layout.fixed)
+    capped, scaled, whole = p.options.softcap is not None, p.logit_scale is not None, p.D * p.dtype.itemsize % 16 == 0
+    tf32 = p.options.allow_tf32
+    kernel = make_forward_kernel(tiles, p.dtype, bias_dtype, capped, scaled, whole, folds, layout.fixed, tf32)
     merge_kernel = make_merge_kernel(tiles.group_n, folds, layout.fixed)
     for first_row, first_tile, last_tile in layout.phases(arrays.bits is not None):
         if c is not p.c and first_tile * tiles.block_v == first_row:
