@@ -60,7 +60,7 @@ def run(page: Path, has_gpu: bool) -> dict:
 
 def needs(page: Path) -> None:
     text = "".join(block.source for block in examples(page))
-    for package in ("torch", "transformers", "hypothesis"):
+    for package in ("torch", "transformers", "hypothesis", "jax"):
         if re.search(rf"^(?:import|from) {package}\b|^from cce_numba\.{package}", text, re.MULTILINE):
             pytest.importorskip(package, reason=f"{package} is not installed")
 
