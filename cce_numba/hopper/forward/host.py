@@ -14,6 +14,7 @@ from cce_numba.hopper import tensor_map
 from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.forward.layout import Layout, copy_rows
 from cce_numba.integers import ceil_div
+from cce_numba.parallel.bounds import phase_of_exchange
 from cce_numba.survivors import coarse_eps_of, log_threshold
 from cce_numba.tensor_core.draws import write_draw_seed
 from cce_numba.tensor_core.folds import FOLDS, SURVIVORS_BY_CHANCE, Fold, number_count, result_names
@@ -137,7 +138,12 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: _Arrays
     capped, scaled = p.options.softcap is not None, p.logit_scale is not None
     kernel = make_forward_kernel(tiles, p.dtype, bias_dtype, capped, scaled, folds)
     merge_kernel = make_merge_kernel(tiles.group_n, folds)
-    for first_row, first_tile, last_tile in layout.phases(arrays.bits is not None):
+    phases, bounds = layout.phases(arrays.bits is not None), p.bounds
+    exchange = phase_of_exchange([first_tile for _, first_tile, _ in phases], layout.n_tiles)
+    for phase, (first_row, first_tile, last_tile) in enumerate(phases):
+        if phase == exchange and bounds is not None and arrays.bounds is not None:
+            lse = arrays.numbers[arrays.names.index("lse")] if phase else None
+            arrays.bounds[...] = bounds.of_all(arrays.bounds, lse)
         if c is not p.c and first_tile * tiles.block_v == first_row:
             copy_rows(p.c[first_row : first_row + layout.c_rows], c)
         vocabulary = Vocabulary(first_tile, last_tile - first_tile, first_row, p.V)
