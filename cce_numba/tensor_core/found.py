@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from cce_numba import folds as fold_names
 from cce_numba.arguments import Problem
 from cce_numba.backend import Statistics
 from cce_numba.integers import ceil_div
+from cce_numba.parallel.bounds import phase_of_exchange
 from cce_numba.survivors import coarse_eps_of, log_threshold
 from cce_numba.tensor_core.draws import write_draw_seed
 from cce_numba.tensor_core.folds import FOLDS, SEVERAL_TARGET_LOGITS, SURVIVORS_BY_CHANCE, Fold, result_names
@@ -168,6 +169,17 @@ def begin(p: Problem, arrays: Arrays, e: Any, constants: tuple[int, ...] = (), c
         launch_indexed_dot(p, matrix_of(e), terms_of(p), every, arrays.found.bound, arrays.survivors)
         if arrays.seed is not None:
             write_draw_seed(p, every, arrays.survivors.seed)
+
+
+def phases_of(p: Problem, layout: Layout, arrays: Arrays) -> Iterator[tuple[int, int, int]]:
+    """`Layout.phases`; before one of them ranks tell each other what bounds the log-sum-exps of all from below."""
+    phases, bounds = layout.phases(arrays.bits is not None), p.bounds
+    exchange = phase_of_exchange([first_tile for _, first_tile, _ in phases], layout.n_tiles)
+    for phase, cut in enumerate(phases):
+        if phase == exchange and bounds is not None and arrays.bounds is not None:
+            lse = arrays.numbers[arrays.names.index("lse")] if phase else None
+            arrays.bounds[...] = bounds.of_all(arrays.bounds, lse)
+        yield cut
 
 
 def batch_of(arrays: Arrays, first_token: int, n_tokens: int, block_n: int) -> tuple[Tokens, Survivors]:

@@ -11,7 +11,7 @@ from cce_numba.arguments import Problem
 from cce_numba.backend import Statistics
 from cce_numba.tensor_core import found as tensor_core_found
 from cce_numba.tensor_core.folds import Fold, number_count
-from cce_numba.tensor_core.found import NO_SURVIVORS, Arrays, batch_of, begin
+from cce_numba.tensor_core.found import NO_SURVIVORS, Arrays, batch_of, begin, phases_of
 from cce_numba.tensor_core.layout import Layout, copy_rows
 from cce_numba.tensor_core.merge import Split, ctas_for, make_merge_kernel
 from cce_numba.tensor_core.problem import matrix_of, terms_of
@@ -40,7 +40,7 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: Arrays)
     tf32 = p.options.allow_tf32
     kernel = make_forward_kernel(tiles, p.dtype, bias_dtype, capped, scaled, whole, folds, layout.fixed, tf32)
     merge_kernel = make_merge_kernel(tiles.group_n, folds, layout.fixed)
-    for first_row, first_tile, last_tile in layout.phases(arrays.bits is not None):
+    for first_row, first_tile, last_tile in phases_of(p, layout, arrays):
         if c is not p.c and first_tile * tiles.block_v == first_row:
             copy_rows(p.c[first_row : first_row + layout.c_rows], c)
         vocabulary = Vocabulary(first_tile, last_tile - first_tile, first_row, p.V)

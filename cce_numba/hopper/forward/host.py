@@ -13,7 +13,7 @@ from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.forward.layout import Layout
 from cce_numba.tensor_core import found as tensor_core_found
 from cce_numba.tensor_core.folds import Fold, number_count
-from cce_numba.tensor_core.found import NO_SURVIVORS, Arrays, batch_of, begin
+from cce_numba.tensor_core.found import NO_SURVIVORS, Arrays, batch_of, begin, phases_of
 from cce_numba.tensor_core.layout import copy_rows
 from cce_numba.tensor_core.merge import Split, ctas_for, make_merge_kernel
 from cce_numba.tensor_core.problem import matrix_of, terms_of
@@ -48,7 +48,7 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: Arrays)
     capped, scaled = p.options.softcap is not None, p.logit_scale is not None
     kernel = make_forward_kernel(tiles, p.dtype, bias_dtype, capped, scaled, folds, layout.fixed)
     merge_kernel = make_merge_kernel(tiles.group_n, folds, layout.fixed)
-    for first_row, first_tile, last_tile in layout.phases(arrays.bits is not None):
+    for first_row, first_tile, last_tile in phases_of(p, layout, arrays):
         if c is not p.c and first_tile * tiles.block_v == first_row:
             copy_rows(p.c[first_row : first_row + layout.c_rows], c)
         vocabulary = Vocabulary(first_tile, last_tile - first_tile, first_row, p.V)
