@@ -51,6 +51,32 @@ def fold_rows(n: int, step: Callable[..., Any]) -> Any:
     return as_intrinsic(define, len(operands), f"fold_rows_{step.__name__}")
 
 
+def fold_chunk_rows(n: int, chunks: int, step: Callable[..., Any]) -> Any:
+    """As `fold_rows`, for each of `chunks` parts of the tile, of n / chunks neighbouring columns: `step(so_far, z, start)`.
+
+    In a kernel: `results = fold(fragment, start)`, those of row 0 for each part, then those of row 1, each over this thread's
+    columns and from the same start.
+    """
+    operands = (fragment_type(n), F32)
+    result = types.UniTuple(F32, 2 * chunks)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(step.__name__, operands, given)
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, step, F32(F32, F32, F32))
+            fragment, start = values
+            so_far = [start] * (2 * chunks)
+            for i in range(n // 2):
+                place = chunks * row_of(i) + i // (n // 2 // chunks)
+                so_far[place] = call(so_far[place], builder.extract_value(fragment, i), start)
+            return context.make_tuple(builder, result, so_far)
+
+        return result(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"fold_chunk_rows_{step.__name__}")
+
+
 def map_rows(n: int, change: Callable[..., Any]) -> Any:
     """Changes each logit by a number of its row: `change(z, by_row) -> z`, all float32.
 

@@ -61,14 +61,25 @@ class SeveralTargets(Record):
     logits = pointer_to(np.float32)  # (N, K): a result of the forward
 
 
-class FoundOfSeveral(Record):
-    """`Found`, where tokens have several targets. Nobody reads `targets` then; `bound` has the largest of a token's logits."""
+class GroupMaxima(Record):
+    """The largest logits of groups of entries (`folds.group_maxima`), of the tokens of a batch."""
+
+    address = U64  # of (positions in the batch, pitch) float32
+    pitch = I64  # groups of a row, in all tiles of the vocabulary
+
+
+class FoundOfMore(Record):
+    """`Found`, where tokens have several targets, or their best entries are wanted.
+
+    With several targets nobody reads `targets`, and `bound` has the largest of a token's target logits.
+    """
 
     results = pointer_to(np.float32)
     pitch = I64
     targets = pointer_to(np.int64)
     bound = pointer_to(np.float32)
     several = SeveralTargets
+    maxima = GroupMaxima
 
 
 class Parts(Record):

@@ -13,7 +13,7 @@ from cce_numba.arguments import Problem
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import memory
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.records import I32, I64, U64, Found, FoundOfSeveral
+from cce_numba.tensor_core.records import I32, I64, U64, Found, FoundOfMore
 from cce_numba.tensor_core.sums import THREADS, sum_before
 
 _TOKENS = 8  # neighbours, of each thread
@@ -58,10 +58,10 @@ def mark_targets(n: Any, V: Any, several: Any) -> None:
 
 
 @kernel_factory
-def make_list_tokens_kernel(n_constants: int = 0, several: bool = False) -> Kernel:
+def make_list_tokens_kernel(n_constants: int = 0, several: bool = False, more: bool = False) -> Kernel:
     """The kernel: one CTA. On its way it writes `n_constants` 64-bit words to memory, for kernels that must read them there.
 
-    several: tokens have several targets.
+    several: tokens have several targets. more: it takes a `FoundOfMore`, as with several targets.
     """
     threads, tokens_per_thread = THREADS, _TOKENS
 
@@ -75,7 +75,7 @@ def make_list_tokens_kernel(n_constants: int = 0, several: bool = False) -> Kern
     def list_tokens_kernel(
         constants: Any,  # n_constants words
         constants_to: Any,  # (n_constants,)
-        found: Any,  # Found, or FoundOfSeveral
+        found: Any,  # Found, or FoundOfMore
         has_targets: Any,
         ignore_index: Any,
         N: Any,
@@ -120,7 +120,7 @@ def make_list_tokens_kernel(n_constants: int = 0, several: bool = False) -> Kern
 
     p_i64, p_i32 = pointer_to(np.int64), pointer_to(np.int32)
     constants = types.UniTuple(U64, n_constants), pointer_to(np.uint64)
-    parameters = *constants, FoundOfSeveral if several else Found, I32, I64, I32, I32, p_i32, p_i64, I32, I32
+    parameters = *constants, FoundOfMore if several or more else Found, I32, I64, I32, I32, p_i32, p_i64, I32, I32
     return Kernel(list_tokens_kernel, parameters, threads=THREADS)
 
 
@@ -128,7 +128,7 @@ def list_tokens(
     p: Problem,
     tokens: int,
     n_valid: int,
-    found: Found | FoundOfSeveral,
+    found: Found | FoundOfMore,
     results: tuple[str, ...],
     constants: tuple[int, ...] = (),
     constants_to: int = 0,
@@ -138,7 +138,7 @@ def list_tokens(
     results: the names of `found.results`.
     """
     target_result = results.index("target_logit") if "target_logit" in results else -1
-    make_list_tokens_kernel(len(constants), isinstance(found, FoundOfSeveral)).launch(
+    make_list_tokens_kernel(len(constants), p.K is not None, isinstance(found, FoundOfMore)).launch(
         1, constants, constants_to, found, p.targets is not None, p.options.ignore_index, p.N, p.V, tokens, n_valid,
         len(results), target_result,
     )  # fmt: skip
