@@ -18,6 +18,7 @@ from cce_numba.tensor_core.fragment import (
     collect_bits,
     column_of,
     fill_columns,
+    fold_chunk_rows,
     fold_rows,
     map_elements,
     row_of,
@@ -108,6 +109,21 @@ def compiled_fold(n, step):
         out[1] = row_1
 
     return offline.compile_function(kernel, types.void(fragments_of(n), F32, F32, F32_ARRAY))
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(("n", "chunks"), [(32, 1), (192, 4)])
+def test_each_element_of_each_part_is_folded_once(n, chunks):
+    fold = fold_chunk_rows(n, chunks, larger)
+
+    def kernel(fragments, start, out):
+        results = fold(fragments[0], start)
+        out[0] = results[0]
+        out[1] = results[2 * chunks - 1]
+
+    compiled = offline.compile_function(kernel, types.void(fragments_of(n), F32, F32_ARRAY))
+    assert compiled.count(r"max\.f32") == 2 * n // 4 // chunks, "of two of the results; nobody asks for the others"
+    assert compiled.stack_bytes == compiled.spilled_bytes == 0
 
 
 @pytest.mark.usefixtures("compiler")
