@@ -233,7 +233,7 @@ def divergence(student: Head, teacher: Head, which: Divergence, tiles: SimtTiles
         chunk = _chunk_of_both(p, tiles)
         log_p, log_q = (argument(xp.empty((chunk, p.N), p.compute_dtype)) for _ in range(2))
         tokens, nothing = argument(student.tokens()), _no_flow(p)
-        heads = [(argument(head.found()), _kernel(head, p), array) for head, array in ((teacher, log_p), (student, log_q))]
+        heads = [(argument(head.found()), _kernel_for(head, p), array) for head, array in ((teacher, log_p), (student, log_q))]
         kernel = make_divergence_kernel(p.compute_dtype, which)
         for v0 in range(0, p.V, chunk):
             v1 = min(v0 + chunk, p.V)
@@ -259,7 +259,7 @@ def backward(
     of_student: of `divergence`. d_token (N,): what flows into each token's divergence, times its logit scale.
     """
     p = student.problem
-    (of_teacher, teacher_tiles), (of_own, own_tiles) = _kernel(teacher, p), _kernel(student, p, which)
+    (of_teacher, teacher_tiles), (of_own, own_tiles) = _kernel_for(teacher, p), _kernel_for(student, p, which)
     flow, tokens = argument(Flow(d_token, of_student)), argument(student.tokens())
     theirs, ours = argument(teacher.found()), argument(student.found())
 
@@ -272,7 +272,7 @@ def backward(
     backward_kernels.backward(p, tiles, student.statistics, weights, into, adds, fill)
 
 
-def _kernel(head: Head, student: Problem, which: Divergence | None = None) -> tuple[ArrayKernel, SimtTiles]:
+def _kernel_for(head: Head, student: Problem, which: Divergence | None = None) -> tuple[ArrayKernel, SimtTiles]:
     p, tiles = head.problem, choose_tiles(head.problem.compute_dtype, SIMULATED)
     return make_log_probabilities_kernel(tiles, p.dtype, bias_dtype_of(p), student.compute_dtype, which), tiles
 
