@@ -10,7 +10,7 @@ from cce_numba import gpu
 from cce_numba.arguments import Problem
 from cce_numba.integers import ceil_div
 from cce_numba.tensor_core import matrices
-from cce_numba.tensor_core.folds.group_maxima import groups_of
+from cce_numba.tensor_core.folds.group_maxima import GROUP_BYTES, GROUPS
 from cce_numba.tensor_core.schedule import count_slots, groups_per_round
 
 # With survivors, the vocabulary goes in these parts, and each gives the next a bound of the log-sum-exp, where else each
@@ -75,7 +75,7 @@ class Layout:
         batch = rounds * per_round * tiles.group_n
         with_best = p.options.top_k > 0
         if with_best:
-            groups_bytes = 4 * tiles.group_n * groups_of_row(ceil_div(p.V, tiles.block_v), tiles)
+            groups_bytes = GROUP_BYTES * tiles.group_n * groups_of_row(ceil_div(p.V, tiles.block_v), tiles)
             batch = min(batch, max(1, _MAXIMA_BYTES // groups_bytes) * tiles.group_n)
         sizes = p.N, p.V, p.D, tiles, workers, per_round, batch
         return _known(cls(*sizes, matrices.why_not(p.e), c_copied, c_rows, fixed, with_best))
@@ -98,7 +98,7 @@ class Layout:
     @property
     def best_bytes(self) -> int:
         """Maxima, where the best entries are wanted."""
-        return 4 * self.rows * self.groups if self.with_best else 0
+        return GROUP_BYTES * self.rows * self.groups if self.with_best else 0
 
     @property
     def blocks(self) -> int:
@@ -173,7 +173,7 @@ class Layout:
 
 def groups_of_row(n_tiles: int, tiles: Any) -> int:
     """Groups of a row, in so many tiles of the vocabulary."""
-    return n_tiles * (tiles.block_v // tiles.fold_v) * groups_of(tiles.fold_v)
+    return n_tiles * (tiles.block_v // tiles.fold_v) * GROUPS
 
 
 @functools.lru_cache(maxsize=256)

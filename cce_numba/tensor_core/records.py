@@ -62,9 +62,9 @@ class SeveralTargets(Record):
 
 
 class GroupMaxima(Record):
-    """The largest logits of groups of entries (`folds.group_maxima`), of the tokens of a batch."""
+    """The two largest logits of groups of entries (`folds.group_maxima`), of the tokens of a batch."""
 
-    address = U64  # of (positions in the batch, pitch) float32
+    address = U64  # of (positions in the batch, pitch) groups of 16 bytes
     pitch = I64  # groups of a row, in all tiles of the vocabulary
 
 

@@ -1,12 +1,12 @@
-"""The best entries of each token, out of the largest logits of groups of entries (`folds.group_maxima`).
+"""The best entries of each token, out of the two largest logits of each group of entries (`folds.group_maxima`).
 
-Let t be the k-th largest of a token's group maxima. It is no larger than the k-th best logit, so an entry can only be one of
-the k best if the maximum of its group reaches t. These are k groups, and more where maxima are equal. Their logits are computed
-once more, one dot product each, and the best of them are the best of all.
+Let t be the k-th largest of the groups' largest logits. It is no larger than the k-th best logit of all, so an entry can only
+be one of the k best if its logit reaches t. If the second largest logit of a group does not reach t, its largest is all that
+the group may give. If it does, which is rare, the logits of the group are computed once more, one dot product each.
 
-These dot products are float32 sums of exact products, as all logits are, but added up in another order. So t is lowered by more
-than that can change, and of two entries whose logits differ by less, either may come first. The best logit is the one that the
-log-sum-exp knows, whose rounding it shares.
+So nearly all logits that are found here are those of the tiles, to the bit. A dot product is a float32 sum of the same exact
+products, added up in another order. It is taken to be no larger than the group's largest logit, so that equal logits stay in
+the order of their entries.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from cce_numba.arguments import Problem
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import arithmetic, memory
 from cce_numba.tensor_core import matrices
-from cce_numba.tensor_core.folds.group_maxima import chunks_of, entry_of
+from cce_numba.tensor_core.exponentials import NEGATIVE_INFINITY
+from cce_numba.tensor_core.folds.group_maxima import GROUP_BYTES, entry_of
 from cce_numba.tensor_core.indexed_dot import make_dot
 from cce_numba.tensor_core.problem import matrix_of
 from cce_numba.tensor_core.records import I32, I64, GroupMaxima, LogitTerms, Matrix, Tokens
@@ -29,7 +30,6 @@ from cce_numba.tensor_core.tokens import token_at
 MOST = 64  # entries, for which shared memory has room
 _THREADS, _CTAS = 256, 3  # of a CTA; CTAs that a multiprocessor has room for, whose loads hide each other
 _BINS = 256  # of eight bits of a key
-_SLACK = np.float32(2e-5)  # of 1 + the magnitude of the largest logit: twice what a logit may be off by
 
 bits_of_float, float_of_bits = arithmetic.bits_of_float, arithmetic.float_of_bits
 
@@ -62,9 +62,9 @@ def insert(z: Any, v: Any, logits: Any, ids: Any, have: Any, k: Any) -> Any:
 
 @cuda.jit(device=True, forceinline=True)
 def kth_largest(first: Any, groups: Any, k: Any, counts: Any, chosen: Any) -> Any:
-    """By a CTA: the k-th largest of so many float32, k at most that many, found eight bits of its key at a time.
+    """By a CTA: the k-th largest of the largest logits of groups, k at most as many, found eight bits of its key at a time.
 
-    first: address of the first. counts: (256,) int32 in shared memory. chosen: (2,) int32 in shared memory.
+    first: address of the first group. counts: (256,) int32 in shared memory. chosen: (2,) int32 in shared memory.
     """
     t, threads = cuda.threadIdx.x, cuda.blockDim.x
     prefix, mask, shift = np.uint32(0), np.uint32(0), np.uint32(32)
@@ -74,7 +74,7 @@ def kth_largest(first: Any, groups: Any, k: Any, counts: Any, chosen: Any) -> An
             counts[i] = 0
         cuda.syncthreads()
         for i in range(t, groups, threads):
-            key = key_of(memory.load_global_f32(first + np.uint64(4 * i)))
+            key = key_of(memory.load_global_f32(first + np.uint64(GROUP_BYTES * i)))
             if key & mask == prefix:
                 cuda.atomic.add(counts, np.int32((key >> shift) & np.uint32(_BINS - 1)), 1)
         cuda.syncthreads()
@@ -98,10 +98,9 @@ def make_best_kernel(n: int, dtype: np.dtype, bias_dtype: np.dtype | None, align
 
     bias_dtype, aligned, scaled: as in `make_indexed_dot_kernel`.
     """
-    chunks = chunks_of(n)
-    columns = n // chunks // 4
+    columns = n // 4
     product_of, logit_of = make_dot(dtype, bias_dtype, aligned, scaled)
-    slack = _SLACK
+    load_i32, load_f32 = memory.load_global_i32, memory.load_global_f32
 
     def best_kernel(
         e: Matrix,
@@ -110,7 +109,7 @@ def make_best_kernel(n: int, dtype: np.dtype, bias_dtype: np.dtype | None, align
         terms: LogitTerms,
         tokens: Tokens,  # a batch
         maxima: GroupMaxima,  # of the batch
-        max_logit: Any,  # (N,): the largest logit, by row of e
+        log_sum: Any,  # (N,): NaN where a token is lost, by row of e
         V: Any,
         D: Any,
         k: Any,
@@ -127,44 +126,45 @@ def make_best_kernel(n: int, dtype: np.dtype, bias_dtype: np.dtype | None, align
         if position >= min(max(tokens.n_valid[0] - tokens.first, 0), tokens.most):
             return
         token, groups = np.int64(token_at(tokens.listed, position)), np.int32(maxima.pitch)
-        first = np.uint64(maxima.address + np.uint64(4 * (np.int64(position) * maxima.pitch)))
-        threshold = kth_largest(first, groups, np.int32(min(k, groups)), counts, chosen)
-        largest = max_logit[token]
-        threshold -= slack * (np.float32(1) + (largest if largest >= 0 else -largest))
+        if log_sum[token] != log_sum[token]:  # any entries, and whatever their logits are, probabilities are NaN
+            for i in range(t, k, threads):
+                top_logits[token * k + i], top_ids[token * k + i] = np.float32(0), np.int64(i)
+            return
+        first = np.uint64(maxima.address + np.uint64(GROUP_BYTES * (np.int64(position) * maxima.pitch)))
+        threshold = NEGATIVE_INFINITY  # which all groups reach: there are fewer of them than entries are wanted
+        if k <= groups:
+            threshold = kth_largest(first, groups, np.int32(k), counts, chosen)
         have = np.int32(0)
         for begin in range(0, groups, threads):
             is_near = np.int32(0)
-            if begin + t < groups:
-                # "not below": all are near where the threshold is NaN, of a token whose logits are inf.
-                maximum = memory.load_global_f32(first + np.uint64(4 * (begin + t)))
-                is_near = np.int32(0) if maximum < threshold else np.int32(1)
+            if begin + t < groups and load_f32(first + np.uint64(GROUP_BYTES * (begin + t))) >= threshold:
+                is_near = np.int32(1)
             near[t] = is_near
             if cuda.syncthreads_or(is_near):
                 for other in range(min(threads, groups - begin)):
                     if near[other]:
-                        for i in range(warp, columns, warps):
-                            v: Any = np.int64(entry_of(begin + other, i, n, chunks))
-                            if v < V:
-                                product = product_of(e, c, c_step_bytes, token, v, D, lane)
-                                if lane == 0:
-                                    found[i] = logit_of(product, terms, token, v)
-                        cuda.syncthreads()
+                        group = np.int32(begin + other)
+                        address = np.uint64(first + np.uint64(GROUP_BYTES * group))
+                        best, place = load_f32(address), load_i32(address + np.uint64(8))
+                        gives_one = load_f32(address + np.uint64(4)) < threshold
+                        if not gives_one:
+                            for i in range(warp, columns, warps):
+                                v: Any = np.int64(entry_of(group, i, n))
+                                if v < V:
+                                    product = product_of(e, c, c_step_bytes, token, v, D, lane)
+                                    if lane == 0:
+                                        found[i] = logit_of(product, terms, token, v)
+                            cuda.syncthreads()
                         if t == 0:
                             for i in range(columns):
-                                v = np.int32(entry_of(begin + other, i, n, chunks))
-                                if v < V:
-                                    have = np.int32(insert(found[i], v, logits, ids, have, k))
+                                v = np.int32(entry_of(group, i, n))
+                                if i == place and v < V:
+                                    have = np.int32(insert(best, v, logits, ids, have, k))
+                                elif not gives_one and v < V:
+                                    z = found[i] if found[i] < best else best
+                                    have = np.int32(insert(z, v, logits, ids, have, k))
                         cuda.syncthreads()
             cuda.syncthreads()
-        if t == 0:
-            # The best logit has the rounding of the log-sum-exp, and no other is larger. Those that are equal then go by entry.
-            equal = np.int32(1)
-            while equal < k and not (logits[equal] < largest):
-                equal = np.int32(equal + 1)
-            have = np.int32(0)
-            for i in range(equal):
-                have = np.int32(insert(largest, ids[i], logits, ids, have, equal))
-        cuda.syncthreads()
         for i in range(t, k, threads):
             top_logits[token * k + i] = logits[i]
             top_ids[token * k + i] = np.int64(ids[i])
@@ -191,7 +191,7 @@ def find_best(p: Problem, layout: Any, e: Any, terms: LogitTerms, batch: Tokens,
         terms,
         batch,
         arrays.found.maxima,
-        arrays.numbers[arrays.names.index("max_logit")].data.ptr,
+        arrays.numbers[arrays.names.index("log_sum")].data.ptr,
         p.V,
         p.D,
         p.options.top_k,

@@ -1,6 +1,6 @@
-"""The largest logit of each group of a row's columns, by which the best entries are found afterwards (`tensor_core.top_k`).
+"""The two largest logits of each group of a row's columns, by which the best entries are found later (`tensor_core.top_k`).
 
-A lane has n / 4 columns of a row of a tile. They are one group, or some groups of equally many columns where that is cheap.
+A group is what a lane has of a row of a tile: n / 4 columns.
 """
 
 from __future__ import annotations
@@ -16,45 +16,28 @@ from numba.extending import register_jitable
 from cce_numba import folds
 from cce_numba.ptx import arithmetic, memory
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.exponentials import NEGATIVE_INFINITY
 from cce_numba.tensor_core.folds.chain import NOTHING_TO_TELL, Fold
-from cce_numba.tensor_core.folds.max_sum import larger
-from cce_numba.tensor_core.fragment import fold_chunk_rows
+from cce_numba.tensor_core.fragment import best_two_of_rows
 
-_WIDE = 192  # columns of a tile whose lanes have four groups each
-opaque = arithmetic.opaque_i32
-
-
-def chunks_of(n: int) -> int:
-    """Into how many parts a tile of n columns is cut, in each of which a lane's columns are a group.
-
-    >>> chunks_of(192), chunks_of(64)
-    (4, 1)
-    """
-    return 4 if n == _WIDE else 1
-
-
-def groups_of(n: int) -> int:
-    """Groups of a row of a tile of n columns: those of four lanes."""
-    return 4 * chunks_of(n)
+GROUPS = 4  # of a row of a tile
+GROUP_BYTES = 16  # of a group: the largest logit, the second largest, the place of the first as an int32, and nothing
+opaque, float_of_bits = arithmetic.opaque_i32, arithmetic.float_of_bits
 
 
 @register_jitable
-def entry_of(group: Any, i: Any, n: Any, chunks: Any) -> Any:
-    """The i-th entry, of n // chunks // 4, of a group of a row; tiles have n columns.
+def entry_of(group: Any, i: Any, n: Any) -> Any:
+    """The i-th entry, of n / 4, of a group of a row; tiles have n columns.
 
-    >>> [[entry_of(g, i, 192, 4) for i in range(3)] for g in (0, 1, 4, 16)]
-    [[0, 1, 8], [48, 49, 56], [2, 3, 10], [192, 193, 200]]
+    >>> [[entry_of(g, i, 192) for i in range(3)] for g in (0, 1, 4)]
+    [[0, 1, 8], [2, 3, 10], [192, 193, 200]]
     """
-    tile, place = group // (4 * chunks), group % (4 * chunks)
-    return tile * n + place % chunks * (n // chunks) + i // 2 * 8 + place // chunks * 2 + i % 2
+    return group // GROUPS * n + i // 2 * 8 + group % GROUPS * 2 + i % 2
 
 
 @functools.cache
 def make(n: int) -> SimpleNamespace:
-    """See `tensor_core.folds`. There is no state: maxima go to `GroupMaxima` at once."""
-    chunks, groups = chunks_of(n), groups_of(n)
-    maxima_of = fold_chunk_rows(n, chunks, larger)
+    """See `tensor_core.folds`. There is no state: what is found goes to `GroupMaxima` at once."""
+    best_two = best_two_of_rows(n)
 
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
@@ -62,23 +45,23 @@ def make(n: int) -> SimpleNamespace:
         return ()
 
     @cuda.jit(device=True, forceinline=True)
+    def store_group(address: Any, best: Any, second: Any, place: Any) -> None:
+        """Stores a group's 16 bytes."""
+        memory.store_4_f32(address, best, second, float_of_bits(np.uint32(place)), np.float32(0))
+
+    @cuda.jit(device=True, forceinline=True)
     def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
-        """Stores the maxima of the lane's groups of its two rows."""
+        """Stores the lane's groups of its two rows."""
         # `opaque` hides numbers from LLVM, which would otherwise keep addresses in registers across the products.
         thread, maxima = opaque(np.int32(tile.thread)), found.maxima
         lane = np.int32(thread & 31)
         row = np.int32((thread >> 5) * 16 + (lane >> 2) + 64 * tile.half)
         position = np.int64(opaque(np.int32(tile.block)) * SURVIVOR_BLOCK + row)
-        first = np.int64(groups * tile.v_tile + chunks * (lane & 3))
-        to = np.uint64(maxima.address + np.uint64(4 * (position * maxima.pitch + first)))
-        next_row = np.uint64(to + np.uint64(4 * (8 * maxima.pitch)))
-        largest = maxima_of(z, NEGATIVE_INFINITY)
-        if chunks == 4:
-            memory.store_4_f32(to, largest[0], largest[1], largest[2], largest[3])
-            memory.store_4_f32(next_row, largest[4], largest[5], largest[6], largest[7])
-        else:
-            memory.store_global_f32(to, largest[0])
-            memory.store_global_f32(next_row, largest[1])
+        group = np.int64(GROUPS * tile.v_tile + (lane & 3))
+        to = np.uint64(maxima.address + np.uint64(GROUP_BYTES * (position * maxima.pitch + group)))
+        (best_0, second_0, best_1, second_1), (place_0, place_1) = best_two(z)
+        store_group(to, best_0, second_0, place_0)
+        store_group(np.uint64(to + np.uint64(GROUP_BYTES * (8 * maxima.pitch))), best_1, second_1, place_1)
         return state
 
     @cuda.jit(device=True, forceinline=True)
