@@ -135,6 +135,8 @@ def test_the_best_two_take_two_comparisons_of_each_element(n):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.skipif(SimulatorHarness.is_active(), reason="about a real GPU")
 @pytest.mark.parametrize("n", [32, 64, 192])
 def test_the_best_two_of_rows(n):
     cupy = pytest.importorskip("cupy")
