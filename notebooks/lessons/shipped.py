@@ -70,6 +70,7 @@ def forward(
         },
         say_read={
             "target": "Each thread looks for its tokens' targets among its columns, and finds none",
+            "arrays_2.targets": "Targets in this tile would be marked too; there are none",
             "e_smem": _MULTIPLIED,
             "e": _FETCHED,
         },
