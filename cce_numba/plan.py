@@ -125,6 +125,8 @@ def _filter(options: Options, block: int) -> str:
         what = f"drop, gradients are biased: {rare} is left out of them"
     if not options.filter_e_grad:
         what += "; the gradient of e is exact"
+        if options.batch_invariant:
+            what += ", so that a token's row of it does not depend on other tokens"
     if not options.filter_c_grad:
         what += "; the gradients of c and bias are exact"
     return what

@@ -19,11 +19,12 @@ from cce_numba.plan import Plan
 from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
 
-EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "batch_invariant", SEVERAL_TARGETS, "allow_tf32"})
+EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS, "allow_tf32"})
 # float32 on tensor cores is as accurate as elsewhere by construction, but nobody has measured that yet, nor how fast it is.
 ON_REQUEST: frozenset[np.dtype] = frozenset({np.dtype(np.float32)})
 _DTYPES = (np.dtype(np.float16), BFLOAT16, *ON_REQUEST)
 _LARGEST = 2**31 - 2**10
+MOST_BEST = 64  # entries of a token: `tensor_core.top_k` has room for so many
 
 
 def _tiles(dtype: np.dtype) -> AmpereTiles:
@@ -47,6 +48,8 @@ def why_not(p: Outline | Problem) -> str | None:
             "it counts tokens, entries and bytes of a row with 32 bits: "
             f"N, V and {p.dtype.itemsize} * D must be at most {_LARGEST:,}"
         )
+    if p.options.top_k > MOST_BEST:
+        return f"it finds up to {MOST_BEST} best entries, and top_k is {p.options.top_k}"
     return None
 
 
@@ -85,7 +88,7 @@ def _make_plan(p: Problem, layout: Any) -> AmperePlan:
     folds, filters, K = _module("tensor_core.folds"), p.options.filters, p.K or 0
     chosen = _module("tensor_core.found").folds_of(p, filters)
     # The tokens' list, the folds' results and, where survivors are recorded, the bound that they begin with: 4 bytes each.
-    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters + K) * p.N
+    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters + K + 3 * p.options.top_k) * p.N
     how = f"forward and backward on the tensor cores of {p.device}, with instructions that all GPUs since 2020 have"
     if elements_of(p.dtype).wide:
         how += ", rounded to tf32" if p.options.allow_tf32 else ", each float32 number as the sum of two tf32 numbers"
@@ -108,7 +111,10 @@ def _make_plan(p: Problem, layout: Any) -> AmperePlan:
         tiles=layout.tiles,
         layout=layout,
         stored_logits_bytes=p.logits_bytes,
-        forward_bytes=layout.scratch_bytes(folds.number_count(chosen)) + layout.copy_bytes + of_tokens_bytes,
+        forward_bytes=layout.scratch_bytes(folds.number_count(chosen))
+        + layout.copy_bytes
+        + layout.best_bytes
+        + of_tokens_bytes,
         survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if filters else 0,
         backward_bytes=_module("ampere.backward.workspace").workspace_bytes(p)
         + _module("tensor_core.backward.passes").bytes_beside(p),

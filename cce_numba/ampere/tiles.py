@@ -72,6 +72,11 @@ class AmpereTiles:
         return self.block_n
 
     @property
+    def fold_v(self) -> int:
+        """Vocabulary entries of a row that a fold sees at a time."""
+        return self.warp_v
+
+    @property
     def group_n(self) -> int:
         """Tokens that a CTA takes at a time."""
         return self.block_n

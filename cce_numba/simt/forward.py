@@ -209,7 +209,7 @@ def bytes_of_row(p: Problem) -> int:
     return sum(dtype.itemsize for dtype in dtypes) + of_best
 
 
-def count_splits(n_blocks: int, v_tiles: int, invariant: bool) -> int:
+def count_splits(n_blocks: int, v_tiles: int, invariant: bool = False) -> int:
     """How many CTAs share a block of tokens: enough for about four CTAs on each multiprocessor, none without tiles.
 
     `invariant`: by the tiles alone, so that the tokens' numbers depend neither on the batch nor on the GPU's size.

@@ -63,8 +63,18 @@ class SeveralTargets(Record):
     logits = pointer_to(np.float32)  # (N, K): a result of the forward
 
 
-class FoundOfSeveral(Record):
-    """`Found`, where tokens have several targets. Nobody reads `targets` then; `bound` has the largest of a token's logits."""
+class GroupMaxima(Record):
+    """The two largest logits of groups of entries (`folds.group_maxima`), of the tokens of a batch."""
+
+    address = U64  # of (positions in the batch, pitch) groups of 16 bytes
+    pitch = I64  # groups of a row, in all tiles of the vocabulary
+
+
+class FoundOfMore(Record):
+    """`Found`, where tokens have several targets, or their best entries are wanted.
+
+    With several targets nobody reads `targets`, and `bound` has the largest of a token's target logits.
+    """
 
     results = pointer_to(np.float32)
     pitch = I64
@@ -73,6 +83,7 @@ class FoundOfSeveral(Record):
     kept = U64
     kept_tiles = I32
     several = SeveralTargets
+    maxima = GroupMaxima
 
 
 class Parts(Record):

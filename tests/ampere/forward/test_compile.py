@@ -18,7 +18,14 @@ if SimulatorHarness.is_active():
 
 from cce_numba.ampere.forward.kernel import make_forward_kernel
 from cce_numba.ampere.tiles import SLABS, WARP_COLUMNS, smem_bytes_of, tiles_for
-from cce_numba.tensor_core.folds import MAX_SUM, MEAN_LOGIT, SEVERAL_TARGET_LOGITS, SURVIVORS_BY_CHANCE, TARGET_LOGIT
+from cce_numba.tensor_core.folds import (
+    GROUP_MAXIMA,
+    MAX_SUM,
+    MEAN_LOGIT,
+    SEVERAL_TARGET_LOGITS,
+    SURVIVORS_BY_CHANCE,
+    TARGET_LOGIT,
+)
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -67,7 +74,9 @@ def test_what_is_launched_most(cc):
     check(kernel, offline.compile_launched(kernel, cc), tiles, cc, "bf16")
 
 
-@pytest.mark.parametrize("folds", [RECORDING, (MAX_SUM, SEVERAL_TARGET_LOGITS, MEAN_LOGIT)], ids=["survivors", "mean logit"])
+@pytest.mark.parametrize(
+    "folds", [RECORDING, (MAX_SUM, SEVERAL_TARGET_LOGITS, GROUP_MAXIMA, MEAN_LOGIT)], ids=["survivors", "mean logit"]
+)
 def test_all_options(folds):
     tiles = tiles_for((9, 0))
     kernel = make_forward_kernel(tiles, F16, F32, True, True, False, folds)
