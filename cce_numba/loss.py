@@ -13,7 +13,7 @@ from cce_numba import arguments, driver, ranks, survivors
 from cce_numba.arguments import GRADIENTS, Problem
 from cce_numba.backend import Gradients, Statistics
 from cce_numba.destination import Destination
-from cce_numba.driver import ForwardPass
+from cce_numba.driver import ForwardPass, Ranks
 from cce_numba.integers import ceil_div
 from cce_numba.interchange import ReadAgain
 from cce_numba.options import LossOptions, flag
@@ -21,7 +21,7 @@ from cce_numba.parallel.communicator import Communicator
 from cce_numba.plan import Plan
 from cce_numba.ranks import sharing_of
 from cce_numba.returned import LossStatistics
-from cce_numba.terms import times
+from cce_numba.terms import Nll, NoLoss, Terms, times
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,8 @@ class Result:
     plan: Plan
     _problem: Problem
     _statistics: Statistics
-    _done: ForwardPass
+    _terms: Nll | Terms | NoLoss
+    _ranks: Ranks | None
     _read_again: tuple[ReadAgain, ReadAgain]
 
     @staticmethod
@@ -67,7 +68,8 @@ class Result:
             plan=done.plan,
             _problem=problem,
             _statistics=statistics,
-            _done=done,
+            _terms=done.terms,
+            _ranks=done.ranks,
             _read_again=read_again,
         )
 
@@ -86,6 +88,10 @@ class Result:
         """Computed when it is first asked for."""
         with self._problem.kind.current():
             return self._problem.exported(self._done.logprobs())
+
+    @property
+    def _done(self) -> ForwardPass:
+        return ForwardPass(self._problem, self.plan, self._statistics, self._terms, self._ranks)
 
     def survivor_counts(self) -> np.ndarray:
         """(n_blocks,) of each block of counting tokens, how many vocabulary entries the backward computes again.
@@ -351,7 +357,7 @@ def backward(
     for array in result._read_again:
         array.check()
     with problem.kind.current():
-        together = result._done.ranks
+        together = result._ranks
         of_caller = problem if together is None else together.problem_of_results(problem)
         destination = Destination.of(out, accumulate, gradients, of_caller)
         return result._done.backward(d_loss, d_lse, destination, d_logprobs=d_logprobs, d_entropy=d_entropy)

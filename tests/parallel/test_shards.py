@@ -181,18 +181,23 @@ def test_every_token_ignored_and_no_tokens():
 
 
 @pytest.mark.parametrize("filter", ["drop", "unbiased"])
-def test_a_lost_token_is_lost_on_every_rank(filter):
-    """Whichever rank has the NaN: its block's columns are NaN everywhere, other tokens' losses and gradients are as before."""
-    case = make_case(10, (200,), 40, 5, np.dtype(np.float64), filter=filter, filter_eps=0.1, reduction="none")
-    before = sharded(case, (15, 30))
-    case.c[3, 0] = np.nan  # on the first rank
-    for (result, own), (earlier, _) in zip(sharded(case, (15, 30)), before, strict=True):
+@pytest.mark.parametrize("row", [0, 149, 399])
+def test_a_lost_token_is_lost_on_every_rank(filter, row):
+    """Whichever rank has the NaN, among its first rows or not: its block's columns are NaN everywhere.
+
+    Other tokens' losses and gradients are as before.
+    """
+    case = make_case(10, (200,), 400, 5, np.dtype(np.float64), filter=filter, filter_eps=0.3, reduction="none")
+    before = sharded(case, (150, 300))
+    of_row, case.c[row, 0] = case.c[row, 0], np.nan
+    for (result, own), (earlier, _) in zip(sharded(case, (150, 300)), before, strict=True):
         assert np.isnan(result.loss).all()
         assert np.isnan(own.c).all()
+        assert (result.survivor_counts() == len(own.c)).all()
         assert np.isfinite(earlier.loss).all()
-    case.c[3, 0], case.e[150] = 0.0, np.nan
+    case.c[row, 0], case.e[150] = of_row, np.nan
     finite = np.arange(200) != 150
-    for result, own in sharded(case, (15, 30)):
+    for result, own in sharded(case, (150, 300)):
         assert np.isnan(result.loss[150])
         assert np.isfinite(result.loss[finite]).all()
         assert np.isnan(own.e[150]).all()
