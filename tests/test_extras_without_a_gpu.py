@@ -140,3 +140,44 @@ def test_kernels_of_distillation_compile(kind):
         assert compiled.spilled_bytes <= 320, kernel.function.__name__
         assert compiled.count(r"call(\.uni)?") == 0
         assert not compiled.count(r"(shfl|vote|redux|atom|red)\.\S+"), "no warp-level operation, no atomics"
+
+
+@pytest.mark.parametrize(
+    "options", [{"filter_eps": None}, {"filter_c_grad": False}, {"filter_e_grad": False, "filter": "drop"}]
+)
+@pytest.mark.parametrize("several", [False, True], ids=["one target", "several targets"])
+def test_kept_logits(absent, backend, several, options):
+    """All kernels can be made that take part where logits are kept, and the backward's reads what the forward kept."""
+    cupy, launched = absent
+    e, c, bias = cupy.zeros((N, D), BFLOAT16), cupy.zeros((V, D), BFLOAT16), cupy.zeros(V, np.float32)
+    targets = cupy.zeros((N, K) if several else N, np.int64)
+    options = {"bias": bias, "softcap": 20.0, "entropy": True, "top_k": 3, "workspace_bytes": 10**6} | options
+    if several:
+        options["target_probs"] = cupy.zeros((N, K), np.float32)
+    result = cce.forward(e, c, targets, backend=backend, **options)
+    kept = result._statistics.kept_logits
+    assert (0 if kept is None else kept.nbytes) == (3 * 6 * 49_664 if backend == "hopper" else 0) == result.plan.kept_bytes
+    grads = cce.backward(result)
+    assert grads.c.shape == (V, D)
+    if backend == "hopper":
+        makers = [kernel.identity for kernel in launched if kernel.function.__name__ == "backward_kernel"]
+        plain = cce.backward(cce.forward(e, c, targets, backend=backend, **options | {"workspace_bytes": 0}))
+        assert plain.c.shape == (V, D)
+        others = [kernel.identity for kernel in launched if kernel.function.__name__ == "backward_kernel"][len(makers) :]
+        assert set(makers) != set(others)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one target", "several targets"])
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_float32_on_tensor_cores(several, allow_tf32):
+    """On request, with all extras."""
+    with absent_gpu((8, 0)) as (cupy, launched):
+        e, c, bias = cupy.zeros((N, D), np.float32), cupy.zeros((V, D), np.float32), cupy.zeros(V, np.float32)
+        targets = cupy.zeros((N, K) if several else N, np.int64)
+        options = {"bias": bias, "softcap": 20.0, "backend": "ampere", "allow_tf32": allow_tf32} | EXTRAS
+        if several:
+            options["target_probs"] = cupy.zeros((N, K), np.float32)
+        result = cce.forward(e, c, targets, **options)
+        grads = cce.backward(result)
+        assert grads.e.dtype == grads.c.dtype == np.float32
+        assert {"best", "backward"} <= names(launched)
