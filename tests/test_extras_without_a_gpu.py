@@ -181,3 +181,33 @@ def test_float32_on_tensor_cores(several, allow_tf32):
         grads = cce.backward(result)
         assert grads.e.dtype == grads.c.dtype == np.float32
         assert {"best", "backward"} <= names(launched)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one target", "several targets"])
+@pytest.mark.parametrize("options", [{}, {"filter": "drop"}, {"filter_eps": None, "workspace_bytes": 10**6}], ids=str)
+def test_shards_of_a_vocabulary(absent, backend, several, options, monkeypatch):
+    """The host's part of ranks that have some rows each, or none."""
+    cupy, launched = absent
+    empty = cupy.empty
+
+    def zeroed(shape, dtype=float):  # ranks read what kernels would have written
+        array = empty(shape, dtype)
+        array._host[...] = 0
+        return array
+
+    monkeypatch.setattr(cupy, "empty", zeroed)
+    e, targets = cupy.zeros((N, D), BFLOAT16), cupy.zeros((N, K) if several else N, np.int64)
+    options = {"softcap": 20.0, "entropy": True, "backend": backend} | options
+    if several:
+        options["target_probs"] = cupy.zeros((N, K), np.float32)
+    cuts = ((0, 400), (400, 400), (400, V))
+    parts = [
+        cce.forward_shard(e, cupy.zeros((stop - start, D), BFLOAT16), targets, vocab_start=start, vocab_size=V, **options)
+        for start, stop in cuts
+    ]
+    for part, (start, stop) in zip(parts, cuts, strict=True):
+        result = cce.merge(part, [other.packed for other in parts])
+        grads = cce.backward(result)
+        assert grads.e.shape == (N, D)
+        assert grads.c.shape == (stop - start, D)
+    assert "indexed_dots" in names(launched) or not several or backend == "simt" or options.get("filter_eps", 1) is None
