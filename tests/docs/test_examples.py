@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,15 @@ def needs(page: Path) -> None:
 
 def name_of(page: Path) -> str:
     return page.relative_to(DOCS).as_posix()
+
+
+@pytest.fixture(autouse=True)
+def _no_group_is_left():
+    """A page may begin a process group of `torch.distributed`; other tests need there to be none."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("page", with_examples(), ids=name_of)

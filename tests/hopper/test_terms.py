@@ -187,7 +187,7 @@ def problem(**given):
         device="cuda:0",
         targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), on_device=True, extras=frozenset(),
         logits_bytes=4 * N * V,
-        logit_scale=scale, class_weights=None,
+        logit_scale=scale, class_weights=None, shard=None,
     )  # fmt: skip
 
 
