@@ -116,7 +116,7 @@ class Result:
         drops 0.
 
         With `filter="drop"` it bounds the token's error in a filtered gradient: that of `dE` by `|d_loss| * dropped_mass *
-        max_v |c_v|`, times its weights and `logit_scale` if there are any, less where a softcap is flat. Where more than 70 %
+        max_v |c_v|`, times its weights and `logit_scale` if there are any, less where a softcap is flat. Where more than 60 %
         of all pairs of a block and an entry survive, "cpu", "hopper" and "ampere" take all of them. On "cpu" it is then 0; on
         the other two, where only the device knows, it is more than what is left out. What the gradients of `c` and `bias` leave
         out beyond (see `filter_eps`) is not counted.
