@@ -18,6 +18,7 @@ PROGRAMS = {  # name: what `--help` says of it
     "forward": "the loss on tensor cores against cuBLAS's one product",
     "backward": "loss and gradients on tensor cores against cuBLAS's one product",
     "ampere": "the mma.sync kernels beside Hopper's and the paper's, the limit of mma.sync, and float32 on tensor cores",
+    "distributions": "what entropy, best entries and batch invariance cost beside the loss, and entropy's gradient",
     "autograd": "what PyTorch's autograd adds to a call",
     "several_gpus": "a vocabulary in shards on several GPUs, against one of them",
     "jit": "what JAX adds to a call, and whether XLA copies arrays",
