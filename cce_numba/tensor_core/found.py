@@ -72,7 +72,7 @@ class Arrays:
         numbers: (results of all folds, N) float32.
         names: of the results.
         target_logits: (N, K) float32, where tokens have several targets; else None.
-        maxima: (positions of a batch, groups, 4) float32, `records.GroupMaxima`; None unless the best entries are wanted.
+        maxima: (3, positions of a batch, groups) float32, `records.GroupMaxima`; None unless the best entries are wanted.
         top_logits: (N, k) float32, the best logits; else None.
         top_ids: (N, k) int64, their entries; else None.
         bounds: (N,) float32 logits of the targets, by which survivors are found, of several the largest; None if these are not
@@ -123,17 +123,18 @@ class Arrays:
             "bound": 0 if bounds is None else bounds.data.ptr,
             "kept": 0 if kept is None or not N else kept.data.ptr,
             "kept_tiles": kept_tiles,
+            "kept_blocks": layout.blocks,
         }
         found: Any = Found(**of_one)
         target_logits = maxima = top_logits = top_ids = None
-        several, groups = SeveralTargets(0, 0, 0, 0), GroupMaxima(0, 0)
+        several, groups = SeveralTargets(0, 0, 0, 0), GroupMaxima(0, 0, 0)
         if p.K is not None:
             target_logits = xp.empty((N, p.K), np.float32)
             several = SeveralTargets(targets, p.K, p.options.ignore_index, target_logits.data.ptr)
         if GROUP_MAXIMA in folds:
-            maxima, k = xp.empty((layout.rows, layout.groups, 4), np.float32), p.options.top_k
+            maxima, k = xp.empty((3, layout.rows, layout.groups), np.float32), p.options.top_k
             top_logits, top_ids = xp.zeros((N, k), np.float32), xp.zeros((N, k), np.int64)
-            groups = GroupMaxima(maxima.data.ptr, layout.groups)
+            groups = GroupMaxima(maxima.data.ptr, maxima[1].data.ptr, layout.groups)
         if found_class(folds) is FoundOfMore:
             found = FoundOfMore(**of_one, several=several, maxima=groups)
         of_more = target_logits, maxima, top_logits, top_ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,6 +51,13 @@ def test_groups_are_the_columns_of_a_lane(n):
     assert sorted(seen) == list(range(tile * n, tile * n + n))
 
 
+def added(array, i, x):
+    """As `cuda.atomic.add`, which returns what was there."""
+    was = array[i]
+    array[i] += x
+    return was
+
+
 class Gpu(Machine):
     """Of one thread, which is a CTA: barriers are nothing, and it has all numbers of a row where D is 1."""
 
@@ -59,6 +67,7 @@ class Gpu(Machine):
             memory.load_global_i32: lambda address: self.bytes_at(address, 4).view(np.int32)[0],
             memory.load_global_u16: lambda address: np.uint32(self.bytes_at(address, 2).view(np.uint16)[0]),
             arithmetic.bits_of_float: lambda x: np.float32(x).view(np.uint32),
+            arithmetic.maximum: np.fmax,
             arithmetic.float_of_bits: lambda bits: np.uint32(bits).view(np.float32),
             arithmetic.widen_f16: lambda bits: np.float32(np.uint16(bits).view(np.float16)),
         }
@@ -69,23 +78,34 @@ class Gpu(Machine):
         fake.threadIdx, fake.blockDim, fake.blockIdx = (SimpleNamespace(x=x) for x in (0, 1, 0))
         fake.syncthreads, fake.syncthreads_or = lambda: None, bool
         fake.shared = SimpleNamespace(array=lambda shape, dtype: np.zeros(shape, dtype))
-        fake.atomic = SimpleNamespace(add=lambda array, i, x: array.__setitem__(i, array[i] + x))
+        fake.atomic = SimpleNamespace(add=added)
         plain.known[id(warp_sum)] = lambda x: x
         return plain(x), fake
 
 
+@contextlib.contextmanager
+def few_stripes():
+    """So that groups share stripes, chunks are many, and candidates are put in order now and then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(top_k, "_STRIPES", 16)
+        patch.setattr(top_k, "_CHUNK", 10)
+        patch.setattr(top_k, "_ROOM", 70)
+        yield
+
+
 @given(data=st.data())
-def test_the_kth_largest(data):
+def test_a_lower_bound(data):
+    """At least k groups reach it; it is the k-th largest of the stripes', so it is the groups' where each has a stripe."""
     numbers = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -np.inf, 1.0, -1.0])
-    x = np.array(data.draw(st.lists(numbers, min_size=1, max_size=30)), np.float32)
-    k = data.draw(st.integers(1, len(x)), label="k")
+    x = np.array(data.draw(st.lists(numbers, min_size=1, max_size=60)), np.float32)
+    k = data.draw(st.integers(1, min(len(x), 16)), label="k")
     machine = Gpu()
-    find, _ = machine.function(top_k.kth_largest)
-    with np.errstate(all="ignore"):
-        groups = np.zeros((len(x), 4), np.float32)
-        groups[:, 0] = x
-        found = find(machine.at(groups), np.int32(len(x)), np.int32(k), np.zeros(256, np.int32), np.zeros(2, np.int32))
-    assert found == np.sort(x)[::-1][k - 1]
+    with few_stripes():
+        find, _ = machine.function(top_k.lower_bound)
+        found = find(machine.at(x), np.int32(len(x)), np.int32(k), np.zeros(16, np.float32), np.zeros(1, np.float32))
+    assert (x >= found).sum() >= k
+    stripes = [x[i::16].max() for i in range(min(16, len(x)))]
+    assert found == np.sort(stripes)[::-1][k - 1]
 
 
 @given(data=st.data())
@@ -100,19 +120,19 @@ def test_the_best_are_found(data):
     padded = np.full(tiles * n, -np.inf, np.float32)
     padded[:V] = z * (1 + np.float32(0 if many else 2.0**-20) * rng.integers(-1, 2, V))  # as the forward has it
     members = padded[[[entry_of(g, i, n) for i in range(n // 4)] for g in range(tiles * GROUPS)]]
-    maxima = np.zeros((len(members), 4), np.float32)
-    maxima[:, :2] = np.sort(members, axis=1)[:, :-3:-1]
-    maxima[:, 2] = members.argmax(axis=1).astype(np.int32).view(np.float32)
+    best, second = np.sort(members, axis=1)[:, :-3:-1].T.copy()
+    others = np.stack([second, members.argmax(axis=1).astype(np.int32).view(np.float32)], axis=1)
     machine, token = Gpu(), 2
     kernel = top_k.make_best_kernel(n, FLOAT16, None, False, False)
-    run, _ = machine.function(kernel.function)
+    with few_stripes():
+        run, _ = machine.function(kernel.function)
     e, c, listed = np.ones((4, 1), np.float16), z[:, None].copy(), np.array([token], np.int32)
     log_sum, logits, ids = np.zeros(4, np.float32), np.full((4, k), np.nan, np.float32), np.full((4, k), -1)
     tokens = Tokens(machine.at(listed), np.array([1]), 0, 1)
     terms = LogitTerms(*(0,) * len(LogitTerms.declared))
     rows = Matrix(machine.at(e), 2), Matrix(machine.at(c), 2), 2
     with np.errstate(all="ignore"):
-        of_groups, results = GroupMaxima(machine.at(maxima), len(maxima)), (logits.reshape(-1), ids.reshape(-1))
+        of_groups, results = GroupMaxima(machine.at(best), machine.at(others), len(best)), (logits.reshape(-1), ids.reshape(-1))
         run(*rows, terms, tokens, of_groups, log_sum, V, 1, k, *results)
     found, values = ids[token], logits[token]
     assert (ids[[0, 1, 3]] == -1).all(), "rows of no listed token stay"
@@ -122,8 +142,8 @@ def test_the_best_are_found(data):
     assert ((values[1:] < values[:-1]) | (found[1:] > found[:-1])).all()
     np.testing.assert_allclose(z[found].astype(np.float32), np.sort(z.astype(np.float32))[::-1][:k], atol=1e-4)
     by_hand = np.lexsort((np.arange(V), -padded[:V].astype(np.float64)))[:k]
-    threshold = np.sort(maxima[:, 0])[::-1][k - 1] if k <= len(maxima) else -np.inf
-    if many or (maxima[:, 1] < threshold).all():  # no group gives two: all logits are those of the tiles
+    # No group gives two: all logits are those of the tiles.
+    if many or (len(best) >= k and (second < np.sort([best[i::16].max(initial=-np.inf) for i in range(16)])[-k]).all()):
         np.testing.assert_array_equal(values, padded[by_hand])
         np.testing.assert_array_equal(found, by_hand)
 
@@ -134,7 +154,7 @@ def test_a_lost_token_has_entries_that_are_there():
     run, _ = machine.function(top_k.make_best_kernel(64, FLOAT16, None, False, False).function)
     logits, ids, listed = np.full(3, np.nan, np.float32), np.full(3, -1), np.zeros(1, np.int32)
     tokens, nowhere = Tokens(machine.at(listed), np.array([1]), 0, 1), Matrix(0, 0)
-    run(nowhere, nowhere, 0, None, tokens, GroupMaxima(0, 4), np.array([np.nan], np.float32), 50, 1, 3, logits, ids)
+    run(nowhere, nowhere, 0, None, tokens, GroupMaxima(0, 0, 4), np.array([np.nan], np.float32), 50, 1, 3, logits, ids)
     assert ids.tolist() == [0, 1, 2]
     assert np.isfinite(logits).all()
 

@@ -20,7 +20,7 @@ from cce_numba.tensor_core.folds.chain import NOTHING_TO_TELL, Fold
 from cce_numba.tensor_core.fragment import best_two_of_rows
 
 GROUPS = 4  # of a row of a tile
-GROUP_BYTES = 16  # of a group: the largest logit, the second largest, the place of the first as an int32, and nothing
+GROUP_BYTES = 12  # of a group: the largest logit; elsewhere the second largest, and the place of the largest as an int32
 opaque, float_of_bits = arithmetic.opaque_i32, arithmetic.float_of_bits
 
 
@@ -45,9 +45,11 @@ def make(n: int) -> SimpleNamespace:
         return ()
 
     @cuda.jit(device=True, forceinline=True)
-    def store_group(address: Any, best: Any, second: Any, place: Any) -> None:
-        """Stores a group's 16 bytes."""
-        memory.store_4_f32(address, best, second, float_of_bits(np.uint32(place)), np.float32(0))
+    def store_group(maxima: Any, at: Any, best: Any, second: Any, place: Any) -> None:
+        """Stores what is known of the group whose number in the batch is `at`."""
+        memory.store_global_f32(np.uint64(maxima.best + np.uint64(4 * at)), best)
+        others = np.uint64(maxima.others + np.uint64(8 * at))
+        memory.store_if_2_f32(others, second, float_of_bits(np.uint32(place)), np.uint32(1))
 
     @cuda.jit(device=True, forceinline=True)
     def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
@@ -57,11 +59,10 @@ def make(n: int) -> SimpleNamespace:
         lane = np.int32(thread & 31)
         row = np.int32((thread >> 5) * 16 + (lane >> 2) + 64 * tile.half)
         position = np.int64(opaque(np.int32(tile.block)) * SURVIVOR_BLOCK + row)
-        group = np.int64(GROUPS * tile.v_tile + (lane & 3))
-        to = np.uint64(maxima.address + np.uint64(GROUP_BYTES * (position * maxima.pitch + group)))
+        group = np.int64(position * maxima.pitch + GROUPS * tile.v_tile + (lane & 3))
         (best_0, second_0, best_1, second_1), (place_0, place_1) = best_two(z)
-        store_group(to, best_0, second_0, place_0)
-        store_group(np.uint64(to + np.uint64(GROUP_BYTES * (8 * maxima.pitch))), best_1, second_1, place_1)
+        store_group(maxima, group, best_0, second_0, place_0)
+        store_group(maxima, np.int64(group + 8 * maxima.pitch), best_1, second_1, place_1)
         return state
 
     @cuda.jit(device=True, forceinline=True)
