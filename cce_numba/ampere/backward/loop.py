@@ -44,7 +44,6 @@ def make_loop(tiles: BackwardTiles, elements: Elements, source: SimpleNamespace,
         sums: Any, ring: Any, units: Any, filling: Any, workspace: Any, tables: Any, dims: Any, me: Any
     ) -> Any:  # fmt: skip
         thread = me.number
-        copying_half = np.int32(thread >> 7)  # warps w and w + 4 share tensor cores
         a_place = a_address(me.lane, me.warp_row)
         b_0 = np.uint32(a_bytes + b_address(me.lane, me.warp_column, np.uint32(0)))
         b_1 = np.uint32(a_bytes + b_address(me.lane, me.warp_column, np.uint32(1)))
@@ -59,8 +58,6 @@ def make_loop(tiles: BackwardTiles, elements: Elements, source: SimpleNamespace,
             memory.copy_async_commit()
             stage = np.uint32(stage + stage_bytes)
             turn = arithmetic.opaque_i32(np.int32(turn + 1))
-        # It is 1; the assembler, which cannot know that, does not write out both halves, for which there are no registers.
-        second_half = np.int32(min(coming, np.int32(1)))
         stage = np.uint32(ring)
         wait_for_first()
         meet()
@@ -85,23 +82,17 @@ def make_loop(tiles: BackwardTiles, elements: Elements, source: SimpleNamespace,
             # The next stage has arrived, and nobody needs this one any more, once all are here.
             wait_for_next()
             meet()
-            to_stage = stage
+            if coming < units:
+                state = fill(state, coming, stage, filling, workspace, tables, dims, thread, units)
+                coming = np.int32(coming + 1)
+            memory.copy_async_commit()
             stage = np.uint32(stage + stage_bytes)
             if stage == np.uint32(ring + ring_bytes):
                 stage = np.uint32(ring)
             if ahead:
                 b = np.uint32(stage + b_0), np.uint32(stage + b_1), np.uint32(stage + b_2)
                 operands = load_0(np.uint32(stage + a_place), b)
-            # Of two warps that share tensor cores one multiplies while the other copies, and then the other way round.
-            half = arithmetic.opaque_i32(np.int32(0))
-            while half <= second_half:
-                if half != copying_half:
-                    sums = multiply(sums, operands_3)
-                elif coming < units:
-                    state = fill(state, coming, to_stage, filling, workspace, tables, dims, thread, units)
-                    coming = np.int32(coming + 1)
-                half = arithmetic.opaque_i32(np.int32(half + 1))
-            memory.copy_async_commit()
+            sums = multiply(sums, operands_3)
             unit = arithmetic.opaque_i32(np.int32(unit + 1))
         wait_for_all()
         meet()

@@ -197,18 +197,26 @@ def make_forward_kernel(
                     if stage == np.uint32(ring + ring_bytes):
                         stage = np.uint32(ring)
                     if ahead:
-                        operands = load_0(np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place)))
-                    # Of two warps that share tensor cores one multiplies while the other copies, and then the other way round.
-                    half = arithmetic.opaque_i32(np.int32(0))
-                    while half < 2:
-                        if half != copying_half:
-                            sums = multiply(sums, operands_3)
-                        elif coming > 0:
+                        if coming > 0:
                             copy_stage(to_stage, rows_smem, thread, to_k, to_v, e, c, last_row, row_bytes)
                             coming, to_k = np.int32(coming - 1), np.int32(to_k + 1)
                             if to_k == k_steps:
                                 to_k, to_v = np.int32(0), np.int32(to_v + tile_step * block_v)
-                        half = arithmetic.opaque_i32(np.int32(half + 1))
+                        operands = load_0(np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place)))
+                        sums = multiply(sums, operands_3)
+                    else:
+                        # Registers do not suffice for both at a time, so these are two turns of a loop. Of two warps that share
+                        # tensor cores one multiplies while the other copies, and then the other way round.
+                        half = arithmetic.opaque_i32(np.int32(0))
+                        while half < 2:
+                            if half != copying_half:
+                                sums = multiply(sums, operands_3)
+                            elif coming > 0:
+                                copy_stage(to_stage, rows_smem, thread, to_k, to_v, e, c, last_row, row_bytes)
+                                coming, to_k = np.int32(coming - 1), np.int32(to_k + 1)
+                                if to_k == k_steps:
+                                    to_k, to_v = np.int32(0), np.int32(to_v + tile_step * block_v)
+                            half = arithmetic.opaque_i32(np.int32(half + 1))
                     memory.copy_async_commit()
                     k = arithmetic.opaque_i32(np.int32(k + 1))
 
