@@ -35,7 +35,6 @@ class Harness:
 
     backend: str
     edges: Edges
-    keeps_infinite_products: ClassVar = True  # an infinity times a number that is not 0 is one
 
     def device(self, array: np.ndarray) -> Any:
         """The array where the backend wants it."""
@@ -196,8 +195,6 @@ class AmpereHarness(HopperHarness):
 
 
 class AmpereFloat32Harness(AmpereHarness):
-    # A number is the sum of two parts, of which one is 0 if it is short. An infinity times 0 makes NaN.
-    keeps_infinite_products: ClassVar = False
     # Tiles of 128 x 128 x 32; jobs of 192 columns. Float32 comes to tensor cores only if the backend is asked for by name.
     edges: ClassVar = Edges(
         n=(1, 32, 128, 256),

@@ -22,7 +22,9 @@ def on_hopper(without_gpu, monkeypatch):
     """A machine that tells of an H100, whose backends are all the CPU's, and which has tf32 no more than the CPU has."""
     monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu(0, "H100", "9.0", 2**36)])
     monkeypatch.setattr(ampere, "BACKENDS", {"ampere": "cpu", "hopper": "cpu"})
-    monkeypatch.setattr(ampere, "FLOAT32_WAYS", {name: {"backend": "cpu"} for name in ("simt", "float32", "tf32")})
+    ways = {name: way | {"backend": "cpu"} for name, way in ampere.FLOAT32_WAYS.items()}
+    ways["tf32"]["allow_tf32"] = False  # which the CPU has, and every function takes
+    monkeypatch.setattr(ampere, "FLOAT32_WAYS", ways)
     monkeypatch.setattr(simt, "SHAPE", (300, 500, 32))
 
     def calls():
