@@ -1,6 +1,7 @@
 """A prediction for several GPUs: bytes by formula, rates as measured on one. `python -m benchmarks.scaling_model`.
 
-It prints the table of docs/several_gpus.md. NOTHING OF IT HAS BEEN CHECKED ON SEVERAL GPUS YET.
+It prints the table of docs/several_gpus.md. IT IS TOO GOOD: on two H200s (results/several_gpus_2xh200.json) the forward reached
+an efficiency of 78 %, exact gradients 91 %, the default 62 %, where the model has 100, 99 and 98 %. More have not been tried.
 
 A model is trained on tensor x data x context ranks. Tensor ranks share the vocabulary; context ranks share the tokens of a
 sequence, and data ranks the batch, so a loss sees the tokens of one data and context rank. With N such tokens, V entries, D
@@ -15,8 +16,9 @@ hidden entries, T tensor ranks and P = data x context ranks, a rank
     sums dC     2 V D / T bytes (bfloat16) over P ranks, 2 (P - 1) / P of them through each link; that is DDP's or FSDP's work
 
 Not in the model: that a rank may have to look at more columns, by bounds that are lower than those of one GPU; the sort and the
-lists of the backward, which do not shrink with V / T; and overlap. Without overlap the times add up, so this is what must be
-beaten. Bandwidths are nominal, not measured, unless a record of `python -m benchmarks several_gpus` is named.
+lists of the backward, which do not shrink with V / T; the host's time, some 2 ms; and overlap. Without overlap the times add
+up, so this is what must be beaten. Bandwidths are nominal, not measured, unless a record of `python -m benchmarks
+several_gpus` is named.
 """
 
 from __future__ import annotations
