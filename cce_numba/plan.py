@@ -60,8 +60,13 @@ class Plan:
 def choose(p: Problem, backend: str | None) -> Plan:
     """The plan of the forced backend, or of the first in `BACKENDS` that can take the problem; errors of `choose_backend`."""
     name, rejected = choose_backend(p, backend)
-    plan = backend_module(name).plan(p)
-    return replace(plan, rejected=rejected, filter=_filter(p.options, plan.tiles.survivor_block))
+    return _completed(backend_module(name).plan(p), tuple(rejected.items()), p.options)
+
+
+@functools.lru_cache(maxsize=256)
+def _completed(plan: Plan, rejected: tuple[tuple[str, str], ...], options: Options) -> Plan:
+    """With what no backend says of its own plan; of the same plan always the same object."""
+    return replace(plan, rejected=dict(rejected), filter=_filter(options, plan.tiles.survivor_block))
 
 
 def choose_backend(p: Outline | Problem, backend: str | None) -> tuple[str, dict[str, str]]:

@@ -25,9 +25,9 @@ _ADDRESS = 2**60  # far from all real ones
 _MULTIPROCESSORS = 132
 _OPERATORS = (
     *("add", "sub", "mul", "truediv", "eq", "ne", "lt", "le", "gt", "ge", "and", "or"),
-    *("radd", "rsub", "rmul", "rtruediv", "iadd", "isub", "imul", "itruediv"),
+    *("radd", "rsub", "rmul", "rtruediv", "iadd", "isub", "imul", "itruediv", "neg", "matmul"),
 )
-_FUNCTIONS = ("where", "maximum", "arange", "full", "full_like", "zeros_like", "ones_like", "nan_to_num")
+_FUNCTIONS = ("where", "maximum", "full_like", "zeros_like", "ones_like", "nan_to_num")
 _METHODS = ("sum", "copy", "fill", "clip", "max")
 
 
@@ -64,6 +64,13 @@ def stand_in() -> Iterator[Counts]:
         counts.operations["zeros"] += 1
         return cupy.ndarray(shape, dtype)
 
+    def full(shape: Any, value: Any, dtype: Any) -> Any:
+        counts.operations["full"] += 1
+        return cupy.ndarray(shape, dtype)
+
+    def clear(*arguments: Any) -> None:
+        counts.operations["memset"] += 1
+
     def launch(handle: int, *others: Any) -> None:
         counts.launches.append(names[handle])
 
@@ -81,8 +88,10 @@ def stand_in() -> Iterator[Counts]:
         for target, name, value in (
             (cupy, "ndarray", array),
             (cupy, "zeros", zeros),
-            (cupy, "asarray", lambda array: array),
+            (cupy, "full", full),
+            (cupy, "asarray", lambda array, dtype=None: array),
             (cupy.cuda.runtime, "getDevice", lambda: 0),
+            (cupy.cuda.runtime, "memsetAsync", clear),
             (cupy.cuda.driver, "launchKernel", launch),
             (cupy.cuda, "get_current_stream", lambda device=0: stream),
             (interchange, "_stream_of_device", lambda pointer, device: stream),
@@ -101,10 +110,9 @@ def stand_in() -> Iterator[Counts]:
 
 @contextmanager
 def stand_in_for_torch() -> Iterator[None]:
-    """Inside `stand_in`: tensors say that they are on CUDA. They are on the CPU, where what PyTorch does with them takes place."""
+    """Inside `stand_in`: tensors say that they are on CUDA. They are on the CPU, where PyTorch does its own part."""
     torch: Any = importlib.import_module("torch")
-    memory: Any = importlib.import_module("cce_numba.torch.memory")
-    cupy, empty, device = gpu.cupy(), torch.empty, torch.device("cuda", 0)
+    empty, device = torch.empty, torch.device("cuda", 0)
 
     def empty_on_cpu(*shape: Any, device: Any = None, **others: Any) -> Any:
         return empty(*shape, **others)

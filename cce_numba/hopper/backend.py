@@ -107,7 +107,7 @@ def indexed_dot(p: Problem, plan: Any) -> Any:
 
 def forward(p: Problem, plan: Any, *, record_survivors: bool) -> Statistics:
     """See `backend.Backend`."""
-    return _module("hopper.forward.host").forward(p, plan.layout, record_survivors)
+    return _module("hopper.programs").forward(p, plan, record_survivors)
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
@@ -118,7 +118,7 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
 def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
     adds = terms.write_outer(p, weights.outer, into, adds)
-    _module("hopper.backward.host").backward(p, statistics, weights, into, adds)
+    _module("hopper.programs").backward(p, plan, statistics, weights, into, adds)
 
 
 @functools.cache

@@ -54,5 +54,5 @@ def make_draw_seed_kernel() -> Kernel:
 def write_draw_seed(p: Problem, tokens: Tokens, seed: int) -> None:
     """Writes the seed of a problem's draws, an int64, to the address `seed`. tokens: all that are listed."""
     given = p.filter_seed
-    number, array = (given, 0) if isinstance(given, int) else (0, given.data.ptr)
+    number, array = (0, given.data.ptr) if hasattr(given, "data") else (given, 0)
     make_draw_seed_kernel().launch(1, tokens, p.targets.data.ptr, number, array, seed)
