@@ -187,7 +187,7 @@ def problem(
         logit_scale=_logit_scale(given.get("logit_scale"), native_e),
         class_weights=None if class_weights is None else _class_weights(class_weights, native_e, native_c),
         token_weights=None if token_weights is None else _token_weights(token_weights, native_e, checked),
-        filter_seed=_filter_seed(given.get("filter_seed", 0), native_e),
+        filter_seed=filter_seed(given.get("filter_seed", 0), native_e),
         options=checked,
         e_shape=tuple(native_e.shape),
         token_shape=token_shape,
@@ -378,7 +378,7 @@ def _token_weights(token_weights: Any, e: Any, checked: Options) -> Any:
     return _flat(_shifted(native, checked, 0))
 
 
-def _filter_seed(filter_seed: Any, e: Any) -> Any:
+def filter_seed(filter_seed: Any, e: Any) -> Any:
     """An integer in [0, 2**32), or (1,) int64 where it is on e's device: to read it there would wait for the device."""
     if not hasattr(filter_seed, "dtype") or isinstance(filter_seed, np.generic):
         return integer("filter_seed", filter_seed) % 2**32

@@ -18,8 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cce_numba import arguments, interchange
-from cce_numba import plan as planning
+from cce_numba import arguments, interchange, recurring
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights, backend_module
 from cce_numba.destination import Destination
@@ -57,11 +56,7 @@ def prepared(
     if kind is None:
         kind = interchange.kind_of(e, native_e)
     with kind.current():
-        problem = arguments.problem(native_e, c, targets, given, only, kind)
-        if plan is None:
-            forced = given.get("backend")
-            plan = planning.choose(problem, backend if forced is None else forced)
-        yield problem, plan
+        yield recurring.prepare(native_e, c, targets, given, only, kind, backend, plan)
 
 
 def forward(problem: Problem, plan: Plan, wrt: Collection[str] = ()) -> ForwardPass:
