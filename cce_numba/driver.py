@@ -134,18 +134,21 @@ class ForwardPass:
             else:
                 assert isinstance(self.terms, Terms), "no other loss has a mean logit"
                 weights = replace(weights, outer=self.terms.outer_products(from_mean_logit, destination.wanted))
-        if not adds:
-            _zero(into.e)
+        if not adds and into.e is not None:
+            interchange.write_zeros(into.e)
         if p.N:
             backend_module(self.plan.backend).backward(p, self.plan, self.statistics, weights, into, adds)
         elif not adds:
-            _zero(into.c)
-            _zero(into.bias)
+            for gradient in (into.c, into.bias):
+                if gradient is not None:
+                    interchange.write_zeros(gradient)
         return destination.returned(p, into)
 
     def _weights(self, d_loss: Any, d_lse: Any) -> tuple[Weights, Any]:
         """The weights per token but for the uniform one; and (N,) what is taken from each token's mean logit, or None."""
         p = self.problem
+        if d_lse is None and p.logit_scale is None and isinstance(self.terms, Nll) and p.options.reduction != "none":
+            return self.terms.weights_of_scalar(arguments.upstream_scalar("d_loss", 1.0 if d_loss is None else d_loss, p)), None
         per_token_shape = tuple(p.per_token(self.statistics.lse).shape)
         loss_shape = per_token_shape if p.options.reduction == "none" else ()
         d_token = arguments.upstream("d_loss", 1.0 if d_loss is None else d_loss, p, loss_shape)
@@ -157,9 +160,3 @@ class ForwardPass:
             weights = Weights(times(weights.softmax, scale), times(weights.target, scale))
             from_mean_logit = None if from_mean_logit is None else times(from_mean_logit, scale)
         return weights, from_mean_logit
-
-
-def _zero(gradient: Any) -> None:
-    """Writes zeros everywhere, by bits, so that CuPy needs no kernel of the dtype; nothing to do for None."""
-    if gradient is not None:
-        gradient.view(f"u{gradient.itemsize}")[...] = 0

@@ -188,6 +188,14 @@ def address(array: Any) -> int:
     return int(array.data.ptr if is_on_device(array) else array.__array_interface__["data"][0])
 
 
+def write_zeros(array: Any) -> None:
+    """Writes zeros everywhere in a NumPy or CuPy array, by bits, so that CuPy needs no kernel of the dtype."""
+    if is_on_device(array) and array.flags.c_contiguous:
+        array.data.memset_async(0, array.nbytes)  # takes the host a fraction of what an operation on arrays does
+    else:
+        array.view(f"u{array.itemsize}")[...] = 0
+
+
 def kind_of(array: Any, native: Any) -> Kind:
     """The kind of the caller's `array`, of which `take` made `native`."""
     library = library_of(array)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cce_numba import arguments, interchange
+from cce_numba import arguments, gpu, interchange
 from cce_numba import plan as planning
 from cce_numba.arguments import Problem
 from cce_numba.interchange import Kind
@@ -63,7 +63,7 @@ def prepare(
 
 def _form_of(e: Any, c: Any, targets: Any, given: Mapping[str, Any], backend: str | None) -> Hashable:
     """All that checks and the plan follow from; None if that is more than forms, or if arrays must be made canonical."""
-    options = [backend]
+    options: list[Any] = [backend]
     for name, value in given.items():
         if name != "filter_seed":
             if type(value) not in IMMUTABLE:
@@ -76,7 +76,7 @@ def _form_of(e: Any, c: Any, targets: Any, given: Mapping[str, Any], backend: st
     if targets.dtype != _INT64 or not targets.flags.c_contiguous or not (e.ndim == 2 or e.flags.c_contiguous):
         return None
     arrays = [(x.shape, x.strides, x.dtype, x.device.id, x.data.ptr % 16) for x in (e, c)]
-    return *arrays, targets.shape, targets.device.id, *options
+    return gpu.current(), *arrays, targets.shape, targets.device.id, *options
 
 
 def _problem(e: Any, c: Any, targets: Any, given: Mapping[str, Any], kind: Kind, options: Options) -> Problem:

@@ -94,6 +94,7 @@ def stand_in() -> Iterator[Counts]:
             (cupy.cuda.runtime, "memsetAsync", clear),
             (cupy.cuda.driver, "launchKernel", launch),
             (cupy.cuda, "get_current_stream", lambda device=0: stream),
+            (interchange, "write_zeros", clear),
             (interchange, "_stream_of_device", lambda pointer, device: stream),
             (gpu, "count", lambda: 1),
             (gpu, "_facts", lambda device: gpu.Gpu((9, 0), _MULTIPROCESSORS)),
