@@ -18,8 +18,9 @@ from unittest import mock
 
 import numpy as np
 
-from cce_numba import gpu, interchange
+from cce_numba import gpu, interchange, recurring
 from cce_numba.launch.kernel import Kernel
+from cce_numba.launch.program import Programs
 
 _ADDRESS = 2**60  # far from all real ones
 _MULTIPROCESSORS = 132
@@ -51,6 +52,8 @@ def stand_in() -> Iterator[Counts]:
     """Inside, an H100 seems to be there, for CuPy. No array holds anything, and no other thread may use a GPU."""
     cupy: Any = importlib.import_module("cupy")
     driver = importlib.import_module("cuda.bindings.driver")
+    programs = importlib.import_module("cce_numba.hopper.programs")
+    hopper = importlib.import_module("cce_numba.hopper.backend")
     counts = Counts()
     stream = _Stream()
 
@@ -76,11 +79,9 @@ def stand_in() -> Iterator[Counts]:
 
     names: dict[int, str] = {}
 
-    def compiled(kernel: Kernel, device: int) -> tuple[int, Any]:
-        handle = len(names)
-        names[handle] = kernel.function.__name__
-        kernel._by_device[device] = handle, None
-        return kernel._by_device[device]
+    def handle_of(kernel: Kernel, device: int) -> int:
+        names[id(kernel)] = kernel.function.__name__
+        return id(kernel)
 
     array = _array_class(cupy, counts)
     tensor_map = SimpleNamespace(opaque=[0] * 16)
@@ -89,6 +90,7 @@ def stand_in() -> Iterator[Counts]:
             (cupy, "ndarray", array),
             (cupy, "zeros", zeros),
             (cupy, "full", full),
+            (cupy, "arange", lambda stop: full(stop, None, np.int64)),
             (cupy, "asarray", lambda array, dtype=None: array),
             (cupy.cuda.runtime, "getDevice", lambda: 0),
             (cupy.cuda.runtime, "memsetAsync", clear),
@@ -101,7 +103,12 @@ def stand_in() -> Iterator[Counts]:
             (gpu, "_missing_compiler", lambda: None),
             (gpu, "bind_context", lambda: None),
             (driver, "cuTensorMapEncodeTiled", lambda *arguments: (0, tensor_map)),
-            (Kernel, "_compile", compiled),
+            (Kernel, "handle", handle_of),
+            # Nothing that was found outside holds inside, nor the other way round.
+            (programs, "FORWARD", Programs()),
+            (programs, "BACKWARD", Programs()),
+            (hopper, "_plans", {}),
+            (recurring, "_found", {}),
             *((cupy, name, _counted(name, counts)) for name in _FUNCTIONS),
         ):
             stack.enter_context(mock.patch.object(target, name, value))

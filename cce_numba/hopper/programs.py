@@ -28,8 +28,9 @@ def forward(p: Problem, plan: Any, record: bool) -> Statistics:
         return forward_host.forward(_problem(p, arrays, filter_seed=seed), plan.layout, record)
 
     arrays = _of(p, _OF_PROBLEM)
-    # The plan was made for these sizes, dtype, options and device.
-    return FORWARD.run((plan, record, *map(_form, arrays)), (p.filter_seed, *arrays), recorded)
+    # The plan was made for these sizes, dtype, options and device. Arrays of one dimension are contiguous.
+    key = plan, record, p.e.strides, p.c.strides, _dtype(p.bias)
+    return FORWARD.run(key, (p.filter_seed, *arrays), recorded)
 
 
 def backward(p: Problem, plan: Any, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
@@ -47,7 +48,9 @@ def backward(p: Problem, plan: Any, statistics: Statistics, weights: Weights, in
         )
 
     inputs = [array for part in parts for array in part]
-    BACKWARD.run((plan, adds, *map(_form, inputs)), inputs, recorded)
+    strides = p.e.strides, p.c.strides, _strides(into.e), _strides(into.c), _strides(statistics.survivors)
+    dtypes = _dtype(p.bias), _dtype(into.e), _dtype(into.c), _dtype(into.bias)
+    BACKWARD.run((plan, adds, strides, dtypes), inputs, recorded)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ def _parted(values: tuple[Any, ...], parts: tuple[list[Any], ...]) -> list[tuple
     return cut
 
 
-def _form(array: Any) -> Any:
-    """What launches may follow from, of an array of a shape that is known."""
-    return None if array is None else (array.dtype, array.strides)
+def _strides(array: Any) -> Any:
+    return None if array is None else array.strides
+
+
+def _dtype(array: Any) -> Any:
+    return None if array is None else array.dtype

@@ -56,7 +56,7 @@ class Programs:
         for x in inputs:
             number = x if isinstance(x, int) else 0 if x is None else x.data.ptr
             numbers.append(number)
-            remainders.append(0 if isinstance(x, int) else number % KNOWN_BYTES)
+            remainders.append(None if x is None else -1 if isinstance(x, int) else number % KNOWN_BYTES)
         whole_key = device, key, tuple(remainders)
         program = self._by_key.get(whole_key, _UNKNOWN)
         if program is _UNKNOWN:
@@ -130,7 +130,8 @@ class Program:
 
     def __init__(self, recording: _Recording, n_inputs: int, result: Any) -> None:
         """`result`: what the host function returned, a dataclass, or None."""
-        self._result, self._views = result, _views_of(result)
+        self._views, self._others = _views_of(result)
+        self._kind = type(result)
         self._n_allocated = recording.bases - n_inputs
         self._allocations = _allocations(recording.bytes_of, {base for base, *_ in self._views.values()})
         self._lock = threading.Lock()
@@ -199,13 +200,13 @@ class Program:
                     cuda.runtime.memsetAsync(numbers[base] + offset, 0, n_bytes, stream)
                 else:
                     launch(*fixed, stream, 0, rest[0])
-        if self._result is None:
+        if not self._views:
             return None
         made = {
             name: cupy.ndarray(shape, dtype, memory[base] + offset, strides)
             for name, (base, offset, shape, dtype, strides) in self._views.items()
         }
-        return dataclasses.replace(self._result, **made)
+        return self._kind(**made, **self._others)
 
 
 def _words(kernel: Kernel) -> int:
@@ -213,11 +214,12 @@ def _words(kernel: Kernel) -> int:
     return ceil_div(kernel.layout.size, 8)
 
 
-def _views_of(result: Any) -> dict[str, tuple[int, int, tuple[int, ...], Any, tuple[int, ...]]]:
-    """Base, offset, shape, dtype and strides of each field of a dataclass that is a blank; none of None."""
+def _views_of(result: Any) -> tuple[dict[str, tuple[Any, ...]], dict[str, Any]]:
+    """Of the fields of a dataclass those that are blanks, by base, offset, shape, dtype and strides; and the others."""
     fields = {} if result is None else {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
     blanks = {name: x for name, x in fields.items() if isinstance(x, Blank)}
-    return {name: (x.place.base, x.place.offset, x.shape, x.dtype, x.strides) for name, x in blanks.items()}
+    views = {name: (x.place.base, x.place.offset, x.shape, x.dtype, x.strides) for name, x in blanks.items()}
+    return views, {name: x for name, x in fields.items() if name not in blanks}
 
 
 def _allocations(bytes_of: dict[int, int], kept: set[int]) -> list[tuple[int, list[tuple[int, int]]]]:

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
+from cce_numba import driver
 from cce_numba.torch import call, memory, operators
 from cce_numba.torch.call import TENSORS
 
@@ -73,12 +74,13 @@ class CutCrossEntropy(torch.autograd.Function):
         """Takes `call.TENSORS`, the other options by name, and the names of the gradients that a backward is to give."""
         *tensors, given, wrt = inputs
         with call.prepared(tensors, given) as (problem, plan):
-            loss, arrays = call.forward(problem, plan, wrt)
-            lse, *others = (memory.tensor_of(array) for array in (arrays if wrt else arrays[:1]))
-        if wrt:
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*call.for_backward(tensors), lse, *others)
-            ctx.given, ctx.plan = given, plan
+            done = driver.forward(problem, plan, wrt)
+            loss, lse = done.loss(), memory.tensor_of(done.statistics.lse)
+            if wrt:
+                kept = call.Kept.of(problem, plan, done.statistics, wrt)
+                ctx.set_materialize_grads(False)
+                ctx.save_for_backward(*call.for_backward(tensors), lse, *kept.tensors)
+                ctx.given, ctx.plan, ctx.pieces, ctx.wrt = given, plan, kept.pieces, wrt
         return loss, lse
 
     @staticmethod
@@ -87,14 +89,16 @@ class CutCrossEntropy(torch.autograd.Function):
         names = operators.needed(ctx)
         if not names or (d_loss is None and d_lse is None):
             return _NONE
-        kept = ctx.saved_tensors
-        tensors, saved = kept[: len(TENSORS)], kept[len(TENSORS) :]
+        all_kept = ctx.saved_tensors
+        tensors, (lse, *others) = all_kept[: len(TENSORS)], all_kept[len(TENSORS) :]
+        kept = call.Kept(others, ctx.pieces)
         is_recorded = torch.is_grad_enabled()  # for second derivatives
-        if is_recorded or is_watched((d_loss, d_lse, *kept)) or _is_batched(d_loss) or _is_batched(d_lse):
+        given = {**ctx.given, "check_targets": False}  # the forward has looked
+        if is_recorded or is_watched((d_loss, d_lse, *all_kept)) or _is_batched(d_loss) or _is_batched(d_lse):
+            saved = kept.saved(tensors, given, ctx.plan, lse, ctx.wrt)
             grads = operators.backward(saved, tensors, ctx.given, d_loss, d_lse, names)
         else:
             grads = call.gradients_like(tensors, names)
-            given = {**ctx.given, "check_targets": False}  # the forward has looked
             with call.prepared(tensors, given, ctx.plan) as (problem, plan):
-                call.backward(problem, plan, saved, d_loss, d_lse, grads)
+                call.backward(problem, plan, kept.statistics(problem, plan, lse), d_loss, d_lse, grads)
         return *(grads.get(name) for name in TENSORS), None, None

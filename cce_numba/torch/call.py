@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -77,10 +77,60 @@ def forward(problem: Problem, plan: Plan, wrt: Collection[str]) -> tuple[torch.T
     return done.loss(), _saved(problem, form, done.statistics, problem.options.records_survivors(wrt))
 
 
+class Kept(NamedTuple):
+    """What a backward takes of a forward, as autograd's own functions keep it: without operators, its form is nobody's concern.
+
+    Attributes:
+        tensors: on the CPU `SAVED` without the lse; on a device the blocks of memory that the statistics lie in.
+        pieces: where in the blocks; None on the CPU.
+    """
+
+    tensors: list[torch.Tensor]
+    pieces: list[memory.Piece | None] | None
+
+    @staticmethod
+    def of(problem: Problem, plan: Plan, found: Statistics, wrt: Collection[str]) -> Kept:
+        """Inside `prepared`."""
+        if problem.on_device:
+            return Kept(*memory.blocks_of([getattr(found, name) for name in SAVED]))
+        form = backend_module(plan.backend).statistics_form(problem)
+        saved = _saved(problem, form, found, problem.options.records_survivors(wrt))
+        return Kept([memory.tensor_of(array) for array in saved[1:]], None)
+
+    def statistics(self, problem: Problem, plan: Plan, lse: torch.Tensor) -> Statistics:
+        """What it was made of, inside `prepared`."""
+        form = backend_module(plan.backend).statistics_form(problem)
+        if self.pieces is None:
+            return _statistics(problem, form, [lse, *self.tensors])
+        arrays = dict(zip(SAVED, memory.arrays_in(self.tensors, self.pieces), strict=True))
+        return Statistics(**arrays, survivor_block=form.survivor_block)
+
+    def saved(
+        self,
+        tensors: Sequence[torch.Tensor | None],
+        given: Mapping[str, Any],
+        plan: Plan,
+        lse: torch.Tensor,
+        wrt: Collection[str],
+    ) -> list[torch.Tensor]:
+        """`SAVED`, for operators; arguments as of `prepared`, and the names of the gradients that the forward was told of."""
+        if self.pieces is None:
+            return [lse, *self.tensors]
+        with torch.no_grad(), prepared(tensors, given, plan) as (problem, _):
+            found, form = self.statistics(problem, plan, lse), backend_module(plan.backend).statistics_form(problem)
+            recorded = problem.options.records_survivors(wrt)
+            return memory.tensors_of(defined(problem, _saved(problem, form, found, recorded)))
+
+
+def statistics(problem: Problem, plan: Plan, saved: Sequence[torch.Tensor]) -> Statistics:
+    """The statistics that the tensors `SAVED` were made of, inside `prepared`."""
+    return _statistics(problem, backend_module(plan.backend).statistics_form(problem), saved)
+
+
 def backward(
     problem: Problem,
     plan: Plan,
-    saved: Sequence[torch.Tensor],
+    found: Statistics,
     d_loss: torch.Tensor | None,
     d_lse: torch.Tensor | None,
     grads: dict[str, torch.Tensor],
@@ -88,10 +138,9 @@ def backward(
     """Writes the gradients of `sum(d_loss * loss) + sum(d_lse * lse)`, lse being flat, to `grads`, made by `gradients_like`."""
     flat = {name: interchange.take(name, grad).reshape(getattr(problem, name).shape) for name, grad in grads.items()}
     destination = Destination(frozenset(grads), Gradients(**grads), Gradients(**flat), False)  # fresh: nothing to check
-    form = backend_module(plan.backend).statistics_form(problem)
     if d_lse is not None:
         d_lse = problem.per_token(interchange.take("d_lse", d_lse))
-    done = ForwardPass.of(problem, plan, _statistics(problem, form, saved))
+    done = ForwardPass.of(problem, plan, found)
     done.backward(0.0 if d_loss is None else d_loss, d_lse, destination)
 
 

@@ -126,7 +126,7 @@ def backward_op(d_loss: torch.Tensor | None, d_lse: torch.Tensor | None, *other:
     given = call.given(_decoded(*options)) | {"check_targets": False}  # the forward has looked
     grads = call.gradients_like(tensors, wrt.split(","))
     with call.prepared(tensors, given) as (problem, plan):
-        call.backward(problem, plan, saved, d_loss, d_lse, grads)
+        call.backward(problem, plan, call.statistics(problem, plan, saved), d_loss, d_lse, grads)
     return _all_of(grads, tensors)
 
 
