@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,13 +25,16 @@ def forward(p: Problem, plan: Any, record: bool) -> Statistics:
     if p.N == 0:
         return forward_host.forward(p, plan.layout, record)
 
-    def recorded(seed: Any, *arrays: Any) -> Statistics:
+    def recorded(*inputs: Any) -> Statistics:
+        *arrays, seed = inputs
         return forward_host.forward(_problem(p, arrays, filter_seed=seed), plan.layout, record)
 
     arrays = _of(p, _OF_PROBLEM)
     # The plan was made for these sizes, dtype, options and device. Arrays of one dimension are contiguous.
     key = plan, record, p.e.strides, p.c.strides, _dtype(p.bias)
-    return FORWARD.run(key, (p.filter_seed, *arrays), recorded)
+    if isinstance(p.filter_seed, int):
+        return FORWARD.run(key, arrays, recorded, (p.filter_seed,))
+    return FORWARD.run(key, [*arrays, p.filter_seed], recorded)
 
 
 def backward(p: Problem, plan: Any, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
@@ -63,7 +67,7 @@ class _ProblemOnBlanks(Problem):
         return self.e.library
 
 
-def _problem(p: Problem, arrays: tuple[Any, ...], **others: Any) -> Problem:
+def _problem(p: Problem, arrays: Sequence[Any], **others: Any) -> Problem:
     """The problem with these arrays in the place of `_OF_PROBLEM`."""
     named = dict(zip(_OF_PROBLEM, arrays, strict=True))
     if not isinstance(named["e"], Blank):

@@ -38,32 +38,32 @@ class Programs:
         """Forgets all, for tests that change what host functions read beside their arguments."""
         self._by_key.clear()
 
-    def run(self, key: Hashable, inputs: Sequence[Any], function: Callable[..., _Result]) -> _Result:
-        """`function(*inputs)`, or what comes to the same: the program that was recorded of it under this key.
+    def run(
+        self, key: Hashable, arrays: Sequence[Any], function: Callable[..., _Result], integers: tuple[int, ...] = ()
+    ) -> _Result:
+        """`function(*arrays, *integers)`, or what comes to the same: the program that was recorded of it under this key.
 
         Args:
-            key: all that the function's launches follow from, beside CuPy's current device and what `inputs` hold; among that
-                the shapes, strides and dtypes of all inputs.
-            inputs: CuPy arrays; integers of 64 bits, which the function passes to kernels and looks at in no other way; None.
-            function: gets the inputs, or blanks and places for them. It asks CuPy for nothing but allocations (of
+            key: all that the function's launches follow from, beside CuPy's current device and what the arrays hold; among that
+                the shapes, strides and dtypes of all arrays.
+            arrays: CuPy arrays, and None where there is none.
+            integers: in [0, 2**64), which the function passes to kernels and looks at in no other way.
+            function: gets both, or blanks and places for them. It asks CuPy for nothing but allocations (of
                 `library` of a blank), and computes by launches alone. If it cannot do without, it is run each time. It returns
                 None, or a dataclass some of whose fields are arrays, all of which it has allocated.
         """
         if is_recorded():
-            return function(*inputs)
+            return function(*arrays, *integers)
         device = gpu.cupy().cuda.runtime.getDevice()
-        numbers, remainders = [], []  # whether rows begin at multiples of some bytes is a matter of the address, too
-        for x in inputs:
-            number = x if isinstance(x, int) else 0 if x is None else x.data.ptr
-            numbers.append(number)
-            remainders.append(None if x is None else -1 if isinstance(x, int) else number % KNOWN_BYTES)
-        whole_key = device, key, tuple(remainders)
+        addresses = [0 if x is None else x.data.ptr for x in arrays]
+        # Which arrays there are is a matter of the form, too, and whether they begin at a multiple of some bytes.
+        whole_key = device, key, tuple([x and x % KNOWN_BYTES + 1 for x in addresses])
         program = self._by_key.get(whole_key, _UNKNOWN)
         if program is _UNKNOWN:
             if len(self._by_key) >= _MOST:
                 self._by_key.clear()
-            program = self._by_key[whole_key] = _recorded(device, inputs, function)
-        return function(*inputs) if program is None else program.run(numbers)
+            program = self._by_key[whole_key] = _recorded(device, [*arrays, *integers], function)
+        return function(*arrays, *integers) if program is None else program.run([*addresses, *integers])
 
 
 _UNKNOWN: Any = object()

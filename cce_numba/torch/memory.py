@@ -73,7 +73,7 @@ def blocks_of(arrays: Iterable[Any]) -> tuple[list[torch.Tensor], list[Piece | N
     A block is a tensor of bytes, as `allocate` makes it, or a tensor of an array's own, if another allocator made that.
     """
     blocks: list[torch.Tensor] = []
-    numbers: dict[int, int] = {}
+    numbers: dict[int, tuple[int, int]] = {}  # of a block: its number, and its address
     pieces: list[Piece | None] = []
     for array in arrays:
         if array is None:
@@ -83,10 +83,10 @@ def blocks_of(arrays: Iterable[Any]) -> tuple[list[torch.Tensor], list[Piece | N
         if not isinstance(block, torch.Tensor):
             block = tensor_of(array)
             array = array_of(block)
-        if (number := numbers.get(id(block))) is None:
-            number = numbers[id(block)] = len(blocks)
+        if (place := numbers.get(id(block))) is None:
+            place = numbers[id(block)] = len(blocks), block.data_ptr()
             blocks.append(block)
-        pieces.append(Piece(number, array.data.ptr - block.data_ptr(), array.shape, array.dtype, array.strides))
+        pieces.append(Piece(place[0], array.data.ptr - place[1], array.shape, array.dtype, array.strides))
     return blocks, pieces
 
 

@@ -64,7 +64,7 @@ def run_directly(addresses):
     """Programs are not used; what host functions allocate lies at these addresses, in turn."""
     cuda, remaining = gpu.cupy().cuda, iter(addresses)
 
-    def run(self, key, inputs, function):
+    def run(self, key, arrays, function, integers=()):
         def allocate(n_bytes):
             return cuda.MemoryPointer(cuda.UnownedMemory(next(remaining), n_bytes, None, 0), 0)
 
@@ -74,7 +74,7 @@ def run_directly(addresses):
             return array
 
         with cuda.using_allocator(allocate), mock.patch.object(gpu.cupy(), "zeros", zeros):
-            return function(*inputs)
+            return function(*arrays, *integers)
 
     with mock.patch.object(Programs, "run", run):
         yield

@@ -67,7 +67,7 @@ def test_operators_have_their_own_form(on_a_device, monkeypatch):
     (saved,) = given
     sizes = {name: x.numel() for name, x in zip(call.SAVED, saved, strict=True)}
     assert (sizes["lse"], sizes["tokens"], sizes["n_valid"], sizes["mean_logit"]) == (N, N, 1, 0)
-    assert sizes["survivors"] == 3 * 5120 // 8
+    assert sizes["survivors"] == 3 * 27 * 192 // 8, "three blocks of tokens, 27 whole tiles of the vocabulary"
 
 
 def test_without_a_backward_nothing_is_kept(on_a_device, statistics):
