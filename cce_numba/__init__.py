@@ -8,6 +8,8 @@
 """
 
 from cce_numba.backend import BackendUnavailable, Gradients
+from cce_numba.distillation import linear_distillation, linear_distillation_with_grad
+from cce_numba.logprobs import linear_logprobs
 from cce_numba.loss import (
     Result,
     backward,
@@ -19,19 +21,29 @@ from cce_numba.loss import (
     linear_logsumexp,
 )
 from cce_numba.plan import Plan
+from cce_numba.returned import Logprobs, LossStatistics
+from cce_numba.shards import ShardResult, forward_shard, merge
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
     "Gradients",
+    "Logprobs",
+    "LossStatistics",
     "Plan",
     "Result",
+    "ShardResult",
     "backward",
     "explain",
     "forward",
+    "forward_shard",
     "indexed_dot",
     "linear_cross_entropy",
     "linear_cross_entropy_with_grad",
+    "linear_distillation",
+    "linear_distillation_with_grad",
+    "linear_logprobs",
     "linear_logsumexp",
+    "merge",
 ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cce_numba.plan import Plan
 
 # In order of preference. A backend is a module cce_numba.<name>.backend with the functions of `Backend`.
-BACKENDS = ("hopper", "simt", "cpu")
+BACKENDS = ("hopper", "ampere", "simt", "cpu")
 
 
 class BackendUnavailable(RuntimeError):
@@ -37,8 +37,9 @@ class Statistics:
         max_logit: (N,) the largest logit, 0 where ignored.
         log_sum: (N,) natural logarithm of the sum of exp(logit - max_logit), 0 where ignored. These two keep the digits that
             the log-sum-exp of large logits has lost.
-        target_logit: (N,) logit of the target, 0 where ignored, NaN for a target out of range; None without targets. It has
-            the rounding of the logits that max_logit and log_sum are made of, so differences from these keep their digits.
+        target_logit: in the shape of `Problem.targets`, (N,) or (N, K): logits of the targets, 0 where ignored or padded, NaN
+            for a target out of range; None without targets. They have the rounding of the logits that max_logit and log_sum are
+            made of, so differences from these keep their digits.
         survivors: (at least ceil(n_valid / block), ceil(V / 8)) uint8, little-endian bits over the vocabulary, for blocks of
             consecutive *counting* tokens (see `Backend.forward`); None if not recorded, or if nearly all survive the filter
             that drops: then all do. Of the unbiased filter they say what may survive by its draws. Further rows, and memory
@@ -48,6 +49,15 @@ class Statistics:
             unless `Options.smooths_capped`: else it follows from e and c (`terms.py`).
         draw_seed: 0-d int64 in [0, 2**32), the seed of the unbiased filter's draws (`survivors.py`), on the arrays' device;
             None for the filter that drops, and where no survivors were recorded.
+        entropy: (N,) of the compute dtype, in nats, 0 where ignored; None unless `Options.entropy`.
+        sum_squares: (N,) of the compute dtype, the sum of the squares of all probabilities, 0 where ignored; None unless
+            `Options.sum_squares`.
+        top_logits: (N, k) of the compute dtype, k being `Options.top_k`: the largest logits, in descending order, 0 where
+            ignored; rounded as target_logit is. None if k is 0.
+        top_ids: (N, k) int64, which entries these are, in [0, V); equal logits by ascending id; 0 where ignored. None if k is
+            0. Where the token is lost they may be any entries.
+        kept_logits: (bytes,) uint8 of logits that are kept for the backward (`Plan.kept_bytes`), in the backend's own form;
+            None if none are.
         folded: (N,) results of further folds (`folds.py`) by name, 0 where ignored.
     """
 
@@ -61,12 +71,25 @@ class Statistics:
     survivor_block: int
     mean_logit: Any = None
     draw_seed: Any = None
+    entropy: Any = None
+    sum_squares: Any = None
+    top_logits: Any = None
+    top_ids: Any = None
+    kept_logits: Any = None
     folded: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nll(self) -> Any:
-        """(N,) negative log-likelihood, lse - target_logit, 0 where ignored; a small one of large logits has its digits."""
-        return (self.max_logit - self.target_logit) + self.log_sum
+        """Negative log-likelihood of each target, lse - target_logit, in the shape of the latter.
+
+        0 where ignored, lse where one of several is padding. A small one of large logits has its digits.
+        """
+        return self.above(self.target_logit)
+
+    def above(self, logits: Any) -> Any:
+        """lse - logits, for logits (N,) or (N, j) that are rounded as max_logit is, with the digits of small differences."""
+        largest, rest = (x if logits.ndim == 1 else x[:, None] for x in (self.max_logit, self.log_sum))
+        return (largest - logits) + rest
 
 
 @dataclass(frozen=True)
@@ -79,14 +102,18 @@ class StatisticsForm:
         tokens: dtype of `Statistics.tokens`.
         survivor_block: tokens in a block of survivors.
         planes: rows of survivor bits for each block. Row b of plane i is row i * ceil(N / survivor_block) + b. Plane 0 holds
-            the filter's bits; plane 1 of "hopper" the same at a higher threshold (`survivors.coarse_eps_of`).
+            the filter's bits; plane 1 of "hopper" and "ampere" the same at a higher threshold (`survivors.coarse_eps_of`).
         row_unit_bytes: the memory of a row is a whole number of so many bytes.
+        kept_entries, kept_tile_bytes: of a tile of logits that can be kept for the backward, of a block of tokens and so many
+            entries; 0 if none can.
     """
 
     tokens: np.dtype
     survivor_block: int
     planes: int = 1
     row_unit_bytes: int = 1
+    kept_entries: int = 0
+    kept_tile_bytes: int = 0
 
     def survivors_shape(self, N: int, V: int) -> tuple[int, int]:
         """(rows, bytes of a row) of the survivor bits of N tokens and V entries, all memory included.
@@ -98,6 +125,24 @@ class StatisticsForm:
         units = (V + 8 * self.row_unit_bytes - 1) // (8 * self.row_unit_bytes)
         return self.planes * n_blocks, units * self.row_unit_bytes
 
+    def kept_tiles(self, N: int, V: int, workspace_bytes: int) -> int:
+        """Of each block of tokens, the tiles of logits that can be kept in so much memory: an even number.
+
+        >>> form = StatisticsForm(np.dtype(np.int32), survivor_block=128, kept_entries=192, kept_tile_bytes=49664)
+        >>> form.kept_tiles(256, 100_000, 10**6)
+        10
+        """
+        if self.kept_entries == 0 or workspace_bytes == 0 or N == 0:
+            return 0
+        blocks = (N + self.survivor_block - 1) // self.survivor_block
+        of_vocabulary = (V + self.kept_entries - 1) // self.kept_entries
+        return min(of_vocabulary, workspace_bytes // (blocks * self.kept_tile_bytes)) // 2 * 2
+
+    def kept_bytes(self, N: int, V: int, workspace_bytes: int) -> int:
+        """The memory of these."""
+        blocks = (N + self.survivor_block - 1) // self.survivor_block
+        return blocks * self.kept_tiles(N, V, workspace_bytes) * self.kept_tile_bytes
+
     def survivor_bytes(self, N: int, V: int) -> int:
         """Memory of the survivor bits."""
         rows, row_bytes = self.survivors_shape(N, V)
@@ -108,32 +153,41 @@ class StatisticsForm:
 class Weights:
     """What flows back into each token's logits: the factors of G, the gradient of the loss with respect to the logits.
 
-        G[n, v] = softmax[n] * p[n, v] - target[n] * (v == targets[n]) - uniform[n] * class_weights[v]
+        G[n, v] = softmax[n] * p[n, v] + entropy[n] * p[n, v] * log(p[n, v])
+                  - target[n] * (v == targets[n]) - uniform[n] * class_weights[v]
 
-    where p is the softmax of token n's logits, and class weights are 1 if there are none. Arrays are (N,) of the compute dtype,
-    on e's device. Logit scales are in them. The softcap's derivative is not: a backend multiplies G by it. All terms of the
-    loss come down to these (`terms.py`). A token whose weights are all 0 takes no part, whatever stands in its row; nor does
-    one that does not count, whatever its weights are.
+    where p is the softmax of token n's logits, p * log(p) is 0 where p is 0, and class weights are 1 if there are none. With
+    targets (N, K) the third part is the sum over k of target[n, k] * (v == targets[n, k]); the ids of a token may be equal.
+    Where one is padding its weight is 0. Arrays are (N,) or (N, K) of the compute dtype, on e's device. Logit scales are in
+    them. The softcap's derivative is not: a backend multiplies G by it. All terms of the loss come down to these (`terms.py`),
+    and all that flows into log-probabilities and entropies (`driver.py`). A token whose weights are all 0 takes no part,
+    whatever stands in its row; nor does one that does not count, whatever its weights are.
 
     Attributes:
         softmax: weight of the softmax.
-        target: weight of the one-hot target.
+        target: weight of the one-hot target, in the shape of `Problem.targets`.
         uniform: weight of the class weights; None unless `Options.smooths_capped`, and then nothing is filtered.
         outer: what the gradients have beside what G gives them; None, or for each gradient that is wanted a pair (column, row)
             of the compute dtype, whose outer product column[i] * row[j] is added to element (i, j); column None is of ones.
             It reaches every element, so a backend adds it before it rounds, where it can, and else begins with
             `terms.write_outer`.
+        entropy: weight of p * log(p); None unless something flows back into the entropy, of a problem with `Options.entropy`.
     """
 
     softmax: Any
     target: Any
     uniform: Any = None  # or an array
     outer: Gradients | None = None  # of pairs
+    entropy: Any = None  # or an array
 
     def taking_part(self, tokens: Any) -> Any:
         """Those of the `tokens` (integers) with a weight that is not 0."""
-        takes_part = (self.softmax[tokens] != 0) | (self.target[tokens] != 0)
-        return tokens[takes_part if self.uniform is None else takes_part | (self.uniform[tokens] != 0)]
+        of_target = self.target[tokens] != 0
+        takes_part = (self.softmax[tokens] != 0) | (of_target if of_target.ndim == 1 else of_target.any(axis=1))
+        for others in (self.uniform, self.entropy):
+            if others is not None:
+                takes_part = takes_part | (others[tokens] != 0)
+        return tokens[takes_part]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +203,15 @@ class Gradients:
 
 
 class Backend(Protocol):
-    """What a module must offer to be a backend. Arrays are those of `Problem`; nothing here synchronises with the host."""
+    """What a module must offer to be a backend. Arrays are those of `Problem`; nothing here synchronises with the host.
+
+    Attributes:
+        EXTRAS: which of `arguments.EXTRAS` its forward and its backward know. A problem that asks for another one is refused
+            before anything is launched (`plan.choose_backend`). One with `arguments.DISTILLATION` has a module
+            `distillation` with the names of that of "cpu".
+    """
+
+    EXTRAS: frozenset[str]
 
     def why_not(self, p: Outline | Problem) -> str | None:
         """Why it cannot take this problem on this machine, or None if it can.
@@ -171,15 +233,17 @@ class Backend(Protocol):
     def indexed_dot(self, p: Problem, plan: Plan) -> Any:
         """(N,) the target's logit per token, one dot product each; 0 where ignored, NaN for a target out of range.
 
-        `Statistics.target_logit` is the same number, rounded otherwise.
+        `Statistics.target_logit` is the same number, rounded otherwise. There is one target a token here.
         """
 
-    def forward(self, p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
-        """Largest logit, log-sum-exp and target logit per token; with `record_survivors`, also what the backward must look at.
+    def forward(self, p: Problem, plan: Plan, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
+        """Largest logit, log-sum-exp and target logits per token; with `record_survivors`, also what the backward must look at.
 
-        A column survives in a block if a token of the block has it as its target, or may give it a probability of at
+        A column survives in a block if a token of the block has it as one of its targets, or may give it a probability of at
         least `filter_eps`: `survivors.py` has the rule. For the unbiased filter it also says which columns may survive by
-        chance, and the seed of the draws. Also the mean logit, if the problem `smooths_capped`.
+        chance, and the seed of the draws, which follows from all targets that are not padding. Also the mean logit, if the
+        problem `smooths_capped`; and the entropy, the sum of squares and the best entries, if the options ask for them. With
+        `keep_logits`, as many logits as `Plan.kept_bytes` has room for; only backends whose plans have some are asked.
         """
 
     def reduced_nll(self, p: Problem, statistics: Statistics) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from cce_numba import arguments, driver, survivors
+from cce_numba import arguments, driver, ranks, survivors
 from cce_numba.arguments import GRADIENTS, Problem
 from cce_numba.backend import Gradients, Statistics
 from cce_numba.destination import Destination
@@ -17,8 +17,11 @@ from cce_numba.driver import ForwardPass
 from cce_numba.integers import ceil_div
 from cce_numba.interchange import ReadAgain
 from cce_numba.options import LossOptions, flag
+from cce_numba.parallel.communicator import Communicator
 from cce_numba.plan import Plan
-from cce_numba.terms import Nll, Terms
+from cce_numba.ranks import sharing_of
+from cce_numba.returned import LossStatistics
+from cce_numba.terms import times
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,9 +31,12 @@ class Result:
     Attributes:
         loss: 0-d for "mean" and "sum"; per token for "none". float32, or float64 for float64 inputs, as all below.
         nll: negative log-likelihood per token, `lse - target_logit`, in the shape of `targets[..., shift:]`; 0 where ignored.
-            Without weights, label smoothing and z-loss, which are in the loss alone.
+            Without weights, label smoothing and z-loss, which are in the loss alone. Of several targets the sum of theirs times
+            `target_probs`.
+        logprobs: log-probabilities of the targets, in their shape after the shift; 0 where ignored or padded.
         lse: natural-log log-sum-exp of the logits per token; 0 where ignored.
-        target_logit: the target's logit per token; 0 where ignored.
+        target_logit: the targets' logits, in their shape after the shift; 0 where ignored or padded.
+        entropy, sum_squares, top_logprobs, top_ids: as in `Logprobs`; None unless they were asked for.
         n_valid: 0-d int64, how many tokens count, whatever their weights.
         plan: how it ran.
     """
@@ -39,17 +45,47 @@ class Result:
     lse: Any
     target_logit: Any
     n_valid: Any
+    entropy: Any
+    sum_squares: Any
+    top_logprobs: Any
+    top_ids: Any
     plan: Plan
     _problem: Problem
     _statistics: Statistics
-    _terms: Nll | Terms
+    _done: ForwardPass
     _read_again: tuple[ReadAgain, ReadAgain]
+
+    @staticmethod
+    def of(done: ForwardPass, read_again: tuple[ReadAgain, ReadAgain]) -> Result:
+        """That of a forward that has been done."""
+        problem, statistics = done.problem, done.statistics
+        return Result(
+            loss=done.loss(),
+            **done.beside(),
+            target_logit=problem.exported(statistics.target_logit),
+            n_valid=problem.kind.export(statistics.n_valid),
+            plan=done.plan,
+            _problem=problem,
+            _statistics=statistics,
+            _done=done,
+            _read_again=read_again,
+        )
 
     @functools.cached_property
     def nll(self) -> Any:
         """Computed when it is first asked for."""
         with self._problem.kind.current():
-            return self._problem.exported(self._statistics.nll)
+            nll = self._statistics.nll
+            if (probs := self._problem.target_probs) is not None:
+                nll = times(probs, nll).sum(axis=1)
+                nll[self._problem.xp.isnan(self._statistics.target_logit).any(axis=1)] = np.nan
+            return self._problem.exported(nll)
+
+    @functools.cached_property
+    def logprobs(self) -> Any:
+        """Computed when it is first asked for."""
+        with self._problem.kind.current():
+            return self._problem.exported(self._done.logprobs())
 
     def survivor_counts(self) -> np.ndarray:
         """(n_blocks,) of each block of counting tokens, how many vocabulary entries the backward computes again.
@@ -75,9 +111,9 @@ class Result:
 
         With `filter="drop"` it bounds the token's error in a filtered gradient: that of `dE` by `|d_loss| * dropped_mass *
         max_v |c_v|`, times its weights and `logit_scale` if there are any, less where a softcap is flat. Where more than 70 %
-        of all pairs of a block and an entry survive, "cpu" and "hopper" take all of them. On "cpu" it is then 0; on "hopper",
-        where only the device knows, it is more than what is left out. What the gradients of `c` and `bias` leave out beyond
-        (see `filter_eps`) is not counted.
+        of all pairs of a block and an entry survive, "cpu", "hopper" and "ampere" take all of them. On "cpu" it is then 0; on
+        the other two, where only the device knows, it is more than what is left out. What the gradients of `c` and `bias` leave
+        out beyond (see `filter_eps`) is not counted.
 
         With `filter="unbiased"` it is what this seed's draws leave out, if all tokens take part, and bounds no error: other
         entries are multiplied to make up for it, and the error is 0 on average over seeds.
@@ -93,7 +129,16 @@ class Result:
             return self._problem.exported(survivors.dropped_mass(self._problem, self._statistics))
 
 
-def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = False, **options: Unpack[LossOptions]) -> Any:
+def linear_cross_entropy(
+    e: Any,
+    c: Any,
+    targets: Any,
+    *,
+    return_lse: bool = False,
+    communicator: Communicator | None = None,
+    tokens_axis: int | None = None,
+    **options: Unpack[LossOptions],
+) -> Any:
     """Cross-entropy of `softmax(e @ c.T + bias)` with `targets`, without storing the logits (arXiv 2411.09009).
 
     The loss of a token is that of `torch.nn.functional.cross_entropy` with the same `ignore_index`, `label_smoothing` and class
@@ -103,8 +148,13 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         e: (..., D) embeddings: float16, bfloat16 (`ml_dtypes.bfloat16`), float32 or float64; NumPy, CuPy, or anything
             with `__cuda_array_interface__` or DLPack. Strides are welcome.
         c: (V, D) classifier, of e's dtype, on e's device. If N == V nothing tells it from e, which comes first here.
-        targets: (...) integers in [0, V), or `ignore_index`.
+        targets: (...) integers in [0, V), or `ignore_index`; or (..., K) with `target_probs`.
         return_lse: return `(loss, lse)`.
+        communicator: carries arrays between ranks that share the vocabulary (`cce_numba.parallel.Communicator`). Then c and
+            bias are this rank's rows, consecutive entries in the order of ranks, any number of them, even none. Targets, class
+            weights and all options are the same on all ranks, and so is the loss, bit by bit.
+        tokens_axis: with a communicator, the axis of e along which each rank has a part of it: the loss gathers e, and each
+            rank gets the gradient of its part. None: all ranks have all of e, and get all of its gradient.
         bias: (V,) added to the logits; of e's dtype or float32.
         ignore_index: tokens with this target take no part, whatever stands in their rows.
         softcap: logits become `softcap * tanh(logits / softcap)`, after the bias.
@@ -118,6 +168,16 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
         class_weights: (V,) numbers that multiply a token's loss, by its target; with label smoothing, each entry's share of it.
         token_weights: numbers or booleans, of targets' shape (they shift with the targets), that multiply a token's whole loss.
             One of weight 0 takes no part, whatever stands in its row.
+        target_probs: (..., K) numbers t, then targets are (..., K) too, with `ignore_index` as padding. The loss of a token is
+            the sum of t_k * (lse - logit of target k), as if it were K tokens of weights t_k. They need not sum to 1. A mean
+            divides by their sum, and label smoothing spreads a part of it. They shift with the targets.
+        entropy: return the entropy of each token's distribution too, in nats: a `LossStatistics` in place of the loss.
+        sum_squares: return the sum of the squares of each token's probabilities too.
+        top_k: return each token's k largest log-probabilities and their entries too, of equal ones the lower entry first. So
+            top_k=1 gives the accuracy.
+        batch_invariant: what is found of a token (log-probabilities, lse, entropy, sum of squares, best entries) is bitwise the
+            same whatever other tokens stand beside it, and how many. So is its row of the gradient of `e`, which is exact then,
+            for the same upstream gradient of its own; a mean over all tokens is none of its own.
         reduction: "mean" over the tokens that count (nan if none does), "sum", or "none". With weights, the mean divides by the
             sum of token weight times class weight of the target (nan, with gradients of 0, if that is 0).
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
@@ -131,34 +191,47 @@ def linear_cross_entropy(e: Any, c: Any, targets: Any, *, return_lse: bool = Fal
             the step.
         filter_eps: the filter's threshold, a probability. "auto" is `finfo(dtype).eps / 32` (2^-12 for bfloat16), or for "drop"
             `finfo(dtype).eps / 512` (2^-16 for bfloat16). None is exact. The loss itself is always exact. With "drop" and
-            "auto", "hopper" leaves out more of the gradients of `c` and `bias`: 128 entries, in an order of its own, for a
-            block of 128 tokens, if none of them is a target there and none reaches 4 times that.
+            "auto", "hopper" and "ampere" leave out more of the gradients of `c` and `bias`: 128 entries, in an order of their
+            own, for a block of 128 tokens, if none of them is a target there and none reaches 4 times that.
         filter_e_grad: False keeps the gradient of `e` exact.
         filter_c_grad: False keeps the gradients of `c` and `bias` exact (the paper's FullC).
         accum_e_fp32: return the gradient of 16-bit `e` in float32, as it was accumulated.
         accum_c_fp32: return the gradient of 16-bit `c` in float32, as it was accumulated.
         check_targets: True raises for a target out of range, on any device. None does so on the host, where looking is
             free; on a device, where it would wait for the device, such a token's loss and gradient become NaN.
-        backend: "cpu", "simt", "hopper", or None to choose by device and dtype (`explain` tells).
+        workspace_bytes: memory for logits that are kept from the forward to the backward, so that exact gradients need not
+            compute them again: 388 bytes for each token and 192 entries. Backend "hopper" uses it, of the others none. 0 keeps
+            none; None is what the environment variable CCE_WORKSPACE_BYTES says, else 0.
+        backend: "cpu", "simt", "ampere", "hopper", or None to choose by device and dtype (`explain` tells).
 
     Returns:
         The loss, an array of e's kind on e's device: 0-d, or for "none" in the shape of `targets[..., shift:]` with 0
-        where ignored. float32, or float64 for float64 inputs.
+        where ignored. float32, or float64 for float64 inputs. With `entropy`, `sum_squares` or `top_k` a `LossStatistics`,
+        which has the loss, the lse and what was asked for.
 
     Raises:
         TypeError: an argument is no array, or has the wrong dtype.
         ValueError: shapes, devices, targets or option values do not fit.
         BackendUnavailable: the backend that was asked for cannot run here.
+        NotImplementedError: the backend does not have what is asked for yet.
 
     >>> e, c = np.zeros((3, 4), np.float32), np.ones((8, 4), np.float32)
     >>> linear_cross_entropy(e, c, np.array([1, 2, 3])).round(4)  # log(8): all of 8 entries are as likely
     np.float32(2.0794)
     """
     return_lse = flag("return_lse", return_lse)
-    with driver.prepared(e, c, targets, options) as (problem, plan):
-        done = driver.forward(problem, plan)
-        loss = done.loss()
-        return (loss, problem.exported(done.statistics.lse)) if return_lse else loss
+    with ranks.prepared(e, c, targets, options, sharing_of(communicator, tokens_axis)) as (problem, plan, together):
+        done = driver.forward(problem, plan, ranks=together)
+        found = _returned(done, return_lse)
+        return found if len(found) > 1 else found[0]
+
+
+def _returned(done: ForwardPass, return_lse: bool) -> tuple[Any, ...]:
+    """`(loss,)`, `(loss, lse)`, or a `LossStatistics` where options ask for one."""
+    problem = done.problem
+    if problem.options.asks_for_more:
+        return LossStatistics(done.loss(), **done.beside())
+    return (done.loss(), problem.exported(done.statistics.lse)) if return_lse else (done.loss(),)
 
 
 def linear_cross_entropy_with_grad(
@@ -170,9 +243,13 @@ def linear_cross_entropy_with_grad(
     wrt: Iterable[str] | None = None,
     out: Gradients | None = None,
     accumulate: bool = False,
+    communicator: Communicator | None = None,
+    tokens_axis: int | None = None,
     **options: Unpack[LossOptions],
 ) -> Any:
     """The loss and its gradients: `(loss, grads)`, or `(loss, lse, grads)` with `return_lse`.
+
+    With `entropy`, `sum_squares` or `top_k` it is `(found, grads)`, found being a `LossStatistics`.
 
     Arguments, errors and the loss are those of `linear_cross_entropy`. For "none" the gradients are those of the sum.
 
@@ -197,15 +274,25 @@ def linear_cross_entropy_with_grad(
     array([[0., 0.]])
     """
     return_lse = flag("return_lse", return_lse)
-    with driver.prepared(e, c, targets, options) as (problem, plan):
-        destination = Destination.of(out, accumulate, arguments.wanted(wrt, problem), problem)
-        done = driver.forward(problem, plan, GRADIENTS)  # all of them: so the loss has the same bits whichever are wanted
-        loss = done.loss()
+    with ranks.prepared(e, c, targets, options, sharing_of(communicator, tokens_axis)) as (problem, plan, together):
+        of_caller = problem if together is None else together.problem_of_results(problem)
+        destination = Destination.of(out, accumulate, arguments.wanted(wrt, problem), of_caller)
+        # Of all gradients: so the loss has the same bits whichever are wanted.
+        done = driver.forward(problem, plan, GRADIENTS, together)
+        found = _returned(done, return_lse)
         grads = done.backward(None, None, destination)
-        return (loss, problem.exported(done.statistics.lse), grads) if return_lse else (loss, grads)
+        return (found, grads) if isinstance(found, LossStatistics) else (*found, grads)
 
 
-def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Result:
+def forward(
+    e: Any,
+    c: Any,
+    targets: Any,
+    *,
+    communicator: Communicator | None = None,
+    tokens_axis: int | None = None,
+    **options: Unpack[LossOptions],
+) -> Result:
     """The loss with its parts, ready for `backward`; arguments and errors are those of `linear_cross_entropy`.
 
     The result keeps `e` and `c` themselves, which must not change before the last `backward`, since that reads them again (of
@@ -215,21 +302,9 @@ def forward(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Res
     >>> result.nll.round(4), int(result.n_valid)
     (array([2.0794, 0.    ]), 1)
     """
-    with driver.prepared(e, c, targets, options) as (problem, plan):
-        problem = problem.with_own_small_arrays()
-        done = driver.forward(problem, plan, GRADIENTS)
-        statistics = done.statistics
-        return Result(
-            loss=done.loss(),
-            lse=problem.exported(statistics.lse),
-            target_logit=problem.exported(statistics.target_logit),
-            n_valid=problem.kind.export(statistics.n_valid),
-            plan=plan,
-            _problem=problem,
-            _statistics=statistics,
-            _terms=done.terms,
-            _read_again=(ReadAgain("e", e), ReadAgain("c", c)),
-        )
+    with ranks.prepared(e, c, targets, options, sharing_of(communicator, tokens_axis)) as (problem, plan, together):
+        done = driver.forward(problem.with_own_small_arrays(), plan, GRADIENTS, together)
+        return Result.of(done, (ReadAgain("e", e), ReadAgain("c", c)))
 
 
 def backward(
@@ -237,16 +312,24 @@ def backward(
     d_loss: Any = None,
     d_lse: Any = None,
     *,
+    d_logprobs: Any = None,
+    d_entropy: Any = None,
     wrt: Iterable[str] | None = None,
     out: Gradients | None = None,
     accumulate: bool = False,
 ) -> Gradients:
     """Vector-Jacobian product: the gradients of `sum(d_loss * loss) + sum(d_lse * lse)`.
 
+    And of `sum(d_logprobs * logprobs) + sum(d_entropy * entropy)`, where these are given.
+
     Args:
         result: what `forward` returned; it may be used again.
         d_loss: upstream gradient of the loss: a scalar, or for "none" also an array in the shape of the loss. 1 by default.
         d_lse: upstream gradient of the lse: a scalar or an array in its shape. 0 by default. No weights multiply it.
+        d_logprobs: upstream gradient of the log-probabilities of the targets: a scalar or an array in their shape. 0 by
+            default. With d_loss=0 any function of log-probabilities, lse and entropy has its gradients here.
+        d_entropy: upstream gradient of the entropy, which `forward` was asked for: a scalar or an array in its shape. 0 by
+            default.
         wrt: which gradients to compute, out of "e", "c", "bias"; all that exist by default. Others are None.
         out: arrays to write gradients to, as in `linear_cross_entropy_with_grad`.
         accumulate: add to what `out` holds.
@@ -265,9 +348,10 @@ def backward(
     for array in result._read_again:
         array.check()
     with problem.kind.current():
-        destination = Destination.of(out, accumulate, gradients, problem)
-        done = ForwardPass(problem, result.plan, result._statistics, result._terms)
-        return done.backward(d_loss, d_lse, destination)
+        together = result._done.ranks
+        of_caller = problem if together is None else together.problem_of_results(problem)
+        destination = Destination.of(out, accumulate, gradients, of_caller)
+        return result._done.backward(d_loss, d_lse, destination, d_logprobs=d_logprobs, d_entropy=d_entropy)
 
 
 def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) -> Any:

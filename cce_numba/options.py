@@ -11,6 +11,7 @@ import functools
 import math
 import numbers
 import operator
+import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypedDict, cast
@@ -25,6 +26,8 @@ FILTERS = ("drop", "unbiased")
 # What filter_eps="auto" stands for, in units of finfo(dtype).eps. On the data of the benchmarks, gradients of bfloat16 are then
 # off by at most three times what rounding them costs.
 AUTO_SHARES = {"drop": 2.0**-9, "unbiased": 2.0**-5}
+
+WORKSPACE_VARIABLE = "CCE_WORKSPACE_BYTES"  # the environment's default of workspace_bytes
 
 # What other functions call our options (those of PyTorch, Liger, transformers, ...), and what there is to say of ours.
 _ELSEWHERE = {
@@ -47,7 +50,7 @@ _ELSEWHERE = {
 }
 IMMUTABLE = (bool, int, float, str, type(None))
 # Options that `Options` knows nothing of: arrays, or what may be one.
-_ARRAYS = ("bias", "logit_scale", "class_weights", "token_weights", "filter_seed")
+_ARRAYS = ("bias", "target_probs", "logit_scale", "class_weights", "token_weights", "filter_seed")
 
 
 class LossOptions(TypedDict, total=False):
@@ -63,6 +66,11 @@ class LossOptions(TypedDict, total=False):
     z_loss: float
     class_weights: Any
     token_weights: Any
+    target_probs: Any
+    entropy: bool
+    sum_squares: bool
+    top_k: int
+    batch_invariant: bool
     filter: Filter
     filter_seed: Any
     filter_eps: float | str | None
@@ -71,6 +79,7 @@ class LossOptions(TypedDict, total=False):
     accum_e_fp32: bool
     accum_c_fp32: bool
     check_targets: bool | None
+    workspace_bytes: int | None
     backend: str | None
 
 
@@ -85,6 +94,11 @@ DEFAULTS: dict[str, Any] = {
     "z_loss": 0.0,
     "class_weights": None,
     "token_weights": None,
+    "target_probs": None,
+    "entropy": False,
+    "sum_squares": False,
+    "top_k": 0,
+    "batch_invariant": False,
     "filter": "unbiased",
     "filter_seed": 0,
     "filter_eps": "auto",
@@ -93,6 +107,7 @@ DEFAULTS: dict[str, Any] = {
     "accum_e_fp32": False,
     "accum_c_fp32": False,
     "check_targets": None,
+    "workspace_bytes": None,
     "backend": None,
 }
 
@@ -115,7 +130,8 @@ class Options:
 
     Attributes:
         ignore_index, softcap, reduction, label_smoothing, z_loss, filter, filter_e_grad, filter_c_grad, accum_e_fp32,
-            accum_c_fp32: as in `LossOptions`.
+            accum_c_fp32, entropy, sum_squares, top_k, batch_invariant: as in `LossOptions`.
+        workspace_bytes: memory for logits that are kept; 0 for none.
         shift: how many tokens later the target of a token stands.
         filter_eps: a probability, or None where all gradients are exact.
         filter_is_auto: the threshold was not the caller's choice, so with `filter="drop"` a backend may leave out more where
@@ -135,6 +151,11 @@ class Options:
     filter_c_grad: bool
     accum_e_fp32: bool
     accum_c_fp32: bool
+    entropy: bool
+    sum_squares: bool
+    top_k: int
+    batch_invariant: bool
+    workspace_bytes: int
 
     @staticmethod
     def of(dtype: np.dtype, given: Mapping[str, Any], only: Iterable[str] = DEFAULTS) -> Options:
@@ -174,7 +195,14 @@ class Options:
             filter_c_grad=values["filter_c_grad"],
             accum_e_fp32=values["accum_e_fp32"],
             accum_c_fp32=values["accum_c_fp32"],
+            entropy=values["entropy"],
+            sum_squares=values["sum_squares"],
+            top_k=values["top_k"],
+            batch_invariant=values["batch_invariant"],
+            workspace_bytes=_workspace_default() if (given := values["workspace_bytes"]) is None else given,
         )
+        if options.batch_invariant:  # the filter looks at all tokens of a block
+            options = replace(options, filter_e_grad=False)
         # The uniform term of label smoothing then reaches all entries, and no sum over them is known beforehand.
         return replace(options, filter_eps=None) if options.smooths_capped else options
 
@@ -198,6 +226,19 @@ class Options:
         if self.filter_eps is None:
             return False
         return ("e" in wrt and self.filter_e_grad) or (("c" in wrt or "bias" in wrt) and self.filter_c_grad)
+
+    def keeps_logits(self, wrt: Collection[str]) -> bool:
+        """Whether logits are kept for a backward that gives gradients of these names: where one of them is exact.
+
+        How many are kept depends on the number of tokens, so none are where nothing may depend on it.
+        """
+        of_e, of_c = "e" in wrt and self.filter_eps_e is None, ("c" in wrt or "bias" in wrt) and self.filter_eps_c is None
+        return self.workspace_bytes > 0 and (of_e or of_c) and not self.batch_invariant
+
+    @property
+    def asks_for_more(self) -> bool:
+        """Whether more is to be returned than a loss or log-probabilities, and the log-sum-exp."""
+        return self.entropy or self.sum_squares or self.top_k > 0
 
     @property
     def is_unbiased(self) -> bool:
@@ -256,7 +297,14 @@ def _checked(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
         "shift": _shift(value["shift"]),
         "z_loss": _number("z_loss", value["z_loss"], "a finite number >= 0", lambda x: 0 <= x <= largest),
     }
-    flags = ("filter_e_grad", "filter_c_grad", "accum_e_fp32", "accum_c_fp32")
+    if (top_k := integer("top_k", value["top_k"])) < 0 or isinstance(value["top_k"], bool):
+        raise ValueError(f"top_k: must be an integer >= 0, how many entries to return, got {value['top_k']!r}")
+    canonical["top_k"] = top_k
+    room = value["workspace_bytes"]
+    if room is not None and (isinstance(room, bool) or integer("workspace_bytes", room) < 0):
+        raise ValueError(f"workspace_bytes: must be an integer >= 0, a number of bytes, or None, got {room!r}")
+    canonical["workspace_bytes"] = None if room is None else int(room)
+    flags = ("filter_e_grad", "filter_c_grad", "accum_e_fp32", "accum_c_fp32", "entropy", "sum_squares", "batch_invariant")
     return Options.unchecked(dtype, canonical | {name: flag(name, value[name]) for name in flags})
 
 
@@ -284,6 +332,15 @@ def _number(name: str, value: Any, what: str, fits: Callable[[float], bool]) -> 
     if not fits(number):  # nor does NaN
         raise ValueError(f"{name}: must be {what}, got {value!r}")
     return number
+
+
+@functools.cache
+def _workspace_default() -> int:
+    """What the environment says, when it is first asked for; 0 if it says nothing."""
+    said = os.environ.get(WORKSPACE_VARIABLE, "").strip() or "0"
+    if not said.isdecimal():
+        raise ValueError(f"{WORKSPACE_VARIABLE}: must be an integer >= 0, a number of bytes, got {said!r}; unset it for none")
+    return int(said)
 
 
 def _float(name: str, value: Any, what: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import BACKENDS, BackendUnavailable, backend_module
 from cce_numba.options import Options
+from cce_numba.survivors import SURVIVOR_BLOCK
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,8 @@ class Plan:
         coarse_eps: a higher threshold than the filter's own, for the gradients of `c` and `bias` with `filter="drop"`, or None.
             These gradients may also leave out an entry for a block if its probability is below this in all of the block's
             tokens, and it is the target of none of them.
+        kept_bytes: logits that are kept from the forward to the backward, so that they need not be computed again, if gradients
+            are wanted that are exact: as many as `workspace_bytes` has room for.
     """
 
     backend: str
@@ -40,6 +43,7 @@ class Plan:
     rejected: dict[str, str] = field(default_factory=dict)
     filter: str = ""
     coarse_eps: float | None = None
+    kept_bytes: int = 0
 
     def __str__(self) -> str:
         lines = [f"backend {self.backend}: {self.how}", f"  filter: {self.filter}", f"  tiles: {self.tiles}"]
@@ -52,6 +56,7 @@ class Plan:
         return {
             "forward workspace": self.forward_bytes,
             "survivor bits": self.survivor_bytes,
+            **({"kept logits": self.kept_bytes} if self.kept_bytes else {}),
             "backward workspace": self.backward_bytes,
             "stored logits would take": self.stored_logits_bytes,
         }
@@ -60,6 +65,9 @@ class Plan:
 def choose(p: Problem, backend: str | None) -> Plan:
     """The plan of the forced backend, or of the first in `BACKENDS` that can take the problem; errors of `choose_backend`."""
     name, rejected = choose_backend(p, backend)
+    if p.shard is not None and not p.V:
+        how = "this rank has no rows of the classifier, and computes nothing"
+        return Plan(name, how, None, 0, 0, 0, 0, rejected, _filter(p.options, SURVIVOR_BLOCK))
     return _completed(backend_module(name).plan(p), tuple(rejected.items()), p.options)
 
 
@@ -72,16 +80,24 @@ def _completed(plan: Plan, rejected: tuple[tuple[str, str], ...], options: Optio
 def choose_backend(p: Outline | Problem, backend: str | None) -> tuple[str, dict[str, str]]:
     """The name of the forced backend, or of the first in `BACKENDS` that can take the problem, and why not those before it.
 
-    Raises ValueError for a name that is none, BackendUnavailable if the forced one (or every one) cannot.
+    Raises ValueError for a name that is none, BackendUnavailable if the forced one (or every one) cannot, NotImplementedError
+    if one could but for an extra that it does not have yet.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"backend: must be one of {', '.join(map(repr, BACKENDS))} or None, got {backend!r}")
     rejected: dict[str, str] = {}
+    unfinished: list[str] = []
     for name in (backend,) if backend else BACKENDS:
-        reason = backend_module(name).why_not(p)
+        module = backend_module(name)
+        reason = module.why_not(p)
         if reason is None:
-            return name, rejected
+            if not (lacking := p.extras - module.EXTRAS):
+                return name, rejected
+            reason = f"it does not have {', '.join(sorted(lacking))} yet"
+            unfinished.append(f"backend {name!r} does not have it yet: {', '.join(sorted(lacking))}")
         rejected[name] = reason
+    if unfinished:
+        raise NotImplementedError(f"{', '.join(sorted(p.extras))}: {'; '.join(unfinished)}")
     if backend:
         raise BackendUnavailable(f"backend: {backend!r} cannot run this: {rejected[backend]}")
     raise BackendUnavailable("no backend can run this:\n" + "\n".join(f"  {name}: {why}" for name, why in rejected.items()))

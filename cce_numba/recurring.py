@@ -14,7 +14,7 @@ import numpy as np
 
 from cce_numba import arguments, gpu, interchange
 from cce_numba import plan as planning
-from cce_numba.arguments import Problem
+from cce_numba.arguments import Ids, Problem, Rows
 from cce_numba.interchange import Kind
 from cce_numba.options import DEFAULTS, IMMUTABLE, Options
 from cce_numba.plan import Plan
@@ -33,6 +33,11 @@ class _Found(NamedTuple):
 _found: dict[Hashable, _Found] = {}
 
 
+def clear() -> None:
+    """Forgets all, for whoever changes what checks and plans follow from."""
+    _found.clear()
+
+
 def prepare(
     e: Any,
     c: Any,
@@ -42,15 +47,17 @@ def prepare(
     kind: Kind,
     backend: str | None,
     plan: Plan | None,
+    rows: Rows | None = None,
 ) -> tuple[Problem, Plan]:
     """The checked problem and its plan; arguments and errors are those of `driver.prepared`, but `e` is as `take` gives it."""
     form = None
-    if interchange.is_on_device(e) and targets is not arguments.NO_TARGETS and only is DEFAULTS:
+    with_loss = targets is not arguments.NO_TARGETS and not isinstance(targets, Ids)
+    if interchange.is_on_device(e) and with_loss and only is DEFAULTS and rows is None:
         c, targets = interchange.take("c", c), interchange.take("targets", targets)
         form = _form_of(e, c, targets, given, backend)
         if form is not None and (found := _found.get(form)) is not None:
             return _problem(e, c, targets, given, kind, found.options), plan or found.plan
-    problem = arguments.problem(e, c, targets, given, only, kind)
+    problem = arguments.problem(e, c, targets, given, only, kind, rows)
     if plan is None:
         forced = given.get("backend")
         plan = planning.choose(problem, backend if forced is None else forced)
@@ -90,6 +97,8 @@ def _problem(e: Any, c: Any, targets: Any, given: Mapping[str, Any], kind: Kind,
         logit_scale=None,
         class_weights=None,
         token_weights=None,
+        target_probs=None,
+        has_loss=True,
         filter_seed=arguments.filter_seed(given.get("filter_seed", 0), e),
         options=options,
         e_shape=shape,

@@ -14,13 +14,17 @@ A backend gives each token's log-sum-exp and target logit. The loss of the token
 What is subtracted from lse is subtracted from max_logit, and log_sum is added afterwards. For lse is as large as the logits
 are, and would have lost the digits of a small loss. Label smoothing is that of `torch.nn.functional.cross_entropy`.
 
+A token with several targets has a nll_weight of each: the above times what the target counts (`Problem.target_probs`). Then the
+first part of its loss is the sum over its targets, and smooth_weight has the sum of what they count as a factor. A target that
+is padding counts 0.
+
 So each token's gradient with respect to its logits is a multiple of the softmax, less a multiple of the one-hot target, less a
 multiple of the class weights (`backend.Weights`). The last part is not small anywhere, so no filter could leave it out.
 Without a softcap it is of rank one, a factor per token times a factor per entry, and known without any logit
 (`Weights.outer`): backends add it to what they compute.
 
-`terms_of` says which of two classes a problem's loss is: `Nll`, the negative log-likelihood alone, or `Terms`, all of the
-above. Both have `per_token`, `reduced` and `gradient_weights`.
+`terms_of` says which class a problem's loss is: `Nll`, the negative log-likelihood of one target alone, or `Terms`, all of the
+above. Both have `per_token`, `reduced` and `gradient_weights`. `NoLoss` is for problems that ask for log-probabilities alone.
 """
 
 from __future__ import annotations
@@ -43,12 +47,35 @@ _HOST_BYTES, _DEVICE_BYTES = 4 * 2**20, 32 * 2**20
 _quiet = np.errstate(all="ignore")  # inf and nan speak for themselves
 
 
-def terms_of(p: Problem, plan: Plan, statistics: Statistics) -> Nll | Terms:
+def terms_of(p: Problem, plan: Plan, statistics: Statistics) -> Nll | Terms | NoLoss:
     """The loss of a problem whose forward has left these statistics."""
     options = p.options
-    if options.label_smoothing or options.z_loss or p.class_weights is not None or p.token_weights is not None:
+    if not p.has_loss:
+        return NoLoss(p)
+    weighted = p.K is not None or p.class_weights is not None or p.token_weights is not None
+    if weighted or options.label_smoothing or options.z_loss:
         return Terms.of(p, statistics)
     return Nll(p, plan, statistics)
+
+
+@dataclass(frozen=True, eq=False)
+class NoLoss:
+    """In place of a loss, where none is made of the targets: 0, and nothing flows back from it."""
+
+    problem: Problem
+
+    def per_token(self) -> Any:
+        """(N,) zeros."""
+        return self.problem.xp.zeros(self.problem.N, self.problem.compute_dtype)
+
+    def reduced(self) -> Any:
+        """0-d zero."""
+        return self.problem.xp.zeros((), self.problem.compute_dtype)
+
+    def gradient_weights(self, d_loss: Any) -> tuple[Weights, None]:
+        """Weights of 0."""
+        p = self.problem
+        return Weights(self.per_token(), p.xp.zeros(p.targets.shape, p.compute_dtype)), None
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,12 +127,13 @@ def nll_weight(p: Problem, statistics: Statistics, d_loss: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """The loss of each token by the weights of its terms, which are (N,) of the compute dtype, 0 where ignored.
+    """The loss of each token by the weights of its terms, which are (N,) of the compute dtype, 0 where ignored or padded.
 
     Attributes:
         problem: whose loss it is.
         statistics: what the backend found.
-        nll_weight: of the negative log-likelihood.
+        token_weight: of all terms.
+        nll_weight: of the negative log-likelihood of each target, in the shape of `Problem.targets`.
         smooth_weight: of the label smoothing, or None without.
         z_weight: of the squared log-sum-exp, or None without.
         total_weight: 0-d float64, what a mean divides by: the sum of token weight * class weight of the target.
@@ -113,6 +141,7 @@ class Terms:
 
     problem: Problem
     statistics: Statistics
+    token_weight: Any
     nll_weight: Any
     smooth_weight: Any
     z_weight: Any
@@ -123,21 +152,24 @@ class Terms:
     def of(p: Problem, statistics: Statistics) -> Terms:
         """The terms of this problem."""
         options, xp, real = p.options, p.xp, p.compute_dtype.type
-        counts = p.targets != options.ignore_index
+        counts, probs = p.counts, p.target_probs
         of_token = counts.astype(p.compute_dtype)
         if p.token_weights is not None:
             of_token = xp.where(counts, p.token_weights, of_token)  # whatever an ignored token's weight is
-        of_target = of_token
+        of_target = of_token if probs is None else times(xp.broadcast_to(of_token[:, None], probs.shape), probs)
         if p.class_weights is not None:
-            in_range = (p.targets >= 0) & (p.targets < p.V)
-            picked = p.class_weights[xp.where(in_range, p.targets, xp.zeros_like(p.targets))]
+            targets, all_weights = (p.targets, p.class_weights) if p.shard is None else (p.shard.targets, p.shard.class_weights)
+            in_range = (targets >= 0) & (targets < p.total_V)
+            picked = all_weights[xp.where(in_range, targets, xp.zeros_like(targets))]
             # A target out of range makes its token's loss NaN by its logit. With a weight of 1 it spoils no other token's loss.
-            of_target = times(of_token, xp.where(in_range, picked, xp.ones_like(picked)))
+            of_target = times(of_target, xp.where(in_range, picked, xp.ones_like(picked)))
+        smoothed = of_token if probs is None else times(of_token, probs.sum(axis=1))
         return Terms(
             problem=p,
             statistics=statistics,
+            token_weight=of_token,
             nll_weight=of_target * real(1 - options.label_smoothing),
-            smooth_weight=of_token * real(options.label_smoothing) if options.label_smoothing else None,
+            smooth_weight=smoothed * real(options.label_smoothing) if options.label_smoothing else None,
             z_weight=of_token * real(options.z_loss) if options.z_loss else None,
             total_weight=of_target.sum(dtype=np.float64),
         )
@@ -147,7 +179,11 @@ class Terms:
         """(N,) the loss of each token, 0 where ignored or of weight 0."""
         found, largest = self.statistics, self.statistics.max_logit
         loss = times(self.nll_weight, found.nll)
-        if self.problem.options.label_smoothing == 1:  # then by no weight of its target a token is lost that has none in range
+        if self.problem.K is not None:
+            loss = loss.sum(axis=1)
+            lost = self.problem.xp.isnan(found.target_logit).any(axis=1) & (self.token_weight != 0)
+            loss[lost] = np.nan  # whatever a target counts that is out of range
+        elif self.problem.options.label_smoothing == 1:  # then no weight of its target loses a token that has none in range
             largest = self.problem.xp.where(found.target_logit != found.target_logit, found.target_logit, largest)
         if self.smooth_weight is not None:
             mean_weight = self._mean_class_weight
@@ -176,8 +212,12 @@ class Terms:
         if p.options.reduction == "mean":  # the mean over a total weight of 0 is nan, and its gradient is 0
             per_weight = p.xp.where(self.total_weight == 0, 0.0, 1 / self.total_weight)
             d_loss = d_loss * per_weight.astype(p.compute_dtype)
-        target_weight = times(self.nll_weight, d_loss)
-        softmax_weight, smooth_weight = target_weight, None
+        if p.K is None:
+            target_weight = softmax_weight = times(self.nll_weight, d_loss)
+        else:
+            target_weight = times(self.nll_weight, d_loss[:, None])
+            softmax_weight = target_weight.sum(axis=1)
+        smooth_weight = None
         if self.smooth_weight is not None:
             smooth_weight = times(self.smooth_weight, d_loss)
             softmax_weight = softmax_weight + smooth_weight * self._mean_class_weight
@@ -204,9 +244,9 @@ class Terms:
                 e, weight = p.e[n0:n1].astype(p.compute_dtype, copy=False), smooth_weight[n0:n1]
                 # Zero times a NaN in a row that takes no part would be NaN.
                 total += weight @ xp.where((weight == 0)[:, None], xp.zeros((), e.dtype), e)
-            pairs["c"] = p.class_weights, (-total / p.V).astype(p.compute_dtype)
+            pairs["c"] = p.class_weights, (-total / p.total_V).astype(p.compute_dtype)
         if "bias" in wanted:
-            mean = (-smooth_weight.sum(dtype=np.float64) / p.V).astype(p.compute_dtype)
+            mean = (-smooth_weight.sum(dtype=np.float64) / p.total_V).astype(p.compute_dtype)
             pairs["bias"] = p.class_weights, mean.reshape(1)
         return Gradients(**pairs)
 
@@ -214,34 +254,47 @@ class Terms:
     def _mean_class_weight(self) -> Any:
         """0-d, of the compute dtype."""
         p = self.problem
-        return p.compute_dtype.type(1) if p.class_weights is None else _mean(p, p.class_weights)
+        weights = p.class_weights if p.shard is None else p.shard.class_weights
+        return p.compute_dtype.type(1) if weights is None else _mean(p, weights)
 
     @functools.cached_property
     def _mean_row(self) -> tuple[Any, Any]:
-        """(D,) and 0-d, of the compute dtype: the means over the vocabulary of class weight times row of c, and times bias."""
-        p, xp = self.problem, self.problem.xp
-        total = xp.zeros(p.D, np.float64)
-        weights = xp.ones(p.V, p.compute_dtype) if p.class_weights is None else p.class_weights
-        for v0, v1 in _pieces(p, p.V):
-            weight, c = weights[v0:v1], p.c[v0:v1].astype(p.compute_dtype, copy=False)
-            if p.class_weights is not None:  # zero times an inf would be NaN
-                c = xp.where((weight == 0)[:, None], xp.zeros((), c.dtype), c)
-            total += weight @ c
-        no_bias = xp.zeros((), p.compute_dtype)
-        mean_bias = no_bias if p.bias is None else _mean(p, times(weights, p.bias.astype(p.compute_dtype, copy=False)))
-        return (total / p.V).astype(p.compute_dtype), mean_bias
+        return mean_row(self.problem)
 
     def _mean_logit(self) -> Any:
         """(N,) of the compute dtype: the mean over the vocabulary of class weight times logit."""
-        p = self.problem
-        if p.options.smooths_capped:
-            return self.statistics.mean_logit
-        mean_row, mean_bias = self._mean_row
-        mean_logit = p.xp.empty(p.N, p.compute_dtype)
-        for n0, n1 in _pieces(p, p.N):
-            mean_logit[n0:n1] = p.e[n0:n1].astype(p.compute_dtype, copy=False) @ mean_row
-        mean_logit += mean_bias
-        return mean_logit if p.logit_scale is None else mean_logit * p.logit_scale
+        found = self.statistics.mean_logit  # by a fold, or by all ranks
+        return mean_logit(self.problem, self._mean_row) if found is None else found
+
+
+def mean_row(p: Problem) -> tuple[Any, Any]:
+    """(D,) and 0-d, of the compute dtype: the means over the vocabulary of class weight times row of c, and times bias.
+
+    Of a shard of the vocabulary its share in them.
+    """
+    xp: Any = p.xp
+    total = xp.zeros(p.D, np.float64)
+    weights = xp.ones(p.V, p.compute_dtype) if p.class_weights is None else p.class_weights
+    for v0, v1 in _pieces(p, p.V):
+        weight, c = weights[v0:v1], p.c[v0:v1].astype(p.compute_dtype, copy=False)
+        if p.class_weights is not None:  # zero times an inf would be NaN
+            c = xp.where((weight == 0)[:, None], xp.zeros((), c.dtype), c)
+        total += weight @ c
+    bias = xp.zeros((), np.float64)
+    if p.bias is not None:
+        bias = times(weights, p.bias.astype(p.compute_dtype, copy=False)).sum(dtype=np.float64)
+    return (total / p.total_V).astype(p.compute_dtype), (bias / p.total_V).astype(p.compute_dtype)
+
+
+@_quiet
+def mean_logit(p: Problem, mean: tuple[Any, Any]) -> Any:
+    """(N,) of the compute dtype: the mean over the vocabulary of class weight times logit; `mean`: of `mean_row`."""
+    of_row, of_bias = mean
+    result = p.xp.empty(p.N, p.compute_dtype)
+    for n0, n1 in _pieces(p, p.N):
+        result[n0:n1] = p.e[n0:n1].astype(p.compute_dtype, copy=False) @ of_row
+    result += of_bias
+    return result if p.logit_scale is None else result * p.logit_scale
 
 
 @_quiet

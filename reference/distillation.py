@@ -98,7 +98,9 @@ def heads(student, teacher, targets, temperature, shift, ignore_index):
     [[0.0, 1.523]]
     """
     shape = np.shape(student.e)[:-1]
-    tokens = counting(student.e, np.zeros(shape, int) if targets is None else targets, shift=shift, ignore_index=ignore_index)
+    tokens = counting(
+        student.e, np.full(shape, ignore_index + 1) if targets is None else targets, shift=shift, ignore_index=ignore_index
+    )
     teacher_e = shifted(np.asarray(teacher.e, np.float64), np.zeros(shape), shift)[0][tokens.valid]
     z_student, z_teacher = (
         logits(e, head.c, head.bias, None if head.softcap is None else head.softcap / temperature, 1 / temperature)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 # With as many processes as cores, threads of each would only wait for those of the others. Libraries read this when they load.
@@ -15,7 +17,17 @@ from hypothesis import HealthCheck, settings
 
 from tests.helpers import offline
 from tests.helpers.cases import Edges
-from tests.helpers.harness import CpuHarness, GpuHarness, Harness, HopperHarness, SimulatorHarness, why_no_gpu
+from tests.helpers.harness import (
+    AmpereHarness,
+    CpuHarness,
+    GpuHarness,
+    Harness,
+    HopperHarness,
+    SimulatorHarness,
+    why_no_gpu,
+)
+
+TENSOR_CORES = {"hopper": HopperHarness, "ampere": AmpereHarness}
 
 # quick is for every commit; long, on a GPU, looks around far more. Deadlines mean nothing where kernels are compiled.
 _CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
@@ -45,22 +57,32 @@ def skip_or_fail_without_gpu() -> None:
 
 
 @pytest.fixture(
-    scope="session", params=["cpu", pytest.param("simt", marks=pytest.mark.gpu), pytest.param("hopper", marks=pytest.mark.gpu)]
+    scope="session", params=["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("simt", "hopper", "ampere"))]
 )
 def harness(request: pytest.FixtureRequest) -> Harness:
     """How to call each backend: arrays where it wants them, and sizes around its own tiles."""
     if request.param == "cpu":
         return CpuHarness()
     if SimulatorHarness.is_active():
-        if request.param == "hopper":
+        if request.param in TENSOR_CORES:
             pytest.skip("the simulator knows no tensor cores")
         return SimulatorHarness()
     skip_or_fail_without_gpu()
-    if request.param == "hopper":
-        if reason := HopperHarness.why_not():
+    if request.param in TENSOR_CORES:
+        kind = TENSOR_CORES[request.param]
+        if reason := kind.why_not():
             pytest.skip(reason)
-        return HopperHarness()
+        return kind()
     return GpuHarness("simt")
+
+
+@pytest.fixture(autouse=True)
+def no_programs() -> Iterator[None]:
+    """What host functions read beside their arguments, such as sizes, tests may change: then nothing recorded holds."""
+    yield
+    for name in ("tensor_core.programs", "recurring"):
+        if (module := sys.modules.get(f"cce_numba.{name}")) is not None:
+            module.clear()
 
 
 @pytest.fixture(scope="session")

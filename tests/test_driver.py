@@ -16,10 +16,11 @@ import cce_numba as cce
 import reference
 from cce_numba import arguments, driver
 from cce_numba import terms as terms_of_the_loss
-from cce_numba.arguments import GRADIENTS
-from cce_numba.backend import Gradients, Statistics, Weights, backend_module
+from cce_numba.arguments import GRADIENTS, Rows
+from cce_numba.backend import Gradients, Weights, backend_module
 from cce_numba.destination import Destination
 from tests.helpers.cases import DTYPES, make_case
+from tests.helpers.ranks import on_ranks
 
 V = 30
 CASE = make_case(0, (3, 7), V, 5, np.dtype(np.float64), ignored=0.3, bias=True, filter_eps=None)
@@ -45,9 +46,9 @@ def watched(monkeypatch):
     def watched_module(name):
         module = backend_module(name)
 
-        def forward(p, plan, *, record_survivors):
+        def forward(p, plan, *, record_survivors, keep_logits):
             seen.forwards.append(record_survivors)
-            return module.forward(p, plan, record_survivors=record_survivors)
+            return module.forward(p, plan, record_survivors=record_survivors, keep_logits=keep_logits)
 
         def backward(p, plan, statistics, weights, into, adds):
             before = {name: getattr(into, name).copy() for name in GRADIENTS if getattr(into, name) is not None}
@@ -119,24 +120,24 @@ def test_the_building_blocks_take_the_same_way(watched):
     assert len(watched.forwards) == 1
 
 
-def test_one_device_has_the_whole_vocabulary():
-    whole = Statistics(np.arange(2), np.array(2), *(np.ones(2) for _ in range(4)), None, 128)
-    assert driver.combine([whole]) is whole
-    for parts in ([], [whole, whole]):
-        with pytest.raises(ValueError, match=rf"parts: must be those of one device, got {len(parts)}"):
-            driver.combine(parts)
+def test_a_shard_needs_to_be_told_of_the_others(watched):
+    with driver.prepared(*ARRAYS, {}, rows=Rows(0, V + 1)) as (problem, plan):  # noqa: SIM117
+        with pytest.raises(AssertionError, match="who has a shard alone has a partial, and no loss"):
+            driver.forward(problem, plan)
 
 
-def test_terms_and_backward_see_what_was_combined(watched, monkeypatch):
+def test_terms_and_backward_see_what_was_merged(watched, monkeypatch):
     """So one line is enough to make partial results whole."""
+    merged = driver.merged
 
-    def raised(parts):
-        """As if another device had found logits that are larger by 1."""
-        return dataclasses.replace(parts[0], lse=parts[0].lse + 1, max_logit=parts[0].max_logit + 1)
+    def raised(p, own, every):
+        """As if another rank had found logits that are larger by 1."""
+        found = merged(p, own, every)
+        return dataclasses.replace(found, lse=found.lse + 1, max_logit=found.max_logit + 1)
 
-    monkeypatch.setattr(driver, "combine", raised)
+    monkeypatch.setattr(driver, "merged", raised)
     options = options_of("nothing else", "none")
-    loss, _ = cce.linear_cross_entropy_with_grad(*ARRAYS, **options)
+    loss, _ = on_ranks(1, lambda one: cce.linear_cross_entropy_with_grad(*ARRAYS, communicator=one, **options))[0]
     counts = CASE.targets != -100
     np.testing.assert_allclose(loss[counts], exact("nothing else", "none")[0][counts] + 1)
     np.testing.assert_allclose(watched.backwards[0].statistics.lse.reshape(3, 7)[counts], reference.forward(
@@ -242,6 +243,8 @@ def test_a_token_takes_part_by_any_of_its_weights():
     softmax, target, uniform = np.eye(4)[:3]
     assert Weights(softmax, target, uniform).taking_part(np.arange(4)).tolist() == [0, 1, 2]
     assert Weights(softmax, target).taking_part(np.array([3, 1])).tolist() == [1]
+    assert Weights(softmax, target, entropy=uniform).taking_part(np.arange(4)).tolist() == [0, 1, 2]
+    assert Weights(softmax, np.stack([target, uniform], axis=1)).taking_part(np.arange(4)).tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("terms", ["nothing else", "smoothing", "smoothing, capped"])

@@ -25,7 +25,7 @@ not_simulated = pytest.mark.skipif(SimulatorHarness.is_active(), reason="about a
 def test_host_arrays_go_to_the_cpu_and_the_plan_says_why():
     plan = cce.explain(e, c, targets)
     assert plan.backend == "cpu"
-    assert set(plan.rejected) == {"hopper", "simt"}
+    assert set(plan.rejected) == {"hopper", "ampere", "simt"}
     assert "host" in plan.rejected["simt"]
     assert plan.stored_logits_bytes == 3 * 5 * 4
     for part in (

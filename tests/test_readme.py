@@ -11,7 +11,7 @@ from cce_numba.options import DEFAULTS
 from tests.helpers.harness import SimulatorHarness
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLE, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # the other is run by tests/transformers
+EXAMPLE, *_ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)  # others are run by tests/transformers and tests/torch
 
 pytestmark = pytest.mark.skipif(SimulatorHarness.is_active(), reason="its sizes are not for the simulator")
 

@@ -57,9 +57,15 @@ def within(package: str) -> list[Path]:
             "cce_numba.tensor_core",
             ["cce_numba.ptx.tma", "cce_numba.ptx.wgmma", "cce_numba.ptx.mbarrier", "cce_numba.ptx.cluster"],
         ),
-        ("cce_numba.tensor_core", ["cce_numba.hopper", "cce_numba.simt", "cce_numba.cpu"]),
+        ("cce_numba.tensor_core", ["cce_numba.ampere", "cce_numba.hopper", "cce_numba.simt", "cce_numba.cpu"]),
+        # Nor do kernels for all GPUs since 8.0.
+        (
+            "cce_numba.ampere",
+            ["cce_numba.ptx.tma", "cce_numba.ptx.wgmma", "cce_numba.ptx.mbarrier", "cce_numba.ptx.cluster"],
+        ),
         # Backends lend each other nothing.
-        ("cce_numba.hopper", ["cce_numba.simt", "cce_numba.cpu"]),
+        ("cce_numba.ampere", ["cce_numba.hopper", "cce_numba.simt", "cce_numba.cpu"]),
+        ("cce_numba.hopper", ["cce_numba.ampere", "cce_numba.simt", "cce_numba.cpu"]),
         ("cce_numba.simt", ["cce_numba.hopper", "cce_numba.cpu", "cce_numba.tensor_core", "cce_numba.ptx"]),
         ("cce_numba.cpu", ["cce_numba.hopper", "cce_numba.simt", "cce_numba.tensor_core", "cce_numba.ptx", "cce_numba.launch"]),
         # Instructions and launches know nothing of what they are for.

@@ -26,10 +26,10 @@ _ADDRESS = 2**60  # far from all real ones
 _MULTIPROCESSORS = 132
 _OPERATORS = (
     *("add", "sub", "mul", "truediv", "eq", "ne", "lt", "le", "gt", "ge", "and", "or"),
-    *("radd", "rsub", "rmul", "rtruediv", "iadd", "isub", "imul", "itruediv", "neg", "matmul"),
+    *("radd", "rsub", "rmul", "rtruediv", "iadd", "isub", "imul", "itruediv", "neg", "abs", "invert", "matmul"),
 )
-_FUNCTIONS = ("where", "maximum", "full_like", "zeros_like", "ones_like", "nan_to_num")
-_METHODS = ("sum", "copy", "fill", "clip", "max")
+_FUNCTIONS = ("where", "maximum", "full_like", "zeros_like", "ones_like", "nan_to_num", "isnan", "ldexp")
+_METHODS = ("sum", "any", "copy", "fill", "clip", "max")
 
 
 @dataclass
@@ -48,12 +48,15 @@ class Counts:
 
 
 @contextmanager
-def stand_in() -> Iterator[Counts]:
-    """Inside, an H100 seems to be there, for CuPy. No array holds anything, and no other thread may use a GPU."""
+def stand_in(cc: tuple[int, int] = (9, 0)) -> Iterator[Counts]:
+    """Inside, a GPU of a compute capability seems to be there, for CuPy, with as many multiprocessors as an H100 has.
+
+    No array holds anything, and no other thread may use a GPU.
+    """
     cupy: Any = importlib.import_module("cupy")
     driver = importlib.import_module("cuda.bindings.driver")
-    programs = importlib.import_module("cce_numba.hopper.programs")
-    hopper = importlib.import_module("cce_numba.hopper.backend")
+    programs = importlib.import_module("cce_numba.tensor_core.programs")
+    backends = [importlib.import_module(f"cce_numba.{name}.backend") for name in ("hopper", "ampere")]
     counts = Counts()
     stream = _Stream()
 
@@ -90,6 +93,8 @@ def stand_in() -> Iterator[Counts]:
             (cupy, "ndarray", array),
             (cupy, "zeros", zeros),
             (cupy, "full", full),
+            (cupy, "ones", zeros),
+            (cupy, "frexp", lambda array: (array, array)),
             (cupy, "arange", lambda stop: full(stop, None, np.int64)),
             (cupy, "asarray", lambda array, dtype=None: array),
             (cupy.cuda.runtime, "getDevice", lambda: 0),
@@ -99,7 +104,7 @@ def stand_in() -> Iterator[Counts]:
             (interchange, "write_zeros", clear),
             (interchange, "_stream_of_device", lambda pointer, device: stream),
             (gpu, "count", lambda: 1),
-            (gpu, "_facts", lambda device: gpu.Gpu((9, 0), _MULTIPROCESSORS)),
+            (gpu, "_facts", lambda device: gpu.Gpu(cc, _MULTIPROCESSORS)),
             (gpu, "_missing_compiler", lambda: None),
             (gpu, "bind_context", lambda: None),
             (driver, "cuTensorMapEncodeTiled", lambda *arguments: (0, tensor_map)),
@@ -107,7 +112,7 @@ def stand_in() -> Iterator[Counts]:
             # Nothing that was found outside holds inside, nor the other way round.
             (programs, "FORWARD", Programs()),
             (programs, "BACKWARD", Programs()),
-            (hopper, "_plans", {}),
+            *((backend, "_plans", {}) for backend in backends),
             (recurring, "_found", {}),
             *((cupy, name, _counted(name, counts)) for name in _FUNCTIONS),
         ):
@@ -175,9 +180,10 @@ def _counted(name: str, counts: Counts) -> Callable[..., Any]:
 
     def operation(*arguments: Any, **options: Any) -> Any:
         counts.operations[name] += 1
-        first = next(x for x in arguments if hasattr(x, "data") and not isinstance(x, np.generic))
-        if name == "sum":
-            return importlib.import_module("cupy").ndarray((), options.get("dtype", first.dtype))
-        return first
+        first, *others = (x for x in arguments if hasattr(x, "data") and not isinstance(x, np.generic))
+        if name in ("sum", "any", "max"):
+            shape = first.shape[:1] if options.get("axis") == 1 else ()
+            return importlib.import_module("cupy").ndarray(shape, options.get("dtype", first.dtype))
+        return others[0] if name == "where" and others else first
 
     return operation

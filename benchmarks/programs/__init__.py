@@ -12,6 +12,7 @@ PROGRAMS = {  # name: what `--help` says of it
     "forward": "the loss on tensor cores against cuBLAS's one product",
     "backward": "loss and gradients on tensor cores against cuBLAS's one product",
     "autograd": "what PyTorch's autograd adds to a call",
+    "several_gpus": "a vocabulary in shards on several GPUs, against one of them",
     "training_step": "the steps of a small transformer, against stored logits",
     "learning": "a small transformer learns text, with gradients filtered in several ways: which learn as exact ones do",
     "simt": "the portable kernels against cuBLAS in float32",

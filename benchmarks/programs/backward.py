@@ -87,18 +87,22 @@ class Row:
 ROWS = (
     Row("default filter", "calibrated", x_at_most=1.5),
     Row("default filter", "real", x_at_most=2.4),
-    Row("exact", "calibrated", {"filter_eps": None}, x_at_most=4.8),
-    Row("exact dC", "calibrated", {"filter_c_grad": False}, x_at_most=3.6),
+    Row("exact", "calibrated", {"filter_eps": None}, x_at_most=4.15),
+    Row("exact dC", "calibrated", {"filter_c_grad": False}, x_at_most=3.2),
     Row("frozen classifier", "calibrated", wrt=("e",), x_at_most=1.3),
     Row("frozen body", "calibrated", wrt=("c",)),
-    Row("exact", "real", {"filter_eps": None}),
-    Row("default filter", "random"),
+    Row("exact", "real", {"filter_eps": None}, x_at_most=4.15),
+    Row("default filter", "random", x_at_most=4.2),
     Row("forward alone", "calibrated", wrt=()),
     Row("forward alone", "real", wrt=()),
     Row("unbiased at 2^-13", "calibrated", {"filter_eps": 2.0**-13}),
     Row("unbiased at 2^-13", "real", {"filter_eps": 2.0**-13}),
     Row("filter that drops", "calibrated", {"filter": "drop"}),
     Row("filter that drops", "real", {"filter": "drop"}),
+    Row("exact", "random", {"filter_eps": None}, x_at_most=4.15),
+    Row("exact dC", "random", {"filter_c_grad": False}, x_at_most=4.2),
+    Row("exact, 1.5 GiB of kept logits", "random", {"filter_eps": None, "workspace_bytes": 3 * 2**29}, x_at_most=3.5),
+    Row("exact, 512 MiB of kept logits", "random", {"filter_eps": None, "workspace_bytes": 2**29}),
 )
 QUICK_ROWS = tuple(range(6))
 

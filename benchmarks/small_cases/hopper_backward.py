@@ -20,11 +20,15 @@ import cce_numba as cce
 from benchmarks.small_cases import Check
 from cce_numba import survivors
 from cce_numba.hopper.backward import workspace
+from cce_numba.hopper.backward.tiles import LARGE_BUFFERS
+from cce_numba.tensor_core.backward.records import G_ROW_BYTES
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE
 from tests.helpers.cases import DTYPES, Case, make_case
 from tests.helpers.checks import assert_within, check_gradients, check_survivors, expect, unbiased_scales
 from tests.helpers.harness import Harness
 
 N, V = 300, 1500
+V_BORROWED = 5000  # so many that G borrows memory of dC
 PAIRED, ALONE = 200, 136  # hidden sizes
 FLOAT16, BFLOAT16 = DTYPES[:2]
 
@@ -68,10 +72,18 @@ def checks(harness: Harness, odd: Harness) -> dict[str, Check]:
     add("logit scale for each token", check_case, _blockwise(16, PAIRED, bias=True, logit_scale=scales))
     add("copied rows", check_case, _blockwise(17, 71, bias=True), odd)
     add("copied rows, exact", check_case, _blockwise(18, 71, filter_eps=None, bias=True), odd)
+    for D, ctas in ((PAIRED, "pairs"), (ALONE, "single CTAs")):
+        borrowing = make_case(20, (N,), V_BORROWED * PAIRED // D, D, BFLOAT16, filter_eps=None)
+        add(f"exact, G borrows memory of dC, {ctas}", check_case, borrowing)
+        for tiles in (26, 10):
+            kept = make_case(22, (N,), V_BORROWED, D, BFLOAT16, filter_eps=None, workspace_bytes=3 * tiles * 49_664)
+            add(f"exact, {tiles} tiles of logits are kept, {ctas}", check_case, kept)
     nearly_all = make_case(19, (N,), V, PAIRED, BFLOAT16, spread=1.0, ignored=0.1, bias=True, filter_eps=2.0**-9.8)
-    found[f"{BFLOAT16} nearly all survive, so all are taken"] = functools.partial(
-        _with_rounds, check_dense, harness, nearly_all
-    )
+    for name, case in (
+        ("so all are taken", nearly_all),
+        ("so exact dC takes dE along", nearly_all.with_options(filter_c_grad=False)),
+    ):
+        found[f"{BFLOAT16} nearly all survive, {name}"] = functools.partial(_with_rounds, check_dense, harness, case)
     return found
 
 
@@ -108,12 +120,13 @@ def _scattered(case: Case) -> Case:
 
 @contextlib.contextmanager
 def small_rounds() -> Iterator[None]:
-    """Cuts rounds as small as they get, and keeps in one what a filter keeps, even where nearly all survives."""
+    """Cuts rounds as small as they get; those that borrow memory of dC are of six tiles, twice as many as others of theirs."""
     workspace._known.cache_clear()
     try:
         with (
             mock.patch.object(workspace, "_G_BYTES", (0, 0)),
             mock.patch.object(workspace, "_SHARE", 0.0),
+            mock.patch.object(workspace, "_BORROWED_BYTES", LARGE_BUFFERS * G_ROW_BYTES * 6 * COLUMN_TILE * -(-N // 128)),
         ):
             yield
     finally:
@@ -136,7 +149,7 @@ def _in_small_rounds(check: Any, harness: Harness, case: Case, **named: Any) -> 
 def check_case(harness: Harness, case: Case, d_loss: Any = None, d_lse: Any = None, **named: Any) -> cce.Gradients:
     """The gradients. Raises AssertionError unless they are the reference's for the same survivors, and none is missed."""
     expected, result = expect(case), harness.forward(case)
-    kept = harness.kept(result, V)
+    kept = harness.kept(result, len(case.c))
     if kept is not None:
         check_survivors(expected, kept, result._problem.options.filter_eps, result._statistics.survivor_block)
     gradients = harness.backward(result, d_loss, d_lse, **named)

@@ -34,7 +34,7 @@ def backward(results: dict[str, Any]) -> str:
     ]
     for row in results["rows"]:
         if "wrong" not in row:
-            limit = "" if row["x_at_most"] is None else f"{row['x_at_most']:.1f} X"
+            limit = "" if row["x_at_most"] is None else f"{row['x_at_most']:g} X"
             ratio = f"{row['call']['median_ms']:.2f} ms, {row['x']['median']:.2f} X"
             errors = (f"{row['errors'][name]['error']:.1e}" if name in row["errors"] else "" for name in ("e", "c"))
             cells = row["name"], row["data"], _shape(row), ratio, limit, *errors, f"{row['extra_bytes'] / 2**20:.1f} MiB"
@@ -71,7 +71,7 @@ def _learned(summary: Summary) -> str:
 # Tables by name, and the recorded results that each is made of.
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "forward": (forward, "forward_h100"),
-    "backward": (backward, "backward_h200"),
+    "backward": (backward, "backward_h100"),
     "learning": (learning, "learning_h200"),
 }
 

@@ -7,9 +7,11 @@ Reading order:
     forward    a block of logits after the other goes to the folds
     folds/     what becomes of it; `max_sum` is the log-sum-exp
     backward   the surviving logits again, G from them, and the gradients from G
+    invariant  products whose rows do not depend on their neighbours, for `batch_invariant`
     elements   loops over elements that Numba compiles: exponentials, G, sums of rows
     threads    how many threads a call takes, and how they share its work; `blas` limits those of the BLAS
     compiled   how functions are compiled, and kept on disk
+    distillation   what a student's head is from a teacher's, and the gradients of that
     backend    what `backend.Backend` asks for
 
 Words:

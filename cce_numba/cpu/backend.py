@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cce_numba import terms
+from cce_numba import arguments, terms
 from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.cpu import backward as backward_loops
@@ -17,6 +17,7 @@ from cce_numba.cpu.tiles import choose_tiles
 from cce_numba.plan import Plan
 from cce_numba.survivors import SURVIVOR_BLOCK
 
+EXTRAS: frozenset[str] = arguments.EXTRAS
 _LARGEST_USUAL_D = 2**14  # up to which tiles have whole blocks of survivors, whatever the other sizes are
 _USUAL_FORM = StatisticsForm(tokens=np.dtype(np.int64), survivor_block=SURVIVOR_BLOCK)
 
@@ -39,7 +40,7 @@ def plan(p: Problem) -> Plan:
     """Blocks and bytes."""
     tiles = choose_tiles(p)
     itemsize = p.compute_dtype.itemsize
-    accumulator = tiles.dE_group * p.D * itemsize if p.grad_e_dtype != p.compute_dtype else 0
+    accumulator = min(tiles.dE_group, p.N) * p.D * itemsize if p.grad_e_dtype != p.compute_dtype else 0
     blocks = tiles.block_bytes(p.D, itemsize)
     separate = ", dE and dC in separate passes" if tiles.dE_group < p.N else ""
     return Plan(
@@ -61,7 +62,7 @@ def indexed_dot(p: Problem, plan: Plan) -> Any:
 
 
 @_quiet
-def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
+def forward(p: Problem, plan: Plan, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
     with threads.of(p):
         return forward_loops.forward(p, plan.tiles, record_survivors)

@@ -5,6 +5,7 @@ Vocabulary blocks are the outer loop, so that a block of `dC` is complete, and r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
+from cce_numba.cpu import invariant
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows
 from cce_numba.cpu.elements import add_rows, column_scales, gradient_block
 from cce_numba.cpu.threads import at_most, for_each, multiply, spans
@@ -55,8 +57,13 @@ def backward(
     weights: Weights,
     into: Gradients,
     adds: bool,
+    fill: Callable[[Any, Any, slice], None] | None = None,
 ) -> None:
-    """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`."""
+    """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`.
+
+    fill(z, tokens, block): turns logits (n, v) of these tokens and a block of the vocabulary into G, in place of what the
+        weights say, which then only tell which tokens take part. For problems that filter nothing.
+    """
     tokens = statistics.tokens
     if into.e is None or into.e.dtype == p.compute_dtype or tiles.dE_group >= len(tokens):
         sweeps = [(0, len(tokens), into.e, into.c, into.bias)]
@@ -68,7 +75,7 @@ def backward(
         sweeps = [sweep for sweep in sweeps if any(gradient is not None for gradient in sweep[2:])]
     steps = ceil_div(p.V, tiles.block_v)
     for done, (first, last, *gradients) in enumerate(sweeps):
-        for step in _sweep(p, tiles, statistics, weights, adds, first, last, *gradients):
+        for step in _sweep(p, tiles, statistics, weights, adds, fill, first, last, *gradients):
             advance("backward", done * steps + step, len(sweeps) * steps)
 
 
@@ -78,6 +85,7 @@ def _sweep(
     statistics: Statistics,
     weights: Weights,
     adds: bool,
+    fill: Callable[[Any, Any, slice], None] | None,
     first: int,
     last: int,
     d_e: Any,
@@ -95,6 +103,7 @@ def _sweep(
     filter_c = recorded and (d_c is not None or d_bias is not None) and p.options.filter_eps_c is not None
     filter_all = (filter_e or d_e is None) and (filter_c or (d_c is None and d_bias is None))
     by_chance = filter_all and statistics.draw_seed is not None
+    product = invariant.multiply if p.options.batch_invariant else multiply
     step = tiles.survivor_block if filter_e or filter_c else tiles.block_n
     d_e_sum = d_e if d_e is None or d_e.dtype == dtype else np.zeros((last - first, p.D), dtype)
     # The BLAS writes to contiguous rows alone. And it costs less accuracy to add the old gradient at the end of a sum.
@@ -117,7 +126,7 @@ def _sweep(
             """Finds G for the part's tokens, and adds to their rows of dE, which are nobody else's."""
             part.e, block = rows(p.e, part.tokens, dtype), slice(v0, v0 + len(c))
             present = _rows(c, part.columns)
-            g = multiply(part.e, present.T)
+            g = product(part.e, present.T)
             finish_logits(g, p, part.tokens, block if part.columns is None else part.columns + v0)
             scales = None
             if by_chance:
@@ -127,12 +136,15 @@ def _sweep(
                     g, scales, present = g[:, survives], scales[survives], present[survives]
                     part.columns = survives if part.columns is None else part.columns[survives]
                     part.for_e, part.for_c = (part.columns if filters else None for filters in (filter_e, filter_c))
-            _make_gradient(g, p, statistics, weights, part, block)
+            if fill is None:
+                _make_gradient(g, p, statistics, weights, part, block)
+            else:
+                fill(g, part.tokens, block)
             if scales is not None:
                 g *= scales
             if d_e is not None:
                 wanted = present if part.for_e is part.columns else _rows(c, part.for_e)
-                partial = multiply(_columns(g, part.columns, part.for_e), wanted)
+                partial = product(_columns(g, part.columns, part.for_e), wanted)
                 own = part.tokens if d_e_sum is d_e else np.searchsorted(statistics.tokens[first:last], part.tokens)
                 d_e_sum[own] += partial
             part.g = None if d_c is None and d_bias is None else _columns(g, part.columns, part.for_c)
@@ -223,7 +235,7 @@ def _scales(p: Problem, statistics: Statistics, part: _Part, z: Any, block: slic
     tokens, columns = part.tokens, part.columns
     scales = np.ones(z.shape[1], z.dtype)
     max_logit, log_sum = statistics.max_logit[tokens], statistics.log_sum[tokens]
-    if not np.isfinite(max_logit + log_sum).all() or np.isnan(statistics.target_logit[tokens]).any():
+    if not np.isfinite(max_logit + log_sum).all() or np.isnan(statistics.target_logit[tokens]).any():  # of any target
         return scales  # a token is lost
     entries = np.arange(block.start, block.stop) if columns is None else block.start + columns
     u = draws(part.block, entries, statistics.draw_seed)
@@ -235,12 +247,14 @@ def _scales(p: Problem, statistics: Statistics, part: _Part, z: Any, block: slic
 
 
 def _target_columns(p: Problem, tokens: Any, columns: Any, block: slice) -> Any:
-    """(n,) where each token's target stands among the columns (None means all of the block), or -1."""
-    wanted = p.targets[tokens] - block.start
+    """(n, K) where each token's targets stand among the columns (None means all of the block), or -1; K is 1 for (N,)."""
+    targets = p.targets[tokens]
+    # Padding may be a number that is an entry, too.
+    wanted = np.where(targets == p.options.ignore_index, -1, targets - block.start).reshape(len(tokens), p.K or 1)
     if columns is None:
         return np.where((wanted >= 0) & (wanted < block.stop - block.start), wanted, -1)
     if len(columns) == 0:
-        return np.full(len(tokens), -1)
+        return np.full(wanted.shape, -1)
     found = np.searchsorted(columns, wanted).clip(max=len(columns) - 1)
     return np.where(columns[found] == wanted, found, -1)
 
@@ -249,14 +263,16 @@ def _make_gradient(z: Any, p: Problem, statistics: Statistics, weights: Weights,
     """Turns the logits z (n, k) of the part's tokens and columns, of this block of the vocabulary, into G, in place."""
     tokens = part.tokens
     inverse_softcap = z.dtype.type(0 if p.options.softcap is None else 1 / p.options.softcap)
-    # A token whose target is out of range has a loss of NaN, and must not get a finite gradient.
-    softmax_weight = np.where(np.isnan(statistics.target_logit[tokens]), np.nan, weights.softmax[tokens])
+    # A token with a target out of range has a loss of NaN, and must not get a finite gradient.
+    lost = np.isnan(statistics.target_logit[tokens]).reshape(len(tokens), -1).any(axis=1)
+    softmax_weight = np.where(lost, np.nan, weights.softmax[tokens])
     per_token = (
         statistics.max_logit[tokens],
         statistics.log_sum[tokens],
         softmax_weight.astype(z.dtype, copy=False),
-        weights.target[tokens],
-        (weights.target if weights.uniform is None else weights.uniform)[tokens],
+        (weights.softmax if weights.entropy is None else weights.entropy)[tokens],
+        weights.target[tokens].reshape(len(tokens), -1),
+        (weights.softmax if weights.uniform is None else weights.uniform)[tokens],
         _target_columns(p, tokens, part.columns, block),
     )
     # Nothing is filtered where there is such a term: all columns of the block are here.
@@ -264,6 +280,6 @@ def _make_gradient(z: Any, p: Problem, statistics: Statistics, weights: Weights,
 
     def fill(span: tuple[int, int]) -> None:
         some = slice(*span)
-        gradient_block(z[some], *(x[some] for x in per_token), of_class, inverse_softcap)
+        gradient_block(z[some], *(x[some] for x in per_token), of_class, inverse_softcap, weights.entropy is not None)
 
     for_each(fill, ranges(len(tokens), _ROWS_OF_A_THREAD))

@@ -69,28 +69,42 @@ def gradient_block(
     max_logit: Any,
     log_sum: Any,
     softmax_weight: Any,
+    entropy_weight: Any,
     target_weight: Any,
     uniform_weight: Any,
     target_column: Any,
     class_weights: Any,
     inverse_softcap: Any,
+    with_entropy: bool,
 ) -> None:
-    """Turns logits z (n, v) into G = softmax_weight * softmax - target_weight * onehot - uniform_weight * class_weights.
+    """Turns logits z (n, v) into G, in place, as `backend.Weights` has it; times the softcap's derivative.
 
-    Times the softcap's derivative. In place. max_logit, log_sum (`backend.Statistics`) and weights: (n,) of z's dtype;
-    class_weights (v,), or empty for no such term.
-    target_column (n,): where the row's target stands among the columns, or -1. inverse_softcap: 1 / softcap in z's dtype, or 0
-    without one.
+    max_logit, log_sum (`backend.Statistics`) and weights: (n,) of z's dtype, but target_weight (n, K). class_weights (v,), or
+    empty for no such term; entropy_weight counts where `with_entropy`.
+    target_column (n, K): where the row's targets stand among the columns, or -1. inverse_softcap: 1 / softcap in z's dtype, or
+    0 without one.
     """
+    K = target_column.shape[1]
+    at_target = np.zeros(K, z.dtype)
     for n in range(z.shape[0]):
-        row, column, weight, largest, log_of_sum = z[n], target_column[n], softmax_weight[n], max_logit[n], log_sum[n]
-        at_target = row[column] if column >= 0 and inverse_softcap != _ZERO else _ZERO  # -inf times 0 would be NaN
-        if class_weights.shape[0] > 0:
-            uniform = uniform_weight[n]
+        row, weight, largest, log_of_sum = z[n], softmax_weight[n], max_logit[n], log_sum[n]
+        for k in range(K):
+            column = target_column[n, k]
+            at_target[k] = row[column] if column >= 0 and inverse_softcap != _ZERO else _ZERO  # -inf times 0 would be NaN
+        if class_weights.shape[0] > 0 or with_entropy:
+            uniform, of_log = uniform_weight[n], entropy_weight[n]
             for v in range(row.shape[0]):
-                tanh = row[v] * inverse_softcap
-                softmax = weight * exp((row[v] - largest) - log_of_sum)
-                row[v] = (softmax - uniform * class_weights[v]) * (_ONE - tanh * tanh)
+                log_p, slope = (row[v] - largest) - log_of_sum, _ONE
+                if inverse_softcap != _ZERO:
+                    tanh = row[v] * inverse_softcap
+                    slope = _ONE - tanh * tanh
+                p = exp(log_p)
+                g = weight * p
+                if with_entropy and p > _ZERO:
+                    g += of_log * (p * log_p)
+                if class_weights.shape[0] > 0:
+                    g -= uniform * class_weights[v]
+                row[v] = g * slope
         elif inverse_softcap == _ZERO:
             for v in range(row.shape[0]):
                 row[v] = weight * exp((row[v] - largest) - log_of_sum)
@@ -98,9 +112,11 @@ def gradient_block(
             for v in range(row.shape[0]):
                 tanh = row[v] * inverse_softcap
                 row[v] = weight * exp((row[v] - largest) - log_of_sum) * (_ONE - tanh * tanh)
-        if column >= 0:
-            tanh = at_target * inverse_softcap
-            row[column] -= target_weight[n] * (_ONE - tanh * tanh)
+        for k in range(K):
+            column = target_column[n, k]
+            if column >= 0:
+                tanh = at_target[k] * inverse_softcap
+                row[column] -= target_weight[n, k] * (_ONE - tanh * tanh)
 
 
 @compiled(nogil=True)

@@ -10,6 +10,7 @@ from cce_numba.survivors import SURVIVOR_BLOCK
 WORKSPACE_BYTES = 56 * 2**20  # all block buffers together; the promise is 64 MiB with what libraries take for themselves
 _DE_ACCUMULATOR_BYTES = 16 * 2**20
 _MAX_BLOCK_N, _MAX_BLOCK_V = 2048, 4096
+_ANY_N = 2**40  # tokens, where it shall not matter how many there are
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,16 @@ class CpuTiles:
 
 
 def choose_tiles(p: Outline | Problem) -> CpuTiles:
-    """The largest blocks, up to where larger ones stop paying, that fit `WORKSPACE_BYTES`."""
-    itemsize = p.compute_dtype.itemsize
-    group, budget = max(1, p.N), WORKSPACE_BYTES
+    """The largest blocks, up to where larger ones stop paying, that fit `WORKSPACE_BYTES`.
+
+    For `Options.batch_invariant` they do not depend on N.
+    """
+    itemsize, N = p.compute_dtype.itemsize, _ANY_N if p.options.batch_invariant else p.N
+    group, budget = max(1, N), WORKSPACE_BYTES
     if p.grad_e_dtype != p.compute_dtype:
         group = min(group, _survivor_multiple(max(1, _DE_ACCUMULATOR_BYTES // (itemsize * p.D))))
         budget -= group * p.D * itemsize
-    whole = group >= p.N  # then a last block may be longer than what is left of the tokens
+    whole = group >= N  # then a last block may be longer than what is left of the tokens
     block_n = _survivor_multiple(min(_MAX_BLOCK_N, -(-group // SURVIVOR_BLOCK) * SURVIVOR_BLOCK if whole else group))
     block_v = min(_MAX_BLOCK_V, -(-p.V // 8) * 8)
     while True:

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cce_numba import folds as fold_names
 from cce_numba import gpu, terms
-from cce_numba.arguments import Outline, Problem
+from cce_numba.arguments import SEVERAL_TARGETS, Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.interchange import BFLOAT16
@@ -19,10 +18,18 @@ from cce_numba.plan import Plan
 from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
 
+EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "batch_invariant", SEVERAL_TARGETS})
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10
 _TILES = HopperTiles()
-_FORM = StatisticsForm(np.dtype(np.int32), _TILES.survivor_block, planes=1, row_unit_bytes=_TILES.block_v // 8)
+_FORM = StatisticsForm(
+    np.dtype(np.int32),
+    _TILES.survivor_block,
+    planes=1,
+    row_unit_bytes=_TILES.block_v // 8,
+    kept_entries=_TILES.block_v,
+    kept_tile_bytes=2 * _TILES.survivor_block * (_TILES.block_v + 2),  # 16 bits a logit, and a float32 a token
+)
 _FORM_WITH_COARSE_PLANE = replace(_FORM, planes=2)
 
 
@@ -60,7 +67,7 @@ _plans: dict[Any, HopperPlan] = {}  # made so far: training asks for the same on
 def plan(p: Problem) -> HopperPlan:
     """Tiles and bytes."""
     layout = _module("hopper.forward.layout").Layout.of(p, _TILES)
-    key = layout, p.dtype, p.device, p.options, p.bias is not None, p.targets is not None
+    key = layout, p.dtype, p.device, p.options, p.bias is not None, p.targets is not None, p.K
     if (known := _plans.get(key)) is not None:
         return known
     if len(_plans) >= 256:
@@ -69,10 +76,10 @@ def plan(p: Problem) -> HopperPlan:
 
 
 def _make_plan(p: Problem, layout: Any) -> HopperPlan:
-    folds, filters = _module("tensor_core.folds"), p.options.filters
-    chosen = tuple(folds.FOLDS[name] for name in fold_names.wanted(p, filters))
+    folds, filters, K = _module("tensor_core.folds"), p.options.filters, p.K or 0
+    chosen = _module("tensor_core.found").folds_of(p, filters)
     # The tokens' list, the folds' results and, where survivors are recorded, the bound that they begin with: 4 bytes each.
-    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters) * p.N
+    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters + K) * p.N
     how = f"forward and backward on the tensor cores of {p.device}"
     if layout.e_copied:
         how += f"; e is copied, since {layout.e_copied}"
@@ -83,6 +90,10 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         how += f"; for the backward whole copies: {' and '.join(by_rows)}"
     how += f"; {2 * p.N * p.V * p.D / 1e12:.3g} TFLOP of products in the forward, in the backward three times as many, "
     how += "less what the filter leaves out"
+    kept_bytes = _FORM.kept_bytes(p.N, p.V, p.options.workspace_bytes) if p.options.keeps_logits(("e", "c")) else 0
+    if kept_bytes:
+        share = _FORM.kept_tiles(p.N, p.V, p.options.workspace_bytes) * _FORM.kept_entries / p.V
+        how += f"; {min(share, 1):.0%} of the logits are kept for the backward, 16 bits each"
     coarse_eps = coarse_eps_of(p.options)
     if coarse_eps is not None:
         how += "; the gradients of c and of the bias leave out 128 sorted entries for 128 tokens at once where all are below "
@@ -95,8 +106,10 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         stored_logits_bytes=p.logits_bytes,
         forward_bytes=layout.scratch_bytes(folds.number_count(chosen)) + layout.copy_bytes + of_tokens_bytes,
         survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if filters else 0,
-        backward_bytes=_module("hopper.backward.workspace").workspace_bytes(p) + (4 * p.N if p.options.smooths_capped else 0),
+        backward_bytes=_module("hopper.backward.workspace").workspace_bytes(p)
+        + _module("tensor_core.backward.passes").bytes_beside(p),
         coarse_eps=coarse_eps,
+        kept_bytes=kept_bytes,
     )
 
 
@@ -105,9 +118,12 @@ def indexed_dot(p: Problem, plan: Any) -> Any:
     return _module("hopper.forward.host").indexed_dot(p, plan.layout)
 
 
-def forward(p: Problem, plan: Any, *, record_survivors: bool) -> Statistics:
+def forward(p: Problem, plan: Any, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
-    return _module("hopper.programs").forward(p, plan, record_survivors)
+    tiles = _FORM.kept_tiles(p.N, p.V, p.options.workspace_bytes) if keep_logits else 0
+    host = _module("hopper.forward.host")
+    launch = functools.partial(host.forward, layout=plan.layout, record=record_survivors, kept_tiles=tiles)
+    return _module("tensor_core.programs").forward(p, plan, record_survivors, tiles, launch)
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
@@ -123,7 +139,8 @@ def nll_weight(p: Problem, statistics: Statistics, d_loss: Any) -> Any:
 def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
     adds = terms.write_outer(p, weights.outer, into, adds)
-    _module("hopper.programs").backward(p, plan, statistics, weights, into, adds)
+    launch = _module("hopper.backward.host").backward
+    _module("tensor_core.programs").backward(p, plan, statistics, weights, into, adds, launch)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Blanks: arrays that have a form and no memory. Host code that runs on them tells what it would launch at any addresses.
 
-Their addresses are places: the number of an array, and a distance in bytes. Host code may add to a place, and ask for its
-remainder, where that is known. All else that would need an address, or what is in an array, raises `NotBlank`.
+Their addresses are places: the number of an array, and a distance in bytes. Host code may add to a place or take away from it,
+and ask for its remainder, where that is known. All else that would need an address, or what is in an array, raises `NotBlank`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-KNOWN_BYTES = 16  # of an array's address the remainder of this is known
+KNOWN_BYTES = 256  # of an array's address the remainder of this is known; allocations begin at multiples of it
 
 
 class NotBlank(Exception):
@@ -42,6 +42,9 @@ class Place:
 
     __radd__ = __add__
 
+    def __sub__(self, step: int) -> Place:
+        return self + -step
+
     def __mod__(self, divisor: int) -> int:
         if self.beginning is None or self.then is not None or KNOWN_BYTES % divisor:
             raise NotBlank
@@ -54,7 +57,7 @@ class Place:
     def _refuse(self, *others: Any) -> Any:
         raise NotBlank
 
-    __bool__ = __int__ = __index__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __sub__ = __floordiv__ = __mul__ = _refuse
+    __bool__ = __int__ = __index__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __rsub__ = __floordiv__ = __mul__ = _refuse
     __hash__ = None  # type: ignore[assignment]
 
 
@@ -64,9 +67,12 @@ class Blank:
     library: what stands for CuPy among blanks.
     """
 
-    def __init__(self, library: Any, host: np.ndarray, start: Place, origin: int | None = None) -> None:
-        """`host`: a NumPy array of the form, never touched, in memory whose `origin` stands for the place `start`."""
-        self.library, self._host, self._start = library, host, start
+    def __init__(self, library: Any, host: np.ndarray, start: Place, origin: int | None = None, memory: Any = None) -> None:
+        """`host`: a NumPy array of the form, never touched, in memory whose `origin` stands for the place `start`.
+
+        `memory`: any object, which lives as long as the blank or a view of it does.
+        """
+        self.library, self._host, self._start, self._memory = library, host, start, memory
         self._origin = _address(host) if origin is None else origin
 
     @property
@@ -76,8 +82,8 @@ class Blank:
 
     @property
     def data(self) -> Any:
-        """Its address, as CuPy gives it."""
-        return SimpleNamespace(ptr=self.place)
+        """Its address, as CuPy gives it, and what fills its memory."""
+        return SimpleNamespace(ptr=self.place, memset_async=self._memset)
 
     @property
     def device(self) -> Any:
@@ -108,7 +114,12 @@ class Blank:
         return self._view(self._host.reshape(*shape))
 
     def _view(self, host: np.ndarray) -> Blank:
-        return Blank(self.library, host, self._start, self._origin)
+        return Blank(self.library, host, self._start, self._origin, self._memory)
+
+    def _memset(self, value: int, n_bytes: int) -> None:
+        if value != 0:
+            raise NotBlank
+        self.library.clear(self.place, n_bytes)
 
     def _refuse(self, *others: Any) -> Any:
         raise NotBlank
@@ -118,10 +129,38 @@ class Blank:
     __hash__ = None  # type: ignore[assignment]
 
 
+class _Withheld:
+    """What refuses all that is asked of it, but whether it is None, which it is not."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotBlank(name)
+
+    def _refuse(self, *others: Any) -> Any:
+        raise NotBlank
+
+    __bool__ = __len__ = __iter__ = __getitem__ = __eq__ = __ne__ = __int__ = __index__ = __float__ = _refuse
+    __hash__ = None  # type: ignore[assignment]
+
+
+WITHHELD: Any = _Withheld()  # in place of what a program is not told of
+
+
 def form_of(array: Any) -> np.ndarray:
     """A NumPy array of an array's form, not to be touched: there is no memory behind it."""
-    one = np.empty(1, array.dtype)
-    return np.lib.stride_tricks.as_strided(one, array.shape, array.strides)
+    return _without_memory(array.shape, array.dtype, array.strides)
+
+
+def contiguous_form(shape: Any, dtype: Any) -> np.ndarray:
+    """The same of a new array."""
+    shape, dtype = (shape,) if isinstance(shape, int) else tuple(shape), np.dtype(dtype)
+    steps = [dtype.itemsize]
+    for size in reversed(shape[1:]):
+        steps.append(steps[-1] * max(size, 1))
+    return _without_memory(shape, dtype, tuple(reversed(steps)) if shape else ())
+
+
+def _without_memory(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...]) -> np.ndarray:
+    return np.lib.stride_tricks.as_strided(np.empty(1, dtype), shape, strides)
 
 
 def require_memory(array: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
@@ -19,12 +20,11 @@ import numpy as np
 
 from cce_numba import gpu
 from cce_numba.integers import ceil_div
-from cce_numba.launch.blank import KNOWN_BYTES, Blank, NotBlank, Place, form_of
+from cce_numba.launch.blank import KNOWN_BYTES, Blank, NotBlank, Place, contiguous_form, form_of
 from cce_numba.launch.kernel import Kernel, ParameterBlock, is_recorded, told_to
 from cce_numba.launch.packing import offsets_of
 
 _MOST = 256  # programs that are kept
-_ALIGNMENT_BYTES = 256  # of allocations, and of arrays in them
 _Result = TypeVar("_Result")
 
 
@@ -44,8 +44,7 @@ class Programs:
         """`function(*arrays, *integers)`, or what comes to the same: the program that was recorded of it under this key.
 
         Args:
-            key: all that the function's launches follow from, beside CuPy's current device and what the arrays hold; among that
-                the shapes, strides and dtypes of all arrays.
+            key: all that the function's launches follow from, beside the arrays' forms and CuPy's current device.
             arrays: CuPy arrays, and None where there is none.
             integers: in [0, 2**64), which the function passes to kernels and looks at in no other way.
             function: gets both, or blanks and places for them. It asks CuPy for nothing but allocations (of
@@ -55,9 +54,17 @@ class Programs:
         if is_recorded():
             return function(*arrays, *integers)
         device = gpu.cupy().cuda.runtime.getDevice()
-        addresses = [0 if x is None else x.data.ptr for x in arrays]
-        # Which arrays there are is a matter of the form, too, and whether they begin at a multiple of some bytes.
-        whole_key = device, key, tuple([x and x % KNOWN_BYTES + 1 for x in addresses])
+        addresses: list[int] = []
+        forms: list[Any] = []
+        for x in arrays:
+            if x is None:
+                addresses.append(0)
+                forms.append(None)
+            else:
+                address = x.data.ptr
+                addresses.append(address)
+                forms.append((x.shape, x.strides, x.dtype, address % KNOWN_BYTES))
+        whole_key = device, key, tuple(forms)
         program = self._by_key.get(whole_key, _UNKNOWN)
         if program is _UNKNOWN:
             if len(self._by_key) >= _MOST:
@@ -88,13 +95,18 @@ class _Recording:
         device: CuPy's current one.
         bases: how many arrays and integers there are: those that come in, then those that are allocated.
         bytes_of: bytes of each allocated array, by its number.
+        lives: numbers of arrays, in order: each once when it is allocated, and once more when the host code has dropped it.
         steps: in order, `(kernel, grid, numbers)` of each launch, and `(place, bytes)` of what becomes zeros.
     """
 
     def __init__(self, device: int) -> None:
         self.device, self.bases = device, 0
         self.bytes_of: dict[int, int] = {}
+        self.lives: list[int] = []
         self.steps: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        raise NotBlank(name)  # what CuPy has beside this
 
     def input(self, value: Any) -> Any:
         """What the host function has in place of an array, of an integer, or of None."""
@@ -108,21 +120,32 @@ class _Recording:
 
     def empty(self, shape: Any, dtype: Any = float) -> Blank:
         """An array that each run allocates."""
-        host, base = np.empty(shape, dtype), self.bases
+        host, base = contiguous_form(shape, dtype), self.bases
         self.bases += 1
         self.bytes_of[base] = host.nbytes
-        return Blank(self, host, Place(base, 0, 0))
+        self.lives.append(base)
+        memory = _Memory()
+        weakref.finalize(memory, self.lives.append, base)
+        return Blank(self, host, Place(base, 0, 0), memory=memory)
 
     def zeros(self, shape: Any, dtype: Any = float) -> Blank:
         """The same, with zeros."""
         array = self.empty(shape, dtype)
-        if array.nbytes:
-            self.steps.append((array.place, array.nbytes))
+        self.clear(array.place, array.nbytes)
         return array
+
+    def clear(self, place: Place, n_bytes: int) -> None:
+        """Notes that so many bytes become zeros."""
+        if n_bytes:
+            self.steps.append((place, n_bytes))
 
     def launched(self, kernel: Kernel, grid: tuple[int, int, int], numbers: list[Any]) -> None:
         """Notes a launch."""
         self.steps.append((kernel, grid, numbers))
+
+
+class _Memory:
+    """What ends with the last blank in an array's memory."""
 
 
 class Program:
@@ -133,7 +156,7 @@ class Program:
         self._views, self._others = _views_of(result)
         self._kind = type(result)
         self._n_allocated = recording.bases - n_inputs
-        self._allocations = _allocations(recording.bytes_of, {base for base, *_ in self._views.values()})
+        self._allocations = _allocations(recording, {base for base, *_ in self._views.values()})
         self._lock = threading.Lock()
         self._mapped: list[tuple[int, int, Callable[[int], tuple[int, ...]]]] = []  # base, offset, what is made of the address
         self._steps: list[tuple[Any, ...]] = []
@@ -222,17 +245,29 @@ def _views_of(result: Any) -> tuple[dict[str, tuple[Any, ...]], dict[str, Any]]:
     return views, {name: x for name, x in fields.items() if name not in blanks}
 
 
-def _allocations(bytes_of: dict[int, int], kept: set[int]) -> list[tuple[int, list[tuple[int, int]]]]:
+def _allocations(recording: _Recording, kept: set[int]) -> list[tuple[int, list[tuple[int, int]]]]:
     """What a run allocates: `(bytes, [(array, offset)])` of each block.
 
     An array in which a result lies has a block of its own, since results may live longer than one another. All others share
-    one, which ends with the run.
+    one, which ends with the run. There an array may lie where another one was that the host code had dropped before.
     """
+    bytes_of = recording.bytes_of
+    living: dict[int, tuple[int, int]] = {}  # of an array: where it begins and ends
     others: list[tuple[int, int]] = []
     end = 0
-    for base, n_bytes in bytes_of.items():
-        if base not in kept:
-            others.append((base, end))
-            end += ceil_div(n_bytes, _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    for base in recording.lives:
+        if base in kept:
+            continue
+        if base in living:
+            del living[base]
+            continue
+        size, start = ceil_div(bytes_of[base], KNOWN_BYTES) * KNOWN_BYTES, 0
+        for its_start, its_end in sorted(living.values()):
+            if start + size <= its_start:
+                break
+            start = max(start, its_end)
+        living[base] = start, start + size
+        others.append((base, start))
+        end = max(end, start + size)
     own = [(n_bytes, [(base, 0)]) for base, n_bytes in bytes_of.items() if base in kept]
     return [*own, (end, others)] if end else own

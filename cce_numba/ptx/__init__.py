@@ -10,6 +10,7 @@ https://docs.nvidia.com/cuda/parallel-thread-execution/.
     mbarrier     barriers in shared memory that count arrivals and bytes
     tma          tensor maps and the bulk copies that they describe
     wgmma        matrix products of a warpgroup on tensor cores
+    mma          matrix products of a warp on tensor cores, and the loads of their operands
     cluster      CTAs that share their shared memory
     control      registers, named barriers, warp reductions
     arithmetic   single instructions for which Python has no name

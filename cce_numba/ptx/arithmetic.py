@@ -25,6 +25,13 @@ maximum = instruction(
     ordered=False,
     doc="The larger; NaN loses against a number. ISA 9.7.3, max.",
 )
+minimum = instruction(
+    "min.f32 $0, $1, $2;",
+    (F32, F32),
+    F32,
+    ordered=False,
+    doc="The smaller; NaN loses against a number. ISA 9.7.3, min.",
+)
 maximum_or_nan = instruction(
     "max.NaN.f32 $0, $1, $2;",
     (F32, F32),

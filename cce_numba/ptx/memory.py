@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.core.errors import NumbaTypeError
 
-from cce_numba.ptx.instruction import F32, I32, U32, U64, as_intrinsic, emit, instruction
+from cce_numba.ptx.instruction import F32, I32, I64, U32, U64, as_intrinsic, emit, instruction
 
 _FOUR = types.UniTuple(U32, 4)
 
@@ -155,6 +155,14 @@ load_if_4_u32 = instruction(
     name="ld.global.cg.v4.u32",
     doc="(address, condition): 16 bytes, as four words; zeros if the condition is 0. ISA 9.7.9, ld.",
 )
+load_once_4_u32 = instruction(
+    "ld.global.nc.L1::no_allocate.v4.u32 {$0, $1, $2, $3}, [$4];",
+    (U64,),
+    _FOUR,
+    ordered=False,
+    name="ld.global.nc.L1::no_allocate.v4.u32",
+    doc="(address) of 16 bytes that nobody writes, and that are not read again. ISA 9.7.9, ld.global.nc.",
+)
 store_if_4_u32 = instruction(
     "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.v4.u32 [$0], {$1, $2, $3, $4}; }",
     (U64, U32, U32, U32, U32, U32),
@@ -182,6 +190,12 @@ store_if_2_f32 = instruction(
     doc="(address, two numbers, condition): nothing if the condition is 0. ISA 9.7.9, st.",
 )
 store_global_u32 = instruction("st.global.u32 [$0], $1;", (U64, U32), doc="(address, value). ISA 9.7.9, st.")
+store_global_u16 = instruction(
+    "{ .reg .u16 x; cvt.u16.u32 x, $1; st.global.u16 [$0], x; }",
+    (U64, U32),
+    name="st.global.u16",
+    doc="(address, value): the value's lower half. ISA 9.7.9, st.",
+)
 store_global_f32 = instruction("st.global.f32 [$0], $1;", (U64, F32), doc="(address, value). ISA 9.7.9, st.")
 
 # Counters through which CTAs wait for each other.
@@ -201,6 +215,12 @@ fetch_add_u32 = instruction(
     (U64, U32),
     U32,
     doc="(address, number): adds, atomically; what was there before. ISA 9.7.13, atom.",
+)
+add_global_s64 = instruction(
+    "red.relaxed.gpu.global.add.u64 [$0], $1;",
+    (U64, I64),
+    name="red.global.add.u64",
+    doc="(address, number): adds, atomically, in any order. ISA 9.7.13, red.",
 )
 fence_proxy_async_all = instruction(
     "fence.proxy.async;",

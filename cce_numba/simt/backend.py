@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cce_numba import gpu, terms
-from cce_numba.arguments import Outline, Problem
+from cce_numba.arguments import SEVERAL_TARGETS, Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.gpu import SIMULATED
 from cce_numba.integers import ceil_div
@@ -19,6 +19,8 @@ from cce_numba.simt import indexed_dot as indexed_dot_kernels
 from cce_numba.simt.records import LogitTerms
 from cce_numba.simt.tiles import choose_tiles
 from cce_numba.simt.tokens import list_tokens
+
+EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS})
 
 
 def why_not(p: Outline | Problem) -> str | None:
@@ -39,8 +41,9 @@ def _form(compute_dtype: np.dtype) -> StatisticsForm:
 def plan(p: Problem) -> Plan:
     """Tiles and bytes."""
     tiles = choose_tiles(p.compute_dtype, SIMULATED)
-    itemsize, n_blocks = p.compute_dtype.itemsize, ceil_div(p.N, tiles.block_n)
-    splits = forward_kernels.count_splits(n_blocks, ceil_div(p.V, tiles.block_v)) if p.N else 1
+    n_blocks = ceil_div(p.N, tiles.block_n)
+    v_tiles = ceil_div(p.V, tiles.block_v)
+    splits = forward_kernels.count_splits(n_blocks, v_tiles, p.options.batch_invariant) if p.N else 1
     chunk = backward_kernels.chunk_of(p, tiles)
     where = "Numba's simulator" if SIMULATED else p.device
     return Plan(
@@ -49,7 +52,7 @@ def plan(p: Problem) -> Plan:
         f"in the forward, in chunks of {chunk} in the backward",
         tiles=tiles,
         # Up to twice the splits (see forward_kernels._HEAD); or once, and float64 totals of logits beside them.
-        forward_bytes=p.N * (4 * splits * itemsize + 8),
+        forward_bytes=p.N * (2 * splits * forward_kernels.bytes_of_row(p) + 8),
         survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if p.options.filters else 0,
         backward_bytes=backward_bytes(p),
         stored_logits_bytes=p.logits_bytes,
@@ -70,7 +73,7 @@ def indexed_dot(p: Problem, plan: Plan) -> Any:
     return indexed_dot_kernels.indexed_dot(p, list_tokens(p), LogitTerms.of(p))
 
 
-def forward(p: Problem, plan: Plan, *, record_survivors: bool) -> Statistics:
+def forward(p: Problem, plan: Plan, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
     return forward_kernels.forward(p, plan.tiles, record_survivors)
 

@@ -33,11 +33,19 @@ from cce_numba.simt.tiles import SimtTiles
 
 WORKSPACE_BYTES = 64 * 2**20  # for G
 _MAX_CHUNK = 2**21  # a grid has at most 65535 tiles in its second dimension
+# Where a token's row of dE must not depend on its batch.
+# G of 16384 tokens then fills the workspace, and that of more exceeds it.
+_INVARIANT_CHUNK = 1024
 
 
 def chunk_of(p: Problem, tiles: SimtTiles) -> int:
-    """Vocabulary entries whose G fits in the workspace; at least one tile, whatever N is."""
+    """Vocabulary entries whose G fits in the workspace; at least one tile, whatever N is.
+
+    With `Options.batch_invariant` it does not depend on N: dE is a sum over chunks of sums over their entries.
+    """
     tile = max(tiles.block_n, tiles.block_v)
+    if p.options.batch_invariant and not SIMULATED:
+        return min(_INVARIANT_CHUNK, ceil_div(p.V, tile) * tile)
     fitting = min(WORKSPACE_BYTES // (p.compute_dtype.itemsize * max(1, p.N)), _MAX_CHUNK) // tile * tile
     return min(max(tile, 4 * tile if SIMULATED else fitting), ceil_div(p.V, tile) * tile)
 
@@ -83,7 +91,8 @@ def backward(
         list_columns_kernel.launch(n_blocks, kept_g, tokens, weights, columns)
         if len(lists) > 1:
             list_columns_kernel.launch(n_blocks, kept_e, tokens, weights, columns_e)
-        g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p), given.uniform is not None, unbiased)
+        terms_of_g = given.uniform is not None, unbiased, given.entropy is not None, p.K is not None
+        g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p), *terms_of_g)
         g_grid = n_blocks, ceil_div(v1 - v0, tiles.block_v)
         g_kernel.launch(g_grid, e, c, terms, found, tokens, weights, columns, chance, g)
         if d_e is not None and into_e is not None:

@@ -11,7 +11,7 @@ from cce_numba.arguments import Problem
 from cce_numba.gpu import SIMULATED
 from cce_numba.launch.array_kernel import ArrayKernel
 from cce_numba.launch.kernel import kernel_factory
-from cce_numba.simt.records import Tokens
+from cce_numba.simt.records import Tokens, by_target
 from cce_numba.survivors import low_word, make_draw, make_mix
 
 _THREADS = 4 if SIMULATED else 256
@@ -23,8 +23,8 @@ draw_of_hash = cuda.jit(device=True)(make_draw(_WORD))
 
 @cuda.jit(device=True)
 def draw(n_block: Any, v: Any, seed: Any) -> Any:
-    """u of a block of tokens and a vocabulary entry: float32 in (0, 1)."""
-    return draw_of_hash(n_block, mix(v ^ seed))
+    """u of a block of tokens and a vocabulary entry: float32 in (0, 1). The seed's high word is added to v."""
+    return draw_of_hash(n_block, mix((v + (seed >> 32)) ^ seed))
 
 
 class FilterSeed(NamedTuple):
@@ -48,7 +48,8 @@ def make_draw_seed_kernel() -> ArrayKernel:
     threads = _THREADS
 
     def draw_seed_kernel(
-        targets: Any,  # (N,) int64
+        targets: Any,  # (N, K) int64
+        padding: Any,  # int: a target that is this number is none
         tokens: Any,  # Tokens
         filter_seed: Any,  # FilterSeed
         seed: Any,  # (1,) int64, to be written: in [0, 2**32)
@@ -57,7 +58,10 @@ def make_draw_seed_kernel() -> ArrayKernel:
         partial = cuda.shared.array(threads, np.int64)
         t, total = cuda.threadIdx.x, 0
         for position in range(t, tokens.n_valid[0], threads):
-            total += mix(targets[tokens.listed[position]])
+            for k in range(targets.shape[1]):
+                target = targets[tokens.listed[position], k]
+                if target != padding:
+                    total += mix(target)
         partial[t] = total
         cuda.syncthreads()
         if t == 0:
@@ -70,7 +74,8 @@ def make_draw_seed_kernel() -> ArrayKernel:
 
 
 def draw_seed(p: Problem, tokens: Tokens) -> Any:
-    """(1,) int64: the seed of a problem's draws."""
+    """(1,) int64: the seed of a problem's draws, with the shard's first entry in its high word."""
     seed = p.xp.empty(1, np.int64)
-    make_draw_seed_kernel().launch(1, p.targets, tokens, FilterSeed.of(p, tokens.n_valid), seed)
-    return seed
+    targets = by_target(p.targets if p.shard is None else p.shard.targets), p.options.ignore_index
+    make_draw_seed_kernel().launch(1, *targets, tokens, FilterSeed.of(p, tokens.n_valid), seed)
+    return seed if p.shard is None else seed + p.shard.of_seed

@@ -28,7 +28,7 @@ from cce_numba.simt.indexed_dot import indexed_dot
 from cce_numba.simt.logits import make_products_tile, make_terms
 from cce_numba.simt.numbers import conversions, real_of
 from cce_numba.simt.product import make_product
-from cce_numba.simt.records import LogitTerms, bias_dtype_of
+from cce_numba.simt.records import LogitTerms, bias_dtype_of, by_target
 from cce_numba.simt.staging import ALIGNMENT, Operand
 from cce_numba.simt.tiles import SimtTiles
 from cce_numba.simt.tokens import list_tokens
@@ -37,6 +37,9 @@ from cce_numba.simt.tokens import list_tokens
 # Without that each would know only what it has seen itself. Tokenizers give the frequent entries the first numbers. On real
 # text (V = 49152, eps = 2^-16, 32 splits) it changes the flagged columns from 85 % to 40 %, where 32 % survive in truth.
 _HEAD = 8
+# CTAs that share a block of tokens where a token's numbers must not depend on its batch. They are few, since what each of them
+# finds of a token takes memory (of the best entries most), and enough for a few tokens on a small GPU.
+_INVARIANT_SPLITS = 16
 
 
 class Splits(NamedTuple):
@@ -89,7 +92,8 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, fol
         for r in range(t, block_n, threads):
             token = tokens.listed[min(n0 + r, n_valid - 1)]  # a row past the end repeats the last token
             e_rows[r], row_scale[r] = token, scale_of(terms, token)
-        states = begin(arrays, Block(tokens, n0, splits.first_tile > 0))
+        split = splits.first_split + cuda.blockIdx.y
+        states = begin(arrays, Block(tokens, n0, splits.first_tile > 0, split))
 
         first = (splits.first_tile + cuda.blockIdx.y * splits.tiles_per_split) * block_v
         last = min(first + splits.tiles_per_split * block_v, splits.last_tile * block_v, V)
@@ -112,7 +116,7 @@ def make_lse_kernel(tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, fol
 
         for r in range(t, block_n, threads):
             if n0 + r < n_valid:
-                write(states, r, parts, splits.first_split + cuda.blockIdx.y, n0 + r)
+                write(states, r, parts, split, n0 + r)
 
     return ArrayKernel(lse_kernel, block=(tiles.threads_v, tiles.threads_n), ctas=tiles.ctas)
 
@@ -140,7 +144,7 @@ def make_finish_kernel(tiles: SimtTiles, real: np.dtype, folds: tuple[Fold, ...]
         rows = read(parts, 0, own)
         for split in range(1, n_splits):
             rows = merge(rows, read(parts, split, own))
-        store(rows, arrays, Place(tokens.listed[own], position < n_valid, r, n_block, V))
+        store(rows, arrays, Place(tokens.listed[own], position < n_valid, r, n_block, V, own, n_splits))
 
     return ArrayKernel(finish_kernel, block=block_n)
 
@@ -154,12 +158,14 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
     seed = draw_seed(p, tokens) if record_survivors and p.options.is_unbiased else None
     n_blocks, v_tiles = ceil_div(p.N, tiles.block_n), ceil_div(p.V, tiles.block_v)
     phases = [(0, v_tiles)]
-    if record_survivors and v_tiles >= 2 * _HEAD:
+    # An invariant token does not know either whether a backward is to come.
+    if (record_survivors or p.options.batch_invariant) and v_tiles >= 2 * _HEAD:
         phases = [(0, v_tiles // _HEAD), (v_tiles // _HEAD, v_tiles)]
-    splits = [count_splits(n_blocks, last - first) for first, last in phases]
+    splits = [count_splits(n_blocks, last - first, p.options.batch_invariant) for first, last in phases]
 
     folds = folds_.of_problem(p, record_survivors)
-    records = [fold.arrays(Given(p, tiles, tokens, p.targets, bound, seed)) for fold in folds]
+    given = Given(p, tiles, tokens, by_target(p.targets), bound, seed, sum(splits))
+    records = [fold.arrays(given) for fold in folds]
     shape = sum(splits), p.N
     parts = [tuple(xp.empty(shape, dtype) for dtype in fold.row_dtypes(p.compute_dtype)) for fold in folds]
     listed, of_folds, found = argument(tokens), argument(tuple(records)), argument(tuple(parts))
@@ -184,12 +190,30 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
         survivor_block=tiles.survivor_block,
         mean_logit=results.pop("mean_logit", None),
         draw_seed=None if seed is None else seed.reshape(()),
+        entropy=results.pop("entropy", None),
+        sum_squares=results.pop("sum_squares", None),
+        top_logits=results.pop("top_logits", None),
+        top_ids=results.pop("top_ids", None),
         folded=results,
     )
 
 
-def count_splits(n_blocks: int, v_tiles: int) -> int:
-    """How many CTAs share a block of tokens: enough for about four CTAs on each multiprocessor, none without tiles."""
-    multiprocessors = 1 if SIMULATED else gpu.current().multiprocessors
-    wanted = max(1, min(v_tiles, ceil_div(4 * multiprocessors, max(1, n_blocks))))
+def bytes_of_row(p: Problem) -> int:
+    """What each split leaves of a token, in bytes, until it is merged."""
+    dtypes = [dtype for fold in folds_.of_problem(p, False) for dtype in fold.row_dtypes(p.compute_dtype)]
+    of_best = p.options.top_k * (p.compute_dtype.itemsize + 8) + 8 if p.options.top_k else 0
+    return sum(dtype.itemsize for dtype in dtypes) + of_best
+
+
+def count_splits(n_blocks: int, v_tiles: int, invariant: bool) -> int:
+    """How many CTAs share a block of tokens: enough for about four CTAs on each multiprocessor, none without tiles.
+
+    `invariant`: by the tiles alone, so that the tokens' numbers depend neither on the batch nor on the GPU's size.
+    """
+    if invariant:
+        share = _INVARIANT_SPLITS
+    else:
+        multiprocessors = 1 if SIMULATED else gpu.current().multiprocessors
+        share = ceil_div(4 * multiprocessors, max(1, n_blocks))
+    wanted = max(1, min(v_tiles, share))
     return ceil_div(v_tiles, ceil_div(v_tiles, wanted))

@@ -1,10 +1,11 @@
 """G, the gradient of the loss with respect to the logits: the surviving logits are computed again, and G follows from each.
 
-    G[n, v] = softmax weight[n] * softmax[n, v] - target weight[n] * (v == target[n]) - uniform weight[n] * class weight[v]
+    G[n, v] = softmax weight[n] * p[n, v] + entropy weight[n] * p[n, v] * log(p[n, v])
+              - sum over k of target weight[n, k] * (v == target[n, k]) - uniform weight[n] * class weight[v]
 
-times the derivative of the softcap. The last term exists only where label smoothing goes through a softcap; then all logits
-survive. The unbiased filter multiplies columns of G, some of them by 0, as their largest probabilities in the block say. A CTA
-has all tokens of a block, so it knows these.
+times the derivative of the softcap, with p the softmax. The last term exists only where label smoothing goes through a softcap;
+then all logits survive. The unbiased filter multiplies columns of G, some of them by 0, as their largest probabilities in the
+block say. A CTA has all tokens of a block, so it knows these.
 """
 
 from __future__ import annotations
@@ -33,18 +34,29 @@ class OfToken(NamedTuple):
 
     max_logit: Any
     log_sum: Any
-    target: Any  # int64
-    softmax_weight: Any  # NaN if the target is out of range: the loss is NaN then, and so is the gradient
-    target_weight: Any
+    token: Any  # int: its number
+    target: Any  # int64, the first one; nobody reads it of several
+    softmax_weight: Any  # NaN if a target is out of range: the loss is NaN then, and so is the gradient
+    target_weight: Any  # of the first target, likewise
+    entropy_weight: Any  # 0 without any
     uniform_weight: Any  # 0 without any
     takes_part: Any  # bool
 
 
 @kernel_factory
 def make_gradient_of_logits_kernel(
-    tiles: SimtTiles, dtype: np.dtype, bias_dtype: np.dtype, uniform: bool, unbiased: bool
+    tiles: SimtTiles,
+    dtype: np.dtype,
+    bias_dtype: np.dtype,
+    uniform: bool,
+    unbiased: bool,
+    entropy: bool = False,
+    several: bool = False,
 ) -> ArrayKernel:
-    """The kernel for `e` and `c` of `dtype`. `uniform`: whether G has its third term. `unbiased`: whether by that filter."""
+    """The kernel for `e` and `c` of `dtype`.
+
+    uniform, entropy: whether G has these terms. unbiased: whether by that filter. several: whether tokens have several targets.
+    """
     real = real_of(dtype)
     scale_of_column = cuda.jit(device=True)(make_scale(real))
     load, _ = conversions(dtype)
@@ -60,24 +72,46 @@ def make_gradient_of_logits_kernel(
     def read_token(token: Any, found: Any, weights: Any) -> Any:
         """What G needs of a token, read once for all its columns."""
         softmax_weight = weights.softmax[token]
-        if found.target_logit[token] != found.target_logit[token]:
-            softmax_weight = real(math.nan)
+        for k in range(found.target_logit.shape[1]):
+            if found.target_logit[token, k] != found.target_logit[token, k]:
+                softmax_weight = real(math.nan)
+        entropy_weight = weights.entropy[token] if entropy else real(0)
         uniform_weight = weights.uniform[token] if uniform else real(0)
         return OfToken(
             found.max_logit[token],
             found.log_sum[token],
-            found.targets[token],
+            token,
+            found.targets[token, 0],
             softmax_weight,
-            weights.target[token],
+            weights.target[token, 0],
+            entropy_weight,
             uniform_weight,
             takes_part(weights, token),
         )
 
     @cuda.jit(device=True)
-    def gradient_of(z: Any, v: Any, of_token: Any, weights: Any, softcap: Any) -> Any:
+    def is_target(v: Any, of_token: Any, found: Any) -> Any:
+        """Whether the entry v is one of the token's targets."""
+        if not several:
+            return v == of_token.target
+        result = False
+        for k in range(found.targets.shape[1]):
+            result = result or (found.targets[of_token.token, k] == v and v != found.padding)
+        return result
+
+    @cuda.jit(device=True)
+    def gradient_of(z: Any, v: Any, of_token: Any, found: Any, weights: Any, softcap: Any) -> Any:
         """G of a token at the entry v, from its logit z."""
-        gradient = of_token.softmax_weight * real(math.exp((z - of_token.max_logit) - of_token.log_sum))
-        if v == of_token.target:
+        log_p = (z - of_token.max_logit) - of_token.log_sum
+        p = real(math.exp(log_p))
+        gradient = of_token.softmax_weight * p
+        if entropy and p > 0:
+            gradient += of_token.entropy_weight * (p * log_p)
+        if several:
+            for k in range(found.targets.shape[1]):
+                if found.targets[of_token.token, k] == v and v != found.padding:
+                    gradient -= weights.target[of_token.token, k]
+        elif v == of_token.target:
             gradient -= of_token.target_weight
         if uniform:
             class_weight = weights.class_weights[v] if weights.has_class_weights else real(1)
@@ -87,11 +121,12 @@ def make_gradient_of_logits_kernel(
         return gradient if of_token.takes_part else real(0)  # not even with a NaN in its row
 
     @cuda.jit(device=True)
-    def probability_of(z: Any, v: Any, of_token: Any) -> Any:
+    def probability_of(z: Any, v: Any, of_token: Any, found: Any) -> Any:
         """A token's say in the fate of column v: its probability; inf if v is its target or the token is lost; 0 if dead."""
         log_sum_exp = of_token.max_logit + of_token.log_sum
         probability = real(math.exp((z - of_token.max_logit) - of_token.log_sum))
-        if v == of_token.target or of_token.softmax_weight != of_token.softmax_weight or log_sum_exp - log_sum_exp != 0:
+        is_lost = of_token.softmax_weight != of_token.softmax_weight or log_sum_exp - log_sum_exp != 0
+        if is_lost or is_target(v, of_token, found):
             probability = infinity
         return probability if of_token.takes_part else real(0)
 
@@ -138,7 +173,7 @@ def make_gradient_of_logits_kernel(
                     for j in range(thread_v):
                         v = columns.listed[n_block, min(first + column_of(j), count - 1)]
                         z = logit_of(acc[i, j], bias_of(terms, v), scale, terms)
-                        largest[y, column_of(j)] = max(largest[y, column_of(j)], probability_of(z, v, of_token))
+                        largest[y, column_of(j)] = max(largest[y, column_of(j)], probability_of(z, v, of_token, found))
             cuda.syncthreads()
             for r in range(t, block_v, threads):
                 most = largest[0, r]
@@ -158,7 +193,7 @@ def make_gradient_of_logits_kernel(
                     if column < count:
                         v = columns.listed[n_block, column]
                         z = logit_of(acc[i, j], bias_of(terms, v), scale, terms)
-                        gradient = gradient_of(z, v, of_token, weights, terms.softcap)
+                        gradient = gradient_of(z, v, of_token, found, weights, terms.softcap)
                         if unbiased:
                             gradient *= scales[column_of(j)]
                         g[v - columns.v0, position] = gradient

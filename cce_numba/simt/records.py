@@ -56,22 +56,31 @@ def bias_dtype_of(p: Problem) -> np.dtype:
 class Found(NamedTuple):
     """What the forward found of each token."""
 
-    targets: Any  # (N,) int64
-    target_logit: Any  # (N,) real, NaN for a target out of range
+    targets: Any  # (N, K) int64
+    padding: Any  # int: a target that is this number is none
+    target_logit: Any  # (N, K) real, NaN for a target out of range
     max_logit: Any  # (N,) real, the largest logit
     log_sum: Any  # (N,) real, natural log of the sum of exp(logit - max_logit)
 
     @staticmethod
     def of(p: Problem, statistics: Statistics) -> Found:
         """Of a problem with targets."""
-        return Found(p.targets, statistics.target_logit, statistics.max_logit, statistics.log_sum)
+        targets, target_logit = by_target(p.targets), by_target(statistics.target_logit)
+        return Found(targets, p.options.ignore_index, target_logit, statistics.max_logit, statistics.log_sum)
+
+
+def by_target(array: Any) -> Any:
+    """(N, K) as it is, (N,) as (N, 1), None as it is: kernels take targets, and what is said of each, with an axis for them."""
+    return array if array is None or array.ndim == 2 else array[:, None]
 
 
 class Weights(NamedTuple):
     """The factors of G, the gradient of the loss with respect to the logits; see `backend.Weights`."""
 
     softmax: Any  # (N,) real: of the softmax
-    target: Any  # (N,) real: of the one-hot target
+    target: Any  # (N, K) real: of the one-hot targets
+    entropy: Any  # (N,) real: of p * log(p)
+    has_entropy: Any  # bool
     uniform: Any  # (N,) real: of the class weights
     has_uniform: Any  # bool
     class_weights: Any  # (V,) real
@@ -83,7 +92,9 @@ class Weights(NamedTuple):
         class_weights = p.xp.empty(1, p.compute_dtype) if p.class_weights is None else p.class_weights
         return Weights(
             softmax=given.softmax,
-            target=given.target,
+            target=by_target(given.target),
+            entropy=p.xp.empty(1, p.compute_dtype) if given.entropy is None else given.entropy,
+            has_entropy=given.entropy is not None,
             uniform=p.xp.empty(1, p.compute_dtype) if given.uniform is None else given.uniform,
             has_uniform=given.uniform is not None,
             class_weights=class_weights,
@@ -94,7 +105,12 @@ class Weights(NamedTuple):
 @cuda.jit(device=True)
 def takes_part(weights: Any, token: Any) -> Any:
     """Whether any gradient comes from a token. One with no weight takes no part, not even with a NaN in its row."""
-    if weights.softmax[token] != 0 or weights.target[token] != 0:
+    if weights.softmax[token] != 0:
+        return True
+    for k in range(weights.target.shape[1]):
+        if weights.target[token, k] != 0:
+            return True
+    if weights.has_entropy and weights.entropy[token] != 0:
         return True
     return weights.has_uniform and weights.uniform[token] != 0
 

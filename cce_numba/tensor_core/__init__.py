@@ -9,6 +9,8 @@ fragment       functions of one logit, applied to a thread's part of a tile
 logits         products become logits: bias, scale, softcap, padding
 folds/         what becomes of a tile of logits
 merge          what several workers found for the same tokens
+layout         how a forward is cut into launches
+found          what a forward leaves behind
 reduction      the loss out of each token's log-sum-exp and target logit
 survey/        survivor bits become a plan of work for the backward
 exponentials, quads, numbers, sums    small device functions

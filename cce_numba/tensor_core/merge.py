@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import cuda
 
@@ -9,9 +11,9 @@ from cce_numba.integers import ceil_div
 from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.launch.record import Record
 from cce_numba.tensor_core import schedule
-from cce_numba.tensor_core.folds import Fold, Row, chain, number_count
+from cce_numba.tensor_core.folds import Fold, Row, chain, found_class, number_count
 from cce_numba.tensor_core.folds.rows import make_load_numbers, make_shuffle_numbers
-from cce_numba.tensor_core.records import I32, Found, Parts, Survivors, Tokens
+from cce_numba.tensor_core.records import I32, Parts, Survivors, Tokens
 from cce_numba.tensor_core.tokens import token_at
 
 _WARPS = 4  # of a CTA, each with a token
@@ -28,14 +30,14 @@ class Split(Record):
 
 
 @kernel_factory
-def make_merge_kernel(group_n: int, folds: tuple[Fold, ...]) -> Kernel:
-    """The kernel for groups of `group_n` tokens: a warp for each token."""
+def make_merge_kernel(group_n: int, folds: tuple[Fold, ...], fixed: bool = False) -> Kernel:
+    """The kernel for groups of `group_n` tokens: a warp for each token. fixed: of a fixed schedule."""
     warps, count, folded = _WARPS, number_count(folds), chain(folds, _COLUMNS)
-    slots_of, quotient = schedule.slots_of, schedule.quotient
+    slots_of, quotient = schedule.fixed_slots_of if fixed else schedule.slots_of, schedule.quotient
     nothing, merge, store = folded.nothing, folded.merge, folded.store
     load_numbers, shuffle_numbers = make_load_numbers(count), make_shuffle_numbers(count)
 
-    def merge_kernel(parts: Parts, split: Split, tokens: Tokens, found: Found, survivors: Survivors) -> None:
+    def merge_kernel(parts: Parts, split: Split, tokens: Tokens, found: Any, survivors: Survivors) -> None:
         """Merges the parts of each listed token's group, over its slots, and stores what they say."""
         lane, position = cuda.threadIdx.x & 31, np.int32(cuda.blockIdx.x * warps + (cuda.threadIdx.x >> 5))
         n_listed = np.int32(min(max(tokens.n_valid[0] - tokens.first, 0), tokens.most))
@@ -53,7 +55,7 @@ def make_merge_kernel(group_n: int, folds: tuple[Fold, ...]) -> Kernel:
             mine = merge(mine, shuffle_numbers(mine, np.uint32(mask)))
         store(mine, Row(token, np.int64(position), np.int32(lane), split.V), found, survivors)
 
-    return Kernel(merge_kernel, (Parts, Split, Tokens, Found, Survivors), threads=32 * _WARPS)
+    return Kernel(merge_kernel, (Parts, Split, Tokens, found_class(folds), Survivors), threads=32 * _WARPS)
 
 
 def ctas_for(N: int) -> int:

@@ -19,8 +19,11 @@ def matrix_of(array: Any) -> Matrix:
     return Matrix(array.data.ptr, pitch_bytes(array))
 
 
-def terms_of(p: Problem, uniform_weight: Any = None) -> LogitTerms:
-    """What makes logits of a problem's products; uniform_weight: (N,) float32 for the backward (`backend.Weights`), or None."""
+def terms_of(p: Problem, uniform_weight: Any = None, entropy_weight: Any = None) -> LogitTerms:
+    """What makes logits of a problem's products.
+
+    uniform_weight, entropy_weight: (N,) float32 for the backward (`backend.Weights`), or None.
+    """
     return LogitTerms(
         bias=address(p.bias),
         bias_bytes=0 if p.bias is None else p.bias.itemsize,
@@ -28,4 +31,5 @@ def terms_of(p: Problem, uniform_weight: Any = None) -> LogitTerms:
         scale=address(p.logit_scale),
         uniform_weight=address(uniform_weight),
         class_weights=address(p.class_weights),
+        entropy_weight=address(entropy_weight),
     )

@@ -31,6 +31,7 @@ class LogitTerms(Record):
     scale = U64  # address of (N,) float32, by row of e
     uniform_weight = U64  # address of (N,) float32, by row of e: in the backward, what label smoothing takes from each logit
     class_weights = U64  # address of (V,) float32
+    entropy_weight = U64  # address of (N,) float32, by row of e: in the backward, what multiplies p * log(p)
 
 
 class Tokens(Record):
@@ -49,6 +50,29 @@ class Found(Record):
     pitch = I64  # N
     targets = pointer_to(np.int64)  # (N,), or null without targets
     bound = pointer_to(np.float32)  # (N,) the target's logit, NaN for one out of range; null where no survivors are recorded
+    kept = U64  # address of kept logits (`tensor_core.kept`), (blocks, kept_tiles) tiles; 0 if none are kept
+    kept_tiles = I32  # tiles of each block that are kept, the first ones
+
+
+class SeveralTargets(Record):
+    """The targets of tokens that have several. Arrays are by row of e."""
+
+    ids = pointer_to(np.int64)  # (N, K)
+    K = I32
+    padding = I64  # a target that is this number is none
+    logits = pointer_to(np.float32)  # (N, K): a result of the forward
+
+
+class FoundOfSeveral(Record):
+    """`Found`, where tokens have several targets. Nobody reads `targets` then; `bound` has the largest of a token's logits."""
+
+    results = pointer_to(np.float32)
+    pitch = I64
+    targets = pointer_to(np.int64)
+    bound = pointer_to(np.float32)
+    kept = U64
+    kept_tiles = I32
+    several = SeveralTargets
 
 
 class Parts(Record):
@@ -120,12 +144,31 @@ class Chance(Record):
     seed = pointer_to(np.int64)  # (1,); null for the filter that drops, and where nothing is filtered
 
 
+class NoTargets(Record):
+    """In place of `PlacedTargets`, where a token has one target, which `RowWeights` knows."""
+
+
+class PlacedTargets(Record):
+    """Where in G the targets of tokens stand, where tokens have several, and what they give to it.
+
+    Arrays are (blocks, K, 128), for the listed tokens of a block. Of targets of a token that are equal, the first stands for
+    all. What is none has ordinal -1.
+    """
+
+    ordinals = U64  # address of int32: how many of the sorted columns before the target's survive in the block
+    entries = U64  # address of int32: the vocabulary entry
+    weights = U64  # address of float32: the sum of the weights of equal targets, times the survey's scale
+    logits = U64  # address of float32: as the forward found it
+    K = I32  # a multiple of 4
+
+
 class RowWeights(Record):
     """What makes the gradient of the logits of one token out of these logits (`gradient`)."""
 
-    softmax = F32  # weight of the softmax, divided by the sum of 2^(log2(e) * z - shift)
+    softmax = F32  # weight of the softmax, divided by the sum of 2^(log2(e) * z - shift); less `entropy` * log2 of that sum
     shift = F32  # `exponentials.shift_of` the largest logit
     target_weight = F32  # weight of the one-hot target
     target = I32  # vocabulary entry, -1 for none
     scale = F32  # of the logits
     uniform = F32  # what label smoothing takes from the gradient of an entry whose class weight is 1
+    entropy = F32  # ln 2 times the weight of p * log(p), divided by the sum as the softmax's is

@@ -6,6 +6,9 @@ turn, and not one contiguous part each. So all workers read the same rows of `c`
 fair sample of the vocabulary early on, by which it flags fewer survivors. The last round may have fewer groups. Workers that an
 even share leaves over then take the last tiles of each group.
 
+So how a group's tiles are shared depends on how many groups there are, and a token's numbers on its batch, by their rounding. A
+*fixed* schedule shares the tiles of each group among as many workers, in the last round too. Others are idle there.
+
 A slot is the place of what one worker finds of one group. These rounds and slots belong to the forward; those of the backward
 (`survey`) are something else.
 """
@@ -68,6 +71,33 @@ def slots_of(group: Any, workers: Any, groups: Any, per_round: Any, tiles: Any) 
     if shared_tiles(workers, rest, tiles) < tiles:
         extra = full * busy + workers + member
     return np.int32(full * busy + member), np.int32(rest), quotient(workers, rest), np.int32(extra)
+
+
+@register_jitable
+def fixed_segment(index: Any, worker: Any, workers: Any, groups: Any, per_round: Any, tiles: Any) -> Any:
+    """`segment` of a fixed schedule.
+
+    >>> [tuple(map(int, fixed_segment(i, 3, workers=4, groups=3, per_round=2, tiles=100))) for i in range(2)]
+    [(1, 1, 100, 2, 3), (0, 0, 0, 1, -1)]
+    """
+    share = quotient(workers, per_round)
+    stream = quotient(worker, per_round)
+    group = index * per_round + worker - stream * per_round
+    if stream >= share or group >= groups:
+        return _int32s(0, 0, 0, 1, NO_SLOT)
+    return _int32s(group, stream, tiles, share, index * (share * per_round) + worker)
+
+
+@register_jitable
+def fixed_slots_of(group: Any, workers: Any, groups: Any, per_round: Any, tiles: Any) -> Any:
+    """`slots_of` of a fixed schedule.
+
+    >>> tuple(map(int, fixed_slots_of(2, workers=4, groups=3, per_round=2, tiles=100)))
+    (4, 2, 2, -1)
+    """
+    share, round_ = quotient(workers, per_round), quotient(group, per_round)
+    first = round_ * (share * per_round) + group - round_ * per_round
+    return np.int32(first), np.int32(per_round), np.int32(share), np.int32(NO_SLOT)
 
 
 @register_jitable

@@ -11,9 +11,10 @@ from numba.cuda import types
 
 from cce_numba.arguments import Problem
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
+from cce_numba.parallel.shard import ELSEWHERE
 from cce_numba.ptx import memory
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.records import I32, I64, U64, Found
+from cce_numba.tensor_core.records import I32, I64, U64, Found, FoundOfSeveral
 from cce_numba.tensor_core.sums import THREADS, sum_before
 
 _TOKENS = 8  # neighbours, of each thread
@@ -36,15 +37,51 @@ def are_neighbours(tokens: Any, n0: Any, listed: Any) -> Any:
     return last_row - first_row == last - n0
 
 
+@cuda.jit(device=True, forceinline=True)
+def has_target(n: Any, several: Any) -> Any:
+    """Whether any of a token's targets is not padding. several: `SeveralTargets`."""
+    result = False
+    for k in range(several.K):
+        result = result or several.ids[np.int64(n) * several.K + k] != several.padding
+    return result
+
+
+@cuda.jit(device=True, forceinline=True)
+def mark_targets(n: Any, V: Any, several: Any, in_shards: Any) -> None:
+    """Writes the logits of a token's targets that have none here.
+
+    0 for padding, -inf for a target that another rank has (`in_shards`), and NaN for one out of range.
+    """
+    for k in range(several.K):
+        place = np.int64(n) * several.K + k
+        target = several.ids[place]
+        if target == several.padding:
+            several.logits[place] = np.float32(0)
+        elif in_shards and target == ELSEWHERE:
+            several.logits[place] = np.float32(-math.inf)
+        elif target < 0 or target >= V:
+            several.logits[place] = np.float32(math.nan)
+
+
 @kernel_factory
-def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
-    """The kernel: one CTA. On its way it writes `n_constants` 64-bit words to memory, for kernels that must read them there."""
+def make_list_tokens_kernel(n_constants: int = 0, several: bool = False, in_shards: bool = False) -> Kernel:
+    """The kernel: one CTA. On its way it writes `n_constants` 64-bit words to memory, for kernels that must read them there.
+
+    several: tokens have several targets. in_shards: other ranks have other entries, so a target may be `ELSEWHERE`.
+    """
     threads, tokens_per_thread = THREADS, _TOKENS
+
+    @cuda.jit(device=True, forceinline=True)
+    def counts(n: Any, found: Any, has_targets: Any, ignore_index: Any) -> Any:
+        """Whether a token counts."""
+        if several:
+            return has_target(n, found.several)
+        return not has_targets or found.targets[n] != ignore_index
 
     def list_tokens_kernel(
         constants: Any,  # n_constants words
         constants_to: Any,  # (n_constants,)
-        found: Found,
+        found: Any,  # Found, or FoundOfSeveral
         has_targets: Any,
         ignore_index: Any,
         N: Any,
@@ -54,9 +91,10 @@ def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
         n_results: Any,
         target_result: Any,  # place of the target logits among them, -1 if there are none
     ) -> None:
-        """tokens[:n_valid[0]] = those whose target is not ignore_index, ascending. Results of all others become 0.
+        """tokens[:n_valid[0]] = those with a target that is not ignore_index, ascending. Results of all others become 0.
 
-        The target logit of a listed token whose target is out of range becomes NaN. Other results of listed tokens stay.
+        The target logit of a listed token becomes NaN if its target is out of range, and -inf if another rank has it. Other
+        results of listed tokens stay.
         """
         sums = cuda.shared.array(32, np.int64)
         t = cuda.threadIdx.x
@@ -68,26 +106,31 @@ def make_list_tokens_kernel(n_constants: int = 0) -> Kernel:
             n0 = first + t * tokens_per_thread
             count = np.int64(0)
             for n in range(n0, min(n0 + tokens_per_thread, N)):
-                if not has_targets or targets[n] != ignore_index:
+                if counts(n, found, has_targets, ignore_index):
                     count += np.int64(1)
             before, total = sum_before(count, sums)
             position = listed + before
             listed += total
             for n in range(n0, min(n0 + tokens_per_thread, N)):
-                if not has_targets or targets[n] != ignore_index:
+                if counts(n, found, has_targets, ignore_index):
                     tokens[position] = n
                     position += np.int64(1)
                     if target_result >= 0 and (targets[n] < 0 or targets[n] >= V):
-                        found.results[target_result * found.pitch + n] = np.float32(math.nan)
+                        logit = np.float32(math.nan)
+                        if in_shards and targets[n] == ELSEWHERE:
+                            logit = np.float32(-math.inf)
+                        found.results[target_result * found.pitch + n] = logit
                 else:
                     for k in range(n_results):
                         found.results[k * found.pitch + n] = np.float32(0)
+                if several:
+                    mark_targets(n, V, found.several, in_shards)
         if t == 0:
             n_valid[0] = listed
 
     p_i64, p_i32 = pointer_to(np.int64), pointer_to(np.int32)
     constants = types.UniTuple(U64, n_constants), pointer_to(np.uint64)
-    parameters = *constants, Found, I32, I64, I32, I32, p_i32, p_i64, I32, I32
+    parameters = *constants, FoundOfSeveral if several else Found, I32, I64, I32, I32, p_i32, p_i64, I32, I32
     return Kernel(list_tokens_kernel, parameters, threads=THREADS)
 
 
@@ -95,7 +138,7 @@ def list_tokens(
     p: Problem,
     tokens: int,
     n_valid: int,
-    found: Found,
+    found: Found | FoundOfSeveral,
     results: tuple[str, ...],
     constants: tuple[int, ...] = (),
     constants_to: int = 0,
@@ -105,7 +148,7 @@ def list_tokens(
     results: the names of `found.results`.
     """
     target_result = results.index("target_logit") if "target_logit" in results else -1
-    make_list_tokens_kernel(len(constants)).launch(
+    make_list_tokens_kernel(len(constants), isinstance(found, FoundOfSeveral), p.shard is not None).launch(
         1, constants, constants_to, found, p.targets is not None, p.options.ignore_index, p.N, p.V, tokens, n_valid,
         len(results), target_result,
     )  # fmt: skip

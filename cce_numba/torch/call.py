@@ -14,21 +14,53 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cce_numba import driver, interchange
-from cce_numba.arguments import GRADIENTS, Problem
+from cce_numba import driver, interchange, ranks
+from cce_numba.arguments import GRADIENTS, Ids, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, backend_module
 from cce_numba.destination import Destination
-from cce_numba.driver import ForwardPass
+from cce_numba.driver import ForwardPass, Ranks
 from cce_numba.integers import ceil_div
 from cce_numba.interchange import Kind
 from cce_numba.options import DEFAULTS
+from cce_numba.parallel.agreement import Agreed
 from cce_numba.plan import Plan
+from cce_numba.ranks import Sharing
 from cce_numba.torch import memory
 
 # All but the first three may be None. A forward alone reads the last: backwards take the seed that it made, and have None.
-TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights", "filter_seed")
+TENSORS = ("e", "c", "targets", "bias", "logit_scale", "class_weights", "token_weights", "target_probs", "filter_seed")
 _ON_CPU = Kind("torch", None, memory.tensor_of)
-SAVED = ("lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "mean_logit", "draw_seed")
+SAVED = (
+    "lse", "max_logit", "log_sum", "target_logit", "n_valid", "tokens", "survivors", "kept_logits", "mean_logit", "draw_seed",
+    "entropy",
+)  # fmt: skip
+MORE = ("logprobs", "sum_squares", "top_logprobs", "top_ids")  # what a backward does not need
+LOGPROBS = "logprobs"  # in place of a reduction: targets are ids whose log-probabilities are wanted, and there is no loss
+
+
+class Outputs(NamedTuple):
+    """What autograd sees of a forward: the loss, and flat (N, ...) what else was asked for. The last three have no gradient."""
+
+    loss: torch.Tensor
+    lse: torch.Tensor
+    logprobs: torch.Tensor | None
+    entropy: torch.Tensor | None
+    sum_squares: torch.Tensor | None
+    top_logprobs: torch.Tensor | None
+    top_ids: torch.Tensor | None
+
+
+class Upstream(NamedTuple):
+    """What flows back into the first of the `Outputs`; None where nothing does."""
+
+    loss: torch.Tensor | None
+    lse: torch.Tensor | None
+    logprobs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+    def is_nothing(self) -> bool:
+        """Whether nothing flows back."""
+        return all(x is None for x in self)
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,9 +77,13 @@ def wanted(tensors: Iterable[torch.Tensor | None]) -> list[str]:
 
 @contextlib.contextmanager
 def prepared(
-    tensors: Sequence[torch.Tensor | None], given: Mapping[str, Any], plan: Plan | None = None
-) -> Iterator[tuple[Problem, Plan]]:
-    """The checked problem and its plan, as in `driver.prepared`; inside, PyTorch's device, stream and memory are current.
+    tensors: Sequence[torch.Tensor | None],
+    given: Mapping[str, Any],
+    plan: Plan | None = None,
+    sharing: Sharing | None = None,
+    agreed: Agreed | None = None,
+) -> Iterator[tuple[Problem, Plan, Ranks | None]]:
+    """The checked problem and its plan, as in `ranks.prepared`; inside, PyTorch's device, stream and memory are current.
 
     The problem has the tensors' addresses, which are theirs until this is left: later, FSDP may have freed and filled them
     again elsewhere. So a backward comes here anew.
@@ -56,25 +92,42 @@ def prepared(
         tensors: `TENSORS`.
         given: the options that are no tensors, by name; defaults may be missing.
         plan: that of the same arguments, if it was made before.
+        sharing: how ranks share the work, if they do.
+        agreed: what they have agreed on, if they did so before.
     """
     e, c, targets, *others = tensors
     assert e is not None, "of TENSORS, the first three are never None"
     arrays = {name: x for name, x in zip(TENSORS[3:], others, strict=True) if x is not None}
+    given, ids = {**given, **arrays}, given.get("reduction") == LOGPROBS
+    if ids:
+        del given["reduction"]
     on_cpu = e.device.type == "cpu"
     kind = _ON_CPU if on_cpu else Kind("torch", e.get_device(), memory.tensor_of)
     backend = "cpu" if on_cpu else None  # no need to ask those for GPUs
+    of_targets = Ids(targets) if ids else targets
     with (
         memory.from_pytorch(e.device),
-        driver.prepared(e, c, targets, {**given, **arrays}, kind=kind, backend=backend, plan=plan) as both,
+        ranks.prepared(e, c, of_targets, given, sharing, kind=kind, backend=backend, plan=plan, agreed=agreed) as call,
     ):
-        yield both
+        yield call
 
 
-def forward(problem: Problem, plan: Plan, wrt: Collection[str]) -> tuple[torch.Tensor, tuple[Any, ...]]:
-    """The loss and the arrays `SAVED`, inside `prepared`. `wrt`: the gradients that a backward is to give."""
-    done = driver.forward(problem, plan, wrt)
+def forward(
+    problem: Problem, plan: Plan, wrt: Collection[str], together: Ranks | None = None
+) -> tuple[torch.Tensor, tuple[Any, ...], tuple[Any, ...]]:
+    """The loss and the arrays `SAVED` and `MORE`, inside `prepared`. `wrt`: the gradients that a backward is to give.
+
+    Of the latter those that were not asked for are None.
+    """
+    done = driver.forward(problem, plan, wrt, together)
     form = backend_module(plan.backend).statistics_form(problem)
-    return done.loss(), _saved(problem, form, done.statistics, problem.options.records_survivors(wrt))
+    more = None if problem.has_loss else done.logprobs(), *without_gradient(done)
+    return done.loss(), _saved(problem, form, done.statistics, problem.options.records_survivors(wrt)), more
+
+
+def without_gradient(done: ForwardPass) -> tuple[Any, ...]:
+    """The arrays `MORE` but for the first; None where not asked for."""
+    return done.statistics.sum_squares, done.top_logprobs(), done.statistics.top_ids
 
 
 class Kept(NamedTuple):
@@ -116,7 +169,7 @@ class Kept(NamedTuple):
         """`SAVED`, for operators; arguments as of `prepared`, and the names of the gradients that the forward was told of."""
         if self.pieces is None:
             return [lse, *self.tensors]
-        with torch.no_grad(), prepared(tensors, given, plan) as (problem, _):
+        with torch.no_grad(), prepared(tensors, given, plan) as (problem, *_):
             found, form = self.statistics(problem, plan, lse), backend_module(plan.backend).statistics_form(problem)
             recorded = problem.options.records_survivors(wrt)
             return memory.tensors_of(defined(problem, _saved(problem, form, found, recorded)))
@@ -131,17 +184,20 @@ def backward(
     problem: Problem,
     plan: Plan,
     found: Statistics,
-    d_loss: torch.Tensor | None,
-    d_lse: torch.Tensor | None,
+    upstream: Upstream,
     grads: dict[str, torch.Tensor],
+    together: Ranks | None = None,
 ) -> None:
-    """Writes the gradients of `sum(d_loss * loss) + sum(d_lse * lse)`, lse being flat, to `grads`, made by `gradients_like`."""
-    flat = {name: interchange.take(name, grad).reshape(getattr(problem, name).shape) for name, grad in grads.items()}
+    """Writes the gradients that follow from what flows into the outputs to `grads`, made by `gradients_like`."""
+    of_caller = problem if together is None else together.problem_of_results(problem)
+    flat = {name: interchange.take(name, grad).reshape(getattr(of_caller, name).shape) for name, grad in grads.items()}
     destination = Destination(frozenset(grads), Gradients(**grads), Gradients(**flat), False)  # fresh: nothing to check
-    if d_lse is not None:
-        d_lse = problem.per_token(interchange.take("d_lse", d_lse))
-    done = ForwardPass.of(problem, plan, found)
-    done.backward(0.0 if d_loss is None else d_loss, d_lse, destination)
+    d_lse, d_logprobs, d_entropy = (
+        None if x is None else problem.per_token(interchange.take("an upstream gradient", x)) for x in upstream[1:]
+    )
+    done = ForwardPass.of(problem, plan, found, together)
+    d_loss = 0.0 if upstream.loss is None else upstream.loss
+    done.backward(d_loss, d_lse, destination, d_logprobs=d_logprobs, d_entropy=d_entropy)
 
 
 def for_backward(tensors: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...]:
@@ -179,8 +235,10 @@ def _saved(p: Problem, form: StatisticsForm, statistics: Statistics, recorded: b
         bits = all_bits
     if mean_logit is None:
         mean_logit = statistics.lse[:0]
+    entropy = statistics.lse[:0] if statistics.entropy is None else statistics.entropy
     numbers = statistics.lse, statistics.max_logit, statistics.log_sum, statistics.target_logit
-    return *numbers, statistics.n_valid, tokens, bits, mean_logit, draw_seed
+    kept = bits[:0] if statistics.kept_logits is None else statistics.kept_logits
+    return *numbers, statistics.n_valid, tokens, bits, kept, mean_logit, draw_seed, entropy
 
 
 def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -195,8 +253,8 @@ def defined(p: Problem, saved: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor]) -> Statistics:
     """What `_saved` was made of, out of tensors of it."""
-    *others, mean_logit, draw_seed = saved
-    lse, max_logit, log_sum, target_logit, n_valid, tokens, bits = map(memory.array_of, others)
+    *others, mean_logit, draw_seed, entropy = saved
+    lse, max_logit, log_sum, target_logit, n_valid, tokens, bits, kept = map(memory.array_of, others)
     if not p.on_device:
         tokens = tokens[: int(n_valid)]
     if bits.size:
@@ -213,4 +271,6 @@ def _statistics(p: Problem, form: StatisticsForm, saved: Sequence[torch.Tensor])
         survivor_block=form.survivor_block,
         mean_logit=memory.array_of(mean_logit) if p.options.smooths_capped else None,
         draw_seed=memory.array_of(draw_seed) if draw_seed.numel() else None,
+        entropy=memory.array_of(entropy) if len(entropy) == p.N else None,
+        kept_logits=kept if kept.size else None,
     )

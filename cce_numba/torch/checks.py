@@ -58,9 +58,9 @@ def check_integers(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name}: must be integers, the ids of entries, got dtype {got}")
 
 
-def check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any]) -> None:
+def check_tensors(e: Any, c: Any, targets: Any, optional: dict[str, Any], name_of_ids: str = "targets") -> None:
     """That they are tensors on e's device; `optional` ones may be None, and a logit scale a number."""
-    given = {"e": e, "c": c, "targets": targets}
+    given = {"e": e, "c": c, name_of_ids: targets}
     for name, tensor in optional.items():
         if name == "logit_scale" and tensor is not None and not isinstance(tensor, torch.Tensor):
             if not isinstance(tensor, numbers.Real):
@@ -140,11 +140,13 @@ def check_options(dtype: torch.dtype, options: dict[str, Any], return_lse: Any) 
             raise TypeError(f"{name}: must be an integer, not a tensor, got {value!r}; pass {name}.item()")
 
 
-def check_shapes(e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
+def check_shapes(
+    e: torch.Tensor, c: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, several: bool = False
+) -> None:
     """What `torch.compile` must know to trace, and the baseline to run; elsewhere `arguments.problem` says it, and more."""
     if e.ndim < 1 or c.ndim != 2 or e.shape[-1] != c.shape[1]:
         raise ValueError(f"c: must have shape (V, D) for e (..., D), got {tuple(c.shape)} for e {tuple(e.shape)}")
-    if targets.shape != e.shape[:-1]:
+    if targets.shape[: e.ndim - 1] != e.shape[:-1] or targets.ndim != e.ndim - 1 + several:
         expected = tuple(e.shape[:-1])
         raise ValueError(
             f"targets: must have the shape of e without its last dimension, {expected}, got {tuple(targets.shape)}"

@@ -15,13 +15,24 @@ from cce_numba.arguments import GRADIENTS
 from cce_numba.backend import Gradients
 from cce_numba.destination import Destination
 from cce_numba.options import DEFAULTS, PRESETS, REDUCTIONS, unknown
-from cce_numba.torch import autograd, call, checks
+from cce_numba.ranks import Sharing
+from cce_numba.returned import LossStatistics
+from cce_numba.torch import autograd, call, checks, on_ranks
 
 STORED_LOGITS = "torch_compile"
-_TENSOR_OPTIONS = ("logit_scale", "class_weights", "token_weights")
+_TENSOR_OPTIONS = ("logit_scale", "class_weights", "token_weights", "target_probs")
 _BUFFERS = (*_TENSOR_OPTIONS, "filter_seed")  # of the module, where they are tensors
-_DEFAULTS = DEFAULTS | {"impl": "cce", "return_lse": False}
-_NOT_IN_BASELINE = (*_TENSOR_OPTIONS, "label_smoothing", "z_loss")
+_DEFAULTS = DEFAULTS | {"impl": "cce", "return_lse": False} | dict.fromkeys(on_ranks.NAMES)
+_NOT_IN_BASELINE = (
+    *_TENSOR_OPTIONS,
+    "label_smoothing",
+    "z_loss",
+    "entropy",
+    "sum_squares",
+    "top_k",
+    "batch_invariant",
+    "process_group",
+)
 
 
 def linear_cross_entropy(
@@ -46,10 +57,19 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     class_weights: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
+    target_probs: torch.Tensor | None = None,
+    entropy: bool = False,
+    sum_squares: bool = False,
+    top_k: int = 0,
+    batch_invariant: bool = False,
     filter: str = "unbiased",
     filter_seed: int | torch.Tensor = 0,
     check_targets: bool | None = None,
+    workspace_bytes: int | None = None,
     backend: str | None = None,
+    process_group: Any = None,
+    tokens_axis: int | None = None,
+    vocab_parallel_options: Any = None,
     **others: Any,
 ) -> Any:
     """Cross-entropy of `softmax(e @ c.T + bias)` with `targets`, recorded by autograd, without storing the logits.
@@ -95,24 +115,41 @@ def linear_cross_entropy(
         z_loss: weight of `lse**2` in each token's loss.
         class_weights: (V,). Like all tensors that are not e, c or bias it gets no gradient, and must not require one.
         token_weights: of targets' shape.
+        target_probs: (..., K) what each of a few targets counts, for targets (..., K) with `ignore_index` as padding.
+        entropy: return each token's entropy too, with its gradient: a `LossStatistics` in place of the loss.
+        sum_squares: return the sum of each token's squared probabilities too, which has no gradient.
+        top_k: return each token's k largest log-probabilities, which have no gradient, and their entries too.
+        batch_invariant: a token's numbers are bitwise the same whatever other tokens stand beside it.
         filter: "unbiased" keeps by chance some of what is below `filter_eps` in all of a block's tokens, and multiplies it, so
             that gradients are right on average; "drop" leaves it out; see `cce_numba.linear_cross_entropy`.
         filter_seed: an integer, or a 0-d tensor of one on e's device or on the CPU. One on e's device may change in place from
             step to step, in a CUDA graph too; of one on the CPU a graph keeps the value. A forward alone reads it.
         check_targets: True raises for a target out of range, on any device. None does so on the CPU; on CUDA, where looking
             would wait for the device, such a token's loss and gradient become NaN.
-        backend: "cpu", "simt", "hopper", or None to choose by device and dtype.
+        workspace_bytes: memory for logits that are kept for the backward; see `cce_numba.linear_cross_entropy`.
+        backend: "cpu", "simt", "ampere", "hopper", or None to choose by device and dtype.
+        process_group: of `torch.distributed`, whose ranks share the vocabulary. Then c and bias are this rank's rows,
+            consecutive entries in the order of ranks, any number of them; all else is the same on all ranks: e, targets with
+            the entries' numbers in the whole vocabulary, class weights of all entries. So is the loss, bit by bit, and the
+            gradient of e, which is summed in float32. A compiler leaves its program for such a call. Not for the baseline.
+            e and c may be DTensors instead, c with Shard(0), e with Replicate or Shard along its tokens: results and gradients
+            are DTensors then, the loss Replicate, gradients placed as their inputs.
+        tokens_axis: with a process group, the axis of e along which each rank has a part of it (sequence parallel), and gets
+            the gradient of that part.
+        vocab_parallel_options: a `VocabParallelOptions`, ours or `cut_cross_entropy`'s, in place of a process group.
         others: none; an option of another library is refused with its name here.
 
     Returns:
         The loss: 0-d, or for "none" in the shape of `targets[..., shift:]` with 0 where ignored. With `return_lse` also the
-        natural-log log-sum-exp in that shape, 0 where ignored.
+        natural-log log-sum-exp in that shape, 0 where ignored. With `entropy`, `sum_squares` or `top_k` a
+        `cce_numba.LossStatistics` of loss, lse and what was asked for.
 
     Raises:
         TypeError: an argument is no tensor, or has the wrong dtype.
-        ValueError: shapes, devices, targets or option values do not fit.
+        ValueError: shapes, devices, targets or option values do not fit; `cce_numba.parallel.Disagreement` if ranks differ.
         BackendUnavailable: the backend that was asked for cannot run here.
-        NotImplementedError: in a backward through the gradients: they have no derivatives.
+        NotImplementedError: in a backward through the gradients: they have no derivatives; or the backend does not have what
+            is asked for yet.
 
     >>> e, c = torch.zeros(2, 3, 4, requires_grad=True), torch.ones(8, 4)
     >>> loss, lse = linear_cross_entropy(e, c, torch.tensor([[1, 2, 3], [4, 5, -100]]), shift=True, return_lse=True)
@@ -120,15 +157,14 @@ def linear_cross_entropy(
     >>> lse.shape, e.grad.shape
     (torch.Size([2, 2]), torch.Size([2, 3, 4]))
     """
+    if on_ranks.are_named(process_group, tokens_axis, vocab_parallel_options, e, c):
+        arguments = locals()
+        return on_ranks.call(linear_cross_entropy, {**arguments.pop("others"), **arguments})
     if others:
         raise unknown(next(iter(others)), _DEFAULTS)
     name = _impl(impl)
-    checks.check_tensors(
-        e,
-        c,
-        targets,
-        {"bias": bias, "logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights},
-    )
+    optional = {"bias": bias, "logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
+    checks.check_tensors(e, c, targets, optional | {"target_probs": target_probs})
     e, c, bias = checks.cast(e, c, bias)
     options = {
         "ignore_index": ignore_index,
@@ -142,9 +178,14 @@ def linear_cross_entropy(
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
         "check_targets": check_targets,
+        "workspace_bytes": workspace_bytes,
         "backend": backend,
         "accum_e_fp32": accum_e_fp32,
         "accum_c_fp32": accum_c_fp32,
+        "entropy": entropy,
+        "sum_squares": sum_squares,
+        "top_k": top_k,
+        "batch_invariant": batch_invariant,
     }
     checks.check_options(e.dtype, options, return_lse)
     del options["accum_e_fp32"], options["accum_c_fp32"]  # which change nothing here
@@ -155,7 +196,8 @@ def linear_cross_entropy(
         options["logit_scale"] = logit_scale
     given = call.given(options)
     if name == STORED_LOGITS:
-        terms = {**given, "logit_scale": logit_scale, "class_weights": class_weights, "token_weights": token_weights}
+        terms = {**given, **optional, "target_probs": target_probs}
+        terms["process_group"] = process_group
         if refused := [term for term in _NOT_IN_BASELINE if terms.get(term) is not None]:
             raise ValueError(
                 f"{refused[0]}: is not in the baseline, impl {STORED_LOGITS!r}; take another impl, or leave it out"
@@ -163,12 +205,26 @@ def linear_cross_entropy(
         loss, lse = _from_stored_logits(e, c, targets, bias, ignore_index, softcap, reduction, int(shift))
         return (loss, lse) if return_lse else loss
     seed = checks.filter_seed(filter_seed, e.device)
-    tensors = e, c, targets, bias, scales, class_weights, token_weights, None if filter == "drop" else seed
-    loss, flat_lse = autograd.apply(tensors, {**given, **PRESETS[name]})
-    if not return_lse:
-        return loss
-    lse = flat_lse.reshape(targets.shape)
-    return loss, lse[..., : lse.shape[-1] - int(shift)] if shift else lse
+    seed = None if filter == "drop" else seed
+    tensors = e, c, targets, bias, scales, class_weights, token_weights, target_probs, seed
+    outputs = autograd.apply(tensors, {**given, **PRESETS[name]}, process_group)
+    tokens = on_ranks.shape_of_tokens(process_group, e, targets)
+    if entropy or sum_squares or top_k:
+        return LossStatistics(outputs.loss, **beside(outputs, tokens, int(shift)))
+    return (outputs.loss, per_token(outputs.lse, tokens, int(shift))) if return_lse else outputs.loss
+
+
+def per_token(flat: torch.Tensor, tokens: torch.Size, shift: int) -> torch.Tensor:
+    """(N, ...) as the caller sees it: of e's tokens without the last `shift` of each sequence."""
+    batch = flat.reshape((*tokens, *flat.shape[1:]))
+    return batch.narrow(len(tokens) - 1, 0, tokens[-1] - shift) if shift else batch
+
+
+def beside(outputs: call.Outputs, tokens: torch.Size, shift: int) -> dict[str, torch.Tensor | None]:
+    """What is returned beside the loss or the log-probabilities, by name."""
+    names = ("lse", "entropy", "sum_squares", "top_logprobs", "top_ids")
+    of_name = {name: getattr(outputs, name) for name in names}
+    return {name: None if x is None else per_token(x, tokens, shift) for name, x in of_name.items()}
 
 
 class LinearCrossEntropy(torch.nn.Module):
@@ -223,7 +279,8 @@ class LinearCrossEntropy(torch.nn.Module):
         for name, tensor in tensors.items():
             checks.check_tensor(name, tensor)
         checks.filter_seed(options.get("filter_seed", 0))
-        checks.check_options(torch.float32, {name: x for name, x in given.items() if name not in tensors}, return_lse)
+        elsewhere = {*tensors, *on_ranks.NAMES}
+        checks.check_options(torch.float32, {name: x for name, x in given.items() if name not in elsewhere}, return_lse)
         self._names = (*given, "impl", "return_lse")
         for name, value in (given | {"impl": _impl(impl), "return_lse": return_lse}).items():
             if name in tensors:
@@ -293,8 +350,11 @@ def linear_cross_entropy_backward(
     bias: torch.Tensor | None = None,
     *,
     d_loss: Any = 1.0,
+    process_group: Any = None,
+    tokens_axis: int | None = None,
+    vocab_parallel_options: Any = None,
     **options: Any,
-) -> torch.Tensor:
+) -> Any:
     """The loss, with its backward done: the kernels add the gradients to `.grad`, in place.
 
     Autograd makes a gradient and then adds it to a `.grad` that is there, so it holds two of the classifier's for a while. Here
@@ -305,9 +365,11 @@ def linear_cross_entropy_backward(
 
     Args:
         d_loss: the upstream gradient (a loss scale, 1 / micro-batches), as in `cce_numba.backward`.
+        process_group, tokens_axis, vocab_parallel_options: as in `linear_cross_entropy`. e and c may be DTensors there too.
         options: those of `cce_numba.linear_cross_entropy`, but `accum_e_fp32` and `accum_c_fp32`.
 
-    Returns the loss, detached, without d_loss. Raises what `linear_cross_entropy` does, and for a `.grad` that does not fit.
+    Returns the loss, detached, without d_loss; a `LossStatistics` where options ask for one. Raises what
+    `linear_cross_entropy` does, and for a `.grad` that does not fit.
 
     >>> body, weight = torch.ones(4, 4, requires_grad=True), torch.zeros(8, 4, requires_grad=True)
     >>> e = torch.eye(2, 4) @ body
@@ -316,22 +378,32 @@ def linear_cross_entropy_backward(
     >>> weight.grad[3]
     tensor([-0.1875, -0.1875, -0.1875, -0.1875])
     """
+    if on_ranks.are_named(process_group, tokens_axis, vocab_parallel_options, e, c):
+        arguments = locals()
+        return on_ranks.call(linear_cross_entropy_backward, {**arguments.pop("options"), **arguments}, in_place=True)
     for name in options:
         if name not in DEFAULTS:
             raise unknown(name)
+    sharing: Sharing | None = process_group
     tensors = {name: options.get(name) for name in _TENSOR_OPTIONS}
     checks.check_tensors(e, c, targets, {"bias": bias} | tensors)
     inputs = {name: x for name, x in (("e", e), ("c", c), ("bias", bias)) if x is not None and x.requires_grad}
     with torch.no_grad():
         cast_e, cast_c, cast_bias = checks.cast(e, c, bias)
-        with call.prepared((cast_e, cast_c, targets, cast_bias, *[None] * (len(call.TENSORS) - 4)), options) as (problem, plan):
+        given = cast_e, cast_c, targets, cast_bias, *[None] * (len(call.TENSORS) - 4)
+        if sharing is not None:
+            sharing.said["gradients"] = list(inputs)
+        with call.prepared(given, options, sharing=sharing) as (problem, plan, together):
+            of_caller = problem if together is None else together.problem_of_results(problem)
             grads = {name: _accumulator(name, x) for name, x in inputs.items()}
             try:
-                destination = Destination.of(Gradients(**grads), True, frozenset(grads), problem)
+                destination = Destination.of(Gradients(**grads), True, frozenset(grads), of_caller)
             except (TypeError, ValueError) as error:
                 raise type(error)(re.sub(r"\bout\.(\w+)", r"\1.grad", str(error))) from None
-            done = driver.forward(problem, plan, GRADIENTS if grads else ())
+            done = driver.forward(problem, plan, GRADIENTS if grads else (), together)
             loss = done.loss()
+            if problem.options.asks_for_more:
+                loss = LossStatistics(loss, **done.beside())
             if grads:
                 done.backward(d_loss, None, destination)
     onward = [name for name, x in inputs.items() if not x.is_leaf]

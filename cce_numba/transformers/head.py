@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as modules
 
 from cce_numba.torch import linear_cross_entropy
-from cce_numba.transformers import views
+from cce_numba.torch.dtensors import as_replicate, is_dtensor
+from cce_numba.transformers import tensor_parallel, views
 
 
 class NeedsLogits(NotImplementedError):
@@ -99,6 +100,7 @@ class Products:
     factor: float = 1.0
     divisor: float = 1.0
     inside: tuple[float, float] | None = None
+    on_ranks: bool = False  # whether weight and bias are DTensors, of which each rank has some rows
 
     @property
     def n_entries(self) -> int:
@@ -230,7 +232,9 @@ def cross_entropy(products: Products, targets: torch.Tensor, options: dict[str, 
 
     `options`: those of `cce_numba.torch.linear_cross_entropy`, but softcap and scale, which the products have.
     """
-    _check_whole(products)
+    on_ranks = _are_on_ranks(products)
+    if not on_ranks:
+        _check_whole(products)
     scale, softcap = products.factor / products.divisor, None
     if products.inside is not None:
         softcap, (factor, divisor) = scale, products.inside
@@ -240,8 +244,21 @@ def cross_entropy(products: Products, targets: torch.Tensor, options: dict[str, 
         dtype = max(products.terms, key=_width)[0].dtype  # the classifier's, not that of adapters
         e = torch.cat([hidden.to(dtype) for hidden, _ in products.terms], -1)
         c = torch.cat([weight.to(dtype) for _, weight in products.terms], -1)
-    scale_given = None if scale == 1 else scale
-    return linear_cross_entropy(e, c, targets.to(e.device), products.bias, softcap=softcap, logit_scale=scale_given, **options)
+    options = {**options, "softcap": softcap, "logit_scale": None if scale == 1 else scale}
+    if not on_ranks:
+        return linear_cross_entropy(e, c, targets.to(e.device), products.bias, **options)
+    if not is_dtensor(e):  # the same on all ranks, as its head's own forward takes it
+        e = as_replicate(e, c)
+    return linear_cross_entropy(e, c, targets.to(e.device), products.bias, **options).to_local()
+
+
+def _are_on_ranks(products: Products) -> bool:
+    """Whether ranks have rows of the classifier. Adapters on such a head are refused."""
+    if not products.on_ranks:
+        return False
+    if len(products.terms) > 1:
+        raise NeedsLogits("cross_entropy with adapters on an output head that is sharded over ranks")
+    return is_dtensor(products.terms[0][1])
 
 
 def _width(term: tuple[torch.Tensor, torch.Tensor]) -> int:
@@ -264,7 +281,7 @@ def loss_in(head: torch.nn.Module, hidden: torch.Tensor, loss_of: Callable[[Prod
     """
     outer, path, inner = _innermost(head)
     _check_hooks(outer)
-    its_own = inner.forward
+    its_own, on_ranks = tensor_parallel.own_forward(inner), tensor_parallel.is_sharded(inner)
 
     def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         products = its_own(Hidden(hidden), *args, **kwargs)
@@ -272,7 +289,7 @@ def loss_in(head: torch.nn.Module, hidden: torch.Tensor, loss_of: Callable[[Prod
             raise NeedsLogits(
                 f"its output head, a {type(inner).__name__}, is no linear layer with adapters and scales alone (quantized?)"
             )
-        return {"cross_entropy": loss_of(products)}
+        return {"cross_entropy": loss_of(dataclasses.replace(products, on_ranks=True) if on_ranks else products)}
 
     return views.with_forward(outer, path, forward, lambda view: view(hidden))["cross_entropy"]
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from cce_numba.torch import LinearCrossEntropy
-from cce_numba.transformers import patched, trainer
+from cce_numba.transformers import patched, tensor_parallel, trainer
 from cce_numba.transformers.calls import head_of, run
 from cce_numba.transformers.patched import BASE, PATCH, Patch, name_of
 
@@ -34,6 +34,7 @@ OPTIONS = (
     "label_smoothing",
     "z_loss",
     "check_targets",
+    "workspace_bytes",
     "backend",
 )
 
@@ -136,6 +137,8 @@ def _check_head(model: Any) -> None:
         raise NotImplementedError(
             f"{name_of(model)}: cannot be patched, since its output head, a {type(head).__name__}, has {what} (quantized?)"
         )
+    if (reason := tensor_parallel.why_not(head)) is not None:
+        raise NotImplementedError(f"{name_of(model)}: cannot be patched, since it has {reason}")
 
 
 def _patch_instance(model: Any, told: Callable[..., Patch]) -> None:

@@ -72,6 +72,7 @@ def forward(
             "target": "Each thread looks for its tokens' targets among its columns, and finds none",
             "e_smem": _MULTIPLIED,
             "e": _FETCHED,
+            "arrays_2.targets": "Targets among the tile's columns are marked, too, and there are none",
         },
     )
     return drawn(record, layout)
@@ -235,7 +236,7 @@ def _run(
     sources = tuple(str(path) for path in folder.rglob("*.py") if path.name not in _NOT_SHOWN)
     with (
         mock.patch.object(backend, "choose_tiles", return_value=chosen),
-        mock.patch.object(forward, "count_splits", lambda n_blocks, v_tiles: min(splits, v_tiles)),
+        mock.patch.object(forward, "count_splits", lambda n_blocks, v_tiles, *_: min(splits, v_tiles)),
     ):
         do = functools.partial(getattr(cce_numba, call), *arrays, backend="simt", **options)
         record, _ = recording.of_call(do, kernel, 0, block, sources)

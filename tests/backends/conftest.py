@@ -21,7 +21,7 @@ def poisoned_workspaces():
 
 @pytest.fixture(autouse=True, scope="module")
 def never_dense():
-    """`hopper` takes all columns if nearly all survive, which only its device knows; tests/hopper is about that."""
+    """Tensor cores take all columns if nearly all survive, which only the device knows; tests/hopper is about that."""
     if SimulatorHarness.is_active():
         yield
         return

@@ -267,7 +267,7 @@ class SimtExpected:
 
 def folds_of(backend):
     """`(the folds that a backend knows, those that are added)`."""
-    if backend == "hopper":  # of which the simulator knows nothing, so it is imported where it is wanted
+    if backend in ("hopper", "ampere"):  # of which the simulator knows nothing, so it is imported where it is wanted
         from cce_numba.tensor_core.folds import FOLDS
         from tests.backends import tensor_core_folds
 
@@ -281,7 +281,7 @@ def folds_of(backend):
 
 def results_of(backend):
     """What the added folds store. The fold of the tensor cores does not say which entry the smallest is."""
-    return {"smallest", "expected"} | (set() if backend == "hopper" else {"smallest_entry"})
+    return {"smallest", "expected"} | (set() if backend in ("hopper", "ampere") else {"smallest_entry"})
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +390,7 @@ def test_of_many_splits_and_beside_the_others(harness, edges, more_folds, smooth
         if harness.backend == "simt":
             from cce_numba.simt import forward
 
-            patch.setattr(forward, "count_splits", lambda n_blocks, v_tiles: min(v_tiles, 5))
+            patch.setattr(forward, "count_splits", lambda n_blocks, v_tiles, invariant: min(v_tiles, 5))
         result = harness.forward(case)
         check_folded(case, result, harness)
     with pytest.MonkeyPatch.context() as patch:

@@ -50,8 +50,8 @@ def dtype_for(harness):
 
 
 def in_few_kernels(harness, case):
-    """On `hopper`, where each combination of options is compiled by itself for half a minute: two combinations."""
-    if harness.backend != "hopper":
+    """On tensor cores, where each combination of options is compiled by itself for half a minute: two combinations."""
+    if harness.backend not in ("hopper", "ampere"):
         return case
     case = Case(*(array.astype(dtype_for(harness)) for array in (case.e, case.c)), case.targets, dict(case.options))
     bias, softcap = case.options.get("bias"), case.options.get("softcap")

@@ -88,7 +88,7 @@ def names_of(case) -> set[str]:
 
 
 @settings(max_examples=60)
-@pytest.mark.parametrize("backend", ["simt", "hopper"])
+@pytest.mark.parametrize("backend", ["simt", "ampere", "hopper"])
 @given(data=st.data())
 def test_a_call_of_any_size_launches_nothing_else(backend, data):
     """Whatever the sizes, the reduction, the shift, which gradients are wanted and where they go."""
@@ -155,7 +155,7 @@ def test_it_compiles_what_is_missing_and_says_so(directory, compiles_at_once, ca
     assert err == ""
     assert max(map(len, out.splitlines())) == 100
     assert str(directory) in re.sub(r"[│\s]", "", out), "however the table breaks it"
-    for part in ("hopper, bfloat16, 9.0", "simt, float32, 9.0", "simt, bfloat16, 8.0", "simt, float32, 8.0"):
+    for part in ("hopper, bfloat16, 9.0", "simt, float32, 9.0", "ampere, bfloat16, 8.0", "simt, float32, 8.0"):
         assert part in out
     assert f"{len(compiles_at_once)} kernels" in out
     count = len(compiles_at_once)

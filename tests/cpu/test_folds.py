@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reference
 from cce_numba import arguments
 from cce_numba.cpu.folds import FOLDS
 from cce_numba.cpu.folds.fold import Given, Tile
 from cce_numba.cpu.tiles import CpuTiles
-from cce_numba.folds import MAX_SUM, MEAN_LOGIT, SURVIVORS
+from cce_numba.folds import ENTROPY, MAX_SUM, MEAN_LOGIT, SUM_SQUARES, SURVIVORS, TOP_K
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 TILES = CpuTiles(survivor_block=4, block_n=8, block_v=8, dE_group=8)
@@ -29,7 +30,7 @@ def logits_of_a_problem(draw):
     if draw(st.booleans()):
         z[rng.integers(n)] = -np.inf
     targets = rng.integers(0, V, n)
-    options = {"class_weights": rng.uniform(0, 2, V) * (rng.random(V) < 0.8), "filter_eps": 2.0**-4}
+    options = {"class_weights": rng.uniform(0, 2, V) * (rng.random(V) < 0.8), "filter_eps": 2.0**-4, "top_k": min(V, 6)}
     p = arguments.problem(np.ones((n, 2), np.float32), np.ones((V, 2), np.float32), targets, options)
     return Given(p, TILES, np.arange(n), z[np.arange(n), targets]), z
 
@@ -95,3 +96,24 @@ def test_survivors_of_two_parts_merge_to_a_superset_of_what_must_survive(problem
     must = (softmax >= 2.0**-4) | np.isnan(softmax)
     must[np.arange(len(z)), given_.problem.targets] = True
     assert kept[must].all()
+
+
+@given(problem=logits_of_a_problem(), split=st.integers(0, 5))
+def test_what_is_said_of_a_distribution(problem, split):
+    """Of all tiles in turn, and of two parts that are merged; equal logits too."""
+    given_, z = problem
+    z[:, 1:] = np.where(np.arange(1, z.shape[1]) % 3 == 0, z[:, :-1], z[:, 1:])  # neighbours, some in different tiles
+    names, middle = (MAX_SUM, ENTROPY, SUM_SQUARES, TOP_K), min(8 * split, z.shape[1])
+    whole = stored(names, given_, folded(names, given_, z))
+    parts = folded(names, given_, z[:, :middle]), folded(names, given_, z[:, middle:], v0=middle)
+    merged = stored(names, given_, [FOLDS[name].merge(*states) for name, *states in zip(names, *parts, strict=True)])
+    log_p = reference.log_softmax(z.astype(np.float64))
+    lost = np.isnan(log_p).any(axis=1)
+    entropy = -reference.entropy_terms(z.astype(np.float64)).sum(axis=1)
+    best = np.argsort(-z, axis=1, kind="stable")[:, : given_.problem.options.top_k]
+    for found in (whole, merged):
+        np.testing.assert_allclose(found["entropy"], entropy, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found["sum_squares"], (np.exp(log_p) ** 2).sum(axis=1), rtol=1e-5)
+        np.testing.assert_array_equal(found["top_ids"][~lost], best[~lost])
+        np.testing.assert_array_equal(found["top_logits"][~lost], np.take_along_axis(z, best, axis=1)[~lost])
+        assert ((found["top_ids"] >= 0) & (found["top_ids"] < z.shape[1])).all()

@@ -11,6 +11,8 @@ import pytest
 from numba import config
 
 import cce_numba as cce
+from cce_numba import logprobs
+from cce_numba.backend import backend_module
 from cce_numba.survivors import unpack_survivors
 from tests.helpers.cases import DTYPES, Case, Edges
 
@@ -59,8 +61,14 @@ class Harness:
         if dtype not in self.edges.dtypes:
             pytest.skip(f"backend {self.backend} takes {', '.join(map(str, self.edges.dtypes))}; this is about {dtype}")
 
+    def skip_unless_it_has(self, *extras: str) -> None:
+        """Skips a test of an extra that this backend does not have yet; another test makes sure that it says so."""
+        if missing := set(extras) - backend_module(self.backend).EXTRAS:
+            pytest.skip(f"backend {self.backend} does not have {', '.join(sorted(missing))} yet")
+
     def backward(self, result: cce.Result, d_loss: Any = None, d_lse: Any = None, **named: Any) -> cce.Gradients:
-        """Gradients as NumPy."""
+        """Gradients as NumPy. named: other arguments of `cce.backward`, arrays among them."""
+        named = {name: self.device(x) if isinstance(x, np.ndarray) and x.ndim else x for name, x in named.items()}
         upstream = [self.device(x) if isinstance(x, np.ndarray) and x.ndim else x for x in (d_loss, d_lse)]
         grads = cce.backward(result, *upstream, **named)
         return cce.Gradients(*(self.host(getattr(grads, f.name)) for f in dataclasses.fields(grads)))
@@ -76,6 +84,13 @@ class Harness:
         if function != "linear_cross_entropy":  # the building blocks filter nothing
             options.pop("filter", None)
         return self.host(getattr(cce, function)(*arrays, **options, **named))
+
+    def logprobs(self, case: Case, **options: Any) -> dict[str, Any]:
+        """`linear_logprobs` of the case's targets, as NumPy by name; None for what was not asked for."""
+        self.skip_unless_it_takes(case.e.dtype)
+        given = {name: x for name, x in self._options(case).items() if name in logprobs.OPTIONS}
+        found = cce.linear_logprobs(*self._arrays(case), **given, **options)
+        return {name: self.host(x) for name, x in found._asdict().items()}
 
     def kept(self, result: cce.Result, V: int) -> np.ndarray | None:
         """(n_valid, V) bool: what the filter keeps of G; None if nothing was recorded."""
@@ -152,6 +167,31 @@ class HopperHarness(GpuHarness):
 
         major, minor = gpu.current().compute_capability
         return None if major == 9 else f"the GPU has compute capability {major}.{minor}, and this is about 9.x (Hopper)"
+
+
+class AmpereHarness(HopperHarness):
+    # Tiles of 128 x 256 x 64 (128 x 128 where shared memory is small); jobs of 192 columns; phases of the vocabulary.
+    edges: ClassVar = Edges(
+        n=(1, 64, 128, 256, 512),
+        v=(1, 8, 128, 192, 256, 512, 256 * 16),
+        d=(1, 8, 64, 128, 192, 320, 384),
+        max_n=700,
+        max_v=5000,
+        max_d=450,
+        long_v=40_003,
+        dtypes=DTYPES[:2],
+    )
+
+    def __init__(self) -> None:
+        GpuHarness.__init__(self, "ampere")
+
+    @staticmethod
+    def why_not() -> str | None:
+        """Why the GPU here cannot run it, or None."""
+        from cce_numba import gpu
+
+        major, minor = gpu.current().compute_capability
+        return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, and this is about 8.0 and later"
 
 
 class Poisoned:

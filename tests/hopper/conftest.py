@@ -2,25 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 
-from tests.helpers.harness import HopperHarness, SimulatorHarness
-
-
-@pytest.fixture(autouse=True)
-def no_programs():
-    """What host functions read beside their arguments, such as thresholds, tests may change: then nothing recorded holds."""
-    if SimulatorHarness.is_active():
-        yield
-        return
-    programs = importlib.import_module("cce_numba.hopper.programs")
-    for kept in (programs.FORWARD, programs.BACKWARD):
-        kept.clear()
-    yield
-    for kept in (programs.FORWARD, programs.BACKWARD):
-        kept.clear()
+from tests.helpers.harness import HopperHarness
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def matrix(rows, columns, apart=None):
 
 def problem(D, bias=None, apart=None, **given):
     return SimpleNamespace(
-        N=N, V=V, D=D, e=matrix(N, D, apart), c=matrix(V, D, apart), bias=bias, dtype=BFLOAT16, device="cuda:0",
+        N=N, V=V, D=D, K=None, e=matrix(N, D, apart), c=matrix(V, D, apart), bias=bias, dtype=BFLOAT16, device="cuda:0",
         targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), logits_bytes=4 * N * V,
     )  # fmt: skip
 

@@ -29,7 +29,16 @@ from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.tiles import BackwardTiles
 from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
-from cce_numba.tensor_core.folds import MAX_SUM, MEAN_LOGIT, SURVIVORS, SURVIVORS_BY_CHANCE, TARGET_LOGIT
+from cce_numba.tensor_core.folds import (
+    ENTROPY,
+    MAX_SUM,
+    MEAN_LOGIT,
+    SEVERAL_TARGET_LOGITS,
+    SUM_SQUARES,
+    SURVIVORS,
+    SURVIVORS_BY_CHANCE,
+    TARGET_LOGIT,
+)
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
 from cce_numba.tensor_core.survey.listing import make_list_kernel
@@ -39,13 +48,21 @@ on_gpu = pytest.mark.gpu
 
 FLOAT16, FLOAT32 = DTYPES[0], np.dtype(np.float32)
 TILES = HopperTiles()
-PLAIN, RECORDING, SMOOTHED, BY_CHANCE = (
-    (MAX_SUM, TARGET_LOGIT, *more) for more in ((), (SURVIVORS,), (MEAN_LOGIT,), (SURVIVORS_BY_CHANCE,))
+PLAIN, RECORDING, SMOOTHED, BY_CHANCE, WITH_ENTROPY = (
+    (MAX_SUM, TARGET_LOGIT, *more)
+    for more in (
+        (),
+        (SURVIVORS,),
+        (MEAN_LOGIT,),
+        (SURVIVORS_BY_CHANCE,),
+        (ENTROPY,),
+    )
 )
+WITH_ALL = MAX_SUM, SEVERAL_TARGET_LOGITS, ENTROPY, SUM_SQUARES, SURVIVORS
 # Of what consumers keep from tile to tile, most of it with a softcap, a scale and survivors; none of it is in the loop over the
 # stages.
 FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 384, 3072
-DEFAULT_SPILLED_BYTES = 1152  # by the backward of the default filter, without further terms
+DEFAULT_SPILLED_BYTES = 1280  # by the backward of the default filter, without further terms
 
 
 # ---- compiled for a real GPU without one
@@ -62,6 +79,8 @@ DEFAULT_SPILLED_BYTES = 1152  # by the backward of the default filter, without f
         (BFLOAT16, BFLOAT16, True, True, SMOOTHED),
         (BFLOAT16, None, True, True, SMOOTHED),
         (BFLOAT16, None, False, False, BY_CHANCE),
+        (BFLOAT16, None, False, False, WITH_ENTROPY),
+        (BFLOAT16, FLOAT32, True, True, WITH_ALL),
     ],
 )
 def test_the_forward(dtype, bias, capped, scaled, folds):
@@ -69,7 +88,7 @@ def test_the_forward(dtype, bias, capped, scaled, folds):
     compiled = offline.compile_hopper(kernel)
     assert compiled.notices == []
     assert compiled.registers == 65536 // 384 // 8 * 8 == 168
-    assert compiled.spilled_bytes <= (0 if folds is BY_CHANCE else FORWARD_SPILLED_BYTES)
+    assert compiled.spilled_bytes <= (0 if folds in (BY_CHANCE, WITH_ENTROPY) else FORWARD_SPILLED_BYTES)
     assert compiled.count(r"(ld|st)\.local\S*") == 0, "no array has an index at run time"
     assert compiled.count(r"call(\.uni)?") == 0
     assert compiled.count(r"wgmma\.mma_async\S+") == 8
@@ -81,20 +100,22 @@ def test_the_forward(dtype, bias, capped, scaled, folds):
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
-    ("dtype", "capped", "with_sums", "scaled", "smoothed", "by_chance"),
+    ("dtype", "capped", "with_sums", "scaled", "smoothed", "by_chance", "entropic", "several"),
     [
-        (BFLOAT16, False, False, True, False, False),
-        (FLOAT16, True, True, True, True, False),
-        (BFLOAT16, True, False, True, False, True),
-        (BFLOAT16, False, False, False, False, True),
+        (BFLOAT16, False, False, True, False, False, False, False),
+        (FLOAT16, True, True, True, True, False, True, False),
+        (BFLOAT16, True, False, True, False, True, False, False),
+        (BFLOAT16, False, False, False, False, True, False, False),
+        (BFLOAT16, False, False, False, False, True, True, False),
+        (BFLOAT16, True, True, True, False, True, True, True),
     ],
 )
-def test_the_backward(dtype, capped, with_sums, scaled, smoothed, by_chance):
-    tiles = BackwardTiles()
-    compiled = offline.compile_hopper(make_backward_kernel(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance))
+def test_the_backward(dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, several):
+    options = capped, with_sums, scaled, smoothed, by_chance, entropic, several
+    compiled = offline.compile_hopper(make_backward_kernel(BackwardTiles(), dtype, *options))
     assert compiled.notices == []
     assert compiled.registers == 168
-    is_default = by_chance and not (capped or with_sums or scaled)
+    is_default = by_chance and not (capped or with_sums or scaled or entropic)
     assert compiled.spilled_bytes <= (DEFAULT_SPILLED_BYTES if is_default else BACKWARD_SPILLED_BYTES)
     assert compiled.count(r"(ld|st)\.local\S*") == 0
     assert compiled.count(r"call(\.uni)?") == 0
@@ -159,8 +180,10 @@ def problem(**given):
     """Of 1000 tokens and 50 000 entries."""
     N, V, D, scale = 1000, 50_000, 64, given.pop("logit_scale", None)
     return SimpleNamespace(
-        N=N, V=V, D=D, e=_OnDevice((N, D), BFLOAT16), c=_OnDevice((V, D), BFLOAT16), bias=None, dtype=BFLOAT16, device="cuda:0",
-        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), on_device=True, logits_bytes=4 * N * V,
+        N=N, V=V, D=D, K=None, e=_OnDevice((N, D), BFLOAT16), c=_OnDevice((V, D), BFLOAT16), bias=None, dtype=BFLOAT16,
+        device="cuda:0",
+        targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), on_device=True, extras=frozenset(),
+        logits_bytes=4 * N * V,
         logit_scale=scale, class_weights=None,
     )  # fmt: skip
 

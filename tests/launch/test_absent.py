@@ -45,7 +45,10 @@ def test_results_are_arrays_even_of_one_element():
         assert total.get().tolist() == [1] * 6
 
 
-@pytest.mark.parametrize(("cc", "backend", "kernel"), [((9, 0), "hopper", "forward_kernel"), ((8, 0), "simt", "lse_kernel")])
+@pytest.mark.parametrize(
+    ("cc", "backend", "kernel"),
+    [((9, 0), "hopper", "forward_kernel"), ((8, 0), "ampere", "forward_kernel"), ((7, 5), "simt", "lse_kernel")],
+)
 def test_a_call_launches_what_it_would_and_results_have_their_shapes(cc, backend, kernel):
     before = gpu.cupy, gpu.current, gpu.count, sys.modules.get("cupy")
     with absent_gpu(cc) as (cupy, launched):

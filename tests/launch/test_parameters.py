@@ -12,7 +12,7 @@ import cce_numba
 MOST = 12
 ROOT = Path(cce_numba.__file__).parent
 # What holds to it: files, and packages with all that is in them.
-PLACES = ("cpu", "hopper", "launch", "ptx", "simt", "tensor_core")
+PLACES = ("ampere", "cpu", "hopper", "launch", "ptx", "simt", "tensor_core")
 
 
 def functions_of(source: str) -> dict[str, list[str]]:

@@ -39,9 +39,9 @@ def test_views_lie_where_numpy_puts_them():
 def test_a_place_knows_how_it_is_aligned_and_no_more():
     place = Place(0, 0, beginning=8)
     assert told(place + 16) == told(16 + place) == (0, 16)
-    assert (place % 16, (place + 4) % 8, (place + 8) % 16) == (8, 4, 0)
+    assert (place % 16, (place + 4) % 8, (place + 8) % 16, (place - 9) % 256) == (8, 4, 0, 255)
     for asked in (
-        lambda: place % 32,
+        lambda: place % 512,
         lambda: Place(0, 0, None) % 2,
         lambda: place == 0,
         lambda: bool(place),

@@ -89,6 +89,7 @@ def test_every_step_says_what_it_does():
         "target",
         "bound",
         "marks",
+        "mark",  # the targets
         "bits are written",
     )
     for which in (1, 2, 3):  # writes of the first tile, and of the others

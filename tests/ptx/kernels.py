@@ -7,7 +7,7 @@ from numba import cuda
 from numba.cuda import types
 
 from cce_numba.launch.kernel import Kernel, pointer_to
-from cce_numba.ptx import arithmetic, cluster, control, mbarrier, memory, tma, wgmma
+from cce_numba.ptx import arithmetic, cluster, control, mbarrier, memory, mma, tma, wgmma
 from cce_numba.ptx import fragment as fragments
 from cce_numba.ptx.pointers import address_of, view_as
 
@@ -254,6 +254,73 @@ def make_store_matrices(store):
     return Kernel(store_matrices_kernel, parameters, threads=32, smem_bytes=_ALIGNMENT_BYTES + 32 * 16)
 
 
+def make_warp_product(dtype):
+    """out[lane] = its four sums of a @ b.T, of a (16, 16) and b (8, 16) 16-bit numbers, plus 1; by one warp."""
+    load_a, load_b, product = mma.load_matrices(4), mma.load_matrices(2), mma.mma(dtype)
+
+    def warp_product_kernel(a, b, out):
+        lane, smem = cuda.threadIdx.x, aligned_smem()
+        for i in range(4):
+            memory.store_shared_i32(smem + np.uint32(4 * (32 * i + lane)), a[32 * i + lane])
+        for i in range(2):
+            memory.store_shared_i32(smem + np.uint32(512 + 4 * (32 * i + lane)), b[32 * i + lane])
+        cuda.syncwarp()
+        # Matrices 0 and 1 of a are rows 0-7 and 8-15 of its first eight columns, 2 and 3 the same of the others.
+        words_a = load_a(smem + np.uint32(32 * (lane & 15) + 16 * (lane >> 4)))
+        words_b = load_b(smem + np.uint32(512 + 32 * (lane & 7) + 16 * ((lane >> 3) & 1)))
+        one = np.float32(1)
+        sums = product(words_a[0], words_a[1], words_a[2], words_a[3], words_b[0], words_b[1], one, one, one, one)
+        for i in range(4):
+            out[4 * lane + i] = sums[i]
+
+    return Kernel(warp_product_kernel, (I32_ARRAY, I32_ARRAY, F32_ARRAY), threads=32, smem_bytes=_ALIGNMENT_BYTES + 768)
+
+
+def make_warp_product_tf32():
+    """out[lane] = its four sums of a @ b.T, of a (16, 8) and b (8, 8) float32 numbers that tf32 holds; by one warp."""
+    product = mma.mma("tf32")
+
+    def warp_product_tf32_kernel(a, b, out):
+        lane = cuda.threadIdx.x
+        row, k, zero = lane >> 2, lane & 3, np.float32(0)
+        sums = product(
+            a[8 * row + k], a[8 * (row + 8) + k], a[8 * row + k + 4], a[8 * (row + 8) + k + 4], b[8 * row + k],
+            b[8 * row + k + 4], zero, zero, zero, zero,
+        )  # fmt: skip
+        for i in range(4):
+            out[4 * lane + i] = sums[i]
+
+    return Kernel(warp_product_tf32_kernel, (U32_ARRAY, U32_ARRAY, F32_ARRAY), threads=32)
+
+
+def make_load_matrices(count, transposed):
+    """out[lane] = its words of `count` matrices in shared memory, which are 8 rows of 16 bytes each, one after the other."""
+    load = mma.load_matrices(count, transposed)
+
+    def load_matrices_kernel(x, out):
+        lane, smem = cuda.threadIdx.x, aligned_smem()
+        for i in range(4):
+            memory.store_shared_i32(smem + np.uint32(4 * (32 * i + lane)), x[32 * i + lane])
+        cuda.syncwarp()
+        words = load(smem + np.uint32(16 * lane))
+        if count == 1:
+            out[lane] = words
+        else:
+            for i in range(count):
+                out[count * lane + i] = words[i]
+
+    return Kernel(load_matrices_kernel, (I32_ARRAY, U32_ARRAY), threads=32, smem_bytes=_ALIGNMENT_BYTES + 512)
+
+
+def make_transpose_matrix():
+    """out[lane] = its word of the transposed 8 x 8 matrix of 16-bit numbers."""
+
+    def transpose_matrix_kernel(x, out):
+        out[cuda.threadIdx.x] = mma.transpose_matrix(x[cuda.threadIdx.x])
+
+    return Kernel(transpose_matrix_kernel, (U32_ARRAY, U32_ARRAY), threads=32)
+
+
 def make_or_of_warp():
     """out[i] = the union of the bits of the warp of thread i."""
 
@@ -351,6 +418,17 @@ def make_add_vectors():
         memory.add_4_f32(sums + np.uint64(16 * (i % 2)), x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3])
 
     return Kernel(add_vectors_kernel, (types.uint64, F32_ARRAY), threads=128)
+
+
+def make_add_integers():
+    """sums[i % 2] += x[i], and out[i] = the lower half of x[i], by many threads at once."""
+
+    def add_integers_kernel(sums, x, out):
+        i = cuda.blockIdx.x * 128 + cuda.threadIdx.x
+        memory.add_global_s64(sums + np.uint64(8 * (i % 2)), x[i])
+        memory.store_global_u16(out + np.uint64(2 * i), np.uint32(x[i] & 0xFFFFFFFF))
+
+    return Kernel(add_integers_kernel, (types.uint64, types.CPointer(types.int64), types.uint64), threads=128)
 
 
 def make_counters():

@@ -93,6 +93,8 @@ def test_maximum(cupy, rng):
     x[:4], y[:4] = [np.nan, 1, -np.inf, np.nan], [1, np.nan, -3, np.nan]
     larger = elementwise(cupy, lambda x, y, z: arithmetic.maximum(x, y), x, y)
     np.testing.assert_array_equal(larger, np.fmax(x, y))
+    smaller = elementwise(cupy, lambda x, y, z: arithmetic.minimum(x, y), x, y)
+    np.testing.assert_array_equal(smaller, np.fmin(x, y))
 
 
 def test_fma_rounds_once_and_multiply_before_a_sum(cupy, rng):
@@ -308,6 +310,52 @@ def test_matrices_of_a_warp_are_stored(cupy, rng, transposed):
     np.testing.assert_array_equal(out.get().view(np.uint16)[places], stored.reshape(32, 8))
 
 
+def sums_of_warp(out):
+    """(16, 8): what a warp's lanes hold of a tile (`ptx.fragment`)."""
+    lane, i = np.ogrid[:32, :4]
+    tile = np.full((16, 8), np.nan, np.float32)
+    tile[lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2] = out.get().reshape(32, 4)
+    return tile
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_of_a_warp(cupy, rng, dtype):
+    """Small integers, so that every sum is exact."""
+    a, b = rng.integers(-8, 9, (16, 16)), rng.integers(-8, 9, (8, 16))
+    given = [cupy.asarray(x.astype(DTYPES[dtype]).view(np.int32)) for x in (a, b)]
+    out = cupy.empty(128, np.float32)
+    kernels.make_warp_product(dtype).launch(1, *(x.data.ptr for x in (*given, out)))
+    np.testing.assert_array_equal(sums_of_warp(out), a @ b.T + 1)
+
+
+def test_a_product_of_a_warp_in_tf32(cupy, rng):
+    a, b = rng.integers(-100, 101, (16, 8)), rng.integers(-100, 101, (8, 8))
+    given = [cupy.asarray(x.astype(np.float32).view(np.uint32)) for x in (a, b)]
+    out = cupy.empty(128, np.float32)
+    kernels.make_warp_product_tf32().launch(1, *(x.data.ptr for x in (*given, out)))
+    np.testing.assert_array_equal(sums_of_warp(out), a @ b.T)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_matrices_of_a_warp_are_loaded(cupy, rng, count, transposed):
+    x = rng.integers(0, 2**16, (4, 8, 8)).astype(np.uint16)
+    out = cupy.zeros(32 * count, np.uint32)
+    given = cupy.asarray(x.reshape(-1).view(np.int32))
+    kernels.make_load_matrices(count, transposed).launch(1, given.data.ptr, out.data.ptr)
+    expected = x[:count].transpose(0, 2, 1) if transposed else x[:count]
+    words = out.get().reshape(32, count).T.copy().view(np.uint16).reshape(count, 8, 8)
+    np.testing.assert_array_equal(words, expected)
+
+
+def test_a_matrix_of_a_warp_is_transposed(cupy, rng):
+    x = rng.integers(0, 2**16, (8, 8)).astype(np.uint16)
+    out = cupy.zeros(32, np.uint32)
+    given = cupy.asarray(x.reshape(-1).view(np.uint32))
+    kernels.make_transpose_matrix().launch(1, given.data.ptr, out.data.ptr)
+    np.testing.assert_array_equal(out.get().view(np.uint16).reshape(8, 8), x.T)
+
+
 def test_the_union_of_a_warps_bits(cupy, rng):
     bits = np.uint32(1) << rng.integers(0, 32, (2, 32)).astype(np.uint32)
     on_device, out = cupy.asarray(bits), cupy.empty((2, 32), np.uint32)
@@ -404,6 +452,14 @@ def test_vectors_are_added_by_many_threads_at_once(cupy, rng):
     on_device, sums_on_device = cupy.asarray(x), cupy.asarray(sums)
     kernels.make_add_vectors().launch(8, sums_on_device.data.ptr, on_device.data.ptr)
     np.testing.assert_array_equal(sums_on_device.get(), sums + x.reshape(-1, 2, 4).sum(axis=0))
+
+
+def test_integers_are_added_in_any_order_and_stored_by_half(cupy, rng):
+    x = rng.integers(-(2**50), 2**50, 1024)
+    sums, out = cupy.asarray([5, -7]), cupy.zeros(1024, np.uint16)
+    kernels.make_add_integers().launch(8, sums.data.ptr, cupy.asarray(x).data.ptr, out.data.ptr)
+    np.testing.assert_array_equal(sums.get(), np.array([5, -7]) + x.reshape(-1, 2).sum(axis=0))
+    np.testing.assert_array_equal(out.get(), x & 0xFFFF)
 
 
 def test_ctas_count_and_see_what_others_stored_before(cupy):

@@ -14,7 +14,7 @@ from numba.core.errors import TypingError
 from numba.cuda import types
 
 from cce_numba import ptx
-from cce_numba.ptx import control, fragment, memory, wgmma
+from cce_numba.ptx import control, fragment, memory, mma, wgmma
 from cce_numba.ptx.instruction import F32, I32, I64, U32, U64, VOID, emit, instruction
 from tests.helpers import offline
 
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("compiler")
 ARRAY = types.Array(F32, 1, "C")
 FRAGMENT = fragment.fragment_type(64)
 TWO_F32, TWO_I32, FOUR_U32 = types.UniTuple(F32, 2), types.UniTuple(I32, 2), types.UniTuple(U32, 4)
+TWO_U32, FOUR_F32 = types.UniTuple(U32, 2), types.UniTuple(F32, 4)
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Row:
 _TENSOR_COPY = r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.tile\.mbarrier::complete_tx::bytes"
 _PRODUCT = r"wgmma\.mma_async\.sync\.aligned\.m64n64k16\.f32"
 _STORE_MATRICES = r"stmatrix\.sync\.aligned\.m8n8\.x4"
+_WARP_PRODUCT = r"mma\.sync\.aligned\.m16n8k"
+_LOAD_MATRICES = r"ldmatrix\.sync\.aligned\.m8n8"
 
 
 def several(register: str, count: int) -> str:
@@ -67,6 +70,7 @@ TABLE = [
     Row("arithmetic.exp2", r"ex2\.approx\.ftz\.f32", (F32,), F32),
     Row("arithmetic.log2", r"lg2\.approx\.ftz\.f32", (F32,), F32),
     Row("arithmetic.maximum", r"max\.f32", (F32, F32), F32),
+    Row("arithmetic.minimum", r"min\.f32", (F32, F32), F32),
     Row("arithmetic.maximum_or_nan", r"max\.NaN\.f32", (F32, F32), F32),
     Row("arithmetic.fma", r"fma\.rn\.f32", (F32, F32, F32), F32),
     Row("arithmetic.multiply", r"mul\.rn\.f32", (F32, F32), F32),
@@ -136,6 +140,12 @@ TABLE = [
     Row("memory.fence_proxy_async_all", r"fence\.proxy\.async"),
     Row("memory.or_global_u32", r"red\.global\.or\.b32", (U64, U32)),
     Row("memory.load_if_u32", r"@p ld\.global\.cg\.u32 %r\d+, \[%rd\d+\]", (U64, U32), U32),
+    Row(
+        "memory.load_once_4_u32",
+        rf"ld\.global\.nc\.L1::no_allocate\.v4\.u32 {several('%r', 4)}, \[%rd\d+\]",
+        (U64,),
+        FOUR_U32,
+    ),
     Row("memory.load_if_4_u32", rf"@p ld\.global\.cg\.v4\.u32 {several('%r', 4)}, \[%rd\d+\]", (U64, U32), FOUR_U32),
     Row("memory.store_if_4_u32", rf"@p st\.global\.v4\.u32 \[%rd\d+\], {several('%r', 4)}", (U64, *(U32,) * 5)),
     Row("memory.store_once_if_4_u32", rf"@p st\.global\.cs\.v4\.u32 \[%rd\d+\], {several('%r', 4)}", (U64, *(U32,) * 5)),
@@ -144,9 +154,21 @@ TABLE = [
     Row("memory.add_4_f32", rf"red\.relaxed\.gpu\.global\.add\.v4\.f32 \[%rd\d+\], {several('%f', 4)}", (U64, *(F32,) * 4)),
     Row("memory.store_global_u32", r"st\.global\.u32 \[%rd\d+\], %r\d+", (U64, U32)),
     Row("memory.store_global_f32", r"st\.global\.f32 \[%rd\d+\], %f\d+", (U64, F32)),
+    Row("memory.store_global_u16", r"cvt\.u16\.u32 x, %r\d+; st\.global\.u16 \[%rd\d+\], x", (U64, U32)),
+    Row("memory.add_global_s64", r"red\.relaxed\.gpu\.global\.add\.u64 \[%rd\d+\], %rd\d+", (U64, I64)),
     Row("memory.load_acquire_u32", r"ld\.acquire\.gpu\.global\.u32", (U64,), U32),
     Row("memory.add_release_u32", r"red\.release\.gpu\.global\.add\.u32", (U64, U32)),
     Row("memory.fetch_add_u32", r"atom\.relaxed\.gpu\.global\.add\.u32", (U64, U32), U32),
+    Row("mma.mma", _WARP_PRODUCT + r"16\.row\.col\.f32\.bf16\.bf16\.f32", (U32,) * 6 + (F32,) * 4, FOUR_F32, ("bf16",)),
+    Row("mma.mma", _WARP_PRODUCT + r"16\.row\.col\.f32\.f16\.f16\.f32", (U32,) * 6 + (F32,) * 4, FOUR_F32, ("f16",)),
+    Row("mma.mma", _WARP_PRODUCT + r"8\.row\.col\.f32\.tf32\.tf32\.f32", (U32,) * 6 + (F32,) * 4, FOUR_F32, ("tf32",)),
+    Row("mma.load_matrices", _LOAD_MATRICES + r"\.x1\.shared\.b16", (U32,), U32, (1,)),
+    Row("mma.load_matrices", _LOAD_MATRICES + r"\.x2\.shared\.b16", (U32,), TWO_U32, (2,)),
+    Row("mma.load_matrices", _LOAD_MATRICES + r"\.x4\.shared\.b16", (U32,), FOUR_U32, (4,)),
+    Row("mma.load_matrices", _LOAD_MATRICES + r"\.x1\.trans\.shared\.b16", (U32,), U32, (1, True)),
+    Row("mma.load_matrices", _LOAD_MATRICES + r"\.x2\.trans\.shared\.b16", (U32,), TWO_U32, (2, True)),
+    Row("mma.load_matrices", _LOAD_MATRICES + r"\.x4\.trans\.shared\.b16", (U32,), FOUR_U32, (4, True)),
+    Row("mma.transpose_matrix", r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16", (U32,), U32),
     Row("tma.load_2d", _TENSOR_COPY, (U32, U64, U32, I32, I32)),
     Row("tma.load_2d_multicast", _TENSOR_COPY + r"\.multicast::cluster", (U32, U64, U32, I32, I32, U32)),
     Row("tma.fence_tensor_map", r"fence\.proxy\.tensormap::generic\.acquire\.gpu \[%rd\d+\], 128", (U64,)),
@@ -159,6 +181,7 @@ TABLE = [
 ]
 # A type, a constant, and other names for a pointer.
 NO_INSTRUCTIONS = {"fragment.fragment_type", "fragment.zeros", "pointers.address_of", "pointers.view_as"}
+NO_INSTRUCTIONS |= {"mma.emit_mma", "mma.emit_load"}  # they write into code that is generated
 
 
 def compile_call(function: Any, operands: tuple[Any, ...], result: Any = VOID) -> offline.Compiled:
@@ -379,3 +402,21 @@ def test_groups_of_products_that_the_hardware_cannot_count(pending):
 def test_groups_of_copies_that_nobody_made():
     with pytest.raises(ValueError, match="must be at least 0, got -1"):
         memory.copy_async_wait(-1)
+
+
+def test_products_and_loads_that_the_hardware_lacks():
+    with pytest.raises(ValueError, match="dtype must be one of 'bf16', 'f16', 'tf32', got 'f32'"):
+        mma.mma("f32")
+    with pytest.raises(ValueError, match="count must be 1, 2 or 4, got 3"):
+        mma.load_matrices(3)
+
+
+@pytest.mark.parametrize("row", [row for row in TABLE if row.name.startswith("mma.")], ids=str)
+def test_products_of_a_warp_are_there_from_sm_80_on(row):
+    signature = types.void(types.CPointer(row.result), types.Tuple(row.operands))
+    function = row.function
+
+    def kernel(out, operands):
+        out[0] = function(*operands)
+
+    assert offline.compile_function(kernel, signature, cc=(8, 0)).count(row.mnemonic) == 1

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.helpers import offline
 from tests.helpers.harness import SimulatorHarness
@@ -18,7 +20,7 @@ from cce_numba.launch.kernel import Kernel, pointer_to
 from cce_numba.launch.record import kind_of
 from cce_numba.tensor_core.records import SurvivorBits, WeightedTokens
 from cce_numba.tensor_core.survey import Products, host, survey
-from cce_numba.tensor_core.survey.tables import SurveyLayout, Tables
+from cce_numba.tensor_core.survey.tables import SurveyLayout, Tables, tiles_of_dense_round
 
 KERNELS = ("weigh", "list", "order", "sort", "rounds", "slots", "phases")
 
@@ -33,6 +35,7 @@ class Inputs:
         coarse: (blocks, V) bool, those of the survivors that dC is made for; None if for all.
         softmax_weight, target_weight, max_logit, log_sum, target_logit, targets: (N,).
         jobs: d_tiles_c, d_tiles_e.
+        e_gate: whether others leave dE to this survey's jobs, 0 or 1; None if nobody is asked.
     """
 
     tokens: np.ndarray
@@ -47,6 +50,7 @@ class Inputs:
     jobs: tuple[int, int] = (3, 2)
     zero_fill: bool = True
     coarse: np.ndarray | None = None
+    e_gate: int | None = None
 
 
 # ---- the model
@@ -67,6 +71,24 @@ def keys_of(survives: np.ndarray, patterns: np.ndarray) -> np.ndarray:
     ranks = np.array([bin(x).count("1") & 1 for x in range(256)])  # of each bit: the parity of itself and all higher ones
     places = sum(ranks[patterns >> bit] << bit for bit in range(8))
     return np.where(~survives, 0, np.where(patterns == 0, 1, places + (places < 171)))
+
+
+def dense_tiles(cap: int, active_blocks: int) -> int:
+    """Tiles of a round in which all columns survive: whole threes, which whole lists of 192 columns fill, if there is room."""
+    tiles = cap // (128 * active_blocks)
+    return max(1, tiles if tiles < 3 else tiles - tiles % 3)
+
+
+def cut_evenly(layout: SurveyLayout, n_live: int, active_blocks: int, with_e: bool) -> tuple[list[int], int]:
+    """Where the rounds of a dense survey begin, and their end; and how many of them, the first ones, borrow memory."""
+    tiles, more, n_borrowed = dense_tiles(layout.dense_cap, active_blocks), 0, 0
+    if with_e:
+        tiles, more = (dense_tiles(cap, active_blocks) for cap in (layout.large_cap, layout.borrowed_cap))
+        n_borrowed = min(layout.borrowed_tiles, n_live) // more if more > tiles else 0
+    edges = [0]
+    while edges[-1] < n_live:
+        edges.append(min(n_live, edges[-1] + (more if len(edges) <= n_borrowed else tiles)))
+    return edges, n_borrowed
 
 
 def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
@@ -135,18 +157,27 @@ def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
     found["before"] = before
 
     # Rounds.
-    n_live = int(counts.any(0).sum())
-    round_of = before.sum(0, dtype=np.int64)[:n_live] // layout.cap
-    rounds = int(round_of[-1]) + 1 if n_live else 1
-    first_tile = np.full(layout.rounds_max + 1, n_live, np.int32)
-    if n_live:
-        first_tile[:rounds] = np.searchsorted(round_of, np.arange(rounds))
+    n_live, d_tiles_e = int(counts.any(0).sum()), 0 if x.e_gate == 0 else x.jobs[1]
+    first_tile, n_borrowed = np.full(layout.rounds_max + 1, n_live, np.int32), 0
+    if dense:
+        edges, n_borrowed = cut_evenly(layout, n_live, max(1, int(active.sum())), d_tiles_e > 0)
+        rounds = max(1, len(edges) - 1)
+        first_tile[: len(edges)] = edges
+    else:
+        round_of = before.sum(0, dtype=np.int64)[:n_live] // layout.cap
+        rounds = int(round_of[-1]) + 1 if n_live else 1
+        if n_live:
+            first_tile[:rounds] = np.searchsorted(round_of, np.arange(rounds))
     found["n_live_tiles"], found["n_rounds"] = np.array([n_live], np.int32), np.array([rounds], np.int32)
+    found["n_borrowed"], found["d_tiles_e"] = np.array([n_borrowed], np.int32), np.array([d_tiles_e], np.int32)
     found["first_tile"] = first_tile
-    for name, size in (("first_slot", lambda count: -(-count // 64) * 64), ("first_job", lambda count: -(-count // 192))):
-        found[name] = np.zeros((rounds, blocks + 1), np.int32)
-        for r in range(rounds):
-            found[name][r, 1:] = np.cumsum(size(before[:, first_tile[r + 1]] - before[:, first_tile[r]]))
+    found["first_slot"], found["first_job"] = np.zeros((2, rounds, blocks + 1), np.int32)
+    lists = before[:, first_tile[1 : rounds + 1]] - before[:, first_tile[:rounds]]  # (blocks, rounds)
+    for r in range(rounds):
+        found["first_job"][r, 1:] = np.cumsum(-(-lists[:, r] // 192))
+        # In a dense survey a block has the same slots in all rounds of a kind, as in the first of them, which is the longest.
+        of = (0 if r < n_borrowed else n_borrowed) if dense else r
+        found["first_slot"][r, 1:] = np.cumsum(-(-lists[:, of] // 64) * 64)
 
     found["first_job"][:, blocks] += found["first_job"][:, blocks] % 2  # pairs of CTAs take jobs
 
@@ -154,7 +185,7 @@ def model(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
     def products(r):
         dead = column_tiles - n_live if x.zero_fill else 0
         tiles = first_tile[r + 1] - first_tile[r] + (r + 1) * dead // rounds - r * dead // rounds
-        return tiles * x.jobs[0] + -(-n_valid // 128) * x.jobs[1]
+        return tiles * x.jobs[0] + -(-n_valid // 128) * d_tiles_e
 
     logits = found["first_job"][:, blocks]
     jobs = [logits[0]]
@@ -239,6 +270,38 @@ CASES = {
     "coarse, dense": (600, 5000, {"density": 1.0, "dead": 0.2, "coarse": 0.4}, 1),
     "coarse, all patterns": (1024, 60_000, {"density": 0.6, "coarse": 0.5}, 100),
     "coarse, nothing": (300, 1000, {"density": 0.3, "coarse": 1e-9}, 1),
+    # Of dense surveys: larger rounds with dE than without, borrowed ones before them, and whether others make dE. How much room
+    # each kind of rounds has is in `ROOM`.
+    "large": (600, 5000, {"density": None}, 1),
+    "large, nearly all survive": (600, 5000, {"density": 0.9, "dead": 0.2}, 1),
+    "large, dead blocks": (700, 5000, {"density": None, "listed": 0.6, "dead": 0.995}, 1),
+    "dense, dE not wanted": (600, 5000, {"density": None, "jobs": (3, 0)}, 1),
+    "dense, gate shut": (600, 5000, {"density": None, "e_gate": 0}, 1),
+    "dense, gate open": (600, 5000, {"density": None, "e_gate": 1}, 1),
+    "filtered, gate shut": (600, 5000, {"density": 0.2, "e_gate": 0}, 1),
+    "filtered, gate open": (600, 5000, {"density": 0.2, "e_gate": 1}, 1),
+    "borrowed": (600, 5000, {"density": None}, 1),
+    "borrowed, nearly all survive": (600, 5000, {"density": 0.9, "dead": 0.2}, 1),
+    "borrowed, dead blocks": (700, 20_000, {"density": None, "listed": 0.6, "dead": 0.995}, 1),
+    "borrowed, no larger": (600, 5000, {"density": None}, 1),
+    "borrowed, too few rows": (600, 5000, {"density": None}, 1),
+    "borrowed, all": (600, 36 * 128, {"density": None}, 1),
+    "borrowed, none listed": (300, 5000, {"density": None, "listed": 0.0}, 1),
+    "borrowed, filtered": (600, 5000, {"density": 0.3}, 1),
+    "borrowed, one tile": (100, 77, {"density": None}, 1),
+    "many dense rounds": (100, 1200 * 128 - 5, {"density": None}, 1),
+}
+# Tiles of all blocks that a round has room for: without dE, with it, borrowed. And the tiles that borrowed rounds may have
+# together. For cases that are not listed, the first two are what other rounds have, and nothing is borrowed.
+PLENTY = (4, 7, 10, 30)
+ROOM = {
+    **{name: (4, 7, 0, 0) for name in CASES if name.startswith("large")},
+    **{name: PLENTY for name in CASES if name.startswith(("dense, ", "filtered, ", "borrowed"))},
+    "borrowed, no larger": (4, 7, 8, 30),
+    "borrowed, too few rows": (4, 7, 10, 8),
+    "borrowed, all": (4, 7, 10, 40),
+    "borrowed, dead blocks": (4, 7, 10, 130),
+    "many dense rounds": (1, 1, 2, 100),
 }
 CHANGES = {
     "strange": strange,
@@ -248,11 +311,18 @@ CHANGES = {
 }
 
 
+def layout_of(N: int, V: int, cap: int, *room: int) -> SurveyLayout:
+    """room: dense_cap, large_cap, borrowed_cap, borrowed_tiles; the first two are cap unless they are given."""
+    return SurveyLayout(N, V, cap, *(room or (cap, cap)))
+
+
 def make_case(name: str) -> tuple[SurveyLayout, Inputs]:
     if name in CHANGES:
-        return SurveyLayout(300, 1000, 3 * 128), CHANGES[name](make_inputs(1, 300, 1000, listed=0.9))
+        return layout_of(300, 1000, 3 * 128), CHANGES[name](make_inputs(1, 300, 1000, listed=0.9))
     N, V, named, tiles_of_round = CASES[name]
-    return SurveyLayout(N, V, -(-N // 128) * 128 * tiles_of_round), make_inputs(len(name), N, V, **named)
+    tile_pairs = -(-N // 128) * 128
+    room = [tile_pairs * tiles for tiles in ROOM[name][:3]] + [ROOM[name][3]] if name in ROOM else []
+    return layout_of(N, V, tile_pairs * tiles_of_round, *room), make_inputs(len(name), N, V, **named)
 
 
 # ---- the model itself
@@ -278,7 +348,7 @@ def test_columns_that_survive_in_the_same_blocks_lie_together():
     """Two blocks, groups 0 and 4 of 8: 0x80 for column 4, 0x88 for 1, 0x08 for 2, 0 for the others, in Gray code's order."""
     survivors = np.zeros((2, 6), bool)
     survivors[0, [1, 4]] = survivors[1, [1, 2]] = True
-    found = model(SurveyLayout(256, 6, 256), replace(plain(256), survivors=survivors))
+    found = model(layout_of(256, 6, 256), replace(plain(256), survivors=survivors))
     assert found["order"][:8].tolist() == [4, 1, 2, 0, 3, 5, -1, -1]
     assert found["bits"].tolist() == [[0b011, 0, 0, 0], [0b110, 0, 0, 0]]
     assert found["needed"].tolist() == [[0b11]]
@@ -298,7 +368,7 @@ def test_columns_are_sorted_by_what_dc_needs():
     survivors[1, 300:350] = False
     coarse[0, 60:160] = coarse[1, 150:200] = True
     inputs = replace(plain(256), survivors=survivors, coarse=coarse)
-    found = model(SurveyLayout(256, 400, 256), inputs)
+    found = model(layout_of(256, 400, 256), inputs)
     order = [*range(60, 160), *range(160, 200), *range(50, 60), *range(200, 350), *range(50), *range(350, 400)]
     order = [*range(60, 150), *range(150, 160), *order[100:]]  # 0x80, 0x88, 0x08, 0 that survive, 0 that do not
     assert found["order"].tolist() == [*order, *[-1] * 112]
@@ -307,14 +377,14 @@ def test_columns_are_sorted_by_what_dc_needs():
     assert found["before"].tolist() == [[0, 128, 256, 300, 300], [0, 128, 250, 250, 250]]
     in_order = survivors[:, order]
     np.testing.assert_array_equal(found["bits"], words(np.pad(in_order, ((0, 0), (0, 112)))))
-    everything = model(SurveyLayout(256, 400, 256), replace(inputs, dense_share=0.5))
+    everything = model(layout_of(256, 400, 256), replace(inputs, dense_share=0.5))
     assert everything["dense"] == [1]
     assert everything["needed"].tolist() == [[0b11]] * 4
 
 
 def test_rounds_and_phases():
     """Four tiles, all of them live, and room for one at a time. Its one job for G is two, for a pair of CTAs."""
-    found = model(SurveyLayout(128, 512, 128), replace(plain(128), jobs=(2, 1)))
+    found = model(layout_of(128, 512, 128), replace(plain(128), jobs=(2, 1)))
     assert found["dense"] == [1]
     assert found["order"].tolist() == list(range(512))
     assert found["n_rounds"] == [4]
@@ -329,12 +399,42 @@ def test_tiles_without_survivors_are_shared_out():
     """Five tiles, of which 200 columns fill one and a half; the three others go to the two rounds as one and two."""
     survivors = np.zeros((1, 640), bool)
     survivors[0, 7:207] = True
-    found = model(SurveyLayout(128, 640, 128), replace(plain(128), survivors=survivors, jobs=(1, 0)))
+    found = model(layout_of(128, 640, 128), replace(plain(128), survivors=survivors, jobs=(1, 0)))
     assert found["order"][:202].tolist() == [*range(7, 207), 0, 1]
     assert (found["n_live_tiles"], found["n_rounds"]) == ([2], [2])
     assert found["before"].tolist() == [[0, 128, 200, 200, 200, 200]]
     assert found["first_slot"].tolist() == [[0, 128], [0, 128]]
     assert found["phase_end"].tolist() == np.cumsum([2, 2, 1 + 1, 1 + 2]).tolist()
+
+
+def test_rounds_of_a_dense_survey():
+    """Eleven tiles, the last of 100 columns; two blocks. Borrowed memory has a round of six; then come threes, and a rest."""
+    layout = layout_of(256, 10 * 128 + 100, 256, 256 * 2, 256 * 5, 256 * 6, 10)
+    found = model(layout, replace(plain(256), jobs=(1, 2)))
+    assert (found["n_rounds"], found["n_borrowed"], found["d_tiles_e"]) == ([3], [1], [2])
+    assert found["first_tile"].tolist() == [0, 6, 9, *[11] * 9]
+    # Two lists of six tiles, of three, of two whose slots are those of three.
+    assert found["first_slot"].tolist() == [[0, 768, 1536], [0, 384, 768], [0, 384, 768]]
+    assert found["first_job"].tolist() == [[0, 4, 8], [0, 2, 4], [0, 2, 4]]
+    assert found["phase_end"].tolist() == np.cumsum([8, 4, 6 + 2 * 2, 4, 3 + 2 * 2, 2 + 2 * 2]).tolist()
+    without = model(layout, replace(plain(256), jobs=(1, 2), e_gate=0))
+    assert (without["n_rounds"], without["n_borrowed"], without["d_tiles_e"]) == ([6], [0], [0])
+    assert without["first_tile"].tolist()[:7] == [0, 2, 4, 6, 8, 10, 11]
+    assert without["first_slot"].tolist() == [[0, 256, 512]] * 6
+    assert without["first_job"][:, -1].tolist() == [4] * 5 + [2]
+    for e_gate in (None, 1):
+        np.testing.assert_array_equal(model(layout, replace(plain(256), jobs=(1, 2), e_gate=e_gate))["n_borrowed"], [1])
+
+
+@given(cap=st.integers(128, 2**31), blocks=st.integers(1, 3000))
+def test_tiles_of_dense_rounds(cap, blocks):
+    """The model's and the package's are the same. They fit, and whole lists fill them if they are three or more."""
+    tiles = tiles_of_dense_round(cap, blocks)
+    assert tiles == dense_tiles(cap, blocks)
+    if cap >= 128 * blocks:
+        assert cap - 3 * 128 * blocks < 128 * blocks * tiles <= cap
+    assert tiles in (1, 2) or 128 * tiles % 192 == 0
+    assert tiles_of_dense_round(cap + 1, blocks) >= tiles >= tiles_of_dense_round(cap, blocks + 1)
 
 
 def test_rows_of_tokens():
@@ -346,7 +446,7 @@ def test_rows_of_tokens():
     x.max_logit[4] = 1
     x.log_sum[6] = math.log(4)
     tokens = np.delete(x.tokens, 100)
-    found = model(SurveyLayout(256, 512, 256), replace(x, tokens=tokens))
+    found = model(layout_of(256, 512, 256), replace(x, tokens=tokens))
     assert found["weight_scale"].tolist() == [2.0**15, 2.0**-15]
     assert found["rows"][4, :3].tolist() == [2.0**13, 0, np.float32(math.log2(math.e))]
     np.testing.assert_allclose(found["rows"][6, 0], 2.0**11, rtol=1e-6)
@@ -376,22 +476,45 @@ def test_tables_hold_what_the_model_says(name):
         dtype, shape = layout.tables[table]
         assert expected.dtype == dtype
         assert all(have <= room for have, room in zip(expected.shape, shape, strict=True))
-    counts = np.diff(found["first_slot"], axis=1).sum(1)
-    assert counts.max() <= layout.cap + layout.blocks * (128 + 63), "a round's last tile may pass the capacity"
+    counts = found["first_slot"][:, -1]
+    if found["dense"][0]:
+        n_borrowed, cap = int(found["n_borrowed"][0]), layout.large_cap if found["d_tiles_e"][0] else layout.dense_cap
+        assert counts[:n_borrowed].max(initial=0) <= layout.borrowed_cap
+        assert counts[n_borrowed:].max(initial=0) <= cap
+        assert found["first_tile"][n_borrowed] <= layout.borrowed_tiles or n_borrowed == 0
+    else:
+        assert counts.max() <= layout.cap + layout.blocks * (128 + 63), "a round's last tile may pass the capacity"
 
 
 def test_cases_are_what_they_are_called():
     """So that no case of the list is another one in disguise."""
     found = {name: model(*make_case(name)) for name in CASES}
-    dense = {"dense", "coarse, dense", "keep all", "keep all, none listed"}
+    dense = {"dense", "coarse, dense", "keep all", "keep all, none listed", "many dense rounds"}
+    dense |= {name for name in ROOM if name.startswith(("large", "dense", "borrowed"))} - {"borrowed, filtered"}
     assert {name for name in CASES if found[name]["dense"][0]} == dense
+    assert {name: int(found[name]["n_borrowed"][0]) for name in CASES if found[name]["n_borrowed"][0]} == {
+        "dense, gate open": 3,
+        "borrowed": 3,
+        "borrowed, nearly all survive": 3,
+        "borrowed, dead blocks": 2,
+        "borrowed, all": 4,
+        "many dense rounds": 50,
+    }
+    sizes = {name: np.diff(found[name]["first_tile"][: found[name]["n_rounds"][0] + 1]).tolist() for name in ROOM}
+    assert sizes["dense, gate shut"] == sizes["dense, dE not wanted"] == [3] * 13 + [1]
+    assert sizes["large"] == sizes["borrowed, no larger"] == sizes["borrowed, too few rows"] == [6] * 6 + [4]
+    assert sizes["dense, gate open"] == sizes["borrowed"] == [9] * 3 + [6] * 2 + [1]
+    assert sizes["borrowed, all"] == [9] * 4
+    assert sizes["large, dead blocks"][0] > 6
+    assert len(sizes["many dense rounds"]) > 1024
+    assert found["filtered, gate shut"]["d_tiles_e"][0] == 0 < found["filtered, gate open"]["d_tiles_e"][0]
     assert found["many rounds"]["n_rounds"][0] > 32
     assert min(found["many tiles"]["n_live_tiles"][0], 2 * found["many tiles"]["n_rounds"][0]) > 1024
     assert found["tiny"]["n_live_tiles"][0] == 1
     assert found["one round"]["n_rounds"][0] == 1
-    for name in ("none listed", "none has weight", "no survivors", "keep all, none listed"):
+    for name in ("none listed", "none has weight", "no survivors", "keep all, none listed", "borrowed, none listed"):
         assert found[name]["n_live_tiles"][0] == 0
-    for name in ("dead blocks", "coarse, dead blocks"):
+    for name in ("dead blocks", "coarse, dead blocks", "large, dead blocks", "borrowed, dead blocks"):
         assert 0 < found[name]["active"][0] < 2**6 - 1
     needed = {name: found[name]["needed"].any(1).sum() / found[name]["n_live_tiles"][0] for name in CASES if "coarse" in name}
     assert {name for name in needed if 0 < needed[name] < 0.9} == set(needed) - {"coarse, dense", "coarse, nothing"}
@@ -404,7 +527,7 @@ def test_cases_are_what_they_are_called():
 
 
 def test_places_of_tables():
-    layout = SurveyLayout(1000, 5000, 8 * 128)
+    layout = layout_of(1000, 5000, 8 * 128)
     assert list(layout.tables) == list(Tables._fields)
     assert kind_of(Tables).types == tuple(pointer_to(dtype) for dtype, _ in layout.tables.values())
     ends = [0]
@@ -418,7 +541,7 @@ def test_places_of_tables():
 
 def test_a_round_holds_a_tile():
     with pytest.raises(ValueError, match="at least the 1024 pairs of a tile, got 1023"):
-        SurveyLayout(1000, 5000, 1023)
+        layout_of(1000, 5000, 1023)
 
 
 @pytest.mark.parametrize(("keep_all", "coarse_rows"), [(False, 0), (False, 1024), (True, 0)])
@@ -430,13 +553,13 @@ def test_launches_are_few_and_take_these_arguments(monkeypatch, keep_all, coarse
         grids[kernel.function.__name__] = ctas
 
     monkeypatch.setattr(Kernel, "launch", launch)
-    layout = SurveyLayout(131_072, 500_000, 2**24)
+    layout = layout_of(131_072, 500_000, 2**24, 2**25, 2**26, 2**27, 1000)
     tokens = WeightedTokens(**dict.fromkeys(WeightedTokens.declared, 2**40))
     survivors = None
     if not keep_all:
         survivors = SurvivorBits(words=2**40, pitch_words=15_630, coarse_words=15_630 * coarse_rows)
-    products = Products(d_tiles_c=9, d_tiles_e=9, zero_fill=True)
-    survey(layout, 2**41, tokens=tokens, survivors=survivors, dense_share=0.7, products=products)
+    products = Products(d_tiles_c=9, d_tiles_e=9, zero_fill=True, e_gate=2**42)
+    survey(layout, 2**41, tokens=tokens, survivors=survivors, dense_share=0.7, products=products, dense=2**43)
     assert list(grids) == [f"{name}_kernel" for name in KERNELS]
     assert grids["list_kernel"] == 1024 // 8 + (0 if keep_all else -(-500_000 // 4096))
 
@@ -470,6 +593,7 @@ def survey_on_gpu(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
     """All tables, as they are left in memory that held other things before."""
     import cupy
 
+    gate, said = cupy.full(1, x.e_gate or 0, np.int32), cupy.full(1, -1, np.int32)
     base = cupy.full(layout.nbytes, 0xFF, np.uint8)
     named = ("softmax_weight", "target_weight", "max_logit", "log_sum", "target_logit")
     arrays = {name: getattr(x, name) for name in named}
@@ -493,9 +617,12 @@ def survey_on_gpu(layout: SurveyLayout, x: Inputs) -> dict[str, np.ndarray]:
         tokens=WeightedTokens(**pointers, largest_weight=pointers["softmax_weight"]),
         survivors=bits,
         dense_share=x.dense_share,
-        products=Products(*x.jobs, x.zero_fill),
+        products=Products(*x.jobs, x.zero_fill, 0 if x.e_gate is None else gate.data.ptr),
+        dense=said.data.ptr,
     )
-    return tables_of(layout, base.get())
+    found = tables_of(layout, base.get())
+    assert said.get().tolist() == found["dense"].tolist()
+    return found
 
 
 def tables_of(layout: SurveyLayout, memory: np.ndarray) -> dict[str, np.ndarray]:

@@ -50,7 +50,9 @@ def test_only_what_requires_grad(inputs, needed, monkeypatch):
     expected = dict(zip("ecb", grads_of(tensors), strict=True))
     asked = []
     original = ForwardPass.backward
-    monkeypatch.setattr(ForwardPass, "backward", lambda *args: asked.append(args[-1].wanted) or original(*args))
+    monkeypatch.setattr(
+        ForwardPass, "backward", lambda *args, **named: asked.append(args[-1].wanted) or original(*args, **named)
+    )
     some = leaves(inputs)
     for name, x in zip("ecb", [some[0], some[1], some[3]], strict=True):
         x.requires_grad_(name in needed)
@@ -73,9 +75,9 @@ def test_without_grad_nothing_is_kept_and_no_survivors_are_made(inputs, mode, mo
     def watched(name):
         module = backend_module(name)
 
-        def forward(p, plan, *, record_survivors):
+        def forward(p, plan, *, record_survivors, keep_logits):
             recorded.append(record_survivors)
-            return module.forward(p, plan, record_survivors=record_survivors)
+            return module.forward(p, plan, record_survivors=record_survivors, keep_logits=keep_logits)
 
         return SimpleNamespace(**(vars(module) | {"forward": forward}))
 

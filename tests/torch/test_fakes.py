@@ -19,7 +19,7 @@ from cce_numba import arguments, gpu, interchange  # noqa: E402
 from cce_numba.backend import BACKENDS, backend_module  # noqa: E402
 from cce_numba.options import DEFAULTS, Options  # noqa: E402
 from cce_numba.torch import fakes, operators  # noqa: E402
-from cce_numba.torch.call import SAVED  # noqa: E402
+from cce_numba.torch.call import MORE, SAVED  # noqa: E402
 
 pytestmark = pytest.mark.skipif(SimulatorHarness.is_active(), reason="about PyTorch alone")
 N, V, D = 300, 5000, 64
@@ -64,7 +64,7 @@ def test_sizes_that_are_left_open_stay_open():
     graph = make_fx(forward, tracing_mode="symbolic")(*inputs)
     (node,) = [node for node in graph.graph.nodes if "cce_numba" in str(node.target)]
     loss, *saved = node.meta["val"]
-    of_name = dict(zip(SAVED, saved, strict=True))
+    of_name = dict(zip((*SAVED, *MORE), saved, strict=True))
     for of_n in (loss.shape[0], of_name["lse"].shape[0], of_name["tokens"].shape[0], *of_name["survivors"].shape):
         assert isinstance(of_n, torch.SymInt)
     environment = node.meta["val"][0].fake_mode.shape_env
@@ -108,7 +108,12 @@ CASES = [
     ("simt", "bfloat16", {"backend": "simt"}, torch.int64, 3, 625),
     ("simt", "bfloat16", {"filter": "drop", "backend": "simt"}, torch.int64, 3, 625),
     ("hopper", "bfloat16", {"filter": "drop"}, torch.int32, 2 * 3, 27 * 24),
+    ("hopper", "bfloat16", {"filter_c_grad": False, "workspace_bytes": 10**6}, torch.int32, 3, 27 * 24),
+    ("hopper", "bfloat16", {"filter_eps": None, "workspace_bytes": 10**9}, torch.int32, 0, 0),
+    ("hopper", "bfloat16", {"workspace_bytes": 10**9}, torch.int32, 3, 27 * 24),
+    ("simt", "float32", {"filter_eps": None, "workspace_bytes": 10**9}, torch.int64, 0, 0),
 ]
+KEPT_BYTES = {10**6: 3 * 6 * 49664, 10**9: 3 * 26 * 49664}  # of three blocks; of the vocabulary's 27 tiles evenly many
 
 
 @pytest.mark.parametrize(("backend", "dtype", "options", "tokens", "rows", "row_bytes"), CASES, ids=str)
@@ -123,15 +128,20 @@ def test_an_operator_on_a_device_that_is_not_there(monkeypatch, backend, dtype, 
         e, c = (torch.empty(n, D, device="cuda", dtype=getattr(torch, dtype)) for n in (N, V))
         targets = torch.empty(N, device="cuda", dtype=torch.long)
         encoded = operators._encoded(given | options)
-        found = operators.forward_op(e, c, targets, *[None] * 5, *encoded, "e,c")
-        without = operators.forward_op(e, c, targets, *[None] * 5, *encoded, "")
-        grads = operators.backward_op(found[0], None, *found[1:], e, c, targets, *[None] * 5, *encoded, "c")
+        found = operators.forward_op(e, c, targets, *[None] * 6, *encoded, "e,c")
+        without = operators.forward_op(e, c, targets, *[None] * 6, *encoded, "")
+        saved = found[1 : 1 + len(SAVED)]
+        grads = operators.backward_op(found[0], *[None] * 3, *saved, e, c, targets, *[None] * 6, *encoded, "c")
     wide = torch.float64 if dtype == "float64" else torch.float32
     mean_logit = N if "label_smoothing" in options else 0
     expected = [((), wide), *[((N,), wide)] * 4, ((), torch.int64), ((N,), tokens)]
     seed = () if rows and options.get("filter") != "drop" else (0,)
-    assert shapes(found) == [*expected, ((rows * row_bytes,), torch.uint8), ((mean_logit,), wide), (seed, torch.int64)]
-    assert shapes(without) == [*expected, ((0,), torch.uint8), ((mean_logit,), wide), ((0,), torch.int64)]
+    more = [((0,), wide)] * (1 + len(MORE))  # no entropy, and nothing else that was not asked for
+    is_exact = options.get("filter_eps", 1) is None or "filter_c_grad" in options
+    kept = KEPT_BYTES[options["workspace_bytes"]] if "workspace_bytes" in options and backend == "hopper" and is_exact else 0
+    bits, none = ((rows * row_bytes,), torch.uint8), ((0,), torch.uint8)
+    assert shapes(found) == [*expected, bits, ((kept,), torch.uint8), ((mean_logit,), wide), (seed, torch.int64), *more]
+    assert shapes(without) == [*expected, none, none, ((mean_logit,), wide), ((0,), torch.int64), *more]
     assert shapes(grads) == [((0,), c.dtype), ((V, D), c.dtype), ((0,), c.dtype)]
     assert set(chosen) == {backend}
 

@@ -47,7 +47,7 @@ def test_the_forms_of_the_backends(tensors, backend, scale, dtype, filter_eps, f
         except cce.BackendUnavailable as why:
             pytest.skip(str(why))
         given = {"backend": backend, "logit_scale": scale, "filter_eps": filter_eps, "filter_c_grad": filter_c_grad}
-        arguments = (e, c, targets, *[None] * 5, *operators._encoded(given), "e,c")
+        arguments = (e, c, targets, *[None] * 6, *operators._encoded(given), "e,c")
         torch.library.opcheck(operators.forward_op, arguments, test_utils="test_faketensor")
 
 

@@ -93,8 +93,8 @@ def two_rows(monkeypatch):
     def has_two(p):
         return p.options.filter_is_auto and p.options.filter_c_grad
 
-    def with_others(p, plan, *, record_survivors):
-        statistics = forward(p, plan, record_survivors=record_survivors)
+    def with_others(p, plan, *, record_survivors, keep_logits):
+        statistics = forward(p, plan, record_survivors=record_survivors, keep_logits=keep_logits)
         if not (record_survivors and has_two(p)):
             return statistics
         bits = statistics.survivors

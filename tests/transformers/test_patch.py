@@ -225,7 +225,7 @@ def test_options_are_passed_on(batch):
 
 def test_the_readmes_lines_patch_a_model(monkeypatch):
     """With a tiny model in place of what they would fetch."""
-    _, example = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    _, example, *_ = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: make("SmolLM3"))
     names = {}
     exec(compile(example, "README.md", "exec"), names)

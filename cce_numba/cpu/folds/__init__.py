@@ -11,13 +11,17 @@ from __future__ import annotations
 
 from cce_numba import folds
 from cce_numba.arguments import Problem
+from cce_numba.cpu.folds.entropy import Entropy
 from cce_numba.cpu.folds.fold import Fold
 from cce_numba.cpu.folds.max_sum import MaxSum
 from cce_numba.cpu.folds.mean_logit import MeanLogit
+from cce_numba.cpu.folds.sum_squares import SumSquares
 from cce_numba.cpu.folds.survivors import Survivors
 from cce_numba.cpu.folds.target_logit import TargetLogit
+from cce_numba.cpu.folds.top_k import TopK
 
-FOLDS: dict[str, Fold] = {fold.name: fold for fold in (MaxSum(), TargetLogit(), MeanLogit(), Survivors())}
+_ALL: tuple[Fold, ...] = MaxSum(), TargetLogit(), MeanLogit(), Entropy(), SumSquares(), TopK(), Survivors()
+FOLDS: dict[str, Fold] = {fold.name: fold for fold in _ALL}
 
 
 def of_problem(p: Problem, record_survivors: bool) -> tuple[Fold, ...]:

@@ -19,7 +19,8 @@ class Given:
         problem: the checked inputs.
         tiles: sizes.
         tokens: (n_valid,) integers, the tokens that count, ascending.
-        bound: (N,) of the compute dtype, the target's logit, a dot product by itself; None where no survivors are recorded.
+        bound: (N,) of the compute dtype, the largest logit of the token's targets, dot products by themselves, NaN if one is
+            out of range; None where no survivors are recorded.
     """
 
     problem: Problem
@@ -28,8 +29,8 @@ class Given:
     bound: Any  # or None
 
     def of_all_tokens(self, counting: Any) -> Any:
-        """(N,) of the compute dtype, 0 where ignored, out of (n_valid,)."""
-        result = np.zeros(self.problem.N, self.problem.compute_dtype)
+        """(N, ...) of the compute dtype, 0 where ignored, out of (n_valid, ...)."""
+        result = np.zeros((self.problem.N, *counting.shape[1:]), self.problem.compute_dtype)
         result[self.tokens] = counting
         return result
 

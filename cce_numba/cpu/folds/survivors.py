@@ -15,6 +15,7 @@ import numpy as np
 
 from cce_numba import folds
 from cce_numba import survivors as rule
+from cce_numba.arguments import Problem
 from cce_numba.cpu.compiled import compiled
 from cce_numba.cpu.elements import rounded
 from cce_numba.cpu.folds.fold import Given, Tile
@@ -29,7 +30,7 @@ class State(NamedTuple):
 
     bits: Any  # (n_blocks, ceil(V / 8)) uint8, little-endian over the vocabulary
     block: int  # tokens of a block
-    target_logit: Any  # (n_valid,) of the compute dtype: a first bound of the log-sum-exp, NaN for a target out of range
+    target_logit: Any  # (n_valid,) of the compute dtype: a first bound of the log-sum-exp, NaN if a target is out of range
     log_eps: float  # natural log of the threshold, with some slack
     seed: Any  # 0-d int64: of the draws of the unbiased filter, or None for the one that drops
 
@@ -43,7 +44,7 @@ class Survivors:
         """See `fold.Fold`."""
         p, block = given.problem, given.tiles.survivor_block
         bits = np.zeros((ceil_div(len(given.tokens), block), ceil_div(p.V, 8)), np.uint8)
-        seed = rule.draw_seed(p.targets[given.tokens], p.filter_seed) if p.options.is_unbiased else None
+        seed = _draw_seed(p) if p.options.is_unbiased else None
         return State(bits, block, given.bound[given.tokens], rule.log_threshold(p.options.filter_eps), seed)
 
     def step(self, state: State, first_state: MaxSumState, tile: Tile) -> None:
@@ -74,12 +75,23 @@ class Survivors:
         # The gradient of a token whose loss is NaN is NaN in every column: all survive in its block.
         bits[np.unique(np.flatnonzero(lost) // state.block)] = np.packbits(np.ones(p.V, bool), bitorder="little")
         kept = np.flatnonzero(~lost)
-        targets = p.targets[given.tokens[kept]]
-        np.bitwise_or.at(bits, (kept // state.block, targets >> 3), (1 << (targets & 7)).astype(np.uint8))
+        targets, present = (x[given.tokens[kept]] for x in (p.targets, ~p.is_padding))
+        block = np.broadcast_to((kept // state.block).reshape(-1, *[1] * (targets.ndim - 1)), targets.shape)[present]
+        targets = targets[present]
+        if p.shard is not None:  # others have their targets elsewhere
+            block, targets = block[targets >= 0], targets[targets >= 0]
+        np.bitwise_or.at(bits, (block, targets >> 3), (1 << (targets & 7)).astype(np.uint8))
         if state.seed is not None:
             return {"survivors": bits, "draw_seed": state.seed}
         share = np.bitwise_count(bits).sum(dtype=np.int64)
         return {"survivors": None if share > rule.DENSE_SHARE * len(bits) * p.V else bits}
+
+
+def _draw_seed(p: Problem) -> Any:
+    """0-d int64: by the targets' numbers in the whole vocabulary, and with the shard's first entry in the high word."""
+    if p.shard is None:
+        return rule.draw_seed(p.targets[~p.is_padding], p.filter_seed)
+    return np.array(rule.draw_seed(p.shard.targets[~p.is_padding], p.filter_seed) + p.shard.of_seed)
 
 
 @compiled(nogil=True)

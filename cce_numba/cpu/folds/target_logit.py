@@ -1,4 +1,4 @@
-"""The target's logit of each token, as it stands in its tile: rounded as the others are, so their differences keep digits."""
+"""The targets' logits of each token, as they stand in their tiles: rounded as all are, so their differences keep digits."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import numpy as np
 
 from cce_numba import folds
 from cce_numba.cpu.folds.fold import Given, Tile
+from cce_numba.parallel.shard import ELSEWHERE
 
 
 class State(NamedTuple):
-    """Of each counting token, (n_valid,)."""
+    """Of each target of each counting token, (n_valid, K); K is 1 where targets are (N,)."""
 
     target: Any  # int64
-    logit: Any  # of the compute dtype; NaN as long as the target's tile has not come, and for one out of range for ever
+    # Of the compute dtype; NaN as long as the target's tile has not come, and for one out of range for ever; -inf for one that
+    # another rank has.
+    logit: Any
 
 
 class TargetLogit:
@@ -25,18 +28,22 @@ class TargetLogit:
     def begin(self, given: Given) -> State:
         """See `fold.Fold`."""
         p = given.problem
-        return State(p.targets[given.tokens], np.full(len(given.tokens), np.nan, p.compute_dtype))
+        targets = p.targets[given.tokens].reshape(len(given.tokens), p.K or 1)
+        elsewhere = p.shard is not None and targets == ELSEWHERE
+        return State(targets, np.where(elsewhere, -np.inf, np.full(targets.shape, np.nan, p.compute_dtype)))
 
     def step(self, state: State, first_state: Any, tile: Tile) -> None:
         """See `fold.Fold`."""
         column = state.target[tile.rows] - tile.columns.start
-        row = np.flatnonzero((column >= 0) & (column < tile.logits.shape[1]))
-        state.logit[tile.rows.start + row] = tile.logits[row, column[row]]
+        row, k = np.nonzero((column >= 0) & (column < tile.logits.shape[1]))
+        state.logit[tile.rows.start + row, k] = tile.logits[row, column[row, k]]
 
     def merge(self, state: State, later: State) -> State:
         """See `fold.Fold`. A token's target is in one part of the vocabulary."""
         return state._replace(logit=np.where(np.isnan(state.logit), later.logit, state.logit))
 
     def store(self, state: State, first_state: Any, given: Given) -> dict[str, Any]:
-        """See `fold.Fold`."""
-        return {"target_logit": given.of_all_tokens(state.logit)}
+        """See `fold.Fold`. Padding may be a number that is an entry, too: what it found is not wanted."""
+        padding = state.target == given.problem.options.ignore_index
+        logit = given.of_all_tokens(np.where(padding, 0, state.logit))
+        return {"target_logit": logit[:, 0] if given.problem.K is None else logit}

@@ -20,16 +20,17 @@ def make_begin_kernel() -> Kernel:
     """One CTA, which writes tensor maps to memory and zeros to counters."""
     threads, words = _THREADS, tensor_map.WORDS
 
-    def begin_kernel(e_map: Any, c_map: Any, g_map: Any, maps: Any, counters: Any, n_counters: Any) -> None:
-        """maps (48,) = e_map, c_map, g_map of 16 words each; counters[:n_counters] = 0."""
+    def begin_kernel(e_map: Any, c_map: Any, g_map: Any, borrowed_map: Any, maps: Any, counters: Any, n_counters: Any) -> None:
+        """maps (64,) = e_map, c_map, g_map, borrowed_map of 16 words each; counters[:n_counters] = 0."""
         t = cuda.threadIdx.x
         if t < words:
             maps[t] = e_map[t]
             maps[words + t] = c_map[t]
             maps[2 * words + t] = g_map[t]
+            maps[3 * words + t] = borrowed_map[t]
         for i in range(t, n_counters, threads):
             counters[i] = np.int32(0)
 
     a_map = types.UniTuple(U64, tensor_map.WORDS)
-    parameters = a_map, a_map, a_map, pointer_to(np.uint64), pointer_to(np.int32), I32
+    parameters = a_map, a_map, a_map, a_map, pointer_to(np.uint64), pointer_to(np.int32), I32
     return Kernel(begin_kernel, parameters, threads=_THREADS)

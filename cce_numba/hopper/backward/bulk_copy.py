@@ -109,12 +109,14 @@ def make_copy(tiles: BackwardTiles) -> Any:
         survey's. dims: a `Dimensions`.
         """
         jobs, ring = smem.jobs, smem.ring
-        e_map, c_map, g_map = maps, maps + _MAP_BYTES, maps + np.uint64(2) * _MAP_BYTES
+        e_map, c_map = maps, maps + _MAP_BYTES
+        g_map, borrowed_map = maps + np.uint64(2) * _MAP_BYTES, maps + np.uint64(3) * _MAP_BYTES
         whole, row_of, needed, block_words = tables.whole, tables.row_of, tables.needed, dims.block_words
         tma.fence_tensor_map(e_map)
         tma.fence_tensor_map(c_map)
         tma.fence_tensor_map(g_map)
-        is_dense = tables.dense[0] != 0
+        tma.fence_tensor_map(borrowed_map)
+        is_dense, n_borrowed = tables.dense[0] != 0, tables.n_borrowed[0]
         s, use = np.uint32(0), np.uint32(0)
         while True:
             wait_job(jobs, s)
@@ -125,6 +127,7 @@ def make_copy(tiles: BackwardTiles) -> Any:
             d0, slot, first_column = field(jobs, s, WORD.d0), field(jobs, s, WORD.slot), field(jobs, s, WORD.first_column)
             r, shared = field(jobs, s, WORD.round), field(jobs, s, WORD.shares_a) != 0
             mbarrier.arrive(job_empty(jobs, s))
+            round_map = borrowed_map if r < n_borrowed else g_map
             if k_steps < LEAD:
                 mbarrier.arrive(wanted(jobs))
             memory.fence_proxy_async_all()  # the engine reads G, which ordinary stores wrote
@@ -152,7 +155,7 @@ def make_copy(tiles: BackwardTiles) -> Any:
                 for k in range(k_steps):
                     stage = begin(smem, use, k_steps - k, expected)
                     panels_of_a(
-                        a_smem(ring, stage), g_map, full(ring, stage), 0, slot + k * K_STEP, PANEL, 0, shared, rank
+                        a_smem(ring, stage), round_map, full(ring, stage), 0, slot + k * K_STEP, PANEL, 0, shared, rank
                     )  # fmt: skip
                     if is_dense:
                         panels_of_b(b_smem(ring, stage), c_map, full(ring, stage), d0, first_column + k * K_STEP, PANEL, 0)
@@ -178,7 +181,7 @@ def make_copy(tiles: BackwardTiles) -> Any:
                         left = np.int32(left - 1)
                         if is_dense:
                             panels_of_a(
-                                a_smem(ring, stage), g_map, full(ring, stage), half * PANEL, g_row, 0, PANEL, shared, rank
+                                a_smem(ring, stage), round_map, full(ring, stage), half * PANEL, g_row, 0, PANEL, shared, rank
                             )  # fmt: skip
                         if is_whole:
                             panels_of_b(b_smem(ring, stage), e_map, full(ring, stage), d0, row + half * PANEL, PANEL, 0)

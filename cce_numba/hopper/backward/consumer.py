@@ -8,73 +8,39 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.backward.chance import make_decide, make_find_maxima
-from cce_numba.hopper.backward.column_sums import sum_of_column
 from cce_numba.hopper.backward.finish_rows import make_finish_rows
 from cce_numba.hopper.backward.jobs import D_E, END, LOGITS, make_job_ring
+from cce_numba.hopper.backward.kept import make_logits_of
 from cce_numba.hopper.backward.multiply import ONE_CONSUMER, make_multiply, make_turns
-from cce_numba.hopper.backward.partial_sums import SUMS_STEP, make_add_sums, make_add_to_sums, make_store_sums
-from cce_numba.hopper.backward.records import WORD, GTile, ListColumns, TilePlace
+from cce_numba.hopper.backward.records import WORD, GTile, TilePlace
 from cce_numba.hopper.backward.store_g import make_store_g
-from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PARTS, STAGING_BYTES, BackwardTiles
+from cce_numba.hopper.backward.tiles import STAGING_BYTES, BackwardTiles
 from cce_numba.ptx import arithmetic, control, mbarrier, memory
 from cce_numba.ptx import fragment as fragments
 from cce_numba.ptx.pointers import address_of
-from cce_numba.tensor_core.records import RowWeights
+from cce_numba.tensor_core.backward.chance import make_decide, make_find_maxima
+from cce_numba.tensor_core.backward.column_sums import sum_of_column
+from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP, make_add_sums, make_add_to_sums, make_store_sums
+from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
+from cce_numba.tensor_core.backward.row_weights import ROW_BYTES, make_two_row_weights
+from cce_numba.tensor_core.backward.several import JobColumns, first_ordinal, make_mark_targets, make_write_targets
+from cce_numba.tensor_core.kept import TILE_BYTES
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE
-
-_ROW_BYTES = 16  # of a row of the survey's table `rows`
-
-
-@functools.cache
-def make_two_row_weights(scaled: bool, smoothed: bool) -> Any:
-    """The device function that loads the `RowWeights` of two listed tokens; scaled, smoothed: see `gradient.make_gradient`."""
-    load_f32, load_i32 = memory.load_global_f32, memory.load_global_i32
-    has_further = scaled or smoothed
-
-    @cuda.jit(device=True, forceinline=True)
-    def further_of(position: Any, terms: Any, tables: Any) -> Any:
-        """`(scale, uniform)` of a listed token."""
-        scale, uniform = np.float32(1), np.float32(0)
-        if has_further:
-            n = tables.row_of[position]
-            if n >= 0:
-                if scaled:
-                    scale = load_f32(terms.scale + np.uint64(4 * np.int64(n)))
-                if smoothed:
-                    uniform = load_f32(terms.uniform_weight + np.uint64(4 * np.int64(n))) * tables.weight_scale[0]
-        return scale, uniform
-
-    @cuda.jit(device=True, forceinline=True)
-    def row_weights(row: Any, scale: Any, uniform: Any) -> Any:
-        """row: the token's address in the survey's table `rows`."""
-        return RowWeights(
-            softmax=load_f32(row),
-            shift=load_f32(row + np.uint64(8)),
-            target_weight=load_f32(row + np.uint64(4)),
-            target=load_i32(row + np.uint64(12)),
-            scale=scale,
-            uniform=uniform,
-        )
-
-    @cuda.jit(device=True, forceinline=True)
-    def two_row_weights(position: Any, row: Any, terms: Any, tables: Any) -> Any:
-        """Of the tokens at `position`, an int64, of the list, and 8 further on. Weights are times the survey's scale.
-
-        row: address of the first of the two in the survey's table `rows`. terms: a `LogitTerms`. tables: the survey's.
-        """
-        scale_0, uniform_0 = further_of(position, terms, tables)
-        scale_1, uniform_1 = further_of(position + 8, terms, tables)
-        next_row = np.uint64(row + np.uint64(8 * _ROW_BYTES))
-        return row_weights(row, scale_0, uniform_0), row_weights(next_row, scale_1, uniform_1)
-
-    return two_row_weights
 
 
 @functools.cache
 def make_consume(
-    tiles: BackwardTiles, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool, by_chance: bool
+    tiles: BackwardTiles,
+    dtype: np.dtype,
+    capped: bool,
+    with_sums: bool,
+    scaled: bool,
+    smoothed: bool,
+    by_chance: bool,
+    entropic: bool,
+    keeps: bool,
+    several: bool,
 ) -> Any:
     """The device function of a consumer warpgroup; see `kernel.make_backward_kernel`."""
     jobs_, turns_ = make_job_ring(tiles), make_turns(tiles)
@@ -85,10 +51,14 @@ def make_consume(
     multiply_logits = make_multiply(tiles, name, a_m_major=False, b_n_major=False)
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
-    store_g = make_store_g(block_v, dtype, capped, with_sums, scaled, smoothed, by_chance)
+    store_g = make_store_g(
+        block_v, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, finished=by_chance or keeps
+    )
+    logits_of = make_logits_of(block_v, capped, scaled)
     find_maxima, decide = make_find_maxima(block_v, capped, scaled), make_decide(block_v)
+    mark_targets, write_targets = make_mark_targets(block_v), make_write_targets(dtype, capped, smoothed, entropic)
     scales_bytes, warp_bytes = np.uint32(tiles.scales_bytes), np.uint32(4 * block_v)
-    two_row_weights = make_two_row_weights(scaled, smoothed)
+    two_row_weights = make_two_row_weights(scaled, smoothed, entropic)
     store_sums, add_to_sums, add_sums = make_store_sums(block_v), make_add_to_sums(block_v), make_add_sums(block_v)
     half_bytes = np.uint64(SUMS_STEP * (block_v // 8))  # of 64 rows of a tile of dE that is not complete
     finish_rows, zeros, opaque = make_finish_rows(block_v, dtype), fragments.zeros(block_v), arithmetic.opaque_u32
@@ -99,13 +69,21 @@ def make_consume(
     # of `records`.
 
     @cuda.jit(device=True, forceinline=True)
+    def job_columns(jobs: Any, s: Any, block: Any, tables: Any, dims: Any) -> Any:
+        """The columns of a job LOGITS, for its rows' targets."""
+        r = field(jobs, s, WORD.round)
+        skipped = np.int32(field(jobs, s, WORD.first_column) - COLUMN_TILE * tables.first_tile[r])
+        ordinal = first_ordinal(block, r, skipped, tables, dims)
+        return JobColumns(ids=opaque(columns_smem(jobs, s)), first_ordinal=ordinal, block=np.int32(block))
+
+    @cuda.jit(device=True, forceinline=True)
     def store_logits(
         upper: Any, lower: Any, smem: Any, s: Any, consumer: Any, thread: Any, staging: Any, terms: Any, chance: Any,
-        tables: Any, workspace: Any,
+        tables: Any, workspace: Any, placed: Any, dims: Any,
     ) -> None:  # fmt: skip
         """Turns the products of a job LOGITS into G, in the workspace.
 
-        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`.
+        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`. placed: a `PlacedTargets`, or `NoTargets`.
         """
         jobs = smem.jobs
         lane = np.int32(thread & 31)
@@ -114,13 +92,14 @@ def make_consume(
         scales = opaque(np.uint32(smem.scales + np.uint32(consumer) * scales_bytes))
         columns = ListColumns(ids=ids, biases=biases, scales=scales, stored=stored)
         slot = np.int64(field(jobs, s, WORD.slot))
-        g = np.uint64(workspace.g + np.uint64(slot * G_ROW_BYTES))
+        g = workspace.g_borrowed if field(jobs, s, WORD.round) < tables.n_borrowed[0] else workspace.g
+        g = np.uint64(g + np.uint64(slot * G_ROW_BYTES))
         sums = np.uint64(workspace.sums + np.uint64(4 * (slot * PARTS + (thread >> 5))))
         block = np.int64(field(jobs, s, WORD.block_or_tile))
         position = block * COLUMN_TILE + row
         to = GTile(g=g, sums=sums, staging=staging, consumer=consumer)
-        row_of_weights = np.uint64(address_of(tables.rows) + np.uint64(_ROW_BYTES * position))
-        next_half = np.uint64(row_of_weights + np.uint64(64 * _ROW_BYTES))
+        row_of_weights = np.uint64(address_of(tables.rows) + np.uint64(ROW_BYTES * position))
+        next_half = np.uint64(row_of_weights + np.uint64(64 * ROW_BYTES))
         if by_chance:
             maxima = np.uint32(staging + np.uint32(thread >> 5) * warp_bytes)
             row_0, row_1 = two_row_weights(position, row_of_weights, terms, tables)
@@ -131,13 +110,26 @@ def make_consume(
             lower = find_maxima(
                 lower, columns, row_0, row_1, log_sums, terms.softcap, np.uint32(maxima + np.uint32(4) * warp_bytes)
             )
+            if several:
+                cuda.syncwarp()  # the warp's maxima are there
+                row = np.int32((thread >> 5) * 16 + (lane & 15) + 64 * (lane >> 4))
+                mark_targets(job_columns(jobs, s, block, tables, dims), row, staging, placed)
             decide(columns, staging, chance, block, consumer, thread)
             columns = ListColumns(ids=ids, biases=biases, scales=opaque(scales), stored=stored)
         row_0, row_1 = two_row_weights(position, row_of_weights, terms, tables)
+        tile = field(jobs, s, WORD.kept) if keeps else np.int32(-1)
+        kept = np.uint64(workspace.kept + np.uint64(TILE_BYTES) * np.uint64(block * workspace.kept_tiles))
+        if keeps:
+            upper = logits_of(upper, np.int32(0), tile, kept, thread, columns, row_0, row_1, terms.softcap)
         store_g(upper, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
         to = GTile(g=np.uint64(g + np.uint64(128)), sums=np.uint64(sums + np.uint64(16)), staging=staging, consumer=consumer)
         row_0, row_1 = two_row_weights(position + 64, next_half, terms, tables)
+        if keeps:
+            lower = logits_of(lower, np.int32(1), tile, kept, thread, columns, row_0, row_1, terms.softcap)
         store_g(lower, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
+        if several:
+            control.barrier_sync(np.uint32(1 + consumer), ONE_CONSUMER)  # all have stored G
+            write_targets(job_columns(jobs, s, block, tables, dims), thread, g, terms, tables, placed)
         memory.fence_proxy_async_all()  # the bulk copy engine will read G
 
     @cuda.jit(device=True, forceinline=True)
@@ -191,11 +183,12 @@ def make_consume(
 
     @cuda.jit(device=True, forceinline=True)
     def consume(
-        smem: Any, consumer: Any, thread: Any, terms: Any, chance: Any, tables: Any, workspace: Any, outputs: Any, dims: Any
+        smem: Any, consumer: Any, thread: Any, terms: Any, chance: Any, tables: Any, workspace: Any, outputs: Any, dims: Any,
+        placed: Any,
     ) -> None:  # fmt: skip
         """By a consumer: computes every other job of this CTA, the first consumer from job 0 on, the second from job 1 on.
 
-        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`.
+        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`. placed: a `PlacedTargets`, or `NoTargets`.
         """
         jobs, ring, unscale = smem.jobs, smem.ring, tables.weight_scale[1]
         staging = np.uint32(smem.staging + np.uint32(consumer) * np.uint32(STAGING_BYTES))
@@ -210,7 +203,7 @@ def make_consume(
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_logits(zeros(), zeros(), ring, first_use, k_steps, thread)
                 hand_over(ring, consumer, first_use, k_steps, thread)
-                store_logits(upper, lower, smem, s, consumer, thread, staging, terms, chance, tables, workspace)
+                store_logits(upper, lower, smem, s, consumer, thread, staging, terms, chance, tables, workspace, placed, dims)
             elif kind == D_E:
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_d_e(zeros(), zeros(), ring, first_use, k_steps, thread)
@@ -221,11 +214,13 @@ def make_consume(
                 upper, lower = multiply_d_c(zeros(), zeros(), ring, first_use, k_steps, thread)
                 hand_over(ring, consumer, first_use, k_steps, thread)
                 store_d_c(upper, lower, jobs, s, thread, staging, unscale, tables, workspace, outputs, dims)
-            phase = field(jobs, s, WORD.phase)
+            done = np.uint64(workspace.done + np.uint64(4 * field(jobs, s, WORD.phase)))
+            if kind == D_E:
+                done = np.uint64(workspace.done_e + np.uint64(4 * field(jobs, s, WORD.block_or_tile)))
             control.barrier_sync(np.uint32(1 + consumer), ONE_CONSUMER)
             if thread == 0:
                 mbarrier.arrive(job_empty(jobs, s))
-                memory.add_release_u32(workspace.done + np.uint64(4 * phase), np.uint32(1))
+                memory.add_release_u32(done, np.uint32(1))
             s = np.uint32(s + np.uint32(2))
 
     return consume

@@ -29,10 +29,11 @@ from cce_numba.hopper.backward.rows import (
     ids_of_lanes,
     is_some,
 )
-from cce_numba.hopper.backward.tiles import G_ROW_BYTES, PANEL, BackwardTiles
+from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
 from cce_numba.hopper.ring import make_ring
 from cce_numba.ptx import arithmetic, control, mbarrier, memory
 from cce_numba.ptx.pointers import address_of
+from cce_numba.tensor_core.backward.records import G_ROW_BYTES
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP
 
 # In this file `tables` is the survey's `Tables`, `dims` a `records.Dimensions`, and `piece` a `records.Piece`.

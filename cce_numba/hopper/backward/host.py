@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cce_numba import gpu, survivors, terms
+from cce_numba import gpu
 from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.hopper import tensor_map
@@ -16,50 +16,23 @@ from cce_numba.hopper.backward.records import Outputs, Shape
 from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
 from cce_numba.hopper.backward.workspace import layout_of
 from cce_numba.integers import ceil_div
-from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
+from cce_numba.tensor_core.backward.passes import Call, in_passes, output_of, place_targets, run_survey, take_targets_from
+from cce_numba.tensor_core.kept import bytes_of
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import Chance, Output, SurvivorBits, WeightedTokens
-from cce_numba.tensor_core.survey import Products, survey
+from cce_numba.tensor_core.survey import Products
 
 TILES, CLUSTER_TILES = BackwardTiles(cluster=1), BackwardTiles(cluster=2)
 
 
 def backward(p: Problem, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`. Where dE and dC have filters of their own, each takes a pass of its own."""
-    e, c = matrices.aligned(p.e), matrices.aligned(p.c)
-    filtered = statistics.survivors is not None
-    e_filtered, c_filtered = filtered and p.options.filter_eps_e is not None, filtered and p.options.filter_eps_c is not None
-    if e_filtered == c_filtered or into.e is None or (into.c is None and into.bias is None):
-        keep_all = not (c_filtered if into.e is None else e_filtered)
-        _pass(p, statistics, weights, e, c, into, adds, keep_all)
-    else:
-        _pass(p, statistics, weights, e, c, Gradients(e=into.e), adds, not e_filtered)
-        _pass(p, statistics, weights, e, c, Gradients(c=into.c, bias=into.bias), adds, not c_filtered)
+    in_passes(p, statistics, weights, into, adds, _pass)
 
 
-def _pass(
-    p: Problem,
-    statistics: Statistics,
-    weights: Weights,
-    e: Any,
-    c: Any,
-    into: Gradients,
-    adds: bool,
-    keep_all: bool,
-) -> None:
-    """Makes gradients that share a filter.
-
-    Args:
-        p: the problem.
-        statistics: of its forward.
-        weights: of its tokens.
-        e: (N, D) as the kernel reads it: p.e, or a copy in rows that can be copied 16 bytes at a time.
-        c: (V, D) as the kernel reads it.
-        into: where the gradients go. The rows of `into.e` of tokens that take no part are left as they are.
-        adds: whether they are added to what is in there.
-        keep_all: whether all columns survive, whatever the forward recorded.
-    """
+def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = None, e_if: Any = None) -> None:
+    """Makes gradients that share a filter; see `passes.in_passes`. Rows of dE of tokens that take no part stay as they are."""
+    p, weights, adds = call.p, call.weights, call.adds
     d_e = None if into.e is None else matrices.whole_chunks(into.e, with_values=True)
     d_c = None if into.c is None else matrices.whole_chunks(into.c, with_values=adds)
     d_bias = None if into.bias is None else p.xp.zeros(p.V, np.float32)
@@ -68,88 +41,52 @@ def _pass(
     # The bias alone takes one job for each tile of columns.
     d_tiles_c = int(d_bias is not None) if d_c is None else tiles_of_row
     outputs = Outputs(
-        e=_output(d_e, d_tiles_e), c=_output(d_c, d_tiles_c), bias=0 if d_bias is None else d_bias.data.ptr, adds=adds
+        e=output_of(d_e, d_tiles_e), c=output_of(d_c, d_tiles_c), bias=0 if d_bias is None else d_bias.data.ptr, adds=adds
     )
-    layout = layout_of(p, into, keep_all)
+    c_address = 0 if d_c is None else d_c.data.ptr
+    layout = layout_of(p, into, 0 if d_c is None or adds else p.V * outputs.c.pitch_bytes)
     scratch = p.xp.empty(layout.nbytes, np.uint8)
     base = scratch.data.ptr
     maps, counters, tables = (base + layout.offsets[part] for part in ("maps", "counters", "survey"))
-    a_map = tensor_map.encode(e, PANEL, PANEL), tensor_map.encode(c, PANEL, PANEL), layout.g_map(base, p.dtype)
+    a_map = (
+        tensor_map.encode(call.e, PANEL, PANEL),
+        tensor_map.encode(call.c, PANEL, PANEL),
+        *layout.g_maps(base, c_address, p.dtype),
+    )
     make_begin_kernel().launch(1, *a_map, maps, counters, layout.counters)
-    _survey(p, statistics, weights, layout.survey, tables, keep_all, Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds))
-    scaled, smoothed = p.logit_scale is not None, weights.uniform is not None
+    products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)
+    run_survey(call, layout.survey, tables, keep_all, products, leaves_dense, layout.fixed_tiles)
+    placed, bias_sums = place_targets(call, layout.survey, tables, d_bias)
+    scaled, smoothed, entropic = p.logit_scale is not None, weights.uniform is not None, weights.entropy is not None
     # The neighbouring jobs of a cluster must take equally many stages, so those of dE and dC must be tiles of the same rows.
     tiles = CLUSTER_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
-    by_chance = p.options.is_unbiased and not keep_all
-    chance = Chance(eps=p.options.filter_eps, seed=statistics.draw_seed.data.ptr) if by_chance else Chance(eps=0.0, seed=0)
     capped, with_sums = p.options.softcap is not None, d_bias is not None
-    kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, by_chance)
-    kernel.launch(
-        gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
-        maps,
-        matrix_of(e),
-        matrix_of(c),
-        terms_of(p, weights.uniform),
-        chance,
-        statistics.n_valid.data.ptr,
-        layout.survey.at(tables),
-        layout.at(base),
-        outputs,
-        Shape(blocks=layout.blocks, V=p.V, D=p.D),
-    )
+    kept, kept_tiles = call.statistics.kept_logits, 0
+    if kept is not None and keep_all:
+        kept_tiles = kept.nbytes // bytes_of(layout.blocks, 1)
+    workspace = layout.at(base, c_address, kept.data.ptr if kept_tiles else 0, kept_tiles)
+    for by_chance, runs, chance in call.runs(keep_all, leaves_dense):
+        options = capped, with_sums, scaled, smoothed, by_chance, entropic, kept_tiles > 0, p.K is not None
+        kernel = make_backward_kernel(tiles, p.dtype, *options)
+        kernel.launch(
+            gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
+            maps,
+            matrix_of(call.e),
+            matrix_of(call.c),
+            terms_of(p, weights.uniform, weights.entropy),
+            chance,
+            call.statistics.n_valid.data.ptr,
+            layout.survey.at(tables),
+            runs,
+            workspace,
+            outputs,
+            Shape(blocks=layout.blocks, V=p.V, D=p.D),
+            placed.addresses,
+        )
+    if bias_sums is not None:
+        take_targets_from(d_bias, bias_sums, layout.survey.at(tables))
     for made, wanted in ((d_e, into.e), (d_c, into.c)):
         if wanted is not None and made is not wanted:
             wanted[...] = made
     if into.bias is not None:
         into.bias[...] = d_bias + into.bias.astype(np.float32) if adds else d_bias
-
-
-def _survey(
-    p: Problem, statistics: Statistics, weights: Weights, layout: Any, base: int, keep_all: bool, products: Products
-) -> None:
-    """Launches the survey, whose tables begin at address `base`."""
-    smoothed, bits, largest = weights.uniform is not None, statistics.survivors, weights.softmax
-    if smoothed:
-        largest = _largest_weight(p, weights)
-    tokens = WeightedTokens(
-        listed=statistics.tokens.data.ptr,
-        n_valid=statistics.n_valid.data.ptr,
-        softmax_weight=weights.softmax.data.ptr,
-        target_weight=weights.target.data.ptr,
-        largest_weight=largest.data.ptr,
-        max_logit=statistics.max_logit.data.ptr,
-        log_sum=statistics.log_sum.data.ptr,
-        target_logit=statistics.target_logit.data.ptr,
-        targets=p.targets.data.ptr,
-    )
-    kept = None
-    if not keep_all:
-        pitch_words = bits.strides[0] // 4
-        coarse_words = 0 if coarse_eps_of(p.options) is None else layout.blocks * pitch_words  # dC's bits follow the filter's
-        kept = SurvivorBits(words=bits.data.ptr, pitch_words=pitch_words, coarse_words=coarse_words)
-    survey(
-        layout,
-        base,
-        tokens=tokens,
-        survivors=kept,
-        dense_share=survivors.DENSE_SHARE,
-        products=products,
-        smoothed=smoothed,
-    )
-
-
-def _largest_weight(p: Problem, weights: Weights) -> Any:
-    """(N,): the larger magnitude of a token's softmax weight and of its uniform weight times the largest class weight.
-
-    The largest class weight is taken to be at least 1.
-    """
-    largest = 1 if p.class_weights is None else p.xp.maximum(p.class_weights.max(), 1)
-    return p.xp.maximum(abs(weights.softmax), terms.times(abs(weights.uniform), largest))
-
-
-def _output(gradient: Any, tiles: int) -> Any:
-    """The `Output` of a gradient, or of None."""
-    if gradient is None:
-        return Output(address=0, pitch_bytes=0, is_float32=False, tiles=tiles)
-    pitch_bytes, is_float32 = matrices.pitch_bytes(gradient), gradient.dtype == np.float32
-    return Output(address=gradient.data.ptr, pitch_bytes=pitch_bytes, is_float32=is_float32, tiles=tiles)

@@ -183,6 +183,7 @@ def make_job_ring(tiles: BackwardTiles) -> SimpleNamespace:
         set_field(jobs, s, WORD.is_first, np.int32(round_.number == 0))
         set_field(jobs, s, WORD.is_last, np.int32(round_.number == rounds - 1))
         set_field(jobs, s, WORD.shares_a, np.int32(job.shares_a))
+        set_field(jobs, s, WORD.kept, job.kept)
 
     return SimpleNamespace(**{k: v for k, v in locals().items() if hasattr(v, "py_func")})
 

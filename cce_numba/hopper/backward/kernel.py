@@ -26,7 +26,7 @@ from cce_numba.hopper.backward.tiles import STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.ring import make_ring
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import cluster, control, memory
-from cce_numba.tensor_core.records import U64, Chance, LogitTerms, Matrix
+from cce_numba.tensor_core.records import I32, U64, Chance, LogitTerms, Matrix, NoTargets, PlacedTargets
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, Tables
 
@@ -48,6 +48,9 @@ def make_backward_kernel(
     scaled: bool = False,
     smoothed: bool = False,
     by_chance: bool = False,
+    entropic: bool = False,
+    keeps: bool = False,
+    several: bool = False,
 ) -> Kernel:
     """The kernel for 16-bit `dtype`, which looks at no option that it was not made for.
 
@@ -59,9 +62,12 @@ def make_backward_kernel(
         scaled: logits have a scale for each token.
         smoothed: G is less by a uniform weight of each token times class weights.
         by_chance: columns survive by chance, see `chance`. Nothing is filtered where logits are smoothed.
+        entropic: G has p * log(p) times a weight of each token.
+        keeps: the forward may have kept logits (`tensor_core.kept`); chance decides nothing then.
+        several: tokens have several targets.
     """
-    copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype)
-    consume = make_consume(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance)
+    copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype, keeps)
+    consume = make_consume(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, keeps, several)
     staging_bytes = np.uint32(tiles.consumers * STAGING_BYTES)
     init_ring, init_jobs, ring_bytes = make_ring(tiles).init, make_job_ring(tiles).init, np.uint32(tiles.ring_bytes)
     jobs_bytes = np.uint32(tiles.jobs_bytes)
@@ -77,9 +83,11 @@ def make_backward_kernel(
         chance: Any,  # Chance
         n_valid: Any,  # pointer to (1,): how many tokens are listed
         tables: Any,  # the survey's Tables
+        runs: Any,  # RUNS_ALWAYS, RUNS_IF_FILTERED or RUNS_IF_DENSE: for which surveys it does anything
         workspace: Any,  # Workspace, whose counters are zeros
         outputs: Any,  # Outputs
         shape: Any,  # Shape
+        placed: Any,  # PlacedTargets, or NoTargets
     ) -> None:
         """Any grid of clusters: writes or adds to the outputs; of dE, the rows of listed tokens with weight."""
         staging = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
@@ -99,18 +107,20 @@ def make_backward_kernel(
                 copy(smem, rank, maps, tables, dims)
             elif thread >= 32 and thread < 64:
                 n_blocks = np.int32((n_valid[0] + block_n - 1) // block_n)
-                schedule(jobs, np.int32(thread & 31), rank, terms, n_blocks, tables, workspace, outputs, dims)
+                schedule(jobs, np.int32(thread & 31), rank, terms, n_blocks, tables, runs, workspace, outputs, dims)
             elif thread >= first_gatherer:
                 gather(smem, np.int32(thread - first_gatherer), e, c, tables, workspace, dims)
         else:
             raise_registers()
-            consume(smem, np.int32(warpgroup - 1), np.int32(thread & 127), terms, chance, tables, workspace, outputs, dims)
+            number, thread = np.int32(warpgroup - 1), np.int32(thread & 127)
+            consume(smem, number, thread, terms, chance, tables, workspace, outputs, dims, placed)
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while the other still writes to its shared memory
 
+    targets = PlacedTargets if several else NoTargets
     return Kernel(
         backward_kernel,
-        (U64, Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, Workspace, Outputs, Shape),
+        (U64, Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, I32, Workspace, Outputs, Shape, targets),
         threads=tiles.threads,
         cluster=tiles.cluster,
         smem_bytes=tiles.smem_bytes,

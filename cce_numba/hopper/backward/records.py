@@ -19,13 +19,18 @@ class Workspace(Record):
     """Where the memory of a backward is; `workspace.WorkspaceLayout` says how much. Slots are numbered through all buffers."""
 
     next_job = U64  # address of a uint32: the number of the first job that nobody has taken
-    done = U64  # address of (phases,) uint32: jobs of each phase that are done
+    done = U64  # address of (phases,) uint32: jobs of each phase that are done, those of dE apart
+    done_e = U64  # address of (blocks,) uint32: jobs of dE that are done for each block, in all rounds
     lists = U64  # address of (slots,) int32: the vocabulary entry of each slot's column, at `lists.listed_place` of the slot
     g = U64  # address of (slots, 128) numbers of the inputs' dtype: a column of G of a block
     sums = U64  # address of (slots, PARTS) float32: the parts of the column's sum
+    g_borrowed = U64  # the same in memory that is borrowed, for the first rounds of a dense problem
     sums_e = U64  # address of the tiles of dE that are not complete, float32, see `partial_sums`
-    buffers = I32
-    buffer_slots = I32  # slots of a buffer
+    buffer_slots = I32  # slots of one of three buffers
+    large_slots = I32  # slots of one of two buffers in the same memory, in a dense problem with dE
+    borrowed_slots = I32  # the same of one of two buffers in borrowed memory
+    kept = U64  # address of logits that the forward kept (`tensor_core.kept`)
+    kept_tiles = I32  # tiles of each block that it kept, the first ones
 
 
 class Outputs(Record):
@@ -86,6 +91,7 @@ class Header(Record):
     is_first = I32  # whether the round is the first
     is_last = I32  # whether the round is the last
     shares_a = I32  # whether the cluster's other CTA multiplies the same A at the same time
+    kept = I32  # LOGITS: the number of the tile among those of its block whose logits the forward kept, or -1
 
 
 WORD = Header(*range(len(Header.declared)))  # the word of each field, by name
@@ -102,6 +108,7 @@ class Job(Record):
     slot = I32
     first_column = I32
     shares_a = types.boolean
+    kept = I32
 
 
 class Extent(Record):
@@ -144,15 +151,6 @@ class TilePlace(Record):
     first = I64  # the tile's first listed token or sorted column
     d0 = I32  # the tile's first hidden entry
     D = I32  # the hidden size
-
-
-class ListColumns(Record):
-    """The columns of a job that computes G."""
-
-    ids = U32  # address in shared memory of (192,) int32: vocabulary entries, -1 past the list's end
-    biases = U32  # address in shared memory of (192,) float32
-    scales = U32  # address in shared memory of (192,) float32, for the unbiased filter
-    stored = I32  # columns that are stored, a multiple of 64
 
 
 class GTile(Record):

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.backward.records import GTile, ListColumns
-from cce_numba.hopper.backward.tiles import G_BOX, G_ROW_BYTES, PANEL, PARTS
+from cce_numba.hopper.backward.records import GTile
+from cce_numba.hopper.backward.tiles import G_BOX, PANEL
 from cce_numba.launch.record import kind_of
 from cce_numba.ptx import arithmetic, control, memory
+from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
+from cce_numba.tensor_core.backward.row_weights import class_weight_of
 from cce_numba.tensor_core.fragment import visit_chunks
 from cce_numba.tensor_core.gradient import make_gradient
 from cce_numba.tensor_core.records import F32, U64, RowWeights
@@ -20,16 +22,7 @@ from cce_numba.tensor_core.sums import sums_of_rows
 _ROW_BYTES = np.uint32(2 * PANEL)
 _BOX_BYTES = np.uint32(G_BOX * 2 * PANEL)
 
-load_if_u32, store_if_4, load_shared_4 = memory.load_if_u32, memory.store_if_4_u32, memory.load_shared_4_u32
-
-
-@cuda.jit(device=True, forceinline=True)
-def class_weight_of(entry: Any, class_weights: Any) -> Any:
-    """The weight of a vocabulary entry, given the address of (V,) float32; 1 if that is 0."""
-    wanted = np.uint32(1) if class_weights != 0 and entry >= 0 else np.uint32(0)
-    address = np.uint64(class_weights + np.uint64(4 * np.int64(entry)))
-    weight = arithmetic.float_of_bits(load_if_u32(address, wanted))
-    return weight if class_weights != 0 else np.float32(1)
+store_if_4, load_shared_4 = memory.store_if_4_u32, memory.load_shared_4_u32
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -39,22 +32,33 @@ def store_words(address: Any, words: Any) -> None:
 
 
 @functools.cache
-def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled: bool, smoothed: bool, by_chance: bool) -> Any:
+def make_store_g(
+    n: int,
+    dtype: np.dtype,
+    capped: bool,
+    with_sums: bool,
+    scaled: bool,
+    smoothed: bool,
+    by_chance: bool,
+    entropic: bool,
+    finished: bool,
+) -> Any:
     """The function `store_g(x, columns, to, row_0, row_1, softcap, class_weights)` for a fragment of 64 tokens x n columns.
 
-    x holds products of rows of e and of c, without biases; logits if by_chance. `columns` is a `ListColumns`, whose addresses
+    x holds products of rows of e and of c, without biases; logits if finished. `columns` is a `ListColumns`, whose addresses
     must come out of an ordered instruction (see `memory.load_shared_2_i32_freely`). `to` is a `GTile`. row_0 and row_1 are the
     `RowWeights` of the thread's two rows. class_weights: address of (V,) float32, or 0 if all are 1.
 
     G_BOX columns at a time are transposed in shared memory, and stored in rows of 128 bytes while the next ones are computed.
 
     Args:
-        capped, scaled, smoothed: see `gradient.make_gradient`.
+        capped, scaled, smoothed, entropic: see `gradient.make_gradient`.
         with_sums: the sum of each column of G over the 16 tokens of a warp is stored, for the gradient of the bias.
         by_chance: columns are multiplied by `columns.scales`.
+        finished: the function is given logits.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
-    gradient = make_gradient(capped, scaled, smoothed, finished=by_chance)
+    gradient = make_gradient(capped, scaled, smoothed, finished=finished, entropic=entropic)
 
     @cuda.jit(device=True, forceinline=True)
     def eight_columns(
@@ -68,7 +72,7 @@ def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled:
         place = np.uint32(4 * (column + 2 * (lane & 3)))
         v = memory.load_shared_2_i32_freely(columns.ids + place)
         bias = (np.float32(0), np.float32(0))
-        if not by_chance:
+        if not finished:
             bias = memory.load_shared_2_f32_freely(columns.biases + place)
         weight_0 = weight_1 = np.float32(1)
         if smoothed:
@@ -93,7 +97,6 @@ def make_store_g(n: int, dtype: np.dtype, capped: bool, with_sums: bool, scaled:
     ) -> Any:  # fmt: skip
         """Stores the G_BOX columns from `first` on."""
         if first < columns.stored:
-            control.warp_sync()  # keeps loads of later columns back; it saves no register (benchmarks/NOTES.md)
             thread = np.int32(cuda.threadIdx.x & 127)
             lane, warp = np.uint32(thread & 31), np.uint32(thread >> 5)
             # There are two boxes: while some threads still read one, others fill the next.

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cce_numba.hopper.tiles import HopperTiles
-from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core.survey.tables import LIST_TILE
 
 PANEL = 64  # rows of a panel, and 16-bit numbers of a row: these are 128 bytes, the width of the swizzle's pattern
-G_ROW_BYTES = 2 * SURVIVOR_BLOCK  # of a column of G of a block, which is a row in the workspace
 HEADER_WORDS = 16  # 32-bit words of a job's header
-PARTS = 8  # of the sum of a column of G of a block: one of 16 tokens each
+# Rounds whose G is in the workspace at a time: one is written, one is read, and a third gives both time to finish. In a dense
+# problem with dE the jobs of dE give that time, so two larger buffers are better.
+BUFFERS, LARGE_BUFFERS = 3, 2
+# Tiles of 128 columns of a round where a token's row of dE must not depend on its batch (`Options.batch_invariant`). A round's
+# products are summed up before they are added to those of other rounds, and in an exact problem rounds follow the vocabulary.
+# With so many tiles G takes 9 KiB for each token, and sums of dE are read and written V / 1536 times.
+FIXED_ROUND_TILES = 12
 G_BOX = 32  # columns of G of 64 tokens that a consumer stores at a time
 STAGING_BYTES = 2 * G_BOX * 2 * PANEL  # shared memory of a consumer through which tiles leave: two boxes
 # The copying thread asks for the next job so many stages before the end of one. A job that was taken earlier would wait in a

@@ -19,7 +19,7 @@ from cce_numba.tensor_core.folds import Fold, RowPair, Tile, chain, number_count
 from cce_numba.tensor_core.folds.rows import make_load_shared_numbers, make_store_numbers, make_store_shared_numbers
 from cce_numba.tensor_core.logits import make_bias_fragment, make_finish_logits
 from cce_numba.tensor_core.records import I32
-from cce_numba.tensor_core.schedule import NO_SLOT, quotient, segment
+from cce_numba.tensor_core.schedule import NO_SLOT, fixed_segment, quotient, segment
 from cce_numba.tensor_core.tokens import token_at
 
 _MERGE_BARRIER = np.uint32(1)  # of both consumers; those of each alone are 2 and 3 (`folds.mean_logit`)
@@ -103,7 +103,13 @@ def make_merge_consumers(tiles: HopperTiles, folds: tuple[Fold, ...]) -> Any:
 
 
 def make_consume(
-    tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | None, capped: bool, scaled: bool, folds: tuple[Fold, ...]
+    tiles: HopperTiles,
+    dtype: np.dtype,
+    bias_dtype: np.dtype | None,
+    capped: bool,
+    scaled: bool,
+    folds: tuple[Fold, ...],
+    fixed: bool,
 ) -> Any:
     """The device function of a consumer warpgroup, for the options of `kernel.make_forward_kernel`.
 
@@ -119,7 +125,7 @@ def make_consume(
     finish_logits, merge_consumers = make_finish_logits(tiles.block_v, capped, scaled), make_merge_consumers(tiles, folds)
     zeros, fence, commit_group = fragments.zeros(tiles.block_v), wgmma.fence, wgmma.commit_group
     wait_all, wait_all_but_one = wgmma.wait_group(0), wgmma.wait_group(1)
-    who_am_i = make_who_am_i(tiles)
+    who_am_i, segment_of = make_who_am_i(tiles), fixed_segment if fixed else segment
     has_bias = bias_dtype is not None
     bias_fragment: Any = make_bias_fragment(tiles.block_v, bias_dtype) if bias_dtype is not None else None
     # Zeros tell LLVM that the logits of the tile before are no longer needed. It would keep them in registers that scales need.
@@ -157,7 +163,7 @@ def make_consume(
         upper, lower = zeros(), zeros()
         use, index, turns = np.uint32(0), np.int32(0), np.uint32(0)
         while True:
-            group, first, last, step, slot = segment(index, worker, workers, groups, batch.per_round, vocabulary.n_tiles)
+            group, first, last, step, slot = segment_of(index, worker, workers, groups, batch.per_round, vocabulary.n_tiles)
             if slot == NO_SLOT:
                 break
             block = np.int32(group * ctas + rank)
@@ -217,12 +223,14 @@ def make_consume(
                 half = Tile(
                     v_tile=v_tile, V=V, block=block, half=np.int32(0), consumer=consumer, thread=thread, tokens=batch.tokens,
                     rows_smem=rows_smem, columns_smem=columns_smem, class_weights=weights, survivors=survivors,
+                    keepers=np.int32(128),
                 )  # fmt: skip
                 upper_states = fold_tile(upper_states, upper, half, found)
                 lower = finish_logits(lower, own_scale + np.uint32(256), column, terms.softcap, V, is_last)
                 half = Tile(
                     v_tile=v_tile, V=V, block=block, half=np.int32(1), consumer=consumer, thread=thread, tokens=batch.tokens,
                     rows_smem=rows_smem, columns_smem=columns_smem, class_weights=weights, survivors=survivors,
+                    keepers=np.int32(128),
                 )  # fmt: skip
                 lower_states = fold_tile(lower_states, lower, half, found)
             use = np.uint32(use + np.uint32(n_turns * k_steps))

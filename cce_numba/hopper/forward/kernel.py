@@ -23,27 +23,34 @@ from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.launch.kernel import Kernel, kernel_factory
 from cce_numba.ptx import cluster, control, memory
-from cce_numba.tensor_core.folds import Fold, number_count
-from cce_numba.tensor_core.records import I32, U64, Found, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
+from cce_numba.tensor_core.folds import Fold, found_class, number_count
+from cce_numba.tensor_core.records import I32, U64, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
 from cce_numba.tensor_core.schedule import quotient
 
 
 @kernel_factory
 def make_forward_kernel(
-    tiles: HopperTiles, dtype: np.dtype, bias_dtype: np.dtype | None, capped: bool, scaled: bool, folds: tuple[Fold, ...]
+    tiles: HopperTiles,
+    dtype: np.dtype,
+    bias_dtype: np.dtype | None,
+    capped: bool,
+    scaled: bool,
+    folds: tuple[Fold, ...],
+    fixed: bool = False,
 ) -> Kernel:
     """The kernel for 16-bit `dtype`, with what a problem asks for, so that nobody pays for what others need.
 
     bias_dtype: of the bias, or None without one. capped: with a softcap. scaled: with a logit scale for each token. folds: what
-    is made of the tiles; the first is `max_sum`. Raises ValueError if a row's folds have more numbers than `tiles.row_numbers`.
+    is made of the tiles; the first is `max_sum`. fixed: by a fixed schedule (`schedule`). Raises ValueError if a row's folds
+    have more numbers than `tiles.row_numbers`.
     """
     if (numbers := number_count(folds)) > tiles.row_numbers:
         raise ValueError(
             f"folds: their workers tell each other {numbers} numbers of a row, and shared memory has room for "
             f"{tiles.row_numbers}: fewer folds, or a larger `HopperTiles.row_numbers`"
         )
-    produce, gather = make_produce(tiles), make_gather(tiles)
-    consume = make_consume(tiles, dtype, bias_dtype, capped, scaled, folds)
+    produce, gather = make_produce(tiles, fixed), make_gather(tiles, fixed)
+    consume = make_consume(tiles, dtype, bias_dtype, capped, scaled, folds, fixed)
     init = make_ring(tiles).init
     lower_registers = control.lower_registers(tiles.producer_registers)
     raise_registers = control.raise_registers(tiles.consumer_registers)
@@ -55,7 +62,7 @@ def make_forward_kernel(
         tokens: Tokens,  # a batch, which begins at a multiple of group_n
         per_round: Any,  # groups of tokens, see `schedule`
         terms: LogitTerms,
-        found: Found,
+        found: Any,  # Found, or FoundOfSeveral
         has_earlier: Any,  # whether results of earlier parts of the vocabulary are there, to go on from
         parts: Parts,
         survivors: Survivors,  # from the batch's first block on
@@ -86,5 +93,5 @@ def make_forward_kernel(
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while others still write to its shared memory
 
-    parameters = U64, Matrix, Tokens, I32, LogitTerms, Found, I32, Parts, Survivors, Vocabulary, I32
+    parameters = U64, Matrix, Tokens, I32, LogitTerms, found_class(folds), I32, Parts, Survivors, Vocabulary, I32
     return Kernel(forward_kernel, parameters, threads=tiles.threads, cluster=tiles.cluster, smem_bytes=tiles.smem_bytes)

@@ -1,88 +1,16 @@
-"""What a forward takes besides its inputs, and how its work is cut: copies, batches of tokens, phases of the vocabulary."""
+"""How a forward is cut, and where its tensor maps are."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any
 
-from cce_numba import gpu
-from cce_numba.arguments import Problem
 from cce_numba.hopper import tensor_map
-from cce_numba.hopper.tiles import HopperTiles
-from cce_numba.integers import ceil_div
-from cce_numba.tensor_core import matrices
-from cce_numba.tensor_core.schedule import count_slots, groups_per_round
-
-# With survivors, the vocabulary goes in these parts, and each gives the next a bound of the log-sum-exp, where else each
-# consumer of each worker would only know its own tiles. Tokenizers give the frequent entries the first numbers. The first part
-# is small, since it knows least, but has tiles for all workers of a group. See benchmarks/NOTES.md.
-FIRST_PHASE, LEAST_TILES, PHASE_GROWTH = 1 / 64, 16, 5
-_COPY_BYTES = 64 * 2**20  # at most, for rows of c that the copy engine cannot read as they lie
-_CACHED_BYTES = 14 * 2**20  # of e, at a time: it stays in the L2 cache (50 MB, of which each half keeps its own copy)
-_SCRATCH_BYTES = 960 * 2**10  # partial results of a launch: so many tokens go at a time
+from cce_numba.tensor_core import layout
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a problem is cut.
-
-    Attributes:
-        N, V, D: of the problem.
-        tiles: the tiles.
-        workers: clusters that run at the same time.
-        per_round: groups of tokens that they take at a time, see `schedule`.
-        batch: tokens of a launch, at most.
-        e_copied: why e must be copied for the copy engine to read it, or None.
-        c_copied: why c must be copied, part by part, or None.
-        c_rows: rows of c that are in reach of the copy engine at a time: V, or as many as a copy may hold.
-    """
-
-    N: int
-    V: int
-    D: int
-    tiles: HopperTiles
-    workers: int
-    per_round: int
-    batch: int
-    e_copied: str | None
-    c_copied: str | None
-    c_rows: int
-
-    @classmethod
-    def of(cls, p: Problem, tiles: HopperTiles) -> Layout:
-        """The layout for a problem on CuPy's current device."""
-        workers = gpu.current().multiprocessors // tiles.cluster
-        per_round = groups_per_round(workers, _CACHED_BYTES // (2 * p.D * tiles.group_n))
-        c_copied, c_rows = matrices.why_not(p.c), p.V
-        if c_copied is not None:
-            fitting = _COPY_BYTES // (2 * matrices.padded_columns(p.D)) // tiles.block_v * tiles.block_v
-            c_rows = min(p.V, max(tiles.block_v, fitting))
-        # Tokens of a launch: whole rounds, at least one.
-        slots_of_round = workers // per_round * per_round
-        rounds = max(1, (_SCRATCH_BYTES // (4 * tiles.group_n) - 2 * workers) // slots_of_round)
-        batch = rounds * per_round * tiles.group_n
-        return _known(cls(p.N, p.V, p.D, tiles, workers, per_round, batch, matrices.why_not(p.e), c_copied, c_rows))
-
-    @functools.cached_property
-    def n_tiles(self) -> int:
-        """Vocabulary tiles."""
-        return ceil_div(self.V, self.tiles.block_v)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of tokens, at most."""
-        return ceil_div(self.N, self.tiles.block_n)
-
-    @functools.cached_property
-    def pitch_words(self) -> int:
-        """32-bit words of a block's survivor bits: those of whole tiles."""
-        return self.n_tiles * (self.tiles.block_v // 32)
-
-    @property
-    def survivor_bytes(self) -> int:
-        """Survivor bits."""
-        return 4 * self.blocks * self.pitch_words
+class Layout(layout.Layout):
+    """How a problem is cut (`tensor_core.layout`), with scratch memory that begins with tensor maps."""
 
     @property
     def map_bytes(self) -> int:
@@ -91,60 +19,4 @@ class Layout:
 
     def scratch_bytes(self, numbers: int) -> int:
         """Tensor maps, and the partial results of a launch: `numbers` float32 for each token of each slot."""
-        return self.map_bytes + 4 * numbers * self.part_numbers
-
-    @functools.cached_property
-    def part_numbers(self) -> int:
-        """The tokens of all slots of a launch."""
-        groups = ceil_div(min(self.N, self.batch), self.tiles.group_n)
-        return self.tiles.group_n * count_slots(self.workers, groups, self.per_round)
-
-    @property
-    def copy_bytes(self) -> int:
-        """Copies of e and of a part of c."""
-        rows = (self.N if self.e_copied else 0) + (self.c_rows if self.c_copied else 0)
-        return 2 * rows * matrices.padded_columns(self.D)
-
-    def e_in_reach(self, p: Problem) -> Any:
-        """e, or a copy that the copy engine can read."""
-        return p.e if self.e_copied is None else copy_rows(p.e, self._room(p, self.N))
-
-    def c_in_reach(self, p: Problem) -> Any:
-        """c, or room for the rows that are in reach at a time."""
-        return p.c if self.c_copied is None else self._room(p, self.c_rows)
-
-    def _room(self, p: Problem, rows: int) -> Any:
-        return p.xp.empty((rows, matrices.padded_columns(self.D)), p.dtype)[:, : self.D]
-
-    def phases(self, record: bool) -> list[tuple[int, int, int]]:
-        """`(first row of c in reach, first tile, last tile)` of each launch."""
-        return self._phases_with_survivors if record else self._cut({self.n_tiles})
-
-    @functools.cached_property
-    def _phases_with_survivors(self) -> list[tuple[int, int, int]]:
-        ends, end = {self.n_tiles}, max(LEAST_TILES, round(self.n_tiles * FIRST_PHASE))
-        while 2 * end < self.n_tiles:
-            ends.add(end)
-            end *= PHASE_GROWTH
-        return self._cut(ends)
-
-    def _cut(self, ends: set[int]) -> list[tuple[int, int, int]]:
-        step = ceil_div(self.c_rows, self.tiles.block_v)
-        cuts = sorted({*ends, *range(step, self.n_tiles, step)})
-        return [(first // step * step * self.tiles.block_v, first, last) for first, last in zip([0, *cuts], cuts, strict=False)]
-
-    def batches(self) -> list[tuple[int, int]]:
-        """`(first token, tokens)` of each launch, of the list of tokens that count."""
-        return [(first, min(self.batch, self.N - first)) for first in range(0, self.N, self.batch)]
-
-
-@functools.lru_cache(maxsize=256)
-def _known(layout: Layout) -> Layout:
-    """Of equal layouts, the one that was made first: what follows from its sizes has been computed already."""
-    return layout
-
-
-def copy_rows(matrix: Any, into: Any) -> Any:
-    """Copies rows to the first rows of `into`, and returns those."""
-    into[: matrix.shape[0]] = matrix
-    return into[: matrix.shape[0]]
+        return self.map_bytes + super().scratch_bytes(numbers)

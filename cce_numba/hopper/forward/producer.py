@@ -12,18 +12,18 @@ from cce_numba.hopper.forward.batch import make_who_am_i
 from cce_numba.hopper.ring import make_ring
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.ptx import arithmetic, mbarrier, memory, tma
-from cce_numba.tensor_core.schedule import NO_SLOT, quotient, segment
+from cce_numba.tensor_core.schedule import NO_SLOT, fixed_segment, quotient, segment
 from cce_numba.tensor_core.tokens import are_neighbours, token_at
 
 
 @functools.cache
-def make_produce(tiles: HopperTiles) -> Any:
+def make_produce(tiles: HopperTiles, fixed: bool) -> Any:
     """The device function of the thread that fetches tiles with the bulk copy engine.
 
     `produce(ring, e_map, c_map, batch, first_v, n_tiles, k_steps)`: ring is the ring's shared address; e_map and c_map are the
     addresses of the tensor maps of e (N, D) and c (V, D); batch is a `Batch`. first_v is the row of c, counted from the first
     that c_map reaches, with which the launch's part of the vocabulary begins. That part has n_tiles tiles, of k_steps stages
-    each, ceil(D / 64).
+    each, ceil(D / 64). fixed: by a fixed schedule.
     """
     ring_ = make_ring(tiles)
     wait_empty, stage_of, full, e_smem, c_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem, ring_.c_smem
@@ -31,7 +31,7 @@ def make_produce(tiles: HopperTiles) -> Any:
     part_v, part_bytes = block_v // ctas, np.uint32(tiles.c_bytes // ctas)
     e_bytes, c_bytes = np.uint32(tiles.e_bytes), np.uint32(tiles.c_bytes)
     everyone = np.uint32((1 << ctas) - 1)
-    who_am_i = make_who_am_i(tiles)
+    who_am_i, segment_of = make_who_am_i(tiles), fixed_segment if fixed else segment
 
     @cuda.jit(device=True, forceinline=True)
     def produce(
@@ -44,7 +44,7 @@ def make_produce(tiles: HopperTiles) -> Any:
         tma.fence_tensor_map(c_map)
         use, index = np.uint32(0), np.int32(0)
         while True:
-            group, first, last, step, slot = segment(index, worker, workers, groups, batch.per_round, n_tiles)
+            group, first, last, step, slot = segment_of(index, worker, workers, groups, batch.per_round, n_tiles)
             if slot == NO_SLOT:
                 break
             n0 = np.int32((group * ctas + rank) * block_n)
@@ -78,7 +78,7 @@ def make_produce(tiles: HopperTiles) -> Any:
 
 
 @functools.cache
-def make_gather(tiles: HopperTiles) -> Any:
+def make_gather(tiles: HopperTiles, fixed: bool) -> Any:
     """The device function of the warps that fetch rows of e one by one, 16 bytes a lane, and swizzle them by hand.
 
     `gather(ring, thread, e, batch, n_tiles, k_steps, D)`: thread is 0 to 63 among those of these warps, and e is a `Matrix`
@@ -89,7 +89,7 @@ def make_gather(tiles: HopperTiles) -> Any:
     wait_empty, stage_of, full, e_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem
     block_n, ctas = tiles.block_n, tiles.cluster
     rows_at_once = 4 * tiles.gatherers  # 8 lanes for the 128 bytes of a row
-    who_am_i = make_who_am_i(tiles)
+    who_am_i, segment_of = make_who_am_i(tiles), fixed_segment if fixed else segment
     wait_all_but_two, wait_all = memory.copy_async_wait(2), memory.copy_async_wait(0)
 
     @cuda.jit(device=True, forceinline=True)
@@ -113,7 +113,7 @@ def make_gather(tiles: HopperTiles) -> Any:
         swizzled = np.uint32((part ^ (first_row & 7)) << 4)  # rows of this thread are 8 apart: the same in all of them
         use, index = np.uint32(0), np.int32(0)
         while True:
-            group, first, last, step, slot = segment(index, worker, workers, groups, batch.per_round, n_tiles)
+            group, first, last, step, slot = segment_of(index, worker, workers, groups, batch.per_round, n_tiles)
             if slot == NO_SLOT:
                 break
             n0 = np.int32((group * ctas + rank) * block_n)

@@ -21,16 +21,23 @@ from __future__ import annotations
 
 from cce_numba import folds
 from cce_numba.arguments import Problem
+from cce_numba.simt.folds.entropy import Entropy
 from cce_numba.simt.folds.fold import Fold
 from cce_numba.simt.folds.max_sum import MaxSum
 from cce_numba.simt.folds.mean_logit import MeanLogit
+from cce_numba.simt.folds.sum_squares import SumSquares
 from cce_numba.simt.folds.survivors import Survivors
 from cce_numba.simt.folds.target_logit import TargetLogit
+from cce_numba.simt.folds.top_k import TopK
 
-FOLDS: dict[str, Fold] = {fold.name: fold for fold in (MaxSum(), TargetLogit(), MeanLogit(), Survivors())}
+_ALL: tuple[Fold, ...] = MaxSum(), TargetLogit(), MeanLogit(), Entropy(), SumSquares(), TopK(), Survivors()
+FOLDS: dict[str, Fold] = {fold.name: fold for fold in _ALL}
 
 
 def of_problem(p: Problem, record_survivors: bool) -> tuple[Fold, ...]:
     """The folds that a problem's forward runs."""
-    chosen = FOLDS | {folds.SURVIVORS: Survivors(unbiased=True)} if p.options.is_unbiased else FOLDS
+    chosen = FOLDS | {
+        folds.TARGET_LOGIT: TargetLogit(several=p.K is not None, in_shards=p.shard is not None),
+        folds.SURVIVORS: Survivors(unbiased=p.options.is_unbiased),
+    }
     return tuple(chosen[name] for name in folds.wanted(p, record_survivors))

@@ -18,6 +18,7 @@ class Block(NamedTuple):
     tokens: Any  # records.Tokens
     n0: Any  # position, in the list of tokens, of its first row; rows beyond the last token repeat that
     continues: Any  # bool: the results hold what the tiles of earlier launches have given
+    split: Any  # int: the number of the CTA's split
 
 
 class Tile(NamedTuple):
@@ -40,6 +41,8 @@ class Place(NamedTuple):
     r: Any  # its row within the block
     n_block: Any  # the block
     V: Any  # vocabulary entries
+    position: Any  # the token's place in the list
+    splits: Any  # int: how many have found something
 
 
 class Functions(NamedTuple):
@@ -64,8 +67,10 @@ class Given:
         problem: the checked inputs.
         tiles: sizes.
         tokens: those that count.
-        targets: (N,) int64, or None without targets.
-        bound: (N,) of the compute dtype, the target's logit, a dot product by itself; None where no survivors are recorded.
+        targets: (N, K) int64, or None without targets.
+        bound: (N,) of the compute dtype, the largest logit of the token's targets, dot products by themselves, NaN if one is
+            out of range; None where no survivors are recorded.
+        splits: how many CTAs share a block of tokens, in all launches together.
         draw_seed: (1,) int64, of the draws of the unbiased filter; None without it.
     """
 
@@ -75,6 +80,7 @@ class Given:
     targets: Any  # or None
     bound: Any  # or None
     draw_seed: Any  # or None
+    splits: int
 
 
 class Fold(Protocol):

@@ -30,7 +30,7 @@ _OUT_OF_REACH = 1e38  # a bound whose threshold no logit reaches
 class State(NamedTuple):
     """Of the rows of a block, in shared memory; `hits` is for use within a step."""
 
-    target: Any  # (block_n,) int64; -1 for rows beyond the last token
+    token: Any  # (block_n,) int64; -1 for rows beyond the last token
     bound: Any  # (block_n,) real: of the log-sum-exp, from below
     hits: Any  # (threads_n, block_v) uint8: whether a column survives by the rows of these threads
 
@@ -38,8 +38,9 @@ class State(NamedTuple):
 class Arrays(NamedTuple):
     """In global memory."""
 
-    targets: Any  # (N,) int64
-    target_logit: Any  # (N,) real
+    targets: Any  # (N, K) int64
+    padding: Any  # int: a target that is this number is none
+    target_logit: Any  # (N,) real: of several targets the largest
     log_eps: Any  # real: natural log of the threshold, with some slack
     draw_seed: Any  # (1,) int64: of the unbiased filter
     bits: Any  # (n_blocks, ceil(V / 8)) uint8, little-endian over the vocabulary: the result
@@ -67,7 +68,8 @@ class Survivors:
         log_eps = p.compute_dtype.type(log_threshold(p.options.filter_eps))
         bits = p.xp.zeros((ceil_div(p.N, given.tiles.survivor_block), ceil_div(p.V, 8)), np.uint8)
         any_array = given.tokens.n_valid  # which nobody reads
-        return Arrays(given.targets, given.bound, log_eps, given.draw_seed if self.unbiased else any_array, bits)
+        seed = given.draw_seed if self.unbiased else any_array
+        return Arrays(given.targets, p.options.ignore_index, given.bound, log_eps, seed, bits)
 
     def results(self, arrays: Arrays) -> dict[str, Any]:
         """See `fold.Fold`."""
@@ -88,18 +90,18 @@ def _functions(tiles: SimtTiles, real: Any, unbiased: bool) -> Functions:
 
     @cuda.jit(device=True)
     def begin(arrays: Any, first_arrays: Any, block: Any) -> Any:
-        """The bounds and targets of the block's rows; a row beyond the last token can flag nothing."""
-        target = cuda.shared.array(block_n, np.int64)
+        """The numbers of the tokens and bounds of the block's rows; a row beyond the last token can flag nothing."""
+        tokens = cuda.shared.array(block_n, np.int64)
         bound = cuda.shared.array(block_n, real)
         hits = cuda.shared.array(hits_shape, np.uint8)
         for r in range(cuda.threadIdx.y * threads_v + cuda.threadIdx.x, block_n, threads):
-            target[r], bound[r] = -1, out_of_reach
+            tokens[r], bound[r] = -1, out_of_reach
             if block.n0 + r < block.tokens.n_valid[0]:
                 token = block.tokens.listed[block.n0 + r]
-                target[r], bound[r] = arrays.targets[token], arrays.target_logit[token]
+                tokens[r], bound[r] = token, arrays.target_logit[token]
                 if block.continues and first_arrays.lse[token] > bound[r]:
                     bound[r] = first_arrays.lse[token]
-        return State(target, bound, hits)
+        return State(tokens, bound, hits)
 
     @cuda.jit(device=True)
     def step(state: Any, first_state: Any, arrays: Any, tile: Any) -> None:
@@ -124,9 +126,16 @@ def _functions(tiles: SimtTiles, real: Any, unbiased: bool) -> Functions:
                 row = y * thread_n + i
                 threshold = threshold_of(state.bound[row], log_eps)
                 # "not below" rather than "at least": NaN survives.
-                if not (tile.logits[i, j] < threshold) or state.target[row] == tile.v0 + column:
+                if not (tile.logits[i, j] < threshold):
                     hit = 1
             state.hits[y, column] = hit if tile.v0 + column < tile.V else 0
+        cuda.syncthreads()
+        for r in range(t, block_n, threads):
+            if state.token[r] >= 0:
+                for k in range(arrays.targets.shape[1]):
+                    target = arrays.targets[state.token[r], k]
+                    if target != arrays.padding and target >= tile.v0 and target < min(tile.v0 + block_v, tile.V):
+                        state.hits[0, target - tile.v0] = 1
         cuda.syncthreads()
         for byte in range(t, block_v // 8, threads):
             if tile.v0 + 8 * byte < tile.V:

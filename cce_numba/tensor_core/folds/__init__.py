@@ -21,6 +21,13 @@ stores results. In a launch after the first, `begin` goes on from these where `r
 all have found, and the others begin with nothing. A step may use the named barrier 2 + `tile.consumer`, for the 128 threads of
 the consumer.
 
+A fold whose sums are of exponentials with the largest logit taken out builds on `max_sum`, which knows that. It has, in place
+of step, merge and store,
+
+    step_beside(state, z, beside)               beside: what `max_sum` has of the pair, `chain.Beside`
+    merge_beside(numbers, numbers, first, first)    first: the numbers of `max_sum` of each
+    store_beside(numbers, first, row, found, at)
+
 `chain` makes one fold of several: the first is `max_sum`, which gives the others the log-sum-exp by two functions more,
 `lse_of_state` and `lse_of_numbers`.
 """
@@ -28,17 +35,32 @@ the consumer.
 from __future__ import annotations
 
 from cce_numba.tensor_core.folds.chain import Fold, Row, RowPair, Tile, chain, number_count, result_names
+from cce_numba.tensor_core.folds.entropy import ENTROPY
+from cce_numba.tensor_core.folds.kept_logits import KEPT_LOGITS
 from cce_numba.tensor_core.folds.max_sum import MAX_SUM
 from cce_numba.tensor_core.folds.mean_logit import MEAN_LOGIT
+from cce_numba.tensor_core.folds.several_targets import SEVERAL_TARGET_LOGITS
+from cce_numba.tensor_core.folds.sum_squares import SUM_SQUARES
 from cce_numba.tensor_core.folds.survivors import SURVIVORS, SURVIVORS_BY_CHANCE
 from cce_numba.tensor_core.folds.target_logit import TARGET_LOGIT
+from cce_numba.tensor_core.records import Found, FoundOfSeveral
 
-FOLDS = {fold.name: fold for fold in (MAX_SUM, TARGET_LOGIT, MEAN_LOGIT, SURVIVORS)}
+FOLDS = {fold.name: fold for fold in (MAX_SUM, TARGET_LOGIT, MEAN_LOGIT, ENTROPY, SUM_SQUARES, SURVIVORS, KEPT_LOGITS)}
+
+
+def found_class(folds: tuple[Fold, ...]) -> type:
+    """The record of what is found that kernels with these folds take: `records.Found`, or `records.FoundOfSeveral`."""
+    return FoundOfSeveral if SEVERAL_TARGET_LOGITS in folds else Found
+
 
 __all__ = [
+    "ENTROPY",
     "FOLDS",
+    "KEPT_LOGITS",
     "MAX_SUM",
     "MEAN_LOGIT",
+    "SEVERAL_TARGET_LOGITS",
+    "SUM_SQUARES",
     "SURVIVORS",
     "SURVIVORS_BY_CHANCE",
     "TARGET_LOGIT",
@@ -47,6 +69,7 @@ __all__ = [
     "RowPair",
     "Tile",
     "chain",
+    "found_class",
     "number_count",
     "result_names",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.launch.record import Record
-from cce_numba.tensor_core.records import I32, I64, U32, U64, Survivors
+from cce_numba.tensor_core.records import F32, I32, I64, U32, U64, Survivors
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,11 @@ class RowPair(Record):
 
 
 class Tile(Record):
-    """Where half a tile of logits is from, and who folds it."""
+    """Where half a tile of logits is from, and who folds it.
+
+    A warp folds 16 rows, from 64 * half + 16 * (thread // 32) on. Where a warp has more rows of a half, it folds each 16 of
+    them in the place of another warp: `thread` is then not the thread's number.
+    """
 
     v_tile = I32  # the tile's number in the vocabulary
     V = I32
@@ -61,6 +65,7 @@ class Tile(Record):
     columns_smem = U32  # shared address of a float32 for each column of the tile, of this consumer's own
     class_weights = U64  # address of (V,) float32, or 0
     survivors = Survivors
+    keepers = I32  # threads that share columns_smem: the 128 of a consumer, or the 32 of a warp (`columns`)
 
 
 class Row(Record):
@@ -70,6 +75,17 @@ class Row(Record):
     position = I64  # in the batch
     lane = I32
     V = I32
+
+
+class Beside(Record):
+    """What `max_sum` has of a pair of rows, for folds whose sums have its largest logits."""
+
+    max_0 = F32  # before this tile
+    max_1 = F32
+    sum_0 = F32
+    sum_1 = F32
+    new_max_0 = F32  # with this tile
+    new_max_1 = F32
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -116,19 +132,23 @@ def chain(folds: tuple[Fold, ...], n: int) -> SimpleNamespace:
             f"folds: must begin with max_sum, which gives the others the log-sum-exp, got {[x.name for x in folds]}"
         )
     every = _chained(folds, n, 0)
-    every_step, every_store, unknown = every.step, every.store, np.float32(math.nan)
+    every_step, every_merge, every_store, unknown = every.step, every.merge, every.store, np.float32(math.nan)
+    of_first = folds[0].numbers
 
     @cuda.jit(device=True, forceinline=True)
     def step(states: Any, z: Any, tile: Any, found: Any) -> Any:
-        return every_step(states, z, tile, (unknown, unknown), found)
+        nothing_beside = Beside(unknown, unknown, unknown, unknown, unknown, unknown)
+        return every_step(states, z, tile, (unknown, unknown), nothing_beside, found)
+
+    @cuda.jit(device=True, forceinline=True)
+    def merge(left: Any, right: Any) -> Any:
+        return every_merge(left, right, left[:of_first], right[:of_first])
 
     @cuda.jit(device=True, forceinline=True)
     def store(numbers: Any, row: Any, found: Any, survivors: Any) -> None:
-        every_store(numbers, unknown, row, found, survivors)
+        every_store(numbers, unknown, numbers[:of_first], row, found, survivors)
 
-    return SimpleNamespace(
-        begin=every.begin, step=step, numbers=every.numbers, nothing=every.nothing, merge=every.merge, store=store
-    )
+    return SimpleNamespace(begin=every.begin, step=step, numbers=every.numbers, nothing=every.nothing, merge=merge, store=store)
 
 
 def _chained(folds: tuple[Fold, ...], n: int, at: int) -> SimpleNamespace:
@@ -137,25 +157,33 @@ def _chained(folds: tuple[Fold, ...], n: int, at: int) -> SimpleNamespace:
         return _no_fold()
     fold, own = folds[0].make(n), folds[0].numbers
     rest = _chained(folds[1:], n, at + len(folds[0].results))
-    begin_own, step_own, numbers_own, nothing_own = fold.begin, fold.step, fold.numbers, fold.nothing
-    merge_own, store_own = fold.merge, fold.store
+    begin_own, numbers_own, nothing_own = fold.begin, fold.numbers, fold.nothing
+    step_own: Any = getattr(fold, "step", None)
+    merge_own: Any = getattr(fold, "merge", None)
+    store_own: Any = getattr(fold, "store", None)
     begin_rest, step_rest, numbers_rest, nothing_rest = rest.begin, rest.step, rest.numbers, rest.nothing
     merge_rest, store_rest = rest.merge, rest.store
     # Only `max_sum` has these two: the log-sum-exp of a pair's state, and of a row's numbers.
     lse_of_state: Any = getattr(fold, "lse_of_state", None)
     lse_of_numbers: Any = getattr(fold, "lse_of_numbers", None)
     gives_lse = lse_of_state is not None
+    # Folds that build on it have these in place of step, merge and store.
+    step_beside: Any = getattr(fold, "step_beside", None)
+    merge_beside: Any = getattr(fold, "merge_beside", None)
+    store_beside: Any = getattr(fold, "store_beside", None)
+    is_beside = step_beside is not None
 
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any) -> Any:
         return (begin_own(rows, found, at), *begin_rest(rows, found))
 
     @cuda.jit(device=True, forceinline=True)
-    def step(states: Any, z: Any, tile: Any, lse: Any, found: Any) -> Any:
-        state = step_own(states[0], z, tile, lse, found, at)
+    def step(states: Any, z: Any, tile: Any, lse: Any, beside: Any, found: Any) -> Any:
+        state = step_beside(states[0], z, beside) if is_beside else step_own(states[0], z, tile, lse, found, at)
         if gives_lse:
-            lse = lse_of_state(state)
-        return (state, *step_rest(states[1:], z, tile, lse, found))
+            old, lse = states[0], lse_of_state(state)
+            beside = Beside(old.max_0, old.max_1, old.sum_0, old.sum_1, state.max_0, state.max_1)
+        return (state, *step_rest(states[1:], z, tile, lse, beside, found))
 
     @cuda.jit(device=True, forceinline=True)
     def numbers(states: Any) -> Any:
@@ -167,15 +195,22 @@ def _chained(folds: tuple[Fold, ...], n: int, at: int) -> SimpleNamespace:
         return nothing_own() + nothing_rest()
 
     @cuda.jit(device=True, forceinline=True)
-    def merge(left: Any, right: Any) -> Any:
-        return merge_own(left[:own], right[:own]) + merge_rest(left[own:], right[own:])
+    def merge(left: Any, right: Any, first_left: Any, first_right: Any) -> Any:
+        if is_beside:
+            mine = merge_beside(left[:own], right[:own], first_left, first_right)
+        else:
+            mine = merge_own(left[:own], right[:own])
+        return mine + merge_rest(left[own:], right[own:], first_left, first_right)
 
     @cuda.jit(device=True, forceinline=True)
-    def store(all_numbers: Any, lse: Any, row: Any, found: Any, survivors: Any) -> None:
+    def store(all_numbers: Any, lse: Any, first: Any, row: Any, found: Any, survivors: Any) -> None:
         if gives_lse:
             lse = lse_of_numbers(all_numbers[:own])
-        store_own(all_numbers[:own], lse, row, found, survivors, at)
-        store_rest(all_numbers[own:], lse, row, found, survivors)
+        if is_beside:
+            store_beside(all_numbers[:own], first, row, found, at)
+        else:
+            store_own(all_numbers[:own], lse, row, found, survivors, at)
+        store_rest(all_numbers[own:], lse, first, row, found, survivors)
 
     return SimpleNamespace(begin=begin, step=step, numbers=numbers, nothing=nothing, merge=merge, store=store)
 
@@ -189,11 +224,15 @@ def _no_fold() -> SimpleNamespace:
         return ()
 
     @cuda.jit(device=True, forceinline=True)
-    def step(states: Any, z: Any, tile: Any, lse: Any, found: Any) -> Any:
+    def step(states: Any, z: Any, tile: Any, lse: Any, beside: Any, found: Any) -> Any:
         return ()
 
     @cuda.jit(device=True, forceinline=True)
-    def store(all_numbers: Any, lse: Any, row: Any, found: Any, survivors: Any) -> None:
+    def merge(left: Any, right: Any, first_left: Any, first_right: Any) -> Any:
+        return ()
+
+    @cuda.jit(device=True, forceinline=True)
+    def store(all_numbers: Any, lse: Any, first: Any, row: Any, found: Any, survivors: Any) -> None:
         return
 
-    return SimpleNamespace(begin=begin, step=step, store=store, **NOTHING_TO_TELL)
+    return SimpleNamespace(begin=begin, step=step, store=store, **NOTHING_TO_TELL | {"merge": merge})

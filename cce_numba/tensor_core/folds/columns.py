@@ -11,6 +11,7 @@ from numba import cuda
 from cce_numba.ptx import control, memory
 
 _WARPGROUP = 128  # threads
+_WARP = 32
 _FIRST_BARRIER = 2  # of consumer 0; its own barriers follow each other
 
 
@@ -20,10 +21,11 @@ def kept_number(column: Any, columns_smem: Any) -> Any:
 
 
 def make_keep_columns(n: int, number_of: Callable[..., Any]) -> Any:
-    """The device function `keep_columns(tile)`, by a consumer: keeps the float32 `number_of(v, tile)` of each of n columns.
+    """The device function `keep_columns(tile)`: keeps the float32 `number_of(v, tile)` of each of n columns.
 
-    number_of: a device function of a vocabulary entry, which may lie past the last one, and of a `Tile`. Both halves of a tile
-    have the same columns, so nothing is done for the second. At most one fold of a chain may keep columns.
+    By a consumer, whose warps have the same columns, or by a warp that has columns of its own, as `tile.keepers` says.
+    number_of: a device function of a vocabulary entry, which may lie past the last one, and of a `Tile`. All rows of a tile
+    have the same columns, so only the first that come do something. At most one fold of a chain may keep columns.
     """
 
     @cuda.jit(device=True, forceinline=True)
@@ -34,7 +36,13 @@ def make_keep_columns(n: int, number_of: Callable[..., Any]) -> Any:
 
     @cuda.jit(device=True, forceinline=True)
     def keep_columns(tile: Any) -> None:
-        if tile.half == 0:
+        if tile.keepers == _WARP:
+            if tile.thread < _WARP:  # the warp's first 16 rows
+                cuda.syncwarp()  # all have read the numbers of the tile before
+                for column in range(tile.thread, n, _WARP):
+                    keep_one(np.int32(column), tile)
+                cuda.syncwarp()
+        elif tile.half == 0:
             barrier = np.uint32(_FIRST_BARRIER + tile.consumer)
             control.barrier_sync(barrier, np.uint32(_WARPGROUP))  # all have read the numbers of the tile before
             keep_one(tile.thread, tile)

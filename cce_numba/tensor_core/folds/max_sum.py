@@ -55,18 +55,28 @@ def rescaled(row_sum: Any, row_max: Any, shift: Any) -> Any:
     return multiply(row_sum, exp2(multiply(row_max, LOG2E) - shift))
 
 
+@cuda.jit(device=True, forceinline=True)
+def earlier_log_sum(token: Any, found: Any) -> Any:
+    """(max, base-2 logarithm of the sum) of what earlier parts of the vocabulary have given a token.
+
+    This fold is the first, so its results are.
+    """
+    largest = found.results[MAX_LOGIT * found.pitch + token]
+    log_sum = found.results[LOG_SUM * found.pitch + token]
+    return largest, fma(log_sum, LOG2E, residual_of(largest))
+
+
+@cuda.jit(device=True, forceinline=True)
+def earlier(position: Any, rows: Any, found: Any) -> Any:
+    """(max, sum) of what earlier parts of the vocabulary have given the token at a position."""
+    largest, log_sum = earlier_log_sum(token_at(rows.tokens, min(position, rows.n_listed - 1)), found)
+    return largest, exp2(log_sum)
+
+
 @functools.cache
 def make(n: int) -> SimpleNamespace:
     """See `tensor_core.folds`. The numbers that workers tell each other are a row's max and sum."""
     row_max, row_exp_sum = fold_rows(n, larger), fold_rows(n, add_exp)
-
-    @cuda.jit(device=True, forceinline=True)
-    def earlier(position: Any, rows: Any, found: Any, at: Any) -> Any:
-        """(max, sum) of what earlier parts of the vocabulary have given."""
-        token = token_at(rows.tokens, min(position, rows.n_listed - 1))
-        largest = found.results[(at + MAX_LOGIT) * found.pitch + token]
-        log_sum = found.results[(at + LOG_SUM) * found.pitch + token]
-        return largest, exp2(fma(log_sum, LOG2E, residual_of(largest)))
 
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
@@ -74,8 +84,8 @@ def make(n: int) -> SimpleNamespace:
         max_0 = max_1 = NEGATIVE_INFINITY
         sum_0 = sum_1 = np.float32(0)
         if rows.resumes:
-            max_0, sum_0 = earlier(rows.position_0, rows, found, at)
-            max_1, sum_1 = earlier(rows.position_1, rows, found, at)
+            max_0, sum_0 = earlier(rows.position_0, rows, found)
+            max_1, sum_1 = earlier(rows.position_1, rows, found)
         return MaxSums(max_0, max_1, sum_0, sum_1)
 
     @cuda.jit(device=True, forceinline=True)

@@ -8,16 +8,20 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.launch.kernel import Kernel, kernel_factory
+from cce_numba.ptx import memory
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.records import I32, WeightedTokens
+from cce_numba.tensor_core.records import I32, U64, WeightedTokens
 from cce_numba.tensor_core.sums import THREADS, sum_before
-from cce_numba.tensor_core.survey.tables import K_STEP, LIST_TILE, Sizes, Tables
+from cce_numba.tensor_core.survey.tables import K_STEP, LIST_TILE, Sizes, Tables, tiles_of_dense_round
 
 
 @kernel_factory
-def make_rounds_kernel() -> Kernel:
-    """A CTA for each block sums the block's counts of columns; one more CTA cuts the rounds."""
-    threads = THREADS
+def make_rounds_kernel(fixed_tiles: int = 0) -> Kernel:
+    """A CTA for each block sums the block's counts of columns; one more CTA cuts the rounds.
+
+    fixed_tiles: how many tiles a round of a dense survey has, whatever else there is; 0 if as many as there is room for.
+    """
+    threads, dense_tiles = THREADS, cuda.jit(device=True, forceinline=True)(tiles_of_dense_round)
 
     @cuda.jit(device=True, forceinline=True)
     def sum_counts(before: Any, row: Any, column_tiles: Any, sums: Any) -> None:
@@ -36,14 +40,31 @@ def make_rounds_kernel() -> Kernel:
             before[row + column_tiles] = so_far
 
     @cuda.jit(device=True, forceinline=True)
-    def cut_rounds(tables: Any, sizes: Any, sums: Any) -> None:
-        """By a CTA: fills n_rounds and first_tile. sums: see `sum_before`.
+    def cut_rounds(d_tiles_e: Any, tables: Any, sizes: Any, sums: Any) -> None:
+        """By a CTA: fills n_rounds, n_borrowed and first_tile. sums: see `sum_before`. d_tiles_e: as in `Tables`.
 
         A tile is in round p // cap, where p is the number of surviving pairs of the tiles before it. No tile has more pairs
-        than cap, so each round has tiles.
+        than cap, so each round has tiles. In a dense problem all tiles have equally many, and rounds are cut evenly.
         """
         tile_pairs, first_tile, cap = tables.tile_pairs, tables.first_tile, sizes.cap
         t, so_far, n_live = cuda.threadIdx.x, np.int64(0), tables.n_live_tiles[0]
+        if tables.dense[0] != 0:
+            blocks = max(np.int64(1), np.int64(tables.n_active[0]))
+            tiles, more_tiles = dense_tiles(sizes.dense_cap, blocks), dense_tiles(sizes.borrowed_cap, blocks)
+            borrowed = np.int64(0)
+            if d_tiles_e != 0:
+                tiles = dense_tiles(sizes.large_cap, blocks)
+                if fixed_tiles > 0:
+                    tiles = fixed_tiles
+                elif more_tiles > tiles:
+                    borrowed = np.int64(min(sizes.borrowed_tiles, n_live)) // more_tiles
+            for round_ in range(t, sizes.rounds_max + 1, threads):
+                first = min(round_, borrowed) * more_tiles + max(np.int64(0), round_ - borrowed) * tiles
+                first_tile[round_] = min(first, np.int64(n_live))
+            if t == 0:
+                others = (n_live - borrowed * more_tiles + tiles - 1) // tiles
+                tables.n_rounds[0], tables.n_borrowed[0] = max(np.int64(1), borrowed + others), borrowed
+            return
         for first in range(0, n_live, threads):
             tile = first + t
             earlier, total = sum_before(np.int64(tile_pairs[tile]) if tile < n_live else np.int64(0), sums)
@@ -59,18 +80,30 @@ def make_rounds_kernel() -> Kernel:
         for round_ in range(rounds + t, sizes.rounds_max + 1, threads):
             first_tile[round_] = n_live
         if t == 0:
-            tables.n_rounds[0] = max(rounds, 1)
+            tables.n_rounds[0], tables.n_borrowed[0] = max(rounds, 1), 0
 
-    def rounds_kernel(sizes: Any, tables: Any) -> None:
-        """Turns the counts in `before`, which `sort` left there, into sums; fills n_rounds and first_tile."""
+    def rounds_kernel(
+        d_tiles_e: Any,  # jobs for the rows of dE of a block
+        e_gate: Any,  # address of (1,) int32, or 0: dE takes jobs only if this is not 0
+        sizes: Any,
+        tables: Any,
+    ) -> None:
+        """Turns the counts in `before`, which `sort` left there, into sums.
+
+        Fills d_tiles_e, n_rounds, n_borrowed and first_tile.
+        """
         sums = cuda.shared.array(32, np.int64)
         b = cuda.blockIdx.x
         if b < sizes.blocks:
             sum_counts(tables.before, b * (sizes.column_tiles + 1), sizes.column_tiles, sums)
         else:
-            cut_rounds(tables, sizes, sums)
+            if e_gate != 0 and memory.load_global_i32(e_gate) == 0:
+                d_tiles_e = np.int32(0)
+            if cuda.threadIdx.x == 0:
+                tables.d_tiles_e[0] = d_tiles_e
+            cut_rounds(d_tiles_e, tables, sizes, sums)
 
-    return Kernel(rounds_kernel, (Sizes, Tables), threads=THREADS)
+    return Kernel(rounds_kernel, (I32, U64, Sizes, Tables), threads=THREADS)
 
 
 @kernel_factory
@@ -79,7 +112,10 @@ def make_slots_kernel() -> Kernel:
     threads, step, list_tile = THREADS, K_STEP, LIST_TILE
 
     def slots_kernel(sizes: Any, tables: Any) -> None:
-        """Fills the rows of first_slot and first_job, as far as there are rounds."""
+        """Fills the rows of first_slot and first_job, as far as there are rounds.
+
+        In a dense problem a block's list has the same slots in all rounds of a buffer's size, those of the first, the longest.
+        """
         before, first_slot, first_job = tables.before, tables.first_slot, tables.first_job
         blocks, column_tiles = sizes.blocks, sizes.column_tiles
         sums = cuda.shared.array(32, np.int64)
@@ -87,12 +123,17 @@ def make_slots_kernel() -> Kernel:
         if round_ >= tables.n_rounds[0]:
             return
         first, last, row = tables.first_tile[round_], tables.first_tile[round_ + 1], round_ * (blocks + 1)
-        slots, jobs = np.int64(0), np.int64(0)
+        slots, jobs, is_dense = np.int64(0), np.int64(0), tables.dense[0] != 0
+        longest = np.int32(0 if round_ < tables.n_borrowed[0] else tables.n_borrowed[0])
+        longest_first, longest_last = tables.first_tile[longest], tables.first_tile[longest + 1]
         for first_block in range(0, blocks, threads):
-            b, count = first_block + t, np.int64(0)
+            b, count, room = first_block + t, np.int64(0), np.int64(0)
             if b < blocks:
                 count = np.int64(before[b * (column_tiles + 1) + last] - before[b * (column_tiles + 1) + first])
-            slots_before, slots_here = sum_before((count + step - 1) // step * step, sums)
+                row_of_block = b * (column_tiles + 1)
+                longest_count = np.int64(before[row_of_block + longest_last] - before[row_of_block + longest_first])
+                room = longest_count if is_dense else count
+            slots_before, slots_here = sum_before((room + step - 1) // step * step, sums)
             jobs_before, jobs_here = sum_before((count + list_tile - 1) // list_tile, sums)
             if b < blocks:
                 first_slot[row + b], first_job[row + b] = slots + slots_before, jobs + jobs_before
@@ -112,8 +153,8 @@ def make_phases_kernel() -> Kernel:
     def phases_kernel(
         tokens: Any,
         d_tiles_c: Any,  # jobs for the rows of dC of a tile
-        d_tiles_e: Any,  # jobs for the rows of dE of a block
         zero_fill: Any,  # whether empty tiles take jobs, too
+        dense: Any,  # address of (1,) int32, or 0: where to say whether the survey is dense
         sizes: Any,
         tables: Any,
     ) -> None:
@@ -121,7 +162,9 @@ def make_phases_kernel() -> Kernel:
         first_tile, first_job, phase_end, blocks = tables.first_tile, tables.first_job, tables.phase_end, sizes.blocks
         sums = cuda.shared.array(32, np.int64)
         t, rounds = cuda.threadIdx.x, np.int64(tables.n_rounds[0])
-        e_jobs = (tokens.n_valid[0] + block_n - 1) // block_n * d_tiles_e
+        if t == 0 and dense != 0:
+            memory.store_global_u32(dense, np.uint32(tables.dense[0]))
+        e_jobs = (tokens.n_valid[0] + block_n - 1) // block_n * tables.d_tiles_e[0]
         n_empty = np.int64(sizes.column_tiles - tables.n_live_tiles[0]) if zero_fill else np.int64(0)
         so_far = np.int64(0)
         for first in range(0, 2 * rounds, threads):
@@ -138,4 +181,4 @@ def make_phases_kernel() -> Kernel:
                 phase_end[phase] = so_far + before + jobs
             so_far += total
 
-    return Kernel(phases_kernel, (WeightedTokens, I32, I32, I32, Sizes, Tables), threads=THREADS)
+    return Kernel(phases_kernel, (WeightedTokens, I32, I32, U64, Sizes, Tables), threads=THREADS)

@@ -19,6 +19,7 @@ from cce_numba.tensor_core.records import I32, I64
 COLUMN_TILE = 128  # sorted columns of a tile
 LIST_TILE = 192  # columns of a list whose logits a job computes again
 K_STEP = 64  # terms of a sum in a stage
+_EVEN_TILES = math.lcm(LIST_TILE, COLUMN_TILE) // COLUMN_TILE  # tiles that a whole number of jobs' lists fills
 KEY_BITS = 8  # a column's key says for which eighths of the blocks dC needs the column (`keys.key_of`)
 KEYS = 2**KEY_BITS
 CHUNK = 4096  # columns that a CTA sorts
@@ -42,6 +43,19 @@ class Table(NamedTuple):
         return pointer_to(self.dtype)
 
 
+def tiles_of_dense_round(cap: Any, blocks: Any) -> Any:
+    """Tiles of columns in a round of at most `cap` pairs in which all columns survive in so many blocks.
+
+    A whole number of lists of LIST_TILE columns fills them, if they are at least three, so no job computes columns for nothing.
+    Kernels compile this function as well.
+
+    >>> tiles_of_dense_round(64 * 1300, 64), tiles_of_dense_round(64 * 300, 64)
+    (9, 2)
+    """
+    tiles = cap // (blocks * COLUMN_TILE)
+    return max(1, tiles if tiles < _EVEN_TILES else tiles // _EVEN_TILES * _EVEN_TILES)
+
+
 class Sizes(Record):
     """How large a survey's tables are."""
 
@@ -51,6 +65,12 @@ class Sizes(Record):
     column_tiles = I32  # tiles of 128 sorted columns
     cap = I64  # surviving pairs at which a round is cut
     rounds_max = I32  # rounds, at most
+    # The same in a dense problem, by the round's buffer: one of three, if dE is not wanted; one of two; or one of two in
+    # borrowed memory, 0 if there is none.
+    dense_cap = I64
+    large_cap = I64
+    borrowed_cap = I64
+    borrowed_tiles = I32  # tiles that rounds in borrowed memory may have together
 
 
 class Tables(Record):
@@ -77,9 +97,11 @@ class Tables(Record):
 
     # Of rounds.
     n_rounds = Table(np.int32, lambda s: (1,))  # at least 1
+    n_borrowed = Table(np.int32, lambda s: (1,))  # rounds whose G is in borrowed memory; they are the first
     first_tile = Table(np.int32, lambda s: (s.rounds_max + 1,))  # of each round; n_live_tiles after the last round
     first_slot = Table(np.int32, lambda s: (s.rounds_max, s.blocks + 1))  # of a block's list in its round, a multiple of 64
     first_job = Table(np.int32, lambda s: (s.rounds_max, s.blocks + 1))  # of a block's list in G(r); the end of all is even
+    d_tiles_e = Table(np.int32, lambda s: (1,))  # jobs that dE takes for each block in a round; 0 if others compute dE
     phase_end = Table(np.int32, lambda s: (2 * s.rounds_max,))  # jobs of all phases up to each phase's end
 
     # What only the survey itself reads.
@@ -98,11 +120,16 @@ class SurveyLayout:
         N: tokens.
         V: vocabulary entries.
         cap: surviving (block, column) pairs at which a round is cut, at least those of one tile.
+        dense_cap, large_cap, borrowed_cap, borrowed_tiles: as in `Sizes`; the first two are at least cap.
     """
 
     N: int
     V: int
     cap: int
+    dense_cap: int
+    large_cap: int
+    borrowed_cap: int = 0
+    borrowed_tiles: int = 0
 
     def __post_init__(self) -> None:
         if self.cap < max(1, self.blocks * COLUMN_TILE):
@@ -131,7 +158,8 @@ class SurveyLayout:
     @property
     def rounds_max(self) -> int:
         """Rounds, at most."""
-        return max(1, ceil_div(self.blocks * self.column_tiles * COLUMN_TILE, self.cap))
+        by_pairs = ceil_div(self.blocks * self.column_tiles * COLUMN_TILE, self.cap)
+        return max(1, by_pairs, ceil_div(self.column_tiles, tiles_of_dense_round(self.cap, max(1, self.blocks))))
 
     @functools.cached_property
     def sizes(self) -> Any:
@@ -143,6 +171,10 @@ class SurveyLayout:
             column_tiles=self.column_tiles,
             cap=self.cap,
             rounds_max=self.rounds_max,
+            dense_cap=self.dense_cap,
+            large_cap=self.large_cap,
+            borrowed_cap=self.borrowed_cap,
+            borrowed_tiles=self.borrowed_tiles,
         )
 
     @functools.cached_property

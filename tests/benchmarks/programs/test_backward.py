@@ -21,8 +21,8 @@ from cce_numba.commands import UsageError
 @pytest.mark.parametrize(
     ("named", "with_archive", "rows", "left_out"),
     [
-        ([""], False, (0, 2, 3, 4, 5, 7, 8, 10, 12), (1, 6, 9, 11, 13)),
-        ([""], True, tuple(range(14)), ()),
+        ([""], False, (0, 2, 3, 4, 5, 7, 8, 10, 12, 14, 15, 16, 17), (1, 6, 9, 11, 13)),
+        ([""], True, tuple(range(18)), ()),
         (["2", "1"], True, (0, 1), ()),
         (["1", "frozen"], False, (0, 4, 5), ()),
         (["exact, calibrated"], False, (2,), ()),
@@ -38,7 +38,7 @@ def test_rows_are_chosen_by_number_and_name(named, with_archive, rows, left_out,
     ("arguments", "message"),
     [
         (["--rounds", "0"], "at least 1"),
-        (["--rows", "15"], "there is no '15' among 1 default filter, calibrated; 2 "),
+        (["--rows", "19"], "there is no '19' among 1 default filter, calibrated; 2 "),
         (["--rows", "2"], "real data need --data"),
         (["--data", "absent.npz"], "No such file"),
         (["--quick", "--small"], "not allowed with"),
@@ -91,7 +91,7 @@ def test_it_validates_times_shows_and_records(archive, tmp_path, capsys):
     assert "wrong" not in out
     written = json.loads((tmp_path / "name.json").read_text())
     assert [data["data"] for data in written["data"]] == ["calibrated", "real", "random"]
-    assert [row["number"] for row in written["rows"]] == list(range(1, 15))
+    assert [row["number"] for row in written["rows"]] == list(range(1, 19))
     for row, spec in zip(written["rows"], backward.ROWS, strict=True):
         assert f"{row['number']} {spec.name}, {spec.data}: " in out
         assert (row["options"], row["wrt"]) == (spec.options, list(spec.wrt))
@@ -104,7 +104,7 @@ def test_it_validates_times_shows_and_records(archive, tmp_path, capsys):
     exact_row = written["rows"][2]
     assert exact_row["flagged"] == 1
     assert all(error["error"] <= error["at_most"] for error in exact_row["errors"].values())
-    assert readme.backward(written).count("\n") == 15
+    assert readme.backward(written).count("\n") == 19
 
 
 @pytest.mark.usefixtures("without_gpu")

@@ -18,6 +18,7 @@ from cce_numba.commands import machine
 from cce_numba.hopper.backward import workspace
 from cce_numba.hopper.backward.tiles import LIST_TILE
 from cce_numba.hopper.backward.workspace import WorkspaceLayout
+from cce_numba.tensor_core.survey.tables import tiles_of_dense_round
 from tests.helpers.cases import DTYPES
 from tests.helpers.harness import CpuHarness
 
@@ -44,6 +45,7 @@ def test_each_is_right_on_the_cpu(part, name):
         *("exact, pairs", "exact, single CTAs", "exact dC beside filtered dE", "exact dE beside filtered dC", "dbias alone"),
         *("scattered tokens", "accumulate", "accumulate in float32", "softcap and label smoothing", "logit scale"),
         *("copied rows", "nearly all survive", "unbiased, pairs", "unbiased, single CTAs", "unbiased dC beside exact dE"),
+        *("exact, G borrows memory of dC, pairs", "exact, G borrows memory of dC, single CTAs", "exact dC takes dE along"),
     ],
 )
 def test_the_backward_is_reached_in_every_way(what):
@@ -70,12 +72,25 @@ def test_small_rounds_are_several(filtered):
 
     def rounds():
         sizes = (*case.e.shape[:1], *case.c.shape)
-        layout = WorkspaceLayout.of(*sizes, with_e=True, with_sums=True, keep_all=not filtered).survey
+        layout = WorkspaceLayout.of(*sizes, with_e=True, with_sums=True).survey
         return pairs // layout.cap
 
     with hopper_backward.small_rounds():
         assert rounds() >= (1 if filtered else 2), f"{pairs} pairs"
     assert rounds() == 0
+
+
+@pytest.mark.parametrize("name", [name for name in BACKWARD if "G borrows" in name])
+def test_rounds_that_borrow_are_several(name):
+    """And others come after them, which write where those had been."""
+    case = case_of(name)
+    N, (V, D) = len(case.e), case.c.shape
+    with hopper_backward.small_rounds():
+        sizes = WorkspaceLayout.of(N, V, D, with_e=True, with_sums=False, c_bytes=2 * V * D).survey
+        tiles, more = (tiles_of_dense_round(cap, sizes.blocks) for cap in (sizes.large_cap, sizes.borrowed_cap))
+    assert (tiles, more) == (3, 6)
+    assert sizes.borrowed_tiles // more >= 2
+    assert sizes.column_tiles - sizes.borrowed_tiles // more * more > 2 * tiles
 
 
 @pytest.mark.parametrize("name", [name for name in BACKWARD if "filtered" in name or "two thresholds" in name])
@@ -208,4 +223,4 @@ def test_dtypes_are_those_that_a_backend_takes():
 
 def test_private_names_that_small_rounds_replaces_are_there():
     """`small_rounds` cuts workspaces through these; a change of `workspace` must take it along."""
-    assert {"_G_BYTES", "_SHARE", "_known"} <= set(vars(workspace))
+    assert {"_G_BYTES", "_SHARE", "_BORROWED_BYTES", "_known"} <= set(vars(workspace))

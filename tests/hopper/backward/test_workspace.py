@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cce_numba import gpu
@@ -17,16 +18,18 @@ from tests.helpers.harness import SimulatorHarness
 if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
+from cce_numba.hopper import tensor_map
+from cce_numba.hopper.backward import scheduler
 from cce_numba.hopper.backward import workspace as workspace_module
-from cce_numba.hopper.backward.lists import listed_place
-from cce_numba.hopper.backward.partial_sums import SUMS_STEP
-from cce_numba.hopper.backward.phases import is_of_products, phase_of_logits, phase_of_products, round_of
-from cce_numba.hopper.backward.tiles import PANEL, STAGING_BYTES, BackwardTiles
-from cce_numba.hopper.backward.workspace import BUFFERS, BUFFERS_FOR_ALL, WorkspaceLayout
+from cce_numba.hopper.backward.tiles import BUFFERS, LARGE_BUFFERS, PANEL, STAGING_BYTES, BackwardTiles
+from cce_numba.hopper.backward.workspace import WorkspaceLayout
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
 from cce_numba.ptx.wgmma import PANEL_BYTES
 from cce_numba.tensor_core import matrices
-from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE
+from cce_numba.tensor_core.backward.lists import listed_place
+from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP
+from cce_numba.tensor_core.backward.phases import is_of_products, phase_of_logits, phase_of_products, round_of
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE, tiles_of_dense_round
 from tests.tensor_core.test_survey import make_inputs, model
 
 MIB = 2**20
@@ -37,7 +40,6 @@ numbers = {
     "D": st.sampled_from([8, 64, 2304, 4096, 8192, 16_384]),
     "with_e": st.booleans(),
     "with_sums": st.booleans(),
-    "keep_all": st.booleans(),
 }
 
 
@@ -45,14 +47,13 @@ numbers = {
 
 
 @given(**numbers)
-def test_parts_lie_one_after_the_other(N, V, D, with_e, with_sums, keep_all):
-    w = WorkspaceLayout.of(N, V, D, with_e=with_e, with_sums=with_sums, keep_all=keep_all)
-    assert w.buffers in ({BUFFERS, BUFFERS_FOR_ALL} if keep_all else {BUFFERS})
-    assert w.buffers >= 2
-    slots, tiles_of_e = w.buffers * w.buffer_slots, -(-N // 128) * -(-D // 192)
+def test_parts_lie_one_after_the_other(N, V, D, with_e, with_sums):
+    w = WorkspaceLayout.of(N, V, D, with_e=with_e, with_sums=with_sums)
+    slots, tiles_of_e = 3 * w.buffer_slots, -(-N // 128) * -(-D // 192)
+    assert w.slots == slots
     least = {
-        "maps": 3 * 128,
-        "counters": 4 * (1 + 2 * w.survey.rounds_max),
+        "maps": 4 * 128,
+        "counters": 4 * (1 + 2 * w.survey.rounds_max + -(-N // 128)),
         "survey": w.survey.nbytes,
         "lists": 4 * slots,
         "g": 128 * 2 * slots,
@@ -68,21 +69,21 @@ def test_parts_lie_one_after_the_other(N, V, D, with_e, with_sums, keep_all):
 
 
 @given(**numbers)
-def test_memory_stays_within_its_share_where_it_can(N, V, D, with_e, with_sums, keep_all):
+def test_memory_stays_within_its_share_where_it_can(N, V, D, with_e, with_sums):
     """Not where there is little for a share to be of, nor where blocks are so many that each has the least."""
-    w = WorkspaceLayout.of(N, V, D, with_e=with_e, with_sums=with_sums, keep_all=keep_all)
+    w = WorkspaceLayout.of(N, V, D, with_e=with_e, with_sums=with_sums)
     assert w.g_bytes <= 96 * MIB
     has_the_least = w.buffer_slots <= w.blocks * (3 * COLUMN_TILE + K_STEP)
     if w.g_bytes > 40 * MIB and not has_the_least:
         assert w.nbytes <= 0.115 * 2 * D * (N + V)
     if not has_the_least:
-        assert w.buffers * w.buffer_slots * w.slot_bytes <= w.g_bytes
+        assert w.slots * w.slot_bytes <= w.g_bytes
 
 
-@pytest.mark.parametrize("keep_all", [False, True])
-def test_the_shape_that_everyone_measures(keep_all):
+@pytest.mark.parametrize("c_bytes", [0, 2 * 256_000 * 2304])
+def test_the_shape_that_everyone_measures(c_bytes):
     """Gemma 2 (2B), 8192 tokens: 1217 MB of gradients, of which the paper's own implementation takes as much again."""
-    named = {"with_e": True, "with_sums": False, "keep_all": keep_all}
+    named = {"with_e": True, "with_sums": False, "c_bytes": c_bytes}
     w = WorkspaceLayout.of(8192, 256_000, 2304, **named)
     assert w.nbytes <= 0.115 * 2 * 2304 * (8192 + 256_000)
     assert w.g_bytes >= 40 * MIB
@@ -90,26 +91,122 @@ def test_the_shape_that_everyone_measures(keep_all):
     assert w is WorkspaceLayout.of(8192, 256_000, 2304, **named)
 
 
-def test_rounds_are_bigger_where_nothing_is_filtered():
-    """The same memory, for as many columns in fewer buffers."""
-    some, all_ = (
-        WorkspaceLayout.of(8192, 256_000, 2304, with_e=True, with_sums=False, keep_all=keep_all) for keep_all in (False, True)
-    )
-    assert BUFFERS_FOR_ALL < BUFFERS
-    assert all_.buffer_slots == pytest.approx(some.buffer_slots * BUFFERS / BUFFERS_FOR_ALL, rel=0.05)
-    assert all_.survey.rounds_max < some.survey.rounds_max
-    assert all_.nbytes == pytest.approx(some.nbytes, rel=0.05)
+@given(**numbers)
+def test_two_large_buffers_take_the_memory_of_three(N, V, D, with_e, with_sums):
+    """Lists in them begin at multiples of a step, and they have room for what the survey may put there."""
+    w = WorkspaceLayout.of(N, V, D, with_e=with_e, with_sums=with_sums)
+    assert (BUFFERS, LARGE_BUFFERS) == (3, 2)
+    assert w.slots - 2 * 64 < 2 * w.large_slots <= w.slots
+    assert w.large_slots % 64 == w.buffer_slots % 64 == 0
+    assert (w.survey.dense_cap, w.survey.large_cap) == (w.buffer_slots, w.large_slots)
+    assert w.survey.cap <= w.survey.dense_cap <= w.survey.large_cap
+
+
+# ---- memory that is borrowed
+
+
+def borrowed_rounds(w, active_blocks):
+    """Rounds of a dense survey that borrow memory, and the tiles of each."""
+    tiles, more = (tiles_of_dense_round(cap, active_blocks) for cap in (w.survey.large_cap, w.survey.borrowed_cap))
+    return (min(w.survey.borrowed_tiles, w.survey.column_tiles) // more if more > tiles else 0), more
+
+
+@given(
+    N=st.integers(1, 40_000),
+    V=st.integers(1, 300_000),
+    chunks=st.integers(1, 1024),
+    itemsize=st.sampled_from([2, 4]),
+    address=st.integers(2**20, 2**40),
+    most=st.integers(1, 192 * MIB),
+    mib=st.integers(0, 96),
+    active=st.integers(0, 2**20),
+)
+@example(N=128, V=64_000, chunks=1, itemsize=2, address=2**20 + 1, most=192 * MIB, mib=0, active=0)  # no byte to spare
+def test_borrowed_buffers_lie_in_memory_that_their_rounds_do_not_write(N, V, chunks, itemsize, address, most, mib, active):
+    """Wherever dC's memory begins, of which 16 bytes are all that is known, and however few blocks are active."""
+    row_bytes, c_address = 8 * chunks * itemsize, 16 * address
+    c_bytes = V * row_bytes
+    with mock.patch.object(workspace_module, "_BORROWED_BYTES", most):
+        w = WorkspaceLayout(N, V, 8 * chunks, True, False, mib * MIB, c_bytes)
+        active_blocks = 1 + active % w.blocks
+        rounds, tiles = borrowed_rounds(w, active_blocks)
+        begin, end = w.borrowed_at(c_address), w.borrowed_at(c_address) + w.borrowed_bytes
+    assert begin % 256 == 0, "a tensor map and the swizzle's pattern"
+    if w.borrowed_slots == 0:
+        assert rounds == 0
+        assert (w.survey.borrowed_cap, w.survey.borrowed_tiles) == (0, 0)
+        return
+    assert c_address <= begin
+    assert end <= c_address + c_bytes
+    assert end > c_address + c_bytes - 256
+    assert w.borrowed_bytes == 2 * w.borrowed_slots * 256 <= most
+    assert active_blocks * tiles * 128 <= w.borrowed_slots
+    assert w.borrowed_slots % 64 == 0
+    assert w.borrowed_slots > w.large_slots
+    assert rounds * tiles <= w.survey.borrowed_tiles
+    assert c_address + w.survey.borrowed_tiles * 128 * row_bytes <= begin, "rows of dC of these rounds' columns"
+
+
+def test_much_is_borrowed_where_there_is_much():
+    """So the property above is not about nothing; and a workspace of the same size is what it was."""
+    c_bytes = 2 * 256_000 * 2304
+    w = WorkspaceLayout.of(8192, 256_000, 2304, with_e=True, with_sums=False, c_bytes=c_bytes)
+    assert w.borrowed_bytes == pytest.approx(192 * MIB, rel=0.1)
+    rounds, tiles = borrowed_rounds(w, w.blocks)
+    assert rounds * tiles * COLUMN_TILE > 0.75 * 256_000
+    assert w.nbytes == WorkspaceLayout.of(8192, 256_000, 2304, with_e=True, with_sums=False).nbytes
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"with_e": False, "with_sums": False, "c_bytes": 2**30},
+        {"with_e": True, "with_sums": True, "c_bytes": 2**30},
+        {"with_e": True, "with_sums": False},
+    ],
+    ids=["dE is not wanted", "sums are", "dC is added to, or not wanted"],
+)
+def test_nothing_is_borrowed(named):
+    """Rounds would be no faster; sums have no place there; values are there."""
+    w = WorkspaceLayout.of(8192, 256_000, 2304, **named)
+    assert (w.borrowed_slots, w.borrowed_bytes, w.survey.borrowed_cap, w.survey.borrowed_tiles) == (0, 0, 0, 0)
+
+
+def test_maps_and_records_tell_where_g_is(monkeypatch):
+    told = []
+    monkeypatch.setattr(tensor_map, "encode_matrix", lambda *given: told.append(given[:4]) or (len(told),) * 16)
+    c_bytes = 2 * 256_000 * 2304
+    w = WorkspaceLayout.of(8192, 256_000, 2304, with_e=True, with_sums=False, c_bytes=c_bytes)
+    base, c_address = 2**40, 2**41 + 48
+    assert w.g_maps(base, c_address, BFLOAT16) == ((1,) * 16, (2,) * 16)
+    record = w.at(base, c_address)
+    assert told == [(record.g, w.slots, 128, 256), (record.g_borrowed, 2 * w.borrowed_slots, 128, 256)]
+    assert record.g == base + w.offsets["g"]
+    assert 0 <= (c_address + c_bytes) - (record.g_borrowed + w.borrowed_bytes) < 256
+    assert record.done == record.next_job + 4
+    assert record.done_e == record.done + 4 * 2 * w.survey.rounds_max
+    assert record.done_e + 4 * w.blocks == base + w.offsets["counters"] + 4 * w.counters
+    assert (record.buffer_slots, record.large_slots, record.borrowed_slots) == (
+        w.buffer_slots, w.large_slots, w.borrowed_slots,
+    )  # fmt: skip
+    told.clear()
+    plain = WorkspaceLayout.of(8192, 256_000, 2304, with_e=True, with_sums=False)
+    plain.g_maps(base, 0, BFLOAT16)
+    assert told == [(base + plain.offsets["g"], plain.slots, 128, 256)] * 2
+
+
+# ---- what is small
 
 
 def test_what_is_small_takes_little():
-    w = WorkspaceLayout.of(1, 5, 8, with_e=True, with_sums=True, keep_all=False)
+    w = WorkspaceLayout.of(1, 5, 8, with_e=True, with_sums=True)
     assert w.buffer_slots == COLUMN_TILE + COLUMN_TILE + K_STEP
     assert w.nbytes < MIB
 
 
 def test_sums_of_d_e_are_kept_for_whole_tiles():
     """Of three blocks of tokens and, for 200 hidden entries, two times 192; none if nobody wants dE."""
-    with_e, without = (WorkspaceLayout.of(300, 100_000, 200, with_e=x, with_sums=False, keep_all=False) for x in (True, False))
+    with_e, without = (WorkspaceLayout.of(300, 100_000, 200, with_e=x, with_sums=False) for x in (True, False))
     assert with_e.sums_e_bytes == 3 * 2 * 128 * 192 * 4
     assert without.sums_e_bytes == 0
     assert without.nbytes < with_e.nbytes
@@ -117,7 +214,7 @@ def test_sums_of_d_e_are_kept_for_whole_tiles():
 
 def test_a_tile_of_sums_is_what_a_consumers_threads_keep():
     """Two halves of 64 rows: 24 times 16 bytes of each of 128 threads, one thread's beside the next one's."""
-    w = WorkspaceLayout.of(1, 100_000, 8, with_e=True, with_sums=False, keep_all=False)
+    w = WorkspaceLayout.of(1, 100_000, 8, with_e=True, with_sums=False)
     assert w.sums_e_bytes == 2 * (LIST_TILE // 8) * SUMS_STEP
     assert SUMS_STEP == 16 * 128
 
@@ -136,8 +233,7 @@ def slots_of_rounds(counts, cap):
 def test_whatever_survives_fits_into_a_round(data):
     blocks, tiles = data.draw(st.integers(1, 40), label="blocks"), data.draw(st.integers(1, 60), label="tiles")
     g_bytes = data.draw(st.sampled_from([0, MIB, 4 * MIB]), label="bytes of G")
-    keep_all = data.draw(st.booleans(), label="keep all")
-    w = WorkspaceLayout(128 * blocks, 128 * tiles, 64, False, False, keep_all, g_bytes)
+    w = WorkspaceLayout(128 * blocks, 128 * tiles, 64, False, False, g_bytes)
     kinds = data.draw(st.lists(st.sampled_from([0, 1, 63, 64, 65, 127, 128]), min_size=1), label="survivors of a tile")
     counts = np.random.default_rng(data.draw(st.integers(0, 99), label="seed")).choice(kinds, (blocks, tiles))
     assert max(slots_of_rounds(counts, w.survey.cap)) <= w.buffer_slots
@@ -146,7 +242,7 @@ def test_whatever_survives_fits_into_a_round(data):
 @pytest.mark.parametrize("blocks", [1, 2, 33])
 def test_the_worst_case_fits_with_little_to_spare(blocks):
     """Rounds that are full but for one pair, then a whole tile, and lists that end one past a step of the sum."""
-    w = WorkspaceLayout(128 * blocks, 128 * 400, 64, False, False, False, 0)
+    w = WorkspaceLayout(128 * blocks, 128 * 400, 64, False, False, 0)
     counts = np.full((blocks, 400), 65)
     counts[0] = 64
     counts[:, 100:] = 128
@@ -154,18 +250,30 @@ def test_the_worst_case_fits_with_little_to_spare(blocks):
     assert w.buffer_slots - 2 * 128 * blocks < worst <= w.buffer_slots
 
 
+@pytest.mark.parametrize("jobs", [(3, 2), (3, 0)], ids=["both gradients", "dC alone"])
+@pytest.mark.parametrize("c_bytes", [0, 2 * 20_000 * 512], ids=["", "borrowed"])
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.9, None])
-def test_the_surveys_rounds_fit(density):
-    w = WorkspaceLayout(1500, 20_000, 64, False, False, density is None, 0)
-    found = model(w.survey, make_inputs(1, 1500, 20_000, density=density, listed=0.9))
-    rounds = int(found["n_rounds"][0])
+def test_the_surveys_rounds_fit(density, c_bytes, jobs):
+    """The buffers that the kernel takes for them."""
+    w = WorkspaceLayout(1500, 20_000, 512, True, False, 0, c_bytes)
+    found = model(w.survey, make_inputs(1, 1500, 20_000, density=density, listed=0.9, jobs=jobs))
+    rounds, n_borrowed, is_dense = (int(found[name][0]) for name in ("n_rounds", "n_borrowed", "dense"))
     assert 2 < rounds <= w.survey.rounds_max
-    assert found["first_slot"][:, -1].max() <= w.buffer_slots
-    assert (found["first_job"][:, -1] * LIST_TILE >= found["first_slot"][:, -1] - 1500 // 128 * K_STEP).all()
+    assert (n_borrowed > 1) == (is_dense == 1 and jobs[1] > 0 and c_bytes > 0)
+    assert is_dense == (density in (0.9, None))
+    slots = found["first_slot"][:, -1]
+    assert slots[:n_borrowed].max(initial=0) <= w.borrowed_slots
+    assert slots[n_borrowed:].max() <= (w.large_slots if is_dense and jobs[1] else w.buffer_slots)
+    jobs_of_lists, lists = found["first_job"][:, -1], slots
+    if is_dense:  # the last round's lists may be shorter than their slots
+        edges = found["first_tile"][: rounds + 1]
+        lists = np.diff(found["before"][:, edges], axis=1).sum(axis=0)
+        assert (jobs_of_lists[:-1] * LIST_TILE == lists[:-1]).all(), "no job computes columns for nothing"
+    assert (jobs_of_lists * LIST_TILE >= lists - 1500 // 128 * K_STEP).all()
 
 
 def test_sums_of_d_e_are_kept_between_rounds_alone():
-    w = WorkspaceLayout.of(8192, 1000, 2304, with_e=True, with_sums=False, keep_all=True)
+    w = WorkspaceLayout.of(1000, 1150, 2304, with_e=True, with_sums=False)
     assert (w.survey.rounds_max, w.sums_e_bytes) == (1, 0)
 
 
@@ -173,7 +281,7 @@ def test_rounds_are_cut_by_the_workspaces_numbers(monkeypatch):
     """As tests of the kernel make them: many small ones."""
     monkeypatch.setattr(workspace_module, "_G_BYTES", (0, 0))
     monkeypatch.setattr(workspace_module, "_SHARE", 0.0)
-    w = WorkspaceLayout.of(300, 3000, 64, with_e=True, with_sums=False, keep_all=False)
+    w = WorkspaceLayout.of(300, 3000, 64, with_e=True, with_sums=False)
     assert w.buffer_slots == 3 * (2 * 128 + 128 + 64)
     assert w.survey.cap == 3 * 2 * 128
     assert w.survey.rounds_max == 12
@@ -210,7 +318,7 @@ def test_phases_are_in_the_surveys_order(rounds):
         assert int(round_of.py_func(phase, rounds, is_products)) == r
 
 
-@pytest.mark.parametrize("buffers", [2, BUFFERS])
+@pytest.mark.parametrize("buffers", [LARGE_BUFFERS, BUFFERS])
 def test_no_phase_waits_for_a_later_one(buffers):
     """Products wait for their logits and for the products before; logits for the products whose buffer they take."""
     rounds = 9
@@ -221,6 +329,33 @@ def test_no_phase_waits_for_a_later_one(buffers):
             assert phase_of_products.py_func(r - 1, rounds) < products
         if r >= buffers:
             assert phase_of_products.py_func(r - buffers, rounds) < phase_of_logits.py_func(r)
+
+
+# ---- the order of jobs
+
+
+@given(rows=st.integers(1, 100), of_row=st.integers(1, 40), group=st.sampled_from([scheduler.GROUP, np.int32(1), np.int32(7)]))
+def test_jobs_in_groups(rows, of_row, group):
+    """All jobs, each once. If rows have pairs of jobs, two neighbours, which a cluster takes, are of one row: of the same A."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "GROUP", group)
+        order = [
+            tuple(map(int, scheduler.in_groups.py_func(np.int32(i), np.int32(rows), np.int32(of_row))))
+            for i in range(rows * of_row)
+        ]
+    assert sorted(order) == [(row, place) for row in range(rows) for place in range(of_row)]
+    if of_row % 2 == 0:
+        for (row, place), neighbour in zip(order[::2], order[1::2], strict=True):
+            assert place % 2 == 0
+            assert neighbour == (row, place + 1)
+    pair = 2 - of_row % 2
+    assert order == [
+        (row, place)
+        for first in range(0, rows, int(group))
+        for begin in range(0, of_row, pair)
+        for row in range(first, min(rows, first + int(group)))
+        for place in range(begin, begin + pair)
+    ]
 
 
 # ---- tiles

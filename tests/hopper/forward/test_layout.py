@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cce_numba import gpu
+from cce_numba.options import Options
 from tests.helpers.harness import SimulatorHarness
 
 if SimulatorHarness.is_active():
     pytest.skip("the simulator has none of these kernels", allow_module_level=True)
 
-from cce_numba.hopper.forward import layout as layout_module
 from cce_numba.hopper.forward.layout import Layout
 from cce_numba.hopper.tiles import HopperTiles
+from cce_numba.tensor_core import layout as layout_module
 from cce_numba.tensor_core import schedule
 
 TILES = HopperTiles()
@@ -33,6 +35,7 @@ class Problem:
     def __init__(self, N, V, D, e=None, c=None):
         self.N, self.V, self.D = N, V, D
         self.e, self.c = e or Matrix(N, D), c or Matrix(V, D)
+        self.options = Options.of(np.dtype(np.float16), {})
 
 
 @pytest.fixture(autouse=True, params=[132, 114, 78], ids=lambda count: f"{count} multiprocessors")

@@ -15,12 +15,11 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from cce_numba.hopper.backward.multiply import ONE_CONSUMER
-from cce_numba.hopper.backward.records import ListColumns
 from cce_numba.launch.inlined import finish
 from cce_numba.launch.record import kind_of
 from cce_numba.ptx import arithmetic, control, memory
 from cce_numba.survivors import make_scale
+from cce_numba.tensor_core.backward.records import ListColumns
 from cce_numba.tensor_core.draws import draw
 from cce_numba.tensor_core.exponentials import LOG2E, exp2, fma
 from cce_numba.tensor_core.fragment import change_chunks
@@ -68,7 +67,6 @@ def make_find_maxima(n: int, capped: bool, scaled: bool) -> Any:
         x: Any, first: Any, columns: Any, row_0: Any, row_1: Any, log_sums: Any, softcap: Any, maxima: Any
     ) -> Any:  # fmt: skip
         """Of the eight columns from `first` on."""
-        control.warp_sync()  # keeps loads of later columns back; it saves no register (benchmarks/NOTES.md)
         lane = np.int32(cuda.threadIdx.x & 31)
         place = np.uint32(4 * (first + 2 * (lane & 3)))
         v = memory.load_shared_2_i32_freely(columns.ids + place)
@@ -88,14 +86,16 @@ def make_find_maxima(n: int, capped: bool, scaled: bool) -> Any:
 
 
 @functools.cache
-def make_decide(n: int) -> Any:
-    """The device function `decide(columns, maxima, chance, block, consumer, thread)`, by a consumer.
+def make_decide(n: int, threads: int = 128) -> Any:
+    """The device function `decide(columns, maxima, chance, block, consumer, thread)`, by a consumer of so many threads.
 
     Writes what n columns are multiplied by to `columns.scales`, once all of its warps have found their maxima.
 
     columns: a `ListColumns`. maxima: shared address of (MAXIMA, n) float32, as `find_maxima` writes them. chance: a `Chance`.
     block: the number of the block of listed tokens.
     """
+
+    one_consumer = np.uint32(threads)
 
     @cuda.jit(device=True, forceinline=True)
     def decide_one(column: Any, columns: Any, maxima: Any, chance: Any, block: Any) -> None:
@@ -110,9 +110,9 @@ def make_decide(n: int) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def decide(columns: Any, maxima: Any, chance: Any, block: Any, consumer: Any, thread: Any) -> None:
         barrier = np.uint32(1 + consumer)
-        control.barrier_sync(barrier, ONE_CONSUMER)
+        control.barrier_sync(barrier, one_consumer)
         decide_one(thread, columns, maxima, chance, block)
-        decide_one(np.int32(thread + 128), columns, maxima, chance, block)
-        control.barrier_sync(barrier, ONE_CONSUMER)
+        decide_one(np.int32(thread + threads), columns, maxima, chance, block)
+        control.barrier_sync(barrier, one_consumer)
 
     return decide

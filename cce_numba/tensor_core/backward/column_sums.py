@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper.backward.tiles import PARTS
 from cce_numba.ptx import arithmetic, memory
+from cce_numba.tensor_core.backward.records import PARTS
 
 
 @cuda.jit(device=True, forceinline=True)

@@ -1,0 +1,65 @@
+"""All launches of a forward: the list of tokens, target logits, then tiles of logits and their merge, part by part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cce_numba.ampere.forward.kernel import make_forward_kernel
+from cce_numba.arguments import Problem
+from cce_numba.backend import Statistics
+from cce_numba.tensor_core import found as tensor_core_found
+from cce_numba.tensor_core.folds import Fold, number_count
+from cce_numba.tensor_core.found import NO_SURVIVORS, Arrays, batch_of, begin
+from cce_numba.tensor_core.layout import Layout, copy_rows
+from cce_numba.tensor_core.merge import Split, ctas_for, make_merge_kernel
+from cce_numba.tensor_core.problem import matrix_of, terms_of
+from cce_numba.tensor_core.records import Parts, Vocabulary
+
+
+def forward(p: Problem, layout: Layout, record: bool, folds: tuple[Fold, ...] | None = None) -> Statistics:
+    """What the folds find of each token; by default those that the problem wants, with survivors if `record`."""
+    return tensor_core_found.forward(p, layout, record, folds, _launch)
+
+
+def indexed_dot(p: Problem, layout: Layout) -> Any:
+    """(N,) float32: the target's logit, a dot product by itself; 0 where ignored, NaN for a target out of range."""
+    return tensor_core_found.indexed_dot(p, layout)
+
+
+def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: Arrays) -> None:
+    tiles, found = layout.tiles, arrays.found
+    e, c = layout.e_in_reach(p), layout.c_in_reach(p)
+    scratch = p.xp.empty(layout.scratch_bytes(number_count(folds)), np.uint8)
+    parts = Parts(scratch.data.ptr, layout.part_numbers)
+    begin(p, arrays, e)
+    terms, e_rows, c_rows = terms_of(p), matrix_of(e), matrix_of(c)
+    bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
+    capped, scaled, whole = p.options.softcap is not None, p.logit_scale is not None, p.D % 8 == 0
+    kernel = make_forward_kernel(tiles, p.dtype, bias_dtype, capped, scaled, whole, folds, layout.fixed)
+    merge_kernel = make_merge_kernel(tiles.group_n, folds, layout.fixed)
+    for first_row, first_tile, last_tile in layout.phases(arrays.bits is not None):
+        if c is not p.c and first_tile * tiles.block_v == first_row:
+            copy_rows(p.c[first_row : first_row + layout.c_rows], c)
+        vocabulary = Vocabulary(first_tile, last_tile - first_tile, first_row, p.V)
+        split = Split(layout.workers, layout.per_round, last_tile - first_tile, p.V)
+        for first_token, n_tokens in layout.batches():
+            batch, kept = batch_of(arrays, first_token, n_tokens, tiles.block_n)
+            kernel.launch(
+                layout.workers,
+                e_rows,
+                c_rows,
+                batch,
+                layout.per_round,
+                terms,
+                found,
+                first_tile > 0,
+                parts,
+                kept,
+                vocabulary,
+                p.D,
+            )
+            # What is lost is only known once all of the vocabulary is in.
+            at_last = kept if last_tile == layout.n_tiles else NO_SURVIVORS
+            merge_kernel.launch(ctas_for(n_tokens), parts, split, batch, found, at_last)

@@ -1,0 +1,67 @@
+"""The backward of the `mma.sync` kernels, compiled without a GPU for machines that run it; see `forward/test_compile.py`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cce_numba.interchange import BFLOAT16
+from tests.helpers import offline
+from tests.helpers.harness import SimulatorHarness
+
+if SimulatorHarness.is_active():
+    pytest.skip("the simulator compiles nothing", allow_module_level=True)
+
+from cce_numba.ampere.backward.kernel import make_backward_kernel
+from cce_numba.ampere.backward.tiles import backward_tiles_for
+from cce_numba.ampere.tiles import SLABS, smem_bytes_of
+from tests.ampere.forward.test_compile import NEWER
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+DTYPES = {"f16": np.dtype(np.float16), "bf16": BFLOAT16}
+SPILLED_BYTES = 64  # with all options: what a slab's tokens are multiplied by
+
+
+@pytest.mark.parametrize(
+    ("cc", "dtype", "options"),
+    [
+        # Each number of stages, and each generation: what is launched most. Then all options.
+        ((8, 0), "bf16", {"by_chance": True}),
+        ((8, 9), "bf16", {"by_chance": True}),
+        ((9, 0), "bf16", {"by_chance": True}),
+        ((12, 0), "bf16", {"by_chance": True}),
+        ((9, 0), "f16", {"capped": True, "with_sums": True, "scaled": True, "smoothed": True, "several": True}),
+    ],
+    ids=str,
+)
+def test_the_backward(cc, dtype, options):
+    """One test for each, with all that is to be said of it: compiling is what takes time."""
+    tiles, given = backward_tiles_for(cc), {"capped": False, "with_sums": False} | options
+    kernel = make_backward_kernel(tiles, DTYPES[dtype], **given)
+    compiled = offline.compile_launched(kernel, cc)
+
+    assert compiled.notices == []
+    assert compiled.spilled_bytes <= (SPILLED_BYTES if len(options) > 1 else 0)
+    assert compiled.count(r"(ld|st)\.local\S*") == 0, "no array has an index at run time"
+    assert compiled.count(r"call(\.uni)?") == 0
+    assert compiled.smem_bytes == 0, "all shared memory is dynamic"
+    assert kernel.smem_bytes == tiles.smem_bytes <= smem_bytes_of(cc)
+    assert compiled.count(NEWER) == 0
+
+    # Of logits, dE and dC: a stage is four times 16 terms, and a warp has six times eight columns of four slabs.
+    assert compiled.count(rf"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.{dtype}\.{dtype}\.f32") == 3 * 4 * SLABS * 6
+    # Operands of 16 terms, once more those of the first stage. Logits have A and B along K, dE none of them, dC only A.
+    a, b = 5 * SLABS, 5 * 3
+    assert compiled.count(r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16") == (a + b) + a
+    assert compiled.count(r"ldmatrix\.sync\.aligned\.m8n8\.x4\.trans\.shared\.b16") == (a + b) + b
+    # 128 rows of A and 192 of B, 32 at a time, when the ring is filled and when it is filled again.
+    assert compiled.count(r"cp\.async\.cg\.shared\.global") == 3 * 2 * (128 + 192) // 32
+    # Tiles of G leave as columns: each word of two numbers is transposed.
+    assert compiled.count(r"movmatrix\.sync\.aligned\.m8n8\.trans\.b16") == SLABS * 6 * 2
+    assert compiled.count(rf"cvt\.rn\.{dtype}x2\.f32") == 3 * SLABS * 6 * 2 + options.get("several", False)
+
+    assert compiled.count(r"atom\.relaxed\.gpu\.global\.add\.u32") == 2, "the first job, and the next one"
+    assert compiled.count(r"red\.release\.gpu\.global\.add\.u32") == 1, "one job more is done"
+    # Sums are in the same order each time: one thread owns each number in each phase.
+    assert compiled.count(r"(atom|red)\.\S*") == 3
