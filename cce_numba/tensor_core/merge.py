@@ -13,11 +13,12 @@ from cce_numba.launch.record import Record
 from cce_numba.tensor_core import schedule
 from cce_numba.tensor_core.folds import Fold, Row, chain, found_class, number_count
 from cce_numba.tensor_core.folds.rows import make_load_numbers, make_shuffle_numbers
+from cce_numba.tensor_core.kept import TILE_V
 from cce_numba.tensor_core.records import I32, Parts, Survivors, Tokens
 from cce_numba.tensor_core.tokens import token_at
 
 _WARPS = 4  # of a CTA, each with a token
-_COLUMNS = 32  # of the tiles that the folds are made for. No tile comes here, so any number would do
+_COLUMNS = TILE_V  # of the tiles that the folds are made for. No tile comes here, so any will do for which all can be made
 
 
 class Split(Record):

@@ -18,7 +18,7 @@ if SimulatorHarness.is_active():
 
 from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
-from cce_numba.tensor_core.folds import MAX_SUM, SURVIVORS, TARGET_LOGIT
+from cce_numba.tensor_core.folds import KEPT_LOGITS, MAX_SUM, SURVIVORS, TARGET_LOGIT
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
 from cce_numba.tensor_core.reduction import make_reduce_kernel
@@ -107,8 +107,9 @@ def test_the_list_of_tokens_and_constants_beside_it(n_constants):
     assert compiled.count(r"atom\S*") == 0, "the order of tokens does not depend on who comes first"
 
 
-def test_the_merge_of_partial_results():
-    compiled = offline.compile_hopper(make_merge_kernel(HopperTiles().group_n, RECORDING))
+@pytest.mark.parametrize("folds", [RECORDING, (*RECORDING, KEPT_LOGITS)], ids=["survivors", "and kept logits"])
+def test_the_merge_of_partial_results(folds):
+    compiled = offline.compile_hopper(make_merge_kernel(HopperTiles().group_n, folds))
     check_fits(compiled)
     assert compiled.count(r"(atom|red)\.\S*") == 0, "sums are in the same order each time"
 
