@@ -6,6 +6,7 @@
     validate/     what is right, which every program checks before it times anything
     peers/        other ways to compute the same loss
     training/     the small transformer that is trained
+    proof/        what the commands that prove share: records that grow, methods in turns, training runs in pieces
     small_cases/  small problems for every kernel, which `sanitize` runs under compute-sanitizer
     tables/       recorded results as tables and pictures
     results/      recorded results

@@ -7,15 +7,16 @@ sequence, and data ranks the batch, so a loss sees the tokens of one data and co
 hidden entries, T tensor ranks and P = data x context ranks, a rank
 
     computes    1 / T of what one GPU computes for N tokens, forward and backward, at the rate that one GPU was measured at
-    gathers     12 N bytes from each of the T - 1 other ranks: three float32 numbers a token
+    gathers     12 N bytes from each of the T - 1 other ranks: three float32 numbers a token; and in training 8 N bytes, on
+                the way: bounds, by which ranks flag fewer columns
     sums dE     4 N D bytes (float32) over T ranks; a ring moves 2 (T - 1) / T of them through each link for an all-reduce,
                 and (T - 1) / T for a reduce-scatter, where tokens are in shards
     gathers e   2 N D bytes (bfloat16) times (T - 1) / T, where tokens are in shards
     sums dC     2 V D / T bytes (bfloat16) over P ranks, 2 (P - 1) / P of them through each link; that is DDP's or FSDP's work
 
-Not in the model: that a rank may have to look at more columns, since it bounds a token's log-sum-exp by its own shard; the
-sort and the lists of the backward, which do not shrink with V / T; and overlap. Without overlap the times add up, so this is
-what must be beaten. Bandwidths are nominal, not measured, unless a record of `python -m benchmarks several_gpus` is named.
+Not in the model: that a rank may have to look at more columns, by bounds that are lower than those of one GPU; the sort and the
+lists of the backward, which do not shrink with V / T; and overlap. Without overlap the times add up, so this is what must be
+beaten. Bandwidths are nominal, not measured, unless a record of `python -m benchmarks several_gpus` is named.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Layout:
 class Volumes:
     """Bytes through a rank's link in one direction, in a ring."""
 
+    bounds: float
     gather: float
     sum_e: float
     gather_e: float
@@ -79,12 +81,13 @@ def volumes(shape: tuple[int, int, int], layout: Layout, in_shards: bool) -> Vol
     """Of a step. in_shards: tokens are in shards (sequence parallel).
 
     >>> volumes((1024, 128, 64), Layout(4, 2, 1), False)
-    Volumes(gather=36864, sum_e=393216.0, gather_e=0.0, sum_c=4096.0)
+    Volumes(bounds=24576, gather=36864, sum_e=393216.0, gather_e=0.0, sum_c=4096.0)
     """
     N, V, D = shape
     T, P = layout.tensor, layout.data * layout.context
     part = (T - 1) / T
     return Volumes(
+        bounds=8 * N * (T - 1),
         gather=12 * N * (T - 1),
         sum_e=4 * N * D * part * (1 if in_shards else 2),
         gather_e=2 * N * D * part * in_shards,
@@ -136,11 +139,12 @@ def predicted(one: Rates, shape: tuple[int, int, int], layout: Layout, links: Li
 
     forward = one.forward / layout.tensor + ms(moved.gather, links.within) + ms(moved.gather_e, links.within)
     backward = ms(moved.sum_e, links.within) + ms(moved.gather_e, links.within)
+    bounds = ms(moved.bounds, links.within)
     between = links.within if layout.ranks <= links.per_host else links.between
     return Prediction(
         forward=forward,
         exact=forward + (one.exact - one.forward) / layout.tensor + backward,
-        default=forward + (one.default - one.forward) / layout.tensor + backward,
+        default=forward + bounds + (one.default - one.forward) / layout.tensor + backward,
         sum_c=ms(moved.sum_c, between),
     )
 

@@ -24,7 +24,7 @@ from cce_numba.plan import Plan
 from cce_numba.returned import Logprobs, LossStatistics
 from cce_numba.shards import ShardResult, forward_shard, merge
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendUnavailable",

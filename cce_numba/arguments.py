@@ -16,6 +16,7 @@ import numpy as np
 from cce_numba import interchange
 from cce_numba.interchange import BFLOAT16, Kind
 from cce_numba.options import DEFAULTS, Options, compute_dtype_of, integer, positive
+from cce_numba.parallel.bounds import Bounds
 from cce_numba.parallel.shard import IGNORED, Shard, coded
 
 DTYPES = (np.dtype(np.float16), BFLOAT16, np.dtype(np.float32), np.dtype(np.float64))
@@ -24,7 +25,7 @@ NO_TARGETS = object()  # in place of targets, where only the log-sum-exp is want
 # What a problem may ask for that not every backend has.
 SEVERAL_TARGETS = "several targets of a token"
 DISTILLATION = "distillation"  # which no problem asks for by itself, but two of them together
-EXTRAS = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS, DISTILLATION})
+EXTRAS = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", "allow_tf32", SEVERAL_TARGETS, DISTILLATION})
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,11 @@ class Problem(_Sized):
     def total_V(self) -> int:
         """Entries of the whole vocabulary, of which c may have some alone."""
         return self.V if self.shard is None else self.shard.total
+
+    @property
+    def bounds(self) -> Bounds | None:
+        """How ranks exchange bounds in a forward that records survivors; None if they do not, or there are no tokens."""
+        return self.shard.bounds if self.shard is not None and self.N else None
 
     @property
     def D(self) -> int:

@@ -209,9 +209,11 @@ class Backend(Protocol):
         EXTRAS: which of `arguments.EXTRAS` its forward and its backward know. A problem that asks for another one is refused
             before anything is launched (`plan.choose_backend`). One with `arguments.DISTILLATION` has a module
             `distillation` with the names of that of "cpu".
+        ON_REQUEST: dtypes that it takes only if it is asked for by name, see `plan.why_on_request`.
     """
 
     EXTRAS: frozenset[str]
+    ON_REQUEST: frozenset[np.dtype]
 
     def why_not(self, p: Outline | Problem) -> str | None:
         """Why it cannot take this problem on this machine, or None if it can.

@@ -53,7 +53,7 @@ _OF_LOSS = ("reduction", "accum_e_fp32", "accum_c_fp32")
 def linear_distillation(e: Any, c: Any, teacher_e: Any, teacher_c: Any, **options: Unpack[DistillationOptions]) -> Any:
     """The divergence of `Q = softmax(e @ c.T / temperature)` from a teacher's `P`, with neither's logits stored.
 
-    Backend "cpu" has it, for NumPy arrays and tensors on the CPU. Its gradients are exact: nothing is filtered.
+    Backends "cpu" and "simt" have it, for arrays of the host and of a GPU. Its gradients are exact: nothing is filtered.
 
     Args:
         e: (..., D) the student's embeddings, as in `linear_cross_entropy`.
@@ -143,7 +143,8 @@ def prepared(e: Any, c: Any, teacher_e: Any, teacher_c: Any, given: Mapping[str,
     own = {name: given[name] for name in (*_OF_LOSS, *_OF_STUDENT) if name in given}
     of_teacher = {name: given[f"teacher_{name}"] for name in _OF_STUDENT if f"teacher_{name}" in given}
     with contextlib.ExitStack() as stack:
-        student, plan = stack.enter_context(driver.prepared(e, c, targets, _heated(both | own, temperature)))
+        backend = "simt" if interchange.is_on_device(interchange.take("e", e)) else "cpu"
+        student, plan = stack.enter_context(driver.prepared(e, c, targets, _heated(both | own, temperature), backend=backend))
         try:
             teacher, other = stack.enter_context(
                 driver.prepared(teacher_e, teacher_c, targets, _heated(both | of_teacher, temperature), backend=plan.backend)
@@ -157,7 +158,7 @@ def prepared(e: Any, c: Any, teacher_e: Any, teacher_c: Any, given: Mapping[str,
             raise ValueError(f"teacher_c: must have the vocabulary of c, V = {student.V}, got {teacher.V} entries")
         for each in (plan, other):
             if DISTILLATION not in backend_module(each.backend).EXTRAS:
-                raise NotImplementedError(f"distillation: backend {each.backend!r} does not have it yet; 'cpu' has")
+                raise NotImplementedError(f"distillation: backend {each.backend!r} does not have it yet; 'cpu' and 'simt' have")
         yield Heads(student, teacher, (plan, other), kind, float(beta))
 
 
@@ -188,7 +189,7 @@ class DistillationPass:
         student, teacher: `Head` of the backend's module: with what their forwards found.
         which: the backend's `Divergence`.
         divergence: (N,) of each token, 0 where ignored.
-        of_student: (N,) see `cpu.distillation.divergence`.
+        of_student: (N,) see the backend's `distillation.divergence`.
     """
 
     heads: Heads

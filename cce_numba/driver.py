@@ -127,12 +127,14 @@ class Partial:
     @staticmethod
     def of(p: Problem, plan: Plan, wrt: Collection[str]) -> Partial:
         """Runs the backend's forward, if there are rows."""
+        record_survivors = p.options.records_survivors(wrt)
         if p.V:
-            record_survivors = p.options.records_survivors(wrt)
             keeps = plan.kept_bytes > 0 and p.options.keeps_logits(wrt)
             found = backend_module(plan.backend).forward(p, plan, record_survivors=record_survivors, keep_logits=keeps)
         else:
-            found = of_no_rows(p)
+            found = of_no_rows(p, backend_module(plan.backend).statistics_form(p))
+            if record_survivors and p.bounds is not None:
+                p.bounds.of_all(found.lse, None)  # the others wait for it
         if p.shard is None:
             return Partial(p, plan, found, {})
         share = None

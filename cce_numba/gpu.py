@@ -9,15 +9,16 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-_MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76  # cudaDeviceAttr
+_MULTIPROCESSORS, _L2_BYTES, _MAJOR, _MINOR = 16, 38, 75, 76  # cudaDeviceAttr
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """compute_capability: (major, minor). multiprocessors: streaming multiprocessors."""
+    """compute_capability: (major, minor). multiprocessors: streaming multiprocessors. l2_bytes: of the L2 cache."""
 
     compute_capability: tuple[int, int]
     multiprocessors: int
+    l2_bytes: int = 50 * 2**20  # an H100's
 
 
 def __getattr__(name: str) -> Any:
@@ -60,7 +61,8 @@ def bind_context() -> None:
 @functools.cache
 def _facts(device: int) -> Gpu:
     attribute = cupy().cuda.runtime.deviceGetAttribute
-    return Gpu((attribute(_MAJOR, device), attribute(_MINOR, device)), attribute(_MULTIPROCESSORS, device))
+    capability = attribute(_MAJOR, device), attribute(_MINOR, device)
+    return Gpu(capability, attribute(_MULTIPROCESSORS, device), attribute(_L2_BYTES, device))
 
 
 def why_not(on_device: bool) -> str | None:

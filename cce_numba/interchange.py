@@ -261,11 +261,11 @@ class _Stream:
 def _torch_stream(device: int) -> Any:
     """PyTorch's current stream of a device, which must be the current one, for CuPy."""
     # torch.cuda.current_stream takes 10 us, to make an object of this address.
-    return _stream_of_device(sys.modules["torch"]._C._cuda_getCurrentRawStream(device), device)
+    return stream_of_device(sys.modules["torch"]._C._cuda_getCurrentRawStream(device), device)
 
 
 @functools.lru_cache(maxsize=256)
-def _stream_of_device(pointer: int, device: int) -> Any:
+def stream_of_device(pointer: int, device: int) -> Any:
     """The CuPy stream of an address; CuPy's streams know their device."""
     return _Stream(pointer).as_cupy()
 

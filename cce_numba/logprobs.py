@@ -21,6 +21,7 @@ OPTIONS = (
     "sum_squares",
     "top_k",
     "batch_invariant",
+    "allow_tf32",
     "filter",
     "filter_seed",
     "filter_eps",
@@ -56,8 +57,10 @@ def linear_logprobs(
             targets do, and are what `check_targets` looks at.
         entropy: return the entropy of each token's distribution, in nats.
         sum_squares: return the sum of the squares of all probabilities: 1 / V for a uniform distribution, 1 for a certain one.
-        top_k: return the k largest log-probabilities and their entries, exactly.
+        top_k: return the k largest log-probabilities and their entries, exactly: those of the largest logits, as the backend
+            computes them in float32 (float64 for float64), equal ones by ascending entry.
         batch_invariant: a token's numbers are bitwise the same whatever other tokens stand beside it, and how many.
+        allow_tf32: as in `linear_cross_entropy`.
         filter, filter_seed, filter_eps, filter_e_grad, filter_c_grad, workspace_bytes: accepted, and of no effect, since they
             are about gradients.
 

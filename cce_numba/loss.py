@@ -13,7 +13,7 @@ from cce_numba import arguments, driver, ranks, survivors
 from cce_numba.arguments import GRADIENTS, Problem
 from cce_numba.backend import Gradients, Statistics
 from cce_numba.destination import Destination
-from cce_numba.driver import ForwardPass
+from cce_numba.driver import ForwardPass, Ranks
 from cce_numba.integers import ceil_div
 from cce_numba.interchange import ReadAgain
 from cce_numba.options import LossOptions, flag
@@ -21,7 +21,7 @@ from cce_numba.parallel.communicator import Communicator
 from cce_numba.plan import Plan
 from cce_numba.ranks import sharing_of
 from cce_numba.returned import LossStatistics
-from cce_numba.terms import times
+from cce_numba.terms import Nll, NoLoss, Terms, times
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,8 @@ class Result:
     plan: Plan
     _problem: Problem
     _statistics: Statistics
-    _done: ForwardPass
+    _terms: Nll | Terms | NoLoss
+    _ranks: Ranks | None
     _read_again: tuple[ReadAgain, ReadAgain]
 
     @staticmethod
@@ -67,7 +68,8 @@ class Result:
             plan=done.plan,
             _problem=problem,
             _statistics=statistics,
-            _done=done,
+            _terms=done.terms,
+            _ranks=done.ranks,
             _read_again=read_again,
         )
 
@@ -86,6 +88,10 @@ class Result:
         """Computed when it is first asked for."""
         with self._problem.kind.current():
             return self._problem.exported(self._done.logprobs())
+
+    @property
+    def _done(self) -> ForwardPass:
+        return ForwardPass(self._problem, self.plan, self._statistics, self._terms, self._ranks)
 
     def survivor_counts(self) -> np.ndarray:
         """(n_blocks,) of each block of counting tokens, how many vocabulary entries the backward computes again.
@@ -110,7 +116,7 @@ class Result:
         drops 0.
 
         With `filter="drop"` it bounds the token's error in a filtered gradient: that of `dE` by `|d_loss| * dropped_mass *
-        max_v |c_v|`, times its weights and `logit_scale` if there are any, less where a softcap is flat. Where more than 70 %
+        max_v |c_v|`, times its weights and `logit_scale` if there are any, less where a softcap is flat. Where more than 60 %
         of all pairs of a block and an entry survive, "cpu", "hopper" and "ampere" take all of them. On "cpu" it is then 0; on
         the other two, where only the device knows, it is more than what is left out. What the gradients of `c` and `bias` leave
         out beyond (see `filter_eps`) is not counted.
@@ -178,6 +184,9 @@ def linear_cross_entropy(
         batch_invariant: what is found of a token (log-probabilities, lse, entropy, sum of squares, best entries) is bitwise the
             same whatever other tokens stand beside it, and how many. So is its row of the gradient of `e`, which is exact then,
             for the same upstream gradient of its own; a mean over all tokens is none of its own.
+        allow_tf32: float32 numbers of e and c (and, in a backward, gradients of logits) may be rounded to tf32, 11 significant
+            bits, on their way to tensor cores. It chooses backend "ampere"; other backends refuse it. It means nothing for
+            other dtypes.
         reduction: "mean" over the tokens that count (nan if none does), "sum", or "none". With weights, the mean divides by the
             sum of token weight times class weight of the target (nan, with gradients of 0, if that is 0).
         shift: predict `targets[..., shift:]` from `e[..., :-shift, :]`, without copying `e`; True means 1.
@@ -348,7 +357,7 @@ def backward(
     for array in result._read_again:
         array.check()
     with problem.kind.current():
-        together = result._done.ranks
+        together = result._ranks
         of_caller = problem if together is None else together.problem_of_results(problem)
         destination = Destination.of(out, accumulate, gradients, of_caller)
         return result._done.backward(d_loss, d_lse, destination, d_logprobs=d_logprobs, d_entropy=d_entropy)
@@ -373,14 +382,14 @@ def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) ->
 def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
     """Each token's natural-log log-sum-exp of `e @ c.T + bias`: paper section 4.2.
 
-    Takes `bias`, `softcap`, `logit_scale`, `shift` and `backend` of `linear_cross_entropy`, and raises its errors.
+    Takes `bias`, `softcap`, `logit_scale`, `shift`, `allow_tf32` and `backend` of `linear_cross_entropy`, and raises its errors.
 
     Returns an array in the shape of `e[..., :-shift, 0]`; float32, or float64 for float64 inputs.
 
     >>> linear_logsumexp(np.zeros((1, 2)), np.ones((4, 2))).round(4)
     array([1.3863])
     """
-    only = ("bias", "softcap", "logit_scale", "shift", "backend")
+    only = ("bias", "softcap", "logit_scale", "shift", "allow_tf32", "backend")
     with driver.prepared(e, c, arguments.NO_TARGETS, options, only) as (problem, plan):
         return problem.exported(driver.forward(problem, plan).statistics.lse)
 

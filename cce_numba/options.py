@@ -71,6 +71,7 @@ class LossOptions(TypedDict, total=False):
     sum_squares: bool
     top_k: int
     batch_invariant: bool
+    allow_tf32: bool
     filter: Filter
     filter_seed: Any
     filter_eps: float | str | None
@@ -99,6 +100,7 @@ DEFAULTS: dict[str, Any] = {
     "sum_squares": False,
     "top_k": 0,
     "batch_invariant": False,
+    "allow_tf32": False,
     "filter": "unbiased",
     "filter_seed": 0,
     "filter_eps": "auto",
@@ -132,6 +134,7 @@ class Options:
         ignore_index, softcap, reduction, label_smoothing, z_loss, filter, filter_e_grad, filter_c_grad, accum_e_fp32,
             accum_c_fp32, entropy, sum_squares, top_k, batch_invariant: as in `LossOptions`.
         workspace_bytes: memory for logits that are kept; 0 for none.
+        allow_tf32: the same; False where the arrays are not float32, since it means nothing there.
         shift: how many tokens later the target of a token stands.
         filter_eps: a probability, or None where all gradients are exact.
         filter_is_auto: the threshold was not the caller's choice, so with `filter="drop"` a backend may leave out more where
@@ -156,6 +159,7 @@ class Options:
     top_k: int
     batch_invariant: bool
     workspace_bytes: int
+    allow_tf32: bool
 
     @staticmethod
     def of(dtype: np.dtype, given: Mapping[str, Any], only: Iterable[str] = DEFAULTS) -> Options:
@@ -200,6 +204,7 @@ class Options:
             top_k=values["top_k"],
             batch_invariant=values["batch_invariant"],
             workspace_bytes=_workspace_default() if (given := values["workspace_bytes"]) is None else given,
+            allow_tf32=values["allow_tf32"] and dtype == _FLOAT32,
         )
         if options.batch_invariant:  # the filter looks at all tokens of a block
             options = replace(options, filter_e_grad=False)
@@ -304,7 +309,10 @@ def _checked(dtype: np.dtype, value: Mapping[str, Any]) -> Options:
     if room is not None and (isinstance(room, bool) or integer("workspace_bytes", room) < 0):
         raise ValueError(f"workspace_bytes: must be an integer >= 0, a number of bytes, or None, got {room!r}")
     canonical["workspace_bytes"] = None if room is None else int(room)
-    flags = ("filter_e_grad", "filter_c_grad", "accum_e_fp32", "accum_c_fp32", "entropy", "sum_squares", "batch_invariant")
+    flags = (
+        *("filter_e_grad", "filter_c_grad", "accum_e_fp32", "accum_c_fp32", "entropy", "sum_squares", "batch_invariant"),
+        "allow_tf32",
+    )
     return Options.unchecked(dtype, canonical | {name: flag(name, value[name]) for name in flags})
 
 

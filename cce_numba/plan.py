@@ -90,6 +90,8 @@ def choose_backend(p: Outline | Problem, backend: str | None) -> tuple[str, dict
     for name in (backend,) if backend else BACKENDS:
         module = backend_module(name)
         reason = module.why_not(p)
+        if reason is None and not backend:
+            reason = why_on_request(p, module)
         if reason is None:
             if not (lacking := p.extras - module.EXTRAS):
                 return name, rejected
@@ -101,6 +103,13 @@ def choose_backend(p: Outline | Problem, backend: str | None) -> tuple[str, dict
     if backend:
         raise BackendUnavailable(f"backend: {backend!r} cannot run this: {rejected[backend]}")
     raise BackendUnavailable("no backend can run this:\n" + "\n".join(f"  {name}: {why}" for name, why in rejected.items()))
+
+
+def why_on_request(p: Outline | Problem, module: Any) -> str | None:
+    """Why a backend that could take the problem does so only if it is asked for by name, or None."""
+    if p.dtype not in module.ON_REQUEST or p.options.allow_tf32:
+        return None
+    return f"it takes {p.dtype} only on request: by its name, or, rounded to tf32, by allow_tf32=True"
 
 
 @functools.lru_cache(maxsize=256)
@@ -121,6 +130,8 @@ def _filter(options: Options, block: int) -> str:
         what = f"drop, gradients are biased: {rare} is left out of them"
     if not options.filter_e_grad:
         what += "; the gradient of e is exact"
+        if options.batch_invariant:
+            what += ", so that a token's row of it does not depend on other tokens"
     if not options.filter_c_grad:
         what += "; the gradients of c and bias are exact"
     return what

@@ -16,6 +16,7 @@ from cce_numba.driver import Ranks
 from cce_numba.interchange import Kind
 from cce_numba.options import DEFAULTS, integer
 from cce_numba.parallel.agreement import Agreed, Agreement, before_others_wait
+from cce_numba.parallel.bounds import Bounds
 from cce_numba.parallel.communicator import Communicator
 from cce_numba.parallel.tokens import TokenShards
 from cce_numba.plan import Plan
@@ -92,6 +93,8 @@ def prepared(
             tokens = None
             if shards is not None:
                 tokens = shards, replace(problem, e=own_e.reshape(-1, own_e.shape[-1]), e_shape=tuple(own_e.shape))
+            assert problem.shard is not None, "there are rows"
+            problem = replace(problem, shard=replace(problem.shard, bounds=Bounds(communicator)))
             yield problem, plan, Ranks(communicator, tokens, sharing.sums_e_grad, agreed)
 
 
@@ -118,7 +121,8 @@ def agree(e: Any, c: Any, targets: Any, given: Mapping[str, Any], sharing: Shari
         said["targets"] = _described(interchange.take("targets", ids), not on_device)
         said |= {"tokens_axis": axis} | sharing.said
         for name in sorted(given):
-            said[name] = _said(name, given[name])
+            # A seed may be another number in each step; on a device each one would be compared, and waited for.
+            said[name] = "an integer" if name == "filter_seed" and on_device else _said(name, given[name])
         e_rows = 0 if axis is None else e.shape[axis]
         return agreement.of(said, native_c.shape[0], e_rows, sharing.start, interchange.array_module(e))
 

@@ -121,7 +121,7 @@ def distillation(
     shift=0,
     ignore_index=-100,
 ):
-    """The divergence of the student's distribution from the teacher's, two `Head`s of the same tokens and vocabulary.
+    """The divergence of the student's distribution from the teacher's: two heads (`Head`) of the same tokens and vocabulary.
 
     targets `(...)` only say which tokens are ignored: those with `ignore_index`. None ignores none. "mean" is over the others,
     and NaN when there are none.

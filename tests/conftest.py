@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from tests.helpers import offline
 from tests.helpers.cases import Edges
 from tests.helpers.harness import (
+    AmpereFloat32Harness,
     AmpereHarness,
     CpuHarness,
     GpuHarness,
@@ -27,12 +28,12 @@ from tests.helpers.harness import (
     why_no_gpu,
 )
 
-TENSOR_CORES = {"hopper": HopperHarness, "ampere": AmpereHarness}
+TENSOR_CORES = {"hopper": HopperHarness, "ampere": AmpereHarness, "ampere in float32": AmpereFloat32Harness}
 
 # quick is for every commit; long, on a GPU, looks around far more. Deadlines mean nothing where kernels are compiled.
 _CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=100, **_CALM)
-settings.register_profile("simulator", max_examples=40, **_CALM)
+settings.register_profile("simulator", max_examples=24, **_CALM)
 settings.register_profile("long", max_examples=500, **_CALM)
 settings.load_profile(os.environ.get("CCE_TEST_PROFILE", "simulator" if SimulatorHarness.is_active() else "quick"))
 
@@ -57,7 +58,7 @@ def skip_or_fail_without_gpu() -> None:
 
 
 @pytest.fixture(
-    scope="session", params=["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("simt", "hopper", "ampere"))]
+    scope="session", params=["cpu", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("simt", *TENSOR_CORES))]
 )
 def harness(request: pytest.FixtureRequest) -> Harness:
     """How to call each backend: arrays where it wants them, and sizes around its own tiles."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import cce_numba
+
+ROOT = Path(__file__).parent.parent
 
 
 def run(code: str) -> str:
@@ -33,6 +36,21 @@ def test_the_cpu_path_touches_neither_cupy_nor_torch():
 
 
 def test_public_names():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert cce_numba.__version__ == project["version"]
     assert all(getattr(cce_numba, name).__doc__ for name in cce_numba.__all__)
+
+
+def test_the_version_stands_in_every_place():
+    assert f"\nversion: {cce_numba.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == cce_numba.__version__
+
+
+def test_what_the_manifest_names_is_there():
+    """setuptools only warns of a name that matches nothing."""
+    lines = [line.split() for line in (ROOT / "MANIFEST.in").read_text().splitlines()]
+    names = [name for line in lines if line and line[0] in ("include", "graft") for name in line[1:]]
+    assert len(names) > 8
+    assert all((ROOT / name).exists() for name in names)

@@ -149,6 +149,14 @@ def test_draws_and_seeds_are_the_reference_s():
         assert ours.dtype == np.float32
 
 
+def test_draws_of_a_shard_are_those_of_its_entries_in_the_whole_vocabulary():
+    seed, blocks = draw_seed(np.arange(50), 3), np.arange(5)[:, None]
+    for start in (1, 8, 2**31 - 300):
+        ours = draws(blocks, np.arange(300), seed + (start << 32))
+        np.testing.assert_array_equal(ours, draws(blocks, np.arange(start, start + 300), seed))
+        assert (ours != draws(blocks, np.arange(300), seed)).mean() > 0.9
+
+
 @pytest.mark.parametrize("real", REALS)
 @given(q=st.floats(0, 2), eps=thresholds, u=st.floats(2.0**-24, 1 - 2.0**-24))
 def test_what_survives_by_chance_is_multiplied(real, q, eps, u):

@@ -10,6 +10,7 @@ from typing import Any
 import cce_numba as cce
 from benchmarks.data import Inputs
 from benchmarks.errors import CannotRun
+from cce_numba import gpu
 from cce_numba.commands import machine
 
 Call = Callable[[], Any]
@@ -36,6 +37,11 @@ def require_hopper(inputs: Inputs) -> None:
     plan = cce.explain(*inputs)
     if plan.backend != "hopper":
         raise CannotRun(f"{plan.backend!r} would run, not 'hopper': {plan.rejected['hopper']}")
+
+
+def multiprocessors() -> int:
+    """Of the current device."""
+    return gpu.current().multiprocessors
 
 
 def mark() -> Any:

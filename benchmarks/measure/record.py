@@ -14,8 +14,9 @@ from typing import Any
 
 RESULTS = Path(__file__).parent.parent / "results"
 _PACKAGES = (
-    *("numpy", "numba", "numba-cuda", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "torch"),
+    *("numpy", "numba", "numba-cuda", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "torch", "jax", "jaxlib"),
     *("cuda-core", "cuda-toolkit", "nvidia-cublas", "nvidia-cublas-cu12"),
+    *("cut-cross-entropy", "liger-kernel", "quack-kernels", "nvidia-cutlass-dsl", "triton", "transformers"),
 )
 
 

@@ -1,7 +1,8 @@
-"""Draws a picture out of recorded results: time and memory of ours against other ways, or how filtered gradients learn.
+"""Draws a picture out of recorded results: the README's, or one of the site's.
 
     python -m benchmarks picture                                      peers: the README's picture, out of peers_h100.json
     python -m benchmarks picture learning                             the curves of learning_h100.json
+    python -m benchmarks picture backward                             one of the site's pictures: each out of its record
     python -m benchmarks picture learning --results NAME --out PATH   those of benchmarks/results/NAME.json
 
 It writes an SVG and a PNG. Both have no background of their own, and colours that are visible on white and on black.
@@ -16,11 +17,15 @@ from pathlib import Path
 from benchmarks import options
 from benchmarks.errors import CannotRun
 from benchmarks.measure import record
-from benchmarks.tables import learning_curves, peers
+from benchmarks.tables import learning_curves, peers, site_pictures
 from cce_numba.commands import UsageError
 
 PEERS, LEARNING = "peers", "learning"
-DRAWN = {PEERS: ("peers_h100", peers.draw), LEARNING: ("learning_h100", learning_curves.draw)}  # the record, and who draws it
+DRAWN: dict[str, tuple[str, site_pictures.Draw]] = {  # the record, and who draws it
+    PEERS: ("peers_h100", peers.draw),
+    LEARNING: ("learning_h100", learning_curves.draw),
+}
+DRAWN |= {name: (recorded, site_pictures.drawing(made)) for name, (recorded, made) in site_pictures.PICTURES.items()}
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 
 

@@ -20,7 +20,7 @@ from benchmarks.measure import device
 from benchmarks.small_cases import Check
 from cce_numba.commands import UsageError, machine
 
-HOPPER = ("hopper-forward", "hopper-backward")
+HOPPER, AMPERE = ("hopper-forward", "hopper-backward"), ("ampere-forward", "ampere-backward")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,13 +38,15 @@ def run(arguments: argparse.Namespace) -> None:
         print(*_checks(_parts(), wanted), sep="\n")
         return
     device.require()
-    parts = _parts()
-    if not (capability := machine.gpus()[0].compute_capability).startswith("9."):
-        why = f"the GPU has compute capability {capability}, and these parts are about 9.x (Hopper)"
-        if arguments.only and all(what in HOPPER for what in arguments.only):
-            raise CannotRun(why)
-        print(f"{', '.join(HOPPER)}: not run, since {why}")
-        parts = {name: checks for name, checks in parts.items() if name not in HOPPER}
+    parts, capability = _parts(), machine.gpus()[0].compute_capability
+    major = int(capability.partition(".")[0])
+    for names, runs, about in ((HOPPER, major == 9, "9.x (Hopper)"), (AMPERE, major >= 8, "8.0 and later (Ampere)")):
+        if not runs:
+            why = f"the GPU has compute capability {capability}, and these parts are about {about}"
+            if arguments.only and all(what in names for what in arguments.only):
+                raise CannotRun(why)
+            print(f"{', '.join(names)}: not run, since {why}")
+            parts = {name: checks for name, checks in parts.items() if name not in names}
     wrong = []
     for name, check in _checks(parts, wanted).items():
         try:
@@ -87,4 +89,22 @@ def _parts() -> dict[str, Callable[[], dict[str, Check]]]:
 
         return hopper_backward.checks(HopperHarness(), odd.OddGpuHarness("hopper"))
 
-    return {"simt": simt, "hopper-forward": hopper_forward, "hopper-backward": hopper_backward}
+    def ampere_forward() -> dict[str, Check]:
+        from benchmarks.small_cases import ampere, odd
+        from tests.helpers.harness import AmpereHarness
+
+        return ampere.forward(AmpereHarness(), odd.OddGpuHarness("ampere"))
+
+    def ampere_backward() -> dict[str, Check]:
+        from benchmarks.small_cases import ampere, odd
+        from tests.helpers.harness import AmpereHarness
+
+        return ampere.backward(AmpereHarness(), odd.OddGpuHarness("ampere"))
+
+    return {
+        "simt": simt,
+        "hopper-forward": hopper_forward,
+        "hopper-backward": hopper_backward,
+        "ampere-forward": ampere_forward,
+        "ampere-backward": ampere_backward,
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -27,18 +27,21 @@ from tests.helpers.cases import DTYPES, Case, make_case
 from tests.helpers.checks import assert_within, check_gradients, check_survivors, expect, unbiased_scales
 from tests.helpers.harness import Harness
 
+Cut = Callable[[], contextlib.AbstractContextManager[None]]
+
 N, V = 300, 1500
 V_BORROWED = 5000  # so many that G borrows memory of dC
 PAIRED, ALONE = 200, 136  # hidden sizes
 FLOAT16, BFLOAT16 = DTYPES[:2]
 
 
-def checks(harness: Harness, odd: Harness) -> dict[str, Check]:
-    """Checks by name. `odd` hands over matrices that the copy engine cannot read as they lie."""
+def checks(harness: Harness, odd: Harness, cut: Cut | None = None) -> dict[str, Check]:
+    """Checks by name. `odd` hands over matrices that the copy engine cannot read as they lie. `cut` makes rounds small."""
     found: dict[str, Check] = {}
+    cut = cut or small_rounds
 
     def add(name: str, check: Any, case: Case, by: Harness = harness, **named: Any) -> None:
-        found[f"{case.e.dtype} {name}"] = functools.partial(_in_small_rounds, check, by, case, **named)
+        found[f"{case.e.dtype} {name}"] = functools.partial(_in_small_rounds, check, by, case, cut, **named)
 
     for dtype in (BFLOAT16, FLOAT16):
         for D, ctas in ((PAIRED, "pairs"), (ALONE, "single CTAs")):
@@ -83,7 +86,7 @@ def checks(harness: Harness, odd: Harness) -> dict[str, Check]:
         ("so all are taken", nearly_all),
         ("so exact dC takes dE along", nearly_all.with_options(filter_c_grad=False)),
     ):
-        found[f"{BFLOAT16} nearly all survive, {name}"] = functools.partial(_with_rounds, check_dense, harness, case)
+        found[f"{BFLOAT16} nearly all survive, {name}"] = functools.partial(_with_rounds, check_dense, harness, case, cut)
     return found
 
 
@@ -133,14 +136,14 @@ def small_rounds() -> Iterator[None]:
         workspace._known.cache_clear()
 
 
-def _with_rounds(check: Any, harness: Harness, case: Case, **named: Any) -> None:
-    with small_rounds():
+def _with_rounds(check: Any, harness: Harness, case: Case, cut: Cut, **named: Any) -> None:
+    with cut():
         check(harness, case, **named)
 
 
-def _in_small_rounds(check: Any, harness: Harness, case: Case, **named: Any) -> None:
+def _in_small_rounds(check: Any, harness: Harness, case: Case, cut: Cut, **named: Any) -> None:
     with mock.patch.object(survivors, "DENSE_SHARE", 1.0):
-        _with_rounds(check, harness, case, **named)
+        _with_rounds(check, harness, case, cut, **named)
 
 
 # ---- checks

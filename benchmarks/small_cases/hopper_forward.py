@@ -7,6 +7,7 @@ import functools
 from benchmarks.small_cases import Check
 from tests.helpers.cases import DTYPES, Case, make_case
 from tests.helpers.checks import check_forward, check_survivors, expect
+from tests.helpers.distributions import check_found, expect_distribution
 from tests.helpers.harness import Harness
 
 
@@ -24,7 +25,14 @@ def checks(harness: Harness, odd: Harness) -> dict[str, Check]:
         for name, (by, case) in cases.items():
             with_filter = case.with_options(**{"filter_eps": 2.0**-9} | case.options)
             found[f"{dtype} {name}"] = functools.partial(_check, by, with_filter)
+    for name, more in {"distributions": {}, "distributions, batch invariant": {"batch_invariant": True}}.items():
+        case = make_case(6, (300,), 20_003, 328, DTYPES[1], entropy=True, sum_squares=True, top_k=9, ignored=0.2, **more)
+        found[f"{DTYPES[1]} {name}"] = functools.partial(_check_distributions, harness, case)
     return found
+
+
+def _check_distributions(harness: Harness, case: Case) -> None:
+    check_found(expect_distribution(case), harness.logprobs(case))
 
 
 def _check(harness: Harness, case: Case) -> None:

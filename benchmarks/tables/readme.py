@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean
 from typing import Any
 
+from benchmarks.proof.problems import SECTIONS, TABLE1
+from benchmarks.tables import curves, figure3, memory, table1
 from benchmarks.tables.forward import BITS, CUBLAS, LOSS
 from benchmarks.tables.learning import EXACT, Summary, summaries, vocabularies
 
@@ -70,6 +73,14 @@ def _learned(summary: Summary) -> str:
 
 # Tables by name, and the recorded results that each is made of.
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
+    **{
+        TABLE1 if section == TABLE1 else f"table1_{section}": (partial(table1.markdown, section=section), "table1_h100")
+        for section in SECTIONS
+    },
+    "figure3": (figure3.markdown, "figure3_cpu"),
+    "figure4": (curves.markdown, "figure4_h100"),
+    "figure5": (curves.markdown, "figure5_h100"),
+    "memory": (memory.markdown, "memory_h100"),
     "forward": (forward, "forward_h100"),
     "backward": (backward, "backward_h100"),
     "learning": (learning, "learning_h200"),

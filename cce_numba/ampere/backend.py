@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cce_numba import gpu, terms
+from cce_numba.ampere.elements import elements_of
 from cce_numba.ampere.tiles import AmpereTiles, tiles_for
 from cce_numba.arguments import SEVERAL_TARGETS, Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
@@ -18,35 +19,43 @@ from cce_numba.plan import Plan
 from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
 
-EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "batch_invariant", SEVERAL_TARGETS})
-_DTYPES = (np.dtype(np.float16), BFLOAT16)
+EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS, "allow_tf32"})
+# float32 on tensor cores is as accurate as elsewhere by construction, but nobody has measured that yet, nor how fast it is.
+ON_REQUEST: frozenset[np.dtype] = frozenset({np.dtype(np.float32)})
+_DTYPES = (np.dtype(np.float16), BFLOAT16, *ON_REQUEST)
 _LARGEST = 2**31 - 2**10
+MOST_BEST = 64  # entries of a token: `tensor_core.top_k` has room for so many
 
 
-def _tiles() -> AmpereTiles:
+def _tiles(dtype: np.dtype) -> AmpereTiles:
     """Those for CuPy's current device."""
-    return tiles_for(gpu.current().compute_capability)
+    return tiles_for(gpu.current().compute_capability, elements_of(dtype).wide)
 
 
 def why_not(p: Outline | Problem) -> str | None:
-    """It takes 16-bit CuPy arrays on a GPU of compute capability 8.0 or later."""
+    """It takes CuPy arrays, but not of float64, on a GPU of compute capability 8.0 or later."""
     if gpu.SIMULATED:
         return "Numba's simulator knows no tensor cores"
     if (reason := gpu.why_not(p.on_device)) is not None:
         return reason
     if p.dtype not in _DTYPES:
-        return f"its tensor cores take float16 and bfloat16, and the arrays are {p.dtype}"
+        return f"its tensor cores take float16, bfloat16 and float32, and the arrays are {p.dtype}"
     major, minor = gpu.current().compute_capability
     if major < 8:
         return f"it needs compute capability 8.0 or later (Ampere: A100, RTX 30), and {p.device} has {major}.{minor}"
-    if max(p.N, p.V, 2 * p.D) > _LARGEST:
-        return f"it counts tokens, entries and bytes of a row with 32 bits: N, V and 2 * D must be at most {_LARGEST:,}"
+    if max(p.N, p.V, p.dtype.itemsize * p.D) > _LARGEST:
+        return (
+            "it counts tokens, entries and bytes of a row with 32 bits: "
+            f"N, V and {p.dtype.itemsize} * D must be at most {_LARGEST:,}"
+        )
+    if p.options.top_k > MOST_BEST:
+        return f"it finds up to {MOST_BEST} best entries, and top_k is {p.options.top_k}"
     return None
 
 
 def statistics_form(p: Outline | Problem) -> StatisticsForm:
     """See `backend.Backend`. A row has the bits of whole tiles of the vocabulary."""
-    return _form(_tiles(), 1 if coarse_eps_of(p.options) is None else 2)
+    return _form(_tiles(p.dtype), 1 if coarse_eps_of(p.options) is None else 2)
 
 
 @functools.cache
@@ -66,7 +75,7 @@ _plans: dict[Any, AmperePlan] = {}  # made so far: training asks for the same on
 
 def plan(p: Problem) -> AmperePlan:
     """Tiles and bytes."""
-    layout = _module("tensor_core.layout").Layout.of(p, _tiles())
+    layout = _module("tensor_core.layout").Layout.of(p, _tiles(p.dtype))
     key = layout, p.dtype, p.device, p.options, p.bias is not None, p.targets is not None, p.K
     if (known := _plans.get(key)) is not None:
         return known
@@ -79,8 +88,10 @@ def _make_plan(p: Problem, layout: Any) -> AmperePlan:
     folds, filters, K = _module("tensor_core.folds"), p.options.filters, p.K or 0
     chosen = _module("tensor_core.found").folds_of(p, filters)
     # The tokens' list, the folds' results and, where survivors are recorded, the bound that they begin with: 4 bytes each.
-    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters + K) * p.N
+    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters + K + 3 * p.options.top_k) * p.N
     how = f"forward and backward on the tensor cores of {p.device}, with instructions that all GPUs since 2020 have"
+    if elements_of(p.dtype).wide:
+        how += ", rounded to tf32" if p.options.allow_tf32 else ", each float32 number as the sum of two tf32 numbers"
     if layout.e_copied:
         how += f"; e is copied, since {layout.e_copied}"
     if layout.c_copied:
@@ -100,7 +111,10 @@ def _make_plan(p: Problem, layout: Any) -> AmperePlan:
         tiles=layout.tiles,
         layout=layout,
         stored_logits_bytes=p.logits_bytes,
-        forward_bytes=layout.scratch_bytes(folds.number_count(chosen)) + layout.copy_bytes + of_tokens_bytes,
+        forward_bytes=layout.scratch_bytes(folds.number_count(chosen))
+        + layout.copy_bytes
+        + layout.best_bytes
+        + of_tokens_bytes,
         survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if filters else 0,
         backward_bytes=_module("ampere.backward.workspace").workspace_bytes(p)
         + _module("tensor_core.backward.passes").bytes_beside(p),

@@ -28,14 +28,14 @@ def smem_bytes_of(cc: tuple[int, int]) -> int:
 
 @dataclass(frozen=True)
 class AmpereTiles:
-    """Eight warps compute a `block_n` x `block_v` tile of products, `block_d` terms at a time.
+    """Eight warps compute a `block_n` x `block_v` tile of products, 128 bytes of each row of its operands at a time.
 
     Attributes:
         block_n: tokens of a tile, and of a block of survivors.
         block_v: vocabulary entries of a tile.
         stages: stages of the ring in shared memory.
         smem_limit_bytes: shared memory that a CTA may take.
-        block_d: terms of the sum in one stage; 64 16-bit numbers are the 128 bytes of the swizzle.
+        block_d: 16-bit terms of the sum in one stage, which are the 128 bytes of the swizzle; half as many have 32 bits.
     """
 
     block_n: int = 128
@@ -70,6 +70,11 @@ class AmpereTiles:
     def survivor_block(self) -> int:
         """Tokens that share survivor bits."""
         return self.block_n
+
+    @property
+    def fold_v(self) -> int:
+        """Vocabulary entries of a row that a fold sees at a time."""
+        return self.warp_v
 
     @property
     def group_n(self) -> int:
@@ -108,14 +113,16 @@ class AmpereTiles:
 
 
 @functools.cache
-def tiles_for(cc: tuple[int, int]) -> AmpereTiles:
+def tiles_for(cc: tuple[int, int], wide: bool = False) -> AmpereTiles:
     """The tiles for a compute capability: the widest, with as many stages as fit, up to 4.
+
+    wide: for 32-bit numbers, whose parts and sums leave registers for 128 columns.
 
     >>> [(tiles_for(cc).block_v, tiles_for(cc).stages) for cc in ((9, 0), (8, 0), (8, 6))]
     [(256, 4), (256, 3), (128, 3)]
     """
     limit = smem_bytes_of(cc)
-    for block_v, stages in ((256, 4), (256, 3), (128, 3)):
+    for block_v, stages in ((128, 4), (128, 3)) if wide else ((256, 4), (256, 3), (128, 3)):
         try:
             return AmpereTiles(block_v=block_v, stages=stages, smem_limit_bytes=limit)
         except ValueError:

@@ -25,6 +25,7 @@ _PACKAGES = {
     "ml_dtypes": (("ml_dtypes",), "pip install ml_dtypes"),
     "cupy": (("cupy-cuda13x", "cupy-cuda12x", "cupy"), machine.GET_CUPY),
     "torch": (("torch",), "pip install 'cce_numba[torch]'"),
+    "jax": (("jax",), "pip install 'cce_numba[jax]'"),
     "rich": (("rich",), "pip install 'cce_numba[cli]'"),
 }
 
@@ -73,7 +74,8 @@ def _choices(xp: Any, dtype: np.dtype) -> dict[str, Any]:
     """Which backend would run for arrays of this kind, and why each of the others would not."""
     e, c, targets = np.zeros((8, 8), dtype), np.zeros((16, 8), dtype), np.zeros(8, np.int64)
     problem = arguments.problem(xp.asarray(e), xp.asarray(c), xp.asarray(targets), {})
-    reasons = {name: backend_module(name).why_not(problem) for name in planning.BACKENDS}
+    modules = {name: backend_module(name) for name in planning.BACKENDS}
+    reasons = {name: each.why_not(problem) or planning.why_on_request(problem, each) for name, each in modules.items()}
     runs = next((name for name in planning.BACKENDS if reasons[name] is None), None)
     how = None if runs is None else planning.choose(problem, runs).how
     others = {name: reason or f"{runs} is preferred" for name, reason in reasons.items() if name != runs}

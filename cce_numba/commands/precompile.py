@@ -17,7 +17,7 @@ from cce_numba import disk
 from cce_numba.backend import BackendUnavailable
 from cce_numba.commands import DTYPES, Exit, UsageError, machine, show
 from cce_numba.commands.measure import progress
-from cce_numba.commands.options import OPTIONS
+from cce_numba.commands.options import OPTIONS, SEVERAL
 from cce_numba.interchange import BFLOAT16
 from cce_numba.launch import cubin_cache
 from cce_numba.launch.absent import absent_gpu
@@ -80,6 +80,8 @@ def kernels_of(backend: str | None, dtype: str, options: Iterable[str], cc: tupl
             given: dict[str, Any] = {"backend": backend}
             for name in names:
                 given |= OPTIONS[name](shape, cupy, numpy_dtype)
+            if "target_probs" in given:
+                arrays = *arrays[:2], cupy.zeros((N, SEVERAL), np.int64)
             runs = cce.explain(*arrays, **given).backend
             cce.linear_cross_entropy(*arrays, **given)
             exact: list[dict[str, Any]] = [{}]
@@ -87,6 +89,8 @@ def kernels_of(backend: str | None, dtype: str, options: Iterable[str], cc: tupl
                 exact += [{"filter_c_grad": False}, {"filter_e_grad": False, "filter_c_grad": False}]
             for wrt, flags in itertools.product((None, "e", "c"), exact):
                 cce.linear_cross_entropy_with_grad(*arrays, wrt=wrt, **given | flags)
+                if given.get("entropy"):  # what flows back into it takes other kernels
+                    cce.backward(cce.forward(*arrays, **given | flags), d_entropy=1.0, wrt=wrt)
         found |= dict.fromkeys(launched)
     return runs, list(found)
 

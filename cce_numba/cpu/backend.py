@@ -17,7 +17,8 @@ from cce_numba.cpu.tiles import choose_tiles
 from cce_numba.plan import Plan
 from cce_numba.survivors import SURVIVOR_BLOCK
 
-EXTRAS: frozenset[str] = arguments.EXTRAS
+EXTRAS: frozenset[str] = arguments.EXTRAS - {"allow_tf32"}
+ON_REQUEST: frozenset[np.dtype] = frozenset()
 _LARGEST_USUAL_D = 2**14  # up to which tiles have whole blocks of survivors, whatever the other sizes are
 _USUAL_FORM = StatisticsForm(tokens=np.dtype(np.int64), survivor_block=SURVIVOR_BLOCK)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from cce_numba.cpu.folds.fold import Given, Tile
 from cce_numba.cpu.threads import for_each, spans
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.integers import ceil_div
-from cce_numba.parallel.shard import ELSEWHERE
+from cce_numba.parallel.bounds import HEAD
+from cce_numba.parallel.shard import ELSEWHERE, IGNORED
 from cce_numba.progress import advance
 
 
@@ -55,6 +57,22 @@ def _logits_of(p: Problem, ids: Any, tokens: Any, block_n: int) -> Any:
     return out
 
 
+def _lse_of_head(p: Problem, tiles: CpuTiles) -> Any:
+    """(N,) the log-sum-exp of the first part of a shard, 0 where ignored: what other ranks are told before the first tile."""
+    rows = ceil_div(p.V, HEAD)
+    options = replace(p.options, entropy=False, sum_squares=False, top_k=0, label_smoothing=0.0)
+    head = replace(
+        p,
+        c=p.c[:rows],
+        bias=None if p.bias is None else p.bias[:rows],
+        targets=np.where(p.counts, ELSEWHERE, IGNORED),
+        class_weights=None,
+        target_probs=None,
+        options=options,
+    )
+    return forward(head, tiles, record_survivors=False).lse
+
+
 def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
     """What the folds of a problem find.
 
@@ -64,6 +82,8 @@ def forward(p: Problem, tiles: CpuTiles, record_survivors: bool) -> Statistics:
     tokens = counting_tokens(p)
     # Survivors want a bound of the log-sum-exp before the first tile.
     bound = target_logits(p, tokens, tiles.block_n) if record_survivors and p.targets is not None else None
+    if bound is not None and p.bounds is not None:
+        bound = p.bounds.of_all(bound, _lse_of_head(p, tiles))
     given = Given(p, tiles, tokens, bound)
     folds = folds_.of_problem(p, record_survivors)
     states = [fold.begin(given) for fold in folds]

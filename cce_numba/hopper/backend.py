@@ -18,9 +18,11 @@ from cce_numba.plan import Plan
 from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
 
-EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "batch_invariant", SEVERAL_TARGETS})
+EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS})
+ON_REQUEST: frozenset[np.dtype] = frozenset()
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10
+MOST_BEST = 64  # entries of a token: `tensor_core.top_k` has room for so many
 _TILES = HopperTiles()
 _FORM = StatisticsForm(
     np.dtype(np.int32),
@@ -46,6 +48,8 @@ def why_not(p: Outline | Problem) -> str | None:
         return f"it needs compute capability 9.x (Hopper: H100, H200), and {p.device} has {major}.{minor}"
     if max(p.N, p.V, p.D) > _LARGEST:
         return f"it numbers tokens, entries and terms with 32 bits: N, V and D must be at most {_LARGEST:,}"
+    if p.options.top_k > MOST_BEST:
+        return f"it finds up to {MOST_BEST} best entries, and top_k is {p.options.top_k}"
     return None
 
 
@@ -79,7 +83,7 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
     folds, filters, K = _module("tensor_core.folds"), p.options.filters, p.K or 0
     chosen = _module("tensor_core.found").folds_of(p, filters)
     # The tokens' list, the folds' results and, where survivors are recorded, the bound that they begin with: 4 bytes each.
-    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters + K) * p.N
+    of_tokens_bytes = 4 * (1 + len(folds.result_names(chosen)) + filters + K + 3 * p.options.top_k) * p.N
     how = f"forward and backward on the tensor cores of {p.device}"
     if layout.e_copied:
         how += f"; e is copied, since {layout.e_copied}"
@@ -104,7 +108,10 @@ def _make_plan(p: Problem, layout: Any) -> HopperPlan:
         tiles=_TILES,
         layout=layout,
         stored_logits_bytes=p.logits_bytes,
-        forward_bytes=layout.scratch_bytes(folds.number_count(chosen)) + layout.copy_bytes + of_tokens_bytes,
+        forward_bytes=layout.scratch_bytes(folds.number_count(chosen))
+        + layout.copy_bytes
+        + layout.best_bytes
+        + of_tokens_bytes,
         survivor_bytes=statistics_form(p).survivor_bytes(p.N, p.V) if filters else 0,
         backward_bytes=_module("hopper.backward.workspace").workspace_bytes(p)
         + _module("tensor_core.backward.passes").bytes_beside(p),

@@ -73,6 +73,11 @@ class HopperTiles:
         return self.block_n
 
     @property
+    def fold_v(self) -> int:
+        """Vocabulary entries of a row that a fold sees at a time."""
+        return self.block_v
+
+    @property
     def group_n(self) -> int:
         """Tokens of a cluster's CTAs together."""
         return self.block_n * self.cluster

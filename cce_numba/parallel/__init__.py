@@ -7,13 +7,15 @@
 
     shard           which rows a rank has, and how a target is coded there
     numbers         a partial's numbers, packed and unpacked
+    bounds          what ranks tell each other while they go forward, so that they flag fewer columns
     merge           what is true of the whole vocabulary, out of all ranks' numbers
     communicator    what carries arrays between ranks; uneven rows of tokens
     cupy_nccl       cupyx.distributed's NCCL as a communicator
     agreement       that all ranks were called with the same arguments
 
-A call goes: agree, forward on the own shard, one gather of the packed numbers, merge in the order of ranks, loss; then the
-backward of the own shard with the merged numbers, and one sum of the gradient of e. `driver.py` does these steps.
+A call goes: agree, forward on the own shard (in training with an exchange of bounds on its way), one gather of the packed
+numbers, merge in the order of ranks, loss; then the backward of the own shard with the merged numbers, and one sum of the
+gradient of e. `driver.py` does these steps.
 """
 
 from cce_numba.parallel.agreement import Disagreement

@@ -21,6 +21,7 @@ from cce_numba.parallel.communicator import Communicator
 
 _BYTES = 4096  # of what a rank says
 _ERROR = "error"
+_MOST_KNOWN = 1024
 _KNOWN = "_agreed_by_cce_numba"  # an attribute of communicators: what was agreed on, for devices
 
 
@@ -66,6 +67,8 @@ class Agreement:
             return agreed
         every = self._exchange({"said": json.loads(key[0]), "rows": [c_rows, e_rows, start]}, array_module)
         _check(every)
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
         c_rows_of, e_rows_of, starts = zip(*(each["rows"] for each in every), strict=True)
         known[key] = agreed = Agreed(c_rows_of, e_rows_of)
         for rank, said_start in enumerate(starts):

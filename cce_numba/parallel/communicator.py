@@ -26,10 +26,10 @@ class Communicator(Protocol):
     def size(self) -> int: ...  # noqa: D102
 
     def all_gather(self, array: Any) -> Any:
-        """(size, *shape): every rank's array, in the order of ranks. The array is contiguous, of uint8 or a real dtype."""
+        """`(size, *shape)`: every rank's array, in the order of ranks. The array is contiguous, of uint8 or a real dtype."""
 
     def all_reduce(self, array: Any) -> Any:
         """The sum over ranks, bitwise the same on all of them. float32 or float64, contiguous; it may be written to."""
 
     def reduce_scatter(self, array: Any) -> Any:
-        """Of (size, *shape), float32 or float64, contiguous: the sum over ranks of what stands at this rank's place."""
+        """Of `(size, *shape)`, float32 or float64, contiguous: the sum over ranks of what stands at this rank's place."""

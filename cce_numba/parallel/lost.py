@@ -27,7 +27,8 @@ def keep_all_of_lost(p: Problem, merged: Statistics) -> None:
     padded = xp.zeros(n_blocks * block, bool)
     padded[: len(tokens)] = by_place
     of_block = padded.reshape(n_blocks, block).any(axis=1)
-    every = np.packbits(np.ones(p.V, bool), bitorder="little")
+    every = xp.full(-(-p.V // 8), 0xFF, np.uint8)  # made on the device: nothing travels there, so a graph can capture it
+    every[-1] = 0xFF >> (-p.V % 8)
     for first in range(0, len(bits), n_blocks) if n_blocks else ():  # planes, one after the other (`StatisticsForm`)
         plane = bits[first : first + n_blocks]
-        plane |= xp.where(of_block[: len(plane), None], xp.asarray(every), np.uint8(0))
+        plane |= xp.where(of_block[: len(plane), None], every, np.uint8(0))

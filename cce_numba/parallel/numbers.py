@@ -21,9 +21,8 @@ import numpy as np
 
 from cce_numba import interchange
 from cce_numba.arguments import Problem
-from cce_numba.backend import Statistics
+from cce_numba.backend import Statistics, StatisticsForm
 from cce_numba.parallel.shard import ELSEWHERE
-from cce_numba.survivors import SURVIVOR_BLOCK
 
 Numbers = dict[str, Any]  # by name, (N,) or (N, K) or (N, k)
 
@@ -58,8 +57,8 @@ def _best(p: Problem, found: Statistics) -> tuple[Any, Any]:
     return logits, ids
 
 
-def of_no_rows(p: Problem) -> Statistics:
-    """What is found of a shard without rows: nothing, of each token that counts."""
+def of_no_rows(p: Problem, form: StatisticsForm) -> Statistics:
+    """What is found of a shard without rows: nothing, of each token that counts. form: that of the backend."""
     xp: Any = p.xp
     counts = xp.ones(p.N, bool) if p.targets is None else p.counts
     nothing = xp.where(counts, p.compute_dtype.type(-math.inf), p.compute_dtype.type(0))
@@ -69,14 +68,14 @@ def of_no_rows(p: Problem) -> Statistics:
         target_logit = xp.where(p.is_padding, p.compute_dtype.type(0), target_logit)
     zero = xp.zeros(p.N, p.compute_dtype)
     return Statistics(
-        tokens=xp.arange(p.N),  # of which nobody reads more than their number
+        tokens=xp.argsort(~counts, kind="stable").astype(form.tokens),
         n_valid=xp.asarray(counts.sum(dtype=np.int64)),
         lse=nothing,
         max_logit=nothing,
         log_sum=nothing,
         target_logit=target_logit,
         survivors=None,
-        survivor_block=SURVIVOR_BLOCK,
+        survivor_block=form.survivor_block,
         mean_logit=zero,
         entropy=zero if p.options.entropy else None,
         sum_squares=zero if p.options.sum_squares else None,

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from cce_numba import interchange
+from cce_numba.parallel.bounds import Bounds
 
 IGNORED, ELSEWHERE, LOST = -100, -1, -2
 
@@ -35,6 +36,7 @@ class Shard:
             `ignore_index`.
         class_weights: (total,) of the compute dtype, contiguous, those of the whole vocabulary, or None.
         top_k: how many best entries are wanted of the whole vocabulary; the problem's options say how many of the shard.
+        bounds: how ranks exchange bounds while they go forward; None where nobody carries arrays between them then.
     """
 
     start: int
@@ -42,6 +44,7 @@ class Shard:
     targets: Any  # or None
     class_weights: Any  # or None
     top_k: int
+    bounds: Bounds | None = None
 
     @property
     def of_seed(self) -> int:

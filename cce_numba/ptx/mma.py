@@ -86,3 +86,14 @@ def emit_load(builder: Any, address: Any, transposed: bool) -> list[Any]:
     constraints = ["=r"] * 4 + ["r", "~{memory}"]
     value = emit(builder, result, _load_template(4, transposed), constraints, [address])
     return [builder.extract_value(value, i) for i in range(4)]
+
+
+def emit_load_word(builder: Any, address: Any, offset: int) -> Any:
+    """For code that is generated: puts the load of 32 bits at a shared address, so many bytes on, where the builder stands."""
+    return emit(builder, ir.IntType(32), f"ld.shared.b32 $0, [$1+{offset}];", ["=r", "r", "~{memory}"], [address])
+
+
+def emit_round_to_tf32(builder: Any, word: Any) -> Any:
+    """For code that is generated: the bits of a float32 become those of the nearest tf32 number. ISA 9.7.9, cvt."""
+    number = builder.bitcast(word, ir.FloatType())
+    return emit(builder, ir.IntType(32), "cvt.rna.tf32.f32 $0, $1;", ["=r", "f"], [number], ordered=False)

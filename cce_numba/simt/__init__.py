@@ -19,6 +19,7 @@ Reading order:
     gradient_of_logits    G, for those alone
     gradient_of_c, _e, _bias    the gradients from G
     backward              all of it, chunk by chunk
+    distillation          a student's head and a teacher's
 
     backend               what `backend.Backend` asks for
 

@@ -13,6 +13,7 @@ neither written nor read. Where the unbiased filter drops a column that the forw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,13 @@ def backward(
     given: backend.Weights,
     into: Gradients,
     adds: bool,
+    fill: Callable[[int, int, Any], None] | None = None,
 ) -> None:
-    """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`."""
+    """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`.
+
+    fill: `fill(v0, v1, g)` writes all of G of the entries [v0, v1), in place of the kernel of a cross-entropy, for a problem
+    that filters nothing. g (entries of a chunk, N) is as in `gradient_of_logits_kernel`.
+    """
     xp: Any = p.xp
     d_e, d_c, d_bias = into.e, into.c, into.bias
     n_blocks, chunk = ceil_div(p.N, tiles.block_n), chunk_of(p, tiles)
@@ -91,10 +97,13 @@ def backward(
         list_columns_kernel.launch(n_blocks, kept_g, tokens, weights, columns)
         if len(lists) > 1:
             list_columns_kernel.launch(n_blocks, kept_e, tokens, weights, columns_e)
-        terms_of_g = given.uniform is not None, unbiased, given.entropy is not None, p.K is not None
-        g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p), *terms_of_g)
-        g_grid = n_blocks, ceil_div(v1 - v0, tiles.block_v)
-        g_kernel.launch(g_grid, e, c, terms, found, tokens, weights, columns, chance, g)
+        if fill is not None:
+            fill(v0, v1, g)
+        else:
+            terms_of_g = given.uniform is not None, unbiased, given.entropy is not None, p.K is not None
+            g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p), *terms_of_g)
+            g_grid = n_blocks, ceil_div(v1 - v0, tiles.block_v)
+            g_kernel.launch(g_grid, e, c, terms, found, tokens, weights, columns, chance, g)
         if d_e is not None and into_e is not None:
             d_e_kernel = make_d_e_kernel(tiles, p.dtype, np.dtype(d_e.dtype))
             first, last = v0 == 0, v1 == p.V

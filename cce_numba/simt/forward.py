@@ -20,6 +20,7 @@ from cce_numba.gpu import SIMULATED
 from cce_numba.integers import ceil_div
 from cce_numba.launch.array_kernel import ArrayKernel, argument
 from cce_numba.launch.kernel import kernel_factory
+from cce_numba.parallel.bounds import phase_of_exchange
 from cce_numba.simt import folds as folds_
 from cce_numba.simt.draws import draw_seed
 from cce_numba.simt.folds.composed import compose
@@ -171,8 +172,11 @@ def forward(p: Problem, tiles: SimtTiles, record_survivors: bool) -> Statistics:
     listed, of_folds, found = argument(tokens), argument(tuple(records)), argument(tuple(parts))
     lse_kernel = make_lse_kernel(tiles, p.dtype, bias_dtype_of(p), folds)
     finish_kernel = make_finish_kernel(tiles, p.compute_dtype, folds)
-    done = 0
-    for (first, last), more in zip(phases, splits, strict=True):
+    done, bounds = 0, p.bounds
+    exchange = phase_of_exchange([first for first, _ in phases], v_tiles)
+    for phase, ((first, last), more) in enumerate(zip(phases, splits, strict=True)):
+        if phase == exchange and bounds is not None and bound is not None:
+            bound[...] = bounds.of_all(bound, records[0].lse if phase else None)
         these = Splits(first, last, ceil_div(last - first, more), first_split=done)
         lse_kernel.launch((n_blocks, more), p.e, p.c, terms, listed, these, of_folds, found)
         done += more
@@ -205,7 +209,7 @@ def bytes_of_row(p: Problem) -> int:
     return sum(dtype.itemsize for dtype in dtypes) + of_best
 
 
-def count_splits(n_blocks: int, v_tiles: int, invariant: bool) -> int:
+def count_splits(n_blocks: int, v_tiles: int, invariant: bool = False) -> int:
     """How many CTAs share a block of tokens: enough for about four CTAs on each multiprocessor, none without tiles.
 
     `invariant`: by the tiles alone, so that the tokens' numbers depend neither on the batch nor on the GPU's size.

@@ -11,6 +11,7 @@ folds/         what becomes of a tile of logits
 merge          what several workers found for the same tokens
 layout         how a forward is cut into launches
 found          what a forward leaves behind
+top_k          the best entries of each token
 reduction      the loss out of each token's log-sum-exp and target logit
 survey/        survivor bits become a plan of work for the backward
 exponentials, quads, numbers, sums    small device functions

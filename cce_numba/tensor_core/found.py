@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +12,23 @@ from cce_numba import folds as fold_names
 from cce_numba.arguments import Problem
 from cce_numba.backend import Statistics
 from cce_numba.integers import ceil_div
+from cce_numba.parallel.bounds import phase_of_exchange
 from cce_numba.survivors import coarse_eps_of, log_threshold
 from cce_numba.tensor_core.draws import write_draw_seed
-from cce_numba.tensor_core.folds import FOLDS, SEVERAL_TARGET_LOGITS, SURVIVORS_BY_CHANCE, Fold, result_names
+from cce_numba.tensor_core.folds import (
+    FOLDS,
+    GROUP_MAXIMA,
+    SEVERAL_TARGET_LOGITS,
+    SURVIVORS_BY_CHANCE,
+    Fold,
+    found_class,
+    result_names,
+)
 from cce_numba.tensor_core.indexed_dot import launch_indexed_dot
 from cce_numba.tensor_core.kept import bytes_of
 from cce_numba.tensor_core.layout import Layout
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import Found, FoundOfSeveral, SeveralTargets, Survivors, Tokens
+from cce_numba.tensor_core.records import Found, FoundOfMore, GroupMaxima, SeveralTargets, Survivors, Tokens
 from cce_numba.tensor_core.tokens import list_tokens
 
 NO_SURVIVORS = Survivors(bits=0, pitch_words=0, coarse_words=0, log_eps=0.0, log_coarser=0.0, first_block=0, seed=0)
@@ -63,6 +72,9 @@ class Arrays:
         numbers: (results of all folds, N) float32.
         names: of the results.
         target_logits: (N, K) float32, where tokens have several targets; else None.
+        maxima: (3, positions of a batch, groups) float32, `records.GroupMaxima`; None unless the best entries are wanted.
+        top_logits: (N, k) float32, the best logits; else None.
+        top_ids: (N, k) int64, their entries; else None.
         bounds: (N,) float32 logits of the targets, by which survivors are found, of several the largest; None if these are not
             recorded.
         bits: (blocks, pitch_words) uint32 survivor bits, twice as many rows if dC has its own; None if not recorded.
@@ -75,13 +87,16 @@ class Arrays:
     numbers: Any
     names: tuple[str, ...]
     target_logits: Any
+    maxima: Any
+    top_logits: Any
+    top_ids: Any
     bounds: Any
     bits: Any
     kept: Any
     seed: Any
     n_valid: int
     tokens: int
-    found: Found | FoundOfSeveral
+    found: Found | FoundOfMore
     survivors: Survivors
 
     @staticmethod
@@ -108,14 +123,22 @@ class Arrays:
             "bound": 0 if bounds is None else bounds.data.ptr,
             "kept": 0 if kept is None or not N else kept.data.ptr,
             "kept_tiles": kept_tiles,
+            "kept_blocks": layout.blocks,
         }
         found: Any = Found(**of_one)
-        target_logits = None
+        target_logits = maxima = top_logits = top_ids = None
+        several, groups = SeveralTargets(0, 0, 0, 0), GroupMaxima(0, 0, 0)
         if p.K is not None:
             target_logits = xp.empty((N, p.K), np.float32)
             several = SeveralTargets(targets, p.K, p.options.ignore_index, target_logits.data.ptr)
-            found = FoundOfSeveral(**of_one, several=several)
-        return Arrays(listing, numbers, names, target_logits, bounds, bits, kept, seed, n_valid, n_valid + 8, found, survivors)
+        if GROUP_MAXIMA in folds:
+            maxima, k = xp.empty((3, layout.rows, layout.groups), np.float32), p.options.top_k
+            top_logits, top_ids = xp.zeros((N, k), np.float32), xp.zeros((N, k), np.int64)
+            groups = GroupMaxima(maxima.data.ptr, maxima[1].data.ptr, layout.groups)
+        if found_class(folds) is FoundOfMore:
+            found = FoundOfMore(**of_one, several=several, maxima=groups)
+        of_more = target_logits, maxima, top_logits, top_ids
+        return Arrays(listing, numbers, names, *of_more, bounds, bits, kept, seed, n_valid, n_valid + 8, found, survivors)
 
     def statistics(self, p: Problem, layout: Layout) -> Statistics:
         """As the rest of the package takes it."""
@@ -134,6 +157,8 @@ class Arrays:
             kept_logits=self.kept,
             entropy=results.pop("entropy", None),
             sum_squares=results.pop("sum_squares", None),
+            top_logits=self.top_logits,
+            top_ids=self.top_ids,
             mean_logit=None if total_logit is None else total_logit / np.float32(p.V),
             folded=results,
         )
@@ -168,6 +193,22 @@ def begin(p: Problem, arrays: Arrays, e: Any, constants: tuple[int, ...] = (), c
         launch_indexed_dot(p, matrix_of(e), terms_of(p), every, arrays.found.bound, arrays.survivors)
         if arrays.seed is not None:
             write_draw_seed(p, every, arrays.survivors.seed)
+
+
+def launches_of(p: Problem, layout: Layout, arrays: Arrays) -> Iterator[tuple[tuple[int, int, int], tuple[int, int]]]:
+    """`Layout.launches`; before one of them ranks tell each other what bounds the log-sum-exps of all from below."""
+    launches, bounds = layout.launches(arrays.bits is not None), p.bounds
+    if bounds is None or arrays.bounds is None:
+        yield from launches
+        return
+    phases, is_told = layout.phases(True), False
+    exchange = 0 if layout.with_best else phase_of_exchange([first_tile for _, first_tile, _ in phases], layout.n_tiles)
+    for phase, batch in launches:
+        if not is_told and phase == phases[exchange]:
+            lse = arrays.numbers[arrays.names.index("lse")] if exchange else None
+            arrays.bounds[...] = bounds.of_all(arrays.bounds, lse)
+            is_told = True
+        yield phase, batch
 
 
 def batch_of(arrays: Arrays, first_token: int, n_tokens: int, block_n: int) -> tuple[Tokens, Survivors]:

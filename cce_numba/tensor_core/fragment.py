@@ -51,6 +51,37 @@ def fold_rows(n: int, step: Callable[..., Any]) -> Any:
     return as_intrinsic(define, len(operands), f"fold_rows_{step.__name__}")
 
 
+def best_two_of_rows(n: int) -> Any:
+    """The two largest logits of each row, over this thread's columns, and which of these columns the largest is in.
+
+    In a kernel: `(best_0, second_0, best_1, second_1), (place_0, place_1) = best(fragment)`; places count the thread's columns
+    of a row from 0. Equal logits count as often as they come, and the first is the best. What is not there is -inf, at place 0.
+    A NaN is left out.
+    """
+    operands, numbers, places = (fragment_type(n),), types.UniTuple(F32, 4), types.UniTuple(I32, 2)
+    result = types.Tuple((numbers, places))
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands("best_two_of_rows", operands, given)
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            nothing, first = ir.Constant(ir.FloatType(), float("-inf")), ir.Constant(ir.IntType(32), 0)
+            best, second, place = [nothing] * 2, [nothing] * 2, [first] * 2
+            for i in range(n // 2):
+                row, z = row_of(i), builder.extract_value(values[0], i)
+                is_best = builder.fcmp_ordered(">", z, best[row])
+                is_second = builder.fcmp_ordered(">", z, second[row])
+                second[row] = builder.select(is_best, best[row], builder.select(is_second, z, second[row]))
+                best[row] = builder.select(is_best, z, best[row])
+                place[row] = builder.select(is_best, ir.Constant(ir.IntType(32), 2 * (i // 4) + (i & 1)), place[row])
+            of_rows = context.make_tuple(builder, numbers, [best[0], second[0], best[1], second[1]])
+            return context.make_tuple(builder, result, [of_rows, context.make_tuple(builder, places, place)])
+
+        return result(*operands), generate
+
+    return as_intrinsic(define, len(operands), "best_two_of_rows")
+
+
 def map_rows(n: int, change: Callable[..., Any]) -> Any:
     """Changes each logit by a number of its row: `change(z, by_row) -> z`, all float32.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -25,24 +26,13 @@ from cce_numba.tensor_core.tokens import token_at
 _WARPS = 4  # of a CTA, each with a token
 
 
-@kernel_factory
-def make_indexed_dot_kernel(
-    dtype: np.dtype,
-    bias_dtype: np.dtype | None,
-    aligned: bool,
-    scaled: bool = False,
-    several: bool = False,
-    in_shards: bool = False,
-) -> Kernel:
-    """The kernel for 16-bit `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads 4 numbers at a time.
-
-    scaled: with a logit scale for each token. several: tokens have several targets, targets (N, K), and the kernel takes K and
-    the number that is padding, too. in_shards: other ranks have other entries, so a target may be `ELSEWHERE`.
-    """
-    maximum = arithmetic.maximum_or_nan
+@functools.cache
+def make_dot(dtype: np.dtype, bias_dtype: np.dtype | None, aligned: bool, scaled: bool) -> tuple[Any, Any]:
+    """`(product_of, logit_of)`, device functions; arguments are those of `make_indexed_dot_kernel`."""
     wide = widen(dtype)
     load_bias, bias_bytes = make_load(bias_dtype or dtype), (bias_dtype or dtype).itemsize
-    has_bias, warps = bias_dtype is not None, _WARPS
+    has_bias = bias_dtype is not None
+    in_float32 = dtype == np.float32
 
     @cuda.jit(device=True, forceinline=True)
     def dot_of_four(x: Any, y: Any, total: Any) -> Any:
@@ -62,8 +52,12 @@ def make_indexed_dot_kernel(
             x = memory.load_global_u64(e_row + np.uint64(8 * i))
             total = dot_of_four(x, memory.load_global_u64(c_row + np.uint64(8 * i)), total)
         for d in range(4 * in_fours + lane, D, 32):
-            x = wide(memory.load_global_u16(e_row + np.uint64(2 * d)))
-            total += x * wide(memory.load_global_u16(c_row + np.uint64(c_step_bytes * d)))
+            if in_float32:
+                x = memory.load_global_f32(e_row + np.uint64(4 * d))
+                total += x * memory.load_global_f32(c_row + np.uint64(c_step_bytes * d))
+            else:
+                x = wide(memory.load_global_u16(e_row + np.uint64(2 * d)))
+                total += x * wide(memory.load_global_u16(c_row + np.uint64(c_step_bytes * d)))
         return warp_sum(total)
 
     @cuda.jit(device=True, forceinline=True)
@@ -75,6 +69,27 @@ def make_indexed_dot_kernel(
         if scaled:
             scale = memory.load_global_f32(terms.scale + np.uint64(4 * n))
         return finish(product, bias, scale, softcap) if softcap > 0 else finish(product, bias, scale, None)
+
+    return product_of, logit_of
+
+
+@kernel_factory
+def make_indexed_dot_kernel(
+    dtype: np.dtype,
+    bias_dtype: np.dtype | None,
+    aligned: bool,
+    scaled: bool = False,
+    several: bool = False,
+    in_shards: bool = False,
+) -> Kernel:
+    """The kernel for `dtype`. If rows start at multiples of 8 bytes and are contiguous, it reads 4 16-bit numbers at a time.
+
+    scaled: with a logit scale for each token. several: tokens have several targets, targets (N, K), and the kernel takes K and
+    the number that is padding, too. in_shards: other ranks have other entries, so a target may be `ELSEWHERE`.
+    """
+    maximum = arithmetic.maximum_or_nan
+    product_of, logit_of = make_dot(dtype, bias_dtype, aligned, scaled)
+    warps = _WARPS
 
     @cuda.jit(device=True, forceinline=True)
     def set_bit(position: Any, target: Any, survivors: Any) -> None:
@@ -169,7 +184,8 @@ def launch_indexed_dot(
     Of several targets it is the largest logit.
     """
     bias_dtype = None if p.bias is None else np.dtype(p.bias.dtype)
-    aligned, (c_pitch_bytes, c_step_bytes) = matrices.why_not(p.c) is None, p.c.strides
+    aligned = matrices.why_not(p.c) is None and p.dtype.itemsize == 2
+    c_pitch_bytes, c_step_bytes = p.c.strides
     kernel = make_indexed_dot_kernel(
         p.dtype, bias_dtype, aligned, p.logit_scale is not None, p.K is not None, p.shard is not None
     )

@@ -34,6 +34,24 @@ def cap(z: Any, _: Any, softcap: Any) -> Any:
 
 
 @functools.cache
+def make_logit_of(capped: bool, scaled: bool) -> Any:
+    """The device function `z = logit_of(x, row, softcap)`: the logit of a product with its bias.
+
+    row: the token's `RowWeights`. capped, scaled: see `gradient.make_gradient`.
+    """
+
+    @cuda.jit(device=True, forceinline=True)
+    def logit_of(x: Any, row: Any, softcap: Any) -> Any:
+        if scaled:
+            x = finish(x, None, row.scale, None)
+        if capped:
+            x = finish(x, None, None, softcap)
+        return x
+
+    return logit_of
+
+
+@functools.cache
 def make_finish_logits(n: int, capped: bool, scaled: bool) -> Any:
     """The device function `z = finish_logits(z, scales_smem, column, softcap, V, is_last)` for fragments of n columns.
 

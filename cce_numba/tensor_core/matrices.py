@@ -13,7 +13,7 @@ _ALIGNMENT_BYTES = 16  # of the address and of the distance between rows
 
 
 def why_not(matrix: Any) -> str | None:
-    """Why the copy engine cannot read a (rows, columns) CuPy matrix of 16-bit numbers as it lies, or None if it can."""
+    """Why the copy engine cannot read a (rows, columns) CuPy matrix as it lies, or None if it can."""
     if matrix.shape[1] > 1 and matrix.strides[1] != matrix.itemsize:
         return f"the elements of a row are {matrix.strides[1]} bytes apart, not {matrix.itemsize}"
     if matrix.data.ptr % _ALIGNMENT_BYTES:
@@ -29,7 +29,7 @@ def why_not(matrix: Any) -> str | None:
 
 def pitch_bytes(matrix: Any) -> int:
     """Bytes from one row to the next, of a matrix that the copy engine can read."""
-    return matrix.strides[0] if matrix.shape[0] > 1 else 2 * padded_columns(matrix.shape[1])
+    return matrix.strides[0] if matrix.shape[0] > 1 else matrix.itemsize * padded_columns(matrix.shape[1])
 
 
 def padded_columns(columns: int) -> int:

@@ -52,6 +52,7 @@ class Found(Record):
     bound = pointer_to(np.float32)  # (N,) the target's logit, NaN for one out of range; null where no survivors are recorded
     kept = U64  # address of kept logits (`tensor_core.kept`), (blocks, kept_tiles) tiles; 0 if none are kept
     kept_tiles = I32  # tiles of each block that are kept, the first ones
+    kept_blocks = I32  # blocks of tokens; a worker may meet one more, which has none
 
 
 class SeveralTargets(Record):
@@ -63,8 +64,19 @@ class SeveralTargets(Record):
     logits = pointer_to(np.float32)  # (N, K): a result of the forward
 
 
-class FoundOfSeveral(Record):
-    """`Found`, where tokens have several targets. Nobody reads `targets` then; `bound` has the largest of a token's logits."""
+class GroupMaxima(Record):
+    """The two largest logits of groups of entries (`folds.group_maxima`), of the tokens of a batch."""
+
+    best = U64  # address of (positions in the batch, pitch) float32: the largest logit of each group
+    others = U64  # address of (positions, pitch, 2) float32: the second largest, and the place of the largest, an int32
+    pitch = I64  # groups of a row, in all tiles of the vocabulary
+
+
+class FoundOfMore(Record):
+    """`Found`, where tokens have several targets, or their best entries are wanted.
+
+    With several targets nobody reads `targets`, and `bound` has the largest of a token's target logits.
+    """
 
     results = pointer_to(np.float32)
     pitch = I64
@@ -72,7 +84,9 @@ class FoundOfSeveral(Record):
     bound = pointer_to(np.float32)
     kept = U64
     kept_tiles = I32
+    kept_blocks = I32
     several = SeveralTargets
+    maxima = GroupMaxima
 
 
 class Parts(Record):

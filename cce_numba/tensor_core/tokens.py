@@ -14,7 +14,7 @@ from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.parallel.shard import ELSEWHERE
 from cce_numba.ptx import memory
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.records import I32, I64, U64, Found, FoundOfSeveral
+from cce_numba.tensor_core.records import I32, I64, U64, Found, FoundOfMore
 from cce_numba.tensor_core.sums import THREADS, sum_before
 
 _TOKENS = 8  # neighbours, of each thread
@@ -64,10 +64,11 @@ def mark_targets(n: Any, V: Any, several: Any, in_shards: Any) -> None:
 
 
 @kernel_factory
-def make_list_tokens_kernel(n_constants: int = 0, several: bool = False, in_shards: bool = False) -> Kernel:
+def make_list_tokens_kernel(n_constants: int = 0, several: bool = False, more: bool = False, in_shards: bool = False) -> Kernel:
     """The kernel: one CTA. On its way it writes `n_constants` 64-bit words to memory, for kernels that must read them there.
 
-    several: tokens have several targets. in_shards: other ranks have other entries, so a target may be `ELSEWHERE`.
+    several: tokens have several targets. more: it takes a `FoundOfMore`, as with several targets. in_shards: other ranks have
+    other entries, so a target may be `ELSEWHERE`.
     """
     threads, tokens_per_thread = THREADS, _TOKENS
 
@@ -81,7 +82,7 @@ def make_list_tokens_kernel(n_constants: int = 0, several: bool = False, in_shar
     def list_tokens_kernel(
         constants: Any,  # n_constants words
         constants_to: Any,  # (n_constants,)
-        found: Any,  # Found, or FoundOfSeveral
+        found: Any,  # Found, or FoundOfMore
         has_targets: Any,
         ignore_index: Any,
         N: Any,
@@ -130,7 +131,7 @@ def make_list_tokens_kernel(n_constants: int = 0, several: bool = False, in_shar
 
     p_i64, p_i32 = pointer_to(np.int64), pointer_to(np.int32)
     constants = types.UniTuple(U64, n_constants), pointer_to(np.uint64)
-    parameters = *constants, FoundOfSeveral if several else Found, I32, I64, I32, I32, p_i32, p_i64, I32, I32
+    parameters = *constants, FoundOfMore if several or more else Found, I32, I64, I32, I32, p_i32, p_i64, I32, I32
     return Kernel(list_tokens_kernel, parameters, threads=THREADS)
 
 
@@ -138,7 +139,7 @@ def list_tokens(
     p: Problem,
     tokens: int,
     n_valid: int,
-    found: Found | FoundOfSeveral,
+    found: Found | FoundOfMore,
     results: tuple[str, ...],
     constants: tuple[int, ...] = (),
     constants_to: int = 0,
@@ -148,7 +149,8 @@ def list_tokens(
     results: the names of `found.results`.
     """
     target_result = results.index("target_logit") if "target_logit" in results else -1
-    make_list_tokens_kernel(len(constants), isinstance(found, FoundOfSeveral), p.shard is not None).launch(
+    is_more = isinstance(found, FoundOfMore)
+    make_list_tokens_kernel(len(constants), p.K is not None, is_more, p.shard is not None).launch(
         1, constants, constants_to, found, p.targets is not None, p.options.ignore_index, p.N, p.V, tokens, n_valid,
         len(results), target_result,
     )  # fmt: skip

@@ -26,8 +26,8 @@ def linear_distillation(
 ) -> torch.Tensor:
     """`cce_numba.linear_distillation` with gradients for e, c and bias by autograd; the teacher's tensors get none.
 
-    Tensors are on the CPU. Under autocast both heads are cast, as by `linear_cross_entropy`. Compilers do not look into it: a
-    compiled program breaks here, so `fullgraph=True` refuses it.
+    Tensors are on the CPU (backend "cpu") or on a GPU (backend "simt"). Under autocast both heads are cast, as by
+    `linear_cross_entropy`. Compilers do not look into it: a compiled program breaks here, so `fullgraph=True` refuses it.
 
     Args:
         e, c, bias: the student's, as in `linear_cross_entropy`.
@@ -48,8 +48,6 @@ def linear_distillation(
     mask = torch.zeros((), dtype=torch.int64, device=e.device) if targets is None else targets
     checks.check_tensors(e, c, mask, {"bias": bias})
     checks.check_tensors(teacher_e, teacher_c, mask, {"bias": teacher_bias})
-    if e.device.type != "cpu":
-        raise NotImplementedError(f"distillation: only backend 'cpu' has it yet, and e is on {e.device}")
     e, c, bias = checks.cast(e, c, bias)
     teacher_e, teacher_c, teacher_bias = checks.cast(teacher_e, teacher_c, teacher_bias)
     return _LinearDistillation.apply(e, c, bias, teacher_e, teacher_c, teacher_bias, targets, options)

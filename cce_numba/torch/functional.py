@@ -31,6 +31,7 @@ _NOT_IN_BASELINE = (
     "sum_squares",
     "top_k",
     "batch_invariant",
+    "allow_tf32",
     "process_group",
 )
 
@@ -62,6 +63,7 @@ def linear_cross_entropy(
     sum_squares: bool = False,
     top_k: int = 0,
     batch_invariant: bool = False,
+    allow_tf32: bool = False,
     filter: str = "unbiased",
     filter_seed: int | torch.Tensor = 0,
     check_targets: bool | None = None,
@@ -120,6 +122,8 @@ def linear_cross_entropy(
         sum_squares: return the sum of each token's squared probabilities too, which has no gradient.
         top_k: return each token's k largest log-probabilities, which have no gradient, and their entries too.
         batch_invariant: a token's numbers are bitwise the same whatever other tokens stand beside it.
+        allow_tf32: float32 numbers may be rounded to tf32 on their way to tensor cores. It is for this call alone:
+            `torch.backends.cuda.matmul.allow_tf32` changes nothing here.
         filter: "unbiased" keeps by chance some of what is below `filter_eps` in all of a block's tokens, and multiplies it, so
             that gradients are right on average; "drop" leaves it out; see `cce_numba.linear_cross_entropy`.
         filter_seed: an integer, or a 0-d tensor of one on e's device or on the CPU. One on e's device may change in place from
@@ -186,6 +190,7 @@ def linear_cross_entropy(
         "sum_squares": sum_squares,
         "top_k": top_k,
         "batch_invariant": batch_invariant,
+        "allow_tf32": allow_tf32,
     }
     checks.check_options(e.dtype, options, return_lse)
     del options["accum_e_fp32"], options["accum_c_fp32"]  # which change nothing here

@@ -40,7 +40,7 @@ def linear_logprobs(
         logit_scale: multiplies the logits, 1 / temperature; a number, or a tensor with one for each token of `e`.
         filter_seed, process_group, tokens_axis, vocab_parallel_options: as in `linear_cross_entropy`.
         options: others of `cce_numba.linear_logprobs`: softcap, shift, ignore_index, entropy, sum_squares, top_k,
-            batch_invariant, filter, filter_eps, filter_e_grad, filter_c_grad, check_targets,
+            batch_invariant, allow_tf32, filter, filter_eps, filter_e_grad, filter_c_grad, check_targets,
             workspace_bytes, backend.
 
     Returns a `cce_numba.Logprobs` of tensors, None for what was not asked for. Raises what `linear_cross_entropy` does.

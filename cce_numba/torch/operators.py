@@ -20,7 +20,7 @@ from cce_numba.torch.call import MORE, SAVED, TENSORS, Outputs, Upstream
 
 # Options travel in a few lists, since PyTorch takes time for each argument: None as nan, -1 or "", by place. A threshold is
 # either a number or a word.
-_FLAGS = ("filter_e_grad", "filter_c_grad", "entropy", "sum_squares", "batch_invariant")
+_FLAGS = ("filter_e_grad", "filter_c_grad", "entropy", "sum_squares", "batch_invariant", "allow_tf32")
 _INTEGERS = ("ignore_index", "shift", *_FLAGS, "top_k", "workspace_bytes", "check_targets")
 _REALS = ("softcap", "filter_eps", "logit_scale", "label_smoothing", "z_loss")
 _WORDS = ("reduction", "backend", "filter", "filter_eps")

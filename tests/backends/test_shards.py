@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import cce_numba as cce
+from cce_numba import interchange
 from cce_numba.arguments import SEVERAL_TARGETS
 from tests.helpers.cases import make_case
 from tests.helpers.distributions import with_ids
@@ -110,3 +111,42 @@ def test_a_target_that_nobody_has_is_lost_and_one_of_another_shard_is_not(harnes
             assert np.isnan(np.float64(own.c)).all(), "all entries survive in a block with a lost token"
             assert np.isnan(np.float64(own.e[lost])).all()
             assert np.isfinite(np.float64(own.e[~lost])).all()
+
+
+class Told:
+    """A communicator of one rank, to which a second one tells bounds alone."""
+
+    rank, size = 0, 1
+
+    def __init__(self, bound):
+        self.bound, self.exchanges = bound, 0
+
+    def all_gather(self, array):
+        xp = interchange.array_module(array)
+        if array.ndim < 2:
+            return array[None]
+        self.exchanges += 1
+        return (
+            array[None] if self.bound is None else xp.stack([array, xp.stack([self.bound, xp.full_like(self.bound, -np.inf)])])
+        )
+
+    def all_reduce(self, array):
+        return array
+
+
+def test_bounds_are_exchanged_once_and_taken(harness):
+    edges = harness.edges
+    case = make_case(4, (edges.max_n,), edges.long_v, 8, edges.dtype, spread=3.0, filter_eps=2.0**-10)
+    whole = harness.forward(case)
+    arrays, options = harness._arrays(case), harness._options(case)
+    flagged = []
+    for bound in (None, whole.lse):
+        told = Told(bound)
+        result = cce.forward(*arrays, communicator=told, **options)
+        assert told.exchanges == 1
+        flagged.append(harness.kept(result, edges.long_v).sum())
+        np.testing.assert_allclose(harness.host(result.loss), harness.host(whole.loss), rtol=1e-5)
+    assert flagged[1] < flagged[0], "what others tell is a better bound than what was seen"
+    exact = np.exp(np.float64(case.e) @ np.float64(case.c).T - np.float64(harness.host(whole.lse))[:, None])
+    kept = harness.kept(result, edges.long_v)
+    assert (kept | (exact < 2.0**-10)).all(), "and nothing is missed"

@@ -23,7 +23,7 @@ from benchmarks.programs import PROGRAMS
 from cce_numba.commands import UsageError
 
 ROOT = Path(__file__).parents[2]
-NEED_TORCH = ("autograd", "learning", "training_step")
+NEED_TORCH = ("autograd", "comparison", "figure4", "figure5", "learning", "memory", "table1", "training_step")
 
 
 def module(name):

@@ -80,6 +80,11 @@ def names_of(case) -> set[str]:
         "token-weights": o.get("token_weights") is not None,
         "accum-e-fp32": o.get("accum_e_fp32"),
         "accum-c-fp32": o.get("accum_c_fp32"),
+        "several-targets": o.get("target_probs") is not None,
+        "entropy": o.get("entropy"),
+        "sum-squares": o.get("sum_squares"),
+        "top-k": o.get("top_k"),
+        "batch-invariant": o.get("batch_invariant"),
         "drop": o.get("filter") == "drop",
         "exact": o.get("filter_eps", "auto") is None,
     }
@@ -87,12 +92,31 @@ def names_of(case) -> set[str]:
     return {name for name, has in names.items() if has}
 
 
+@pytest.mark.parametrize("backend", ["simt", "ampere", "hopper"])
+@pytest.mark.parametrize("several", [False, True], ids=["one target", "several targets"])
+def test_a_call_with_extras_launches_nothing_else(backend, several):
+    extras = {"entropy": True, "sum_squares": True, "top_k": 3, "batch_invariant": True}
+    names = ["entropy", "sum-squares", "top-k", "batch-invariant", *["several-targets"] * several]
+    _, kernels = precompile.kernels_of(backend, "float16", names, (9, 0))
+    with absent_gpu((9, 0)) as (cupy, launched):
+        N, V, D, K = 77, 500, 256, 5
+        arrays = cupy.zeros((N, D), np.float16), cupy.zeros((V, D), np.float16), cupy.zeros((N, K) if several else N, np.int64)
+        if several:
+            extras["target_probs"] = cupy.zeros((N, K), np.float32)
+        result = cce.forward(*arrays, **extras, backend=backend)
+        cce.backward(result, d_entropy=1.0, d_logprobs=2.0)
+        cce.backward(result, d_lse=1.0, wrt="c")
+    unforeseen = {f"{kernel.identity}{kernel.signature}" for kernel in set(launched) - set(kernels)}
+    assert not unforeseen
+
+
 @settings(max_examples=60)
 @pytest.mark.parametrize("backend", ["simt", "ampere", "hopper"])
 @given(data=st.data())
 def test_a_call_of_any_size_launches_nothing_else(backend, data):
     """Whatever the sizes, the reduction, the shift, which gradients are wanted and where they go."""
-    case = data.draw(cases(EDGES, DTYPES if backend == "simt" else DTYPES[:2], smallest_n=1))
+    dtypes = {"simt": DTYPES, "ampere": DTYPES[:3], "hopper": DTYPES[:2]}[backend]
+    case = data.draw(cases(EDGES, dtypes, smallest_n=1))
     case = data.draw(with_terms(case.with_options(**data.draw(filters()))))
     case = case.with_options(filter=data.draw(st.sampled_from(FILTERS), label="filter"))
     wrt = data.draw(st.sampled_from([None, "e", "c", ("e", "c")]), label="wrt")

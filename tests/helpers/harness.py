@@ -194,6 +194,20 @@ class AmpereHarness(HopperHarness):
         return None if major >= 8 else f"the GPU has compute capability {major}.{minor}, and this is about 8.0 and later"
 
 
+class AmpereFloat32Harness(AmpereHarness):
+    # Tiles of 128 x 128 x 32; jobs of 192 columns. Float32 comes to tensor cores only if the backend is asked for by name.
+    edges: ClassVar = Edges(
+        n=(1, 32, 128, 256),
+        v=(1, 8, 128, 192, 256, 128 * 16),
+        d=(1, 4, 8, 32, 64, 192, 256),
+        max_n=500,
+        max_v=3000,
+        max_d=300,
+        long_v=40_003,
+        dtypes=DTYPES[2:3],
+    )
+
+
 class Poisoned:
     """`numpy` or `cupy`, but for `empty`."""
 

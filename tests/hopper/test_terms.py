@@ -31,6 +31,7 @@ from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
 from cce_numba.tensor_core.folds import (
     ENTROPY,
+    GROUP_MAXIMA,
     MAX_SUM,
     MEAN_LOGIT,
     SEVERAL_TARGET_LOGITS,
@@ -58,10 +59,11 @@ PLAIN, RECORDING, SMOOTHED, BY_CHANCE, WITH_ENTROPY = (
         (ENTROPY,),
     )
 )
-WITH_ALL = MAX_SUM, SEVERAL_TARGET_LOGITS, ENTROPY, SUM_SQUARES, SURVIVORS
+WITH_ALL = MAX_SUM, SEVERAL_TARGET_LOGITS, ENTROPY, SUM_SQUARES, GROUP_MAXIMA, SURVIVORS
 # Of what consumers keep from tile to tile, most of it with a softcap, a scale and survivors; none of it is in the loop over the
 # stages.
 FORWARD_SPILLED_BYTES, BACKWARD_SPILLED_BYTES = 384, 3072
+FORWARD_WITH_ALL_SPILLED_BYTES = 704  # with all that a call may ask for at the same time
 DEFAULT_SPILLED_BYTES = 1280  # by the backward of the default filter, without further terms
 
 
@@ -88,7 +90,8 @@ def test_the_forward(dtype, bias, capped, scaled, folds):
     compiled = offline.compile_hopper(kernel)
     assert compiled.notices == []
     assert compiled.registers == 65536 // 384 // 8 * 8 == 168
-    assert compiled.spilled_bytes <= (0 if folds in (BY_CHANCE, WITH_ENTROPY) else FORWARD_SPILLED_BYTES)
+    most = {BY_CHANCE: 0, WITH_ENTROPY: 0, WITH_ALL: FORWARD_WITH_ALL_SPILLED_BYTES}
+    assert compiled.spilled_bytes <= most.get(folds, FORWARD_SPILLED_BYTES)
     assert compiled.count(r"(ld|st)\.local\S*") == 0, "no array has an index at run time"
     assert compiled.count(r"call(\.uni)?") == 0
     assert compiled.count(r"wgmma\.mma_async\S+") == 8
@@ -184,7 +187,7 @@ def problem(**given):
         device="cuda:0",
         targets=np.zeros(N, np.int64), options=Options.of(BFLOAT16, DROPPING | given), on_device=True, extras=frozenset(),
         logits_bytes=4 * N * V,
-        logit_scale=scale, class_weights=None,
+        logit_scale=scale, class_weights=None, shard=None,
     )  # fmt: skip
 
 

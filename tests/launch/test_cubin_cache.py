@@ -199,7 +199,7 @@ def test_a_factory_remembers_its_kernels_and_stays_what_it_was():
     assert make_indexed_dot_kernel(f16, None, True) is make_indexed_dot_kernel(f16, None, True)
     assert make_indexed_dot_kernel(f16, None, True) is not make_indexed_dot_kernel(f16, None, False)
     assert make_indexed_dot_kernel.__name__ == "make_indexed_dot_kernel"
-    assert make_indexed_dot_kernel.__doc__.startswith("The kernel for 16-bit")
+    assert make_indexed_dot_kernel.__doc__.startswith("The kernel for `dtype`")
 
 
 def function_of_the_package():

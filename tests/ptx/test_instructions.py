@@ -181,7 +181,8 @@ TABLE = [
 ]
 # A type, a constant, and other names for a pointer.
 NO_INSTRUCTIONS = {"fragment.fragment_type", "fragment.zeros", "pointers.address_of", "pointers.view_as"}
-NO_INSTRUCTIONS |= {"mma.emit_mma", "mma.emit_load"}  # they write into code that is generated
+# They write into code that is generated.
+NO_INSTRUCTIONS |= {"mma.emit_mma", "mma.emit_load", "mma.emit_load_word", "mma.emit_round_to_tf32"}
 
 
 def compile_call(function: Any, operands: tuple[Any, ...], result: Any = VOID) -> offline.Compiled:

@@ -19,7 +19,7 @@ from cce_numba.survivors import draw_seed, draws
 from cce_numba.tensor_core.draws import draw, make_draw_seed_kernel
 from cce_numba.tensor_core.records import I64, Tokens
 
-SEEDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1)
+SEEDS = (0, 1, 2**31 - 1, 2**31, 2**32 - 1, 7 + (64_001 << 32))  # the last with the first entry of a shard
 
 
 def make_draw_kernel() -> Kernel:
@@ -73,5 +73,6 @@ def test_the_seed_is_everybodys(gpu, n_valid, is_array):
         address = {name: array.data.ptr for name, array in on_device.items()}
         tokens = Tokens(address["listed"], address["n_valid"], 0, 6000)
         given = (0, address["number"]) if is_array else (number, 0)
-        make_draw_seed_kernel().launch(1, tokens, address["targets"], *given, address["seed"])
-        assert int(on_device["seed"][0]) == int(draw_seed(targets[listed], number))
+        for first_entry in (0, 64_001):
+            make_draw_seed_kernel().launch(1, tokens, address["targets"], *given, first_entry, address["seed"])
+            assert int(on_device["seed"][0]) == int(draw_seed(targets[listed], number)) + (first_entry << 32)

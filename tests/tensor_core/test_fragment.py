@@ -14,6 +14,7 @@ from cce_numba.launch.kernel import Kernel, pointer_to
 from cce_numba.ptx import arithmetic, control, memory, wgmma
 from cce_numba.ptx import fragment as fragments
 from cce_numba.tensor_core.fragment import (
+    best_two_of_rows,
     change_chunks,
     collect_bits,
     column_of,
@@ -108,6 +109,48 @@ def compiled_fold(n, step):
         out[1] = row_1
 
     return offline.compile_function(kernel, types.void(fragments_of(n), F32, F32, F32_ARRAY))
+
+
+def make_best_kernel(n):
+    best = best_two_of_rows(n)
+
+    def best_kernel(fragments, numbers, places):
+        """numbers (threads, 4), places (threads, 2): what each thread finds of its fragment."""
+        t = cuda.threadIdx.x
+        found, at = best(fragments[t])
+        for i in range(4):
+            numbers[4 * t + i] = found[i]
+        places[2 * t], places[2 * t + 1] = at[0], at[1]
+
+    return Kernel(best_kernel, (fragments_of(n), F32_ARRAY, pointer_to(np.int32)), threads=32)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("n", [32, 192])
+def test_the_best_two_take_two_comparisons_of_each_element(n):
+    compiled = offline.compile_launched(make_best_kernel(n), (8, 0))
+    compared = compiled.count(r"setp\.(gt|lt|leu|geu|le|ge|gtu|ltu)\.f32") + compiled.count(r"max\.f32")
+    assert n // 2 <= compared <= 2 * n // 2
+    assert compiled.spilled_bytes == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.skipif(SimulatorHarness.is_active(), reason="about a real GPU")
+@pytest.mark.parametrize("n", [32, 64, 192])
+def test_the_best_two_of_rows(n):
+    cupy = pytest.importorskip("cupy")
+    rng = np.random.default_rng(0)
+    z = rng.integers(-9, 10, (32, n // 2)).astype(np.float32)
+    z[3, :], z[4, 5] = -np.inf, np.nan
+    numbers, places = cupy.zeros((32, 4), np.float32), cupy.zeros((32, 2), np.int32)
+    make_best_kernel(n).launch(1, cupy.asarray(z).data.ptr, numbers.data.ptr, places.data.ptr)
+    for t in range(32):
+        for row in range(2):
+            own = np.array([z[t, i] for i in range(n // 2) if row_of(i) == row])
+            own = np.where(np.isnan(own), -np.inf, own)
+            assert numbers.get()[t, 2 * row : 2 * row + 2].tolist() == np.sort(own)[::-1][:2].tolist()
+            assert places.get()[t, row] == own.argmax()
 
 
 @pytest.mark.usefixtures("compiler")

@@ -7,6 +7,8 @@ compiled for several targets: what it costs beside what is compiled for one.
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -24,9 +26,11 @@ from numba import cuda
 from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.tiles import BackwardTiles
 from cce_numba.interchange import BFLOAT16
-from cce_numba.ptx import arithmetic, memory
+from cce_numba.ptx import arithmetic, control, memory
 from cce_numba.tensor_core.backward import several
 from cce_numba.tensor_core.draws import make_draw_seed_kernel
+from cce_numba.tensor_core.folds import several_targets
+from cce_numba.tensor_core.fragment import column_of, row_of
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.records import LogitTerms, PlacedTargets, SeveralTargets
 from cce_numba.tensor_core.survey.tables import SurveyLayout, Tables
@@ -188,6 +192,93 @@ def test_they_are_written_over_what_is_there(placed):
         written += int((expected != 0).sum())
         machine.arrays.pop()
     assert written == sum(len(totals(placed, n)) for n in found["row_of"] if n >= 0) > 400
+
+
+# ---- the forward
+
+
+class Lanes:
+    """What lanes of a warp tell each other, each of them a thread of Python."""
+
+    def __init__(self):
+        self.meet, self.told = threading.Barrier(32), [None] * 32
+        self.own = threading.local()
+
+    def exchange(self, value):
+        self.told[self.own.lane] = value
+        self.meet.wait()
+        everything = list(self.told)
+        self.meet.wait()
+        return everything
+
+    def run(self, function):
+        """By all lanes, function(lane)."""
+
+        def lane_of(lane):
+            self.own.lane = lane
+            try:
+                function(lane)
+            except BaseException:
+                self.meet.abort()
+                raise
+
+        with ThreadPoolExecutor(32) as pool:
+            list(pool.map(lane_of, range(32)))
+
+
+@pytest.mark.parametrize(("n", "several_k"), [(192, 1), (192, 6), (64, 5)])
+def test_logits_leave_the_tile(n, several_k):
+    """Each target's in the tile, of all rows of a warp, and no other; a row that is nobody's has none."""
+    rng, lanes, machine = np.random.default_rng(0), Lanes(), Gpu()
+    v_tile, tokens, half, warp = 3, 40, 1, 2
+    last = (v_tile + 1) * n - 5  # the vocabulary ends within the tile
+    ids = rng.integers(0, last + 40, (tokens, several_k))
+    ids[::2, 0] = v_tile * n + rng.integers(0, n - 5, 20)  # of the tile
+    ids[::3, -1] = PADDING
+    rows = 64 * half + 16 * warp + np.arange(16)  # of the block
+    token_of = rng.permutation(tokens)[:16].astype(np.int32)
+    token_of[5] = -1
+    machine.smem[:512].view(np.int32)[rows] = token_of
+    z, logits = rng.normal(size=(16, n)).astype(np.float32), np.full((tokens, several_k), np.nan, np.float32)
+
+    def pick(fragment, first, *columns):
+        found = [np.float32(0)] * 2
+        for i, value in enumerate(fragment):
+            if columns[row_of(i)] - first == column_of(i):
+                found[row_of(i)] = value
+        return found
+
+    plain = Plain(machine)
+    plain.known[id(control.shuffle_i32)] = lambda value, lane: lanes.exchange(value)[lane]
+    step = several_targets.make(n).step
+    cells = dict(zip(step.py_func.__code__.co_freevars, step.py_func.__closure__, strict=True))
+    plain.known[id(cells["pick"].cell_contents)] = pick
+    fake = plain.known[id(cuda)]
+    fake.any_sync = lambda mask, holds: any(lanes.exchange(holds))
+    function = plain(step)
+    found = SimpleNamespace(several=SeveralTargets(ids.reshape(-1), several_k, PADDING, logits.reshape(-1)))
+
+    class Index:
+        x = property(lambda self: 32 * warp + lanes.own.lane)
+
+    fake.threadIdx = Index()
+
+    def of_lane(lane):
+        place = [(lane // 4 + 8 * row_of(i), 2 * (lane % 4) + column_of(i)) for i in range(n // 2)]
+        tile = SimpleNamespace(
+            thread=np.int32(32 * warp + lane), half=half, rows_smem=np.uint32(0), v_tile=v_tile, V=last, tokens=0
+        )
+        function((), [z[at] for at in place], tile, None, found, 0)
+
+    lanes.run(of_lane)
+    expected = np.full_like(logits, np.nan)
+    for row, token in enumerate(token_of):
+        for k in range(several_k):
+            column = ids[token, k] - v_tile * n
+            if token >= 0 and ids[token, k] != PADDING and 0 <= column < n and ids[token, k] < last:
+                expected[token, k] = z[row, column]
+    np.testing.assert_array_equal(logits, expected)
+    assert np.isfinite(expected).sum() >= 4
 
 
 # ---- compiled for a real GPU without one

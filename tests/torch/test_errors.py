@@ -242,3 +242,11 @@ def test_backward_into_grad():
     c.grad = c.grad.to_sparse()
     with pytest.raises(TypeError, match=r"c\.grad: must be a strided tensor, got layout torch\.sparse_coo"):
         cct.linear_cross_entropy_backward(**arguments(c=c))
+
+
+def test_tf32_is_refused_where_there_is_none():
+    with pytest.raises(NotImplementedError, match="allow_tf32: backend 'cpu' does not have it yet"):
+        cct.linear_cross_entropy(**arguments(), allow_tf32=True)
+    with pytest.raises(ValueError, match="allow_tf32: is not in the baseline"):
+        cct.linear_cross_entropy(**arguments(), allow_tf32=True, impl="torch_compile")
+    cct.linear_cross_entropy(**arguments(e=torch.ones(2, 3, 4).double()), allow_tf32=True)  # it means nothing there

@@ -206,9 +206,10 @@ def test_the_order_of_the_arguments_is_that_of_cut_cross_entropy():
     names = [*names.split(), "filter_e_grad", "filter_c_grad", "impl"]
     parameters = inspect.signature(cct.linear_cross_entropy).parameters
     assert [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == names
-    assert set(parameters) == {"e", "c", "targets", "return_lse", "impl", "others", *DEFAULTS}
+    of_ranks = dict.fromkeys(("process_group", "tokens_axis", "vocab_parallel_options"))
+    assert set(parameters) == {"e", "c", "targets", "return_lse", "impl", "others", *DEFAULTS, *of_ranks}
     defaults = {name: p.default for name, p in parameters.items() if p.default is not p.empty}
-    assert defaults == {**DEFAULTS, "return_lse": False, "impl": "cce"}
+    assert defaults == {**DEFAULTS, **of_ranks, "return_lse": False, "impl": "cce"}
     module = [*inspect.signature(cct.LinearCrossEntropy).parameters]
     assert module == [*(name for name in names[4:] if name != "return_lse"), "return_lse", "options"]
 

@@ -124,6 +124,24 @@ def tensor_parallel(rank: int, tied: bool = False, **options: Any) -> None:
         assert error <= 1e-4 * scale, f"{name} is off by {error:.2e} of {scale:.2e}"
 
 
+def with_trainer(rank: int, **arguments: Any) -> None:
+    """transformers.Trainer, as torchrun starts it: it wraps the model in DDP; patched and not."""
+    rows = [{"input_ids": row, "labels": row} for step in range(4) for row in batch(step, 0)]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def trained(model: Any) -> list[torch.Tensor]:
+            given = transformers.TrainingArguments(
+                output_dir=folder, use_cpu=True, max_steps=2, per_device_train_batch_size=2, learning_rate=0.1, report_to=[],
+                save_strategy="no", disable_tqdm=True, optim="sgd", seed=0, **arguments
+            )  # fmt: skip
+            trainer = transformers.Trainer(model=model, args=given, train_dataset=rows)
+            trainer.train()
+            assert trainer.args.world_size == dist.get_world_size()
+            return whole(model)
+
+        compare(whole(make()), trained(patch(make(), filter_eps=None)), trained(make()), 1e-3)
+
+
 def refused_plan(rank: int) -> None:
     """A head in another style is refused when the model is patched."""
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -147,6 +165,8 @@ CASES = {
     "tensor parallel, exact": partial(tensor_parallel, filter_eps=None),
     "tensor parallel, smoothed": partial(tensor_parallel, label_smoothing=0.1, z_loss=0.01),
     "another plan": refused_plan,
+    "trainer": with_trainer,
+    "trainer, accumulation": partial(with_trainer, gradient_accumulation_steps=2, label_smoothing_factor=0.1),
 }
 
 if __name__ == "__main__":

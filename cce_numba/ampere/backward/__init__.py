@@ -15,6 +15,9 @@ those of the survey (`tensor_core.survey`), and:
 All eight warps of a CTA copy, multiply and store. Between jobs the first of them finds out what the next job is. (A warp of its
 own for that would leave the others 168 registers a thread, which are too few.)
 
+A sum of dE goes on in registers from where the round before has left it, and in an exact problem the rounds follow the
+vocabulary. So how these are cut changes no bit of dE, and `Options.batch_invariant` asks for nothing more here.
+
     tiles       sizes: every product runs through the same stages
     records     what the kernel takes, and what its functions hand each other
     workspace   the memory, and how it cuts the backward into rounds

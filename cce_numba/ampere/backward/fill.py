@@ -1,13 +1,16 @@
-"""What the eight warps copy to a stage: for each kind of job, 64 terms of A (128 rows of the tile) and of B (192 columns).
+"""What the eight warps copy to a stage: for each kind of job, its terms of A (128 rows of the tile) and of B (192 columns).
 
-    kind     A                                                   B
-    LOGITS   rows of e, along K                                  rows of c of the job's columns, along K
-    D_E      columns of G of the block's list, across K          rows of c of these columns, across K
-    D_C      columns of G of the tile, of half a block, along K  rows of e of that half block, across K
+    kind     A                                                    B
+    LOGITS   rows of e, along K                                   rows of c of the job's columns, along K
+    D_E      columns of G of the block's list, across K           rows of c of these columns, across K
+    D_C      columns of G of the tile, of part of a block, along  rows of e of that part, across K
+             K
+
+Part of a block is half of it, and a fourth if numbers have 32 bits.
 
 A thread copies 16 of the 128 bytes of each of its rows, which are 32 apart (`ampere.copies`). For each kind of job there are
 two functions: `begin(filling, workspace, tables, dims, thread, units)` gives a state, and `fill(state, unit, stage, filling,
-workspace, tables, dims, thread, units)` fills the stage at a shared address with the unit-th 64 terms, and gives the next
+workspace, tables, dims, thread, units)` fills the stage at a shared address with the unit-th terms, and gives the next
 state. Units come in order. What rows to copy is looked up one unit or block ahead, since it takes as long to come as the rows
 do.
 """
@@ -24,18 +27,17 @@ from numba import cuda
 from cce_numba.ampere.backward.scheduler import ids_smem, rows_smem
 from cce_numba.ampere.backward.tiles import BackwardTiles
 from cce_numba.ampere.copies import ROWS_AT_ONCE, ROWS_BYTES, make_copy_row, place_of
-from cce_numba.ampere.product import PANEL_BYTES
+from cce_numba.ampere.elements import Elements
+from cce_numba.ampere.product import term_of_row
 from cce_numba.ampere.tiles import ROW_BYTES
 from cce_numba.launch.record import Record
 from cce_numba.ptx import memory
 from cce_numba.ptx.pointers import address_of
 from cce_numba.survivors import SURVIVOR_BLOCK
-from cce_numba.tensor_core.backward.records import G_ROW_BYTES
 from cce_numba.tensor_core.records import I32, U32
-from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE
 
 load_row, load_if, load_if_4 = memory.load_shared_i32, memory.load_if_u32, memory.load_if_4_u32
-_G_ROW_BYTES = np.uint32(G_ROW_BYTES)
 copy_row = make_copy_row(whole=True)
 
 
@@ -56,7 +58,8 @@ class Blocks(Record):
     slot_1 = I32
     slot_2 = I32
     slot_3 = I32
-    token_2 = I32  # of the second half
+    token_1 = I32  # of the parts that are still to come
+    token_2 = I32
     token_3 = I32
     word = I32  # where the search for blocks has come to: a word of the survey's table `needed`,
     left = U32  # and what is left of it
@@ -72,11 +75,16 @@ class Blocks(Record):
 
 
 @functools.cache
-def make_fill(tiles: BackwardTiles) -> SimpleNamespace:
+def make_fill(tiles: BackwardTiles, elements: Elements) -> SimpleNamespace:
     """`logits`, `d_e` and `d_c`, each with the device functions `begin` and `fill`."""
     a_bytes, a_turns, b_turns = np.uint32(tiles.a_bytes), tiles.block_n // ROWS_AT_ONCE, tiles.block_v // ROWS_AT_ONCE
-    b_panels, k_turns = tiles.block_v // 64, K_STEP // ROWS_AT_ONCE
-    none = np.int32(-1)
+    itemsize, terms, parts, wide, panel_bytes = (
+        elements.itemsize, elements.terms, elements.parts, elements.wide, elements.panel_bytes
+    )  # fmt: skip
+    a_panels, b_panels, k_turns = tiles.block_n // terms, tiles.block_v // terms, terms // ROWS_AT_ONCE
+    g_row_bytes = np.uint32(elements.g_row_bytes)
+    none, last_part = np.int32(-1), parts - 1
+    term_of_row_ = cuda.jit(device=True, forceinline=True)(term_of_row)
 
     @cuda.jit(device=True, forceinline=True)
     def begin_logits(filling: Any, workspace: Any, tables: Any, dims: Any, thread: Any, units: Any) -> Any:
@@ -88,7 +96,7 @@ def make_fill(tiles: BackwardTiles) -> SimpleNamespace:
     ) -> Any:  # fmt: skip
         e, c, row = filling.e, filling.c, np.int32(thread >> 3)
         offset = np.int32(ROW_BYTES * unit + 16 * (thread & 7))
-        left_bytes = np.int32(2 * filling.D - offset)
+        left_bytes = np.int32(itemsize * filling.D - offset)
         place, source = np.uint32(stage + place_of(thread)), np.uint64(e.address + np.uint64(offset))
         for i in range(a_turns):
             token = load_row(np.uint32(rows_smem(filling.job) + np.uint32(4 * (row + ROWS_AT_ONCE * i))))
@@ -101,15 +109,16 @@ def make_fill(tiles: BackwardTiles) -> SimpleNamespace:
 
     @cuda.jit(device=True, forceinline=True)
     def fill_b_across(stage: Any, rows: Any, matrix: Any, filling: Any, thread: Any) -> None:
-        """Fills B with three panels of the thread's two rows of a matrix, from hidden entry d0 on; -1 for zeros."""
-        offset = np.int32(2 * filling.d0 + 16 * (thread & 7))
-        left_bytes, place = np.int32(2 * filling.D - offset), np.uint32(stage + a_bytes + place_of(thread))
+        """Fills B with all panels of the thread's two rows (or one) of a matrix, from hidden entry d0 on; -1 for zeros."""
+        offset = np.int32(itemsize * filling.d0 + 16 * (thread & 7))
+        left_bytes, place = np.int32(itemsize * filling.D - offset), np.uint32(stage + a_bytes + place_of(thread))
         source = np.uint64(matrix.address + np.uint64(offset))
         for panel in range(b_panels):
-            to, from_ = np.uint32(place + np.uint32(PANEL_BYTES * panel)), np.uint64(source + np.uint64(ROW_BYTES * panel))
+            to, from_ = np.uint32(place + np.uint32(panel_bytes * panel)), np.uint64(source + np.uint64(ROW_BYTES * panel))
             left = np.int32(left_bytes - ROW_BYTES * panel)
             copy_row(to, from_, rows[0], matrix.pitch_bytes, left)
-            copy_row(np.uint32(to + np.uint32(ROWS_BYTES)), from_, rows[1], matrix.pitch_bytes, left)
+            if not wide:
+                copy_row(np.uint32(to + np.uint32(ROWS_BYTES)), from_, rows[1], matrix.pitch_bytes, left)
 
     # ---- D_E
 
@@ -117,8 +126,9 @@ def make_fill(tiles: BackwardTiles) -> SimpleNamespace:
     def listed(unit: Any, filling: Any, workspace: Any, thread: Any, units: Any) -> Any:
         """The entries of the thread's two columns of a unit, which another CTA has listed; 0 past the last unit."""
         wanted = np.uint32(1) if unit < units else np.uint32(0)
-        at = workspace.lists + np.uint64(4 * (np.int64(filling.slot) + K_STEP * unit + (thread >> 3)))
-        return Listed(np.int32(load_if(at, wanted)), np.int32(load_if(at + np.uint64(4 * ROWS_AT_ONCE), wanted)))
+        at = workspace.lists + np.uint64(4 * (np.int64(filling.slot) + terms * unit + (thread >> 3)))
+        first = np.int32(load_if(at, wanted))
+        return Listed(first, first if wide else np.int32(load_if(at + np.uint64(4 * ROWS_AT_ONCE), wanted)))
 
     @cuda.jit(device=True, forceinline=True)
     def begin_d_e(filling: Any, workspace: Any, tables: Any, dims: Any, thread: Any, units: Any) -> Any:
@@ -128,13 +138,13 @@ def make_fill(tiles: BackwardTiles) -> SimpleNamespace:
     def fill_d_e(
         state: Any, unit: Any, stage: Any, filling: Any, workspace: Any, tables: Any, dims: Any, thread: Any, units: Any
     ) -> Any:  # fmt: skip
-        place, slot = np.uint32(stage + place_of(thread)), np.int32(filling.slot + K_STEP * unit + (thread >> 3))
+        place, slot = np.uint32(stage + place_of(thread)), np.int32(filling.slot + terms * unit + (thread >> 3))
         source = np.uint64(workspace.g + np.uint64(16 * (thread & 7)))
-        for panel in range(2):
+        for panel in range(a_panels):
             for i in range(k_turns):
-                to = np.uint32(place + np.uint32(PANEL_BYTES * panel + ROWS_BYTES * i))
+                to = np.uint32(place + np.uint32(panel_bytes * panel + ROWS_BYTES * i))
                 from_ = np.uint64(source + np.uint64(ROW_BYTES * panel))
-                memory.copy_async_16_of_row(to, from_, np.int32(slot + ROWS_AT_ONCE * i), _G_ROW_BYTES)
+                memory.copy_async_16_of_row(to, from_, np.int32(slot + ROWS_AT_ONCE * i), g_row_bytes)
         fill_b_across(stage, (state.row_0, state.row_1), filling.c, filling, thread)
         return listed(np.int32(unit + 1), filling, workspace, thread, units)
 
@@ -166,11 +176,13 @@ def make_fill(tiles: BackwardTiles) -> SimpleNamespace:
         of_round = load_if(counts + np.uint64(4 * np.int64(tables.first_tile[filling.round])), wanted)
         in_round = np.int64(filling.round) * (dims.blocks + 1) + b
         of_block = load_if(np.uint64(address_of(tables.first_slot) + np.uint64(4 * in_round)), wanted)
-        rows = np.uint64(address_of(tables.row_of) + np.uint64(4 * (b * SURVIVOR_BLOCK + (thread >> 3))))
+        # `product` says in which order terms of 32 bits across K are loaded.
+        token = term_of_row_(np.int32(thread >> 3)) if wide else np.int32(thread >> 3)
+        rows = np.uint64(address_of(tables.row_of) + np.uint64(4 * (b * SURVIVOR_BLOCK + token)))
         step = np.uint64(4 * ROWS_AT_ONCE)
         return Blocks(
-            slot_0=slots[0], slot_1=slots[1], slot_2=slots[2], slot_3=slots[3], token_2=tokens[0], token_3=tokens[1],
-            word=word, left=left,
+            slot_0=slots[0], slot_1=slots[1], slot_2=slots[2], slot_3=slots[3],
+            token_1=tokens[0], token_2=tokens[1], token_3=tokens[2], word=word, left=left,
             next_bits_0=np.uint32(bits[0]), next_bits_1=np.uint32(bits[1]),
             next_bits_2=np.uint32(bits[2]), next_bits_3=np.uint32(bits[3]),
             next_slot=np.int32(filling.slot + np.int32(of_block) + np.int32(of_tile) - np.int32(of_round)),
@@ -185,7 +197,7 @@ def make_fill(tiles: BackwardTiles) -> SimpleNamespace:
         left = np.uint32(0)
         if units > 0:
             left = np.uint32(tables.needed[np.int64(filling.tile) * dims.block_words])
-        return look_up((none, none, none, none), (none, none), np.int32(0), left, filling, tables, dims, thread)
+        return look_up((none, none, none, none), (none, none, none), np.int32(0), left, filling, tables, dims, thread)
 
     @cuda.jit(device=True, forceinline=True)
     def slot_of(bits: Any, before: Any, bit: Any) -> Any:
@@ -198,11 +210,14 @@ def make_fill(tiles: BackwardTiles) -> SimpleNamespace:
     def fill_d_c(
         state: Any, unit: Any, stage: Any, filling: Any, workspace: Any, tables: Any, dims: Any, thread: Any, units: Any
     ) -> Any:  # fmt: skip
-        # Even units are the first half of the next block, odd ones the second half.
-        half = np.int32(unit & 1)
+        # A unit is a part of a block; the first of its parts begins the next block.
+        part = np.int32(unit & last_part)
         slots = (state.slot_0, state.slot_1, state.slot_2, state.slot_3)
         rows = (state.token_2, state.token_3)
-        if half == 0:
+        if wide:
+            token = state.token_1 if part == 1 else state.token_2 if part == 2 else state.token_3
+            rows = (token, token)
+        if part == 0:
             bit = np.uint32(thread >> 3)  # the thread's rows are 32 apart: a column of each word
             first_1 = np.int32(state.next_slot + cuda.popc(state.next_bits_0))
             first_2 = np.int32(first_1 + cuda.popc(state.next_bits_1))
@@ -215,15 +230,15 @@ def make_fill(tiles: BackwardTiles) -> SimpleNamespace:
             )
             rows = (state.next_token_0, state.next_token_1)
         place = np.uint32(stage + place_of(thread))
-        source = np.uint64(workspace.g + np.uint64(ROW_BYTES * half + 16 * (thread & 7)))
-        memory.copy_async_16_of_row(place, source, slots[0], _G_ROW_BYTES)
-        memory.copy_async_16_of_row(np.uint32(place + np.uint32(ROWS_BYTES)), source, slots[1], _G_ROW_BYTES)
-        memory.copy_async_16_of_row(np.uint32(place + np.uint32(2 * ROWS_BYTES)), source, slots[2], _G_ROW_BYTES)
-        memory.copy_async_16_of_row(np.uint32(place + np.uint32(3 * ROWS_BYTES)), source, slots[3], _G_ROW_BYTES)
+        source = np.uint64(workspace.g + np.uint64(ROW_BYTES * part + 16 * (thread & 7)))
+        memory.copy_async_16_of_row(place, source, slots[0], g_row_bytes)
+        memory.copy_async_16_of_row(np.uint32(place + np.uint32(ROWS_BYTES)), source, slots[1], g_row_bytes)
+        memory.copy_async_16_of_row(np.uint32(place + np.uint32(2 * ROWS_BYTES)), source, slots[2], g_row_bytes)
+        memory.copy_async_16_of_row(np.uint32(place + np.uint32(3 * ROWS_BYTES)), source, slots[3], g_row_bytes)
         fill_b_across(stage, rows, filling.e, filling, thread)
-        if half == 0:
-            second = (state.next_token_2, state.next_token_3)
-            state = look_up(slots, second, state.word, state.left, filling, tables, dims, thread)
+        if part == 0:
+            others = (state.next_token_1, state.next_token_2, state.next_token_3)
+            state = look_up(slots, others, state.word, state.left, filling, tables, dims, thread)
         return state
 
     return SimpleNamespace(

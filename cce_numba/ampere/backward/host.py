@@ -50,9 +50,9 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
     placed, bias_sums = place_targets(call, layout.survey, tables, d_bias)
     capped, scaled = p.options.softcap is not None, p.logit_scale is not None
     smoothed, entropic = weights.uniform is not None, weights.entropy is not None
-    with_sums, several = d_bias is not None, p.K is not None
+    with_sums, several, tf32 = d_bias is not None, p.K is not None, p.options.allow_tf32
     for by_chance, runs, chance in call.runs(keep_all, leaves_dense):
-        kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, several)
+        kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, several, tf32)
         kernel.launch(
             device.multiprocessors,
             matrix_of(call.e),

@@ -30,6 +30,7 @@ from cce_numba.ampere.backward.store import (
     partial_sums_offset,
 )
 from cce_numba.ampere.backward.tiles import BackwardTiles
+from cce_numba.ampere.elements import elements_of
 from cce_numba.ampere.tiles import ALIGNMENT_BYTES, THREADS
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import arithmetic, control, memory
@@ -39,7 +40,7 @@ from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core.backward.chance import make_decide, make_find_maxima
 from cce_numba.tensor_core.backward.column_sums import sum_of_column
 from cce_numba.tensor_core.backward.phases import has_jobs_for
-from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
+from cce_numba.tensor_core.backward.records import PARTS, ListColumns
 from cce_numba.tensor_core.backward.row_weights import ROW_BYTES, make_two_row_weights
 from cce_numba.tensor_core.backward.several import JobColumns, first_ordinal, make_mark_targets, make_write_targets
 from cce_numba.tensor_core.records import I32, Chance, LogitTerms, Matrix, NoTargets, PlacedTargets
@@ -60,8 +61,9 @@ def make_backward_kernel(
     by_chance: bool = False,
     entropic: bool = False,
     several: bool = False,
+    allow_tf32: bool = False,
 ) -> Kernel:
-    """The kernel for 16-bit `dtype`, which looks at no option that it was not made for.
+    """The kernel for `dtype`, which looks at no option that it was not made for.
 
     Args:
         tiles: the tile sizes.
@@ -73,12 +75,14 @@ def make_backward_kernel(
         by_chance: columns survive by chance, see `tensor_core.backward.chance`. Nothing is filtered where logits are smoothed.
         entropic: G has p * log(p) times a weight of each token.
         several: tokens have several targets.
+        allow_tf32: float32 numbers may be rounded to tf32.
     """
-    name, n, block_v = "f16" if dtype == np.float16 else "bf16", tiles.warp_v, tiles.block_v
-    schedule, fill, opaque = make_schedule(tiles, dtype), make_fill(tiles), arithmetic.opaque_u32
-    multiply_logits = make_loop(tiles, name, fill.logits, False, False)
-    multiply_d_e = make_loop(tiles, name, fill.d_e, True, True)
-    multiply_d_c = make_loop(tiles, name, fill.d_c, False, True)
+    n, block_v, elements = tiles.warp_v, tiles.block_v, elements_of(dtype, allow_tf32)
+    wide, g_row_bytes = elements.wide, elements.g_row_bytes
+    schedule, fill, opaque = make_schedule(dtype), make_fill(tiles, elements), arithmetic.opaque_u32
+    multiply_logits = make_loop(tiles, elements, fill.logits, False, False)
+    multiply_d_e = make_loop(tiles, elements, fill.d_e, True, True)
+    multiply_d_c = make_loop(tiles, elements, fill.d_c, False, True)
     write_g, store_g = make_write_g(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic), make_store_g(tiles)
     find_maxima, decide = make_find_maxima(n, capped, scaled), make_decide(block_v, THREADS)
     mark_targets, write_targets = make_mark_targets(block_v), make_write_targets(dtype, capped, smoothed, entropic)
@@ -108,12 +112,16 @@ def make_backward_kernel(
 
     @cuda.jit(device=True, forceinline=True)
     def g_of_slab(
-        x: Any, slab: Any, columns: Any, position: Any, row: Any, staging: Any, sums_at: Any, me: Any, terms: Any, tables: Any
+        x: Any, slab: Any, columns: Any, position: Any, row: Any, staging: Any, g: Any, sums_at: Any, me: Any, terms: Any,
+        tables: Any,
     ) -> None:  # fmt: skip
-        """A slab's products, or logits, become G in shared memory. sums_at: as in `GPlace`, for the first of all slabs."""
+        """A slab's products, or logits, become G. g, sums_at: as in `GPlace`, for the first of all slabs."""
         row_0, row_1 = two_row_weights(position, row, terms, tables)
         part = np.uint64(4 * (4 * me.warp_row + slab))
-        place = GPlace(staging=staging, sums=sums_at + part, slab=np.int32(slab), first=np.int32(n * me.warp_column))
+        place = GPlace(
+            staging=staging, g=np.uint64(g + np.uint64(16) * part), sums=sums_at + part, slab=np.int32(slab),
+            first=np.int32(n * me.warp_column),
+        )  # fmt: skip
         write_g(x, columns, place, row_0, row_1, terms.softcap, terms.class_weights)
 
     @cuda.jit(device=True, forceinline=True)
@@ -150,13 +158,14 @@ def make_backward_kernel(
             columns = ListColumns(ids=ids, biases=biases, scales=opaque(scales), stored=stored)
         staging = np.uint32(ring + maxima_bytes) if by_chance else np.uint32(ring)
         sums_at = np.uint64(workspace.sums + np.uint64(4 * (slot * PARTS)))
-        g_of_slab(x_0, 0, columns, position, row, staging, sums_at, me, terms, tables)
-        g_of_slab(x_1, 1, columns, position + 16, row_1, staging, sums_at, me, terms, tables)
-        g_of_slab(x_2, 2, columns, position + 32, row_2, staging, sums_at, me, terms, tables)
-        g_of_slab(x_3, 3, columns, position + 48, row_3, staging, sums_at, me, terms, tables)
-        meet()
-        g = np.uint64(workspace.g + np.uint64(slot * G_ROW_BYTES))
-        store_g(staging, g, stored, me.number)
+        g = np.uint64(workspace.g + np.uint64(slot * g_row_bytes))
+        g_of_slab(x_0, 0, columns, position, row, staging, g, sums_at, me, terms, tables)
+        g_of_slab(x_1, 1, columns, position + 16, row_1, staging, g, sums_at, me, terms, tables)
+        g_of_slab(x_2, 2, columns, position + 32, row_2, staging, g, sums_at, me, terms, tables)
+        g_of_slab(x_3, 3, columns, position + 48, row_3, staging, g, sums_at, me, terms, tables)
+        if not wide:
+            meet()
+            store_g(staging, g, stored, me.number)
         if several:
             meet()  # all have stored G
             if me.number < SURVIVOR_BLOCK:

@@ -9,6 +9,7 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.ampere.backward.tiles import BackwardTiles
+from cce_numba.ampere.elements import Elements
 from cce_numba.ampere.product import make_a_address, make_b_address, make_load_operands, make_multiply
 from cce_numba.ampere.tiles import THREADS
 from cce_numba.ptx import arithmetic, control, memory
@@ -22,17 +23,19 @@ def meet() -> None:
     control.barrier_sync(EIGHT_WARPS, ALL_OF_THEM)
 
 
-def make_loop(tiles: BackwardTiles, dtype: str, source: SimpleNamespace, a_across: bool, b_across: bool) -> Any:
+def make_loop(tiles: BackwardTiles, elements: Elements, source: SimpleNamespace, a_across: bool, b_across: bool) -> Any:
     """`sums = loop(sums, ring, units, filling, workspace, tables, dims, me)`: adds a job's products to a warp's sums.
 
-    By the eight warps, which are then done with the ring. source: one of `fill.make_fill`. dtype: "bf16" or "f16". a_across,
-    b_across: whether A and B lie across K in a stage, see `ampere.product`. me: a `Thread`.
+    By the eight warps, which are then done with the ring. source: one of `fill.make_fill`. a_across, b_across: whether A
+    and B lie across K in a stage, see `ampere.product`. me: a `Thread`.
     """
     n, stages = tiles.warp_v, tiles.stages
     begin, fill = source.begin, source.fill
     stage_bytes, a_bytes, ring_bytes = np.uint32(tiles.stage_bytes), np.uint32(tiles.a_bytes), np.uint32(tiles.ring_bytes)
-    load_0, load_1, load_2, load_3 = (make_load_operands(n, step, a_across, b_across) for step in range(4))
-    multiply, a_address, b_address = make_multiply(n, dtype), make_a_address(a_across), make_b_address(n, b_across)
+    wide, ahead = elements.wide, not elements.split
+    load_0, load_1, load_2, load_3 = (make_load_operands(n, step, a_across, b_across, wide) for step in range(4))
+    multiply = make_multiply(n, elements.name)
+    a_address, b_address = make_a_address(a_across, wide), make_b_address(n, b_across, wide)
     wait_for_first, wait_for_next = memory.copy_async_wait(stages - 1), memory.copy_async_wait(stages - 2)
     wait_for_all = memory.copy_async_wait(0)
 
@@ -59,16 +62,23 @@ def make_loop(tiles: BackwardTiles, dtype: str, source: SimpleNamespace, a_acros
         wait_for_first()
         meet()
         b = np.uint32(stage + b_0), np.uint32(stage + b_1), np.uint32(stage + b_2)
-        operands = load_0(np.uint32(stage + a_place), b)
+        if ahead:
+            operands = load_0(np.uint32(stage + a_place), b)
         unit = np.int32(0)
         while unit < units:
             a, b = np.uint32(stage + a_place), (np.uint32(stage + b_0), np.uint32(stage + b_1), np.uint32(stage + b_2))
-            operands_1 = load_1(a, b)
-            sums = multiply(sums, operands)
-            operands_2 = load_2(a, b)
-            sums = multiply(sums, operands_1)
-            operands_3 = load_3(a, b)
-            sums = multiply(sums, operands_2)
+            if ahead:
+                operands_1 = load_1(a, b)
+                sums = multiply(sums, operands)
+                operands_2 = load_2(a, b)
+                sums = multiply(sums, operands_1)
+                operands_3 = load_3(a, b)
+                sums = multiply(sums, operands_2)
+            else:
+                sums = multiply(sums, load_0(a, b))
+                sums = multiply(sums, load_1(a, b))
+                sums = multiply(sums, load_2(a, b))
+                operands_3 = load_3(a, b)
             # The next stage has arrived, and nobody needs this one any more, once all are here.
             wait_for_next()
             meet()
@@ -79,8 +89,9 @@ def make_loop(tiles: BackwardTiles, dtype: str, source: SimpleNamespace, a_acros
             stage = np.uint32(stage + stage_bytes)
             if stage == np.uint32(ring + ring_bytes):
                 stage = np.uint32(ring)
-            b = np.uint32(stage + b_0), np.uint32(stage + b_1), np.uint32(stage + b_2)
-            operands = load_0(np.uint32(stage + a_place), b)
+            if ahead:
+                b = np.uint32(stage + b_0), np.uint32(stage + b_1), np.uint32(stage + b_2)
+                operands = load_0(np.uint32(stage + a_place), b)
             sums = multiply(sums, operands_3)
             unit = arithmetic.opaque_i32(np.int32(unit + 1))
         wait_for_all()

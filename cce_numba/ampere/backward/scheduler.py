@@ -14,7 +14,8 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.ampere.backward.records import WORD, Round
-from cce_numba.ampere.backward.tiles import HEADER_WORDS, BackwardTiles
+from cce_numba.ampere.backward.tiles import HEADER_WORDS
+from cce_numba.ampere.elements import elements_of
 from cce_numba.ptx import memory
 from cce_numba.tensor_core.backward.lists import expand, largest_at_most
 from cce_numba.tensor_core.backward.phases import is_of_products, phase_of_logits, phase_of_products, round_of
@@ -98,8 +99,10 @@ def find_survivors(
 
 
 @functools.cache
-def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
-    """The device function of the scheduling warp."""
+def make_schedule(dtype: np.dtype) -> Any:
+    """The device function of the scheduling warp, for e and c of `dtype`."""
+    elements = elements_of(dtype)
+    terms_of_stage, parts, steps = np.int32(elements.terms), elements.parts, K_STEP // elements.terms
     load_narrow, load_wide = make_load(dtype), make_load(np.dtype(np.float32))
 
     @cuda.jit(device=True, forceinline=True)
@@ -163,7 +166,7 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
             memory.store_shared_i32(np.uint32(rows_smem(job) + np.uint32(4 * i)), np.int32(token))
         if lane == 0:
             set_field(job, WORD.kind, LOGITS)
-            set_field(job, WORD.units, quotient(dims.D + K_STEP - 1, _K_STEP) if columns > 0 else np.int32(0))
+            set_field(job, WORD.units, quotient(dims.D + terms_of_stage - 1, terms_of_stage) if columns > 0 else np.int32(0))
             set_field(job, WORD.block_or_tile, block)
             set_field(job, WORD.stored, stored)
             set_field(job, WORD.slot, slot)
@@ -188,7 +191,7 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
         else:
             tile = np.int32(round_.first_tile + i - empties)
             for word in range(lane, block_words, 32):
-                units = np.int32(units + 2 * cuda.popc(tables.needed[np.int64(tile) * block_words + word]))
+                units = np.int32(units + parts * cuda.popc(tables.needed[np.int64(tile) * block_words + word]))
             units = warp_sum(units)
         if lane == 0:
             set_field(job, WORD.kind, D_C)
@@ -207,7 +210,7 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype) -> Any:
         first_slot = tables.first_slot[np.int64(round_.number) * (dims.blocks + 1) + block]
         if lane == 0:
             set_field(job, WORD.kind, D_E)
-            set_field(job, WORD.units, quotient(columns + K_STEP - 1, _K_STEP))
+            set_field(job, WORD.units, np.int32(steps * quotient(columns + K_STEP - 1, _K_STEP)))
             set_field(job, WORD.block_or_tile, block)
             set_field(job, WORD.d0, np.int32((index - block * tiles_of_row) * LIST_TILE))
             set_field(job, WORD.slot, np.int32(round_.first_slot + first_slot))

@@ -14,6 +14,7 @@ from numba import cuda
 
 from cce_numba.ampere.backward.loop import meet
 from cce_numba.ampere.backward.tiles import BackwardTiles
+from cce_numba.ampere.elements import elements_of
 from cce_numba.ampere.tiles import ROW_BYTES, THREADS
 from cce_numba.launch.record import Record, kind_of
 from cce_numba.ptx import arithmetic, memory, mma
@@ -35,6 +36,7 @@ class GPlace(Record):
     """Where the G of a warp's slab goes."""
 
     staging = U32  # shared address of a tile of G: for each half of the tokens, rows of 64 tokens for each of 192 columns
+    g = U64  # of 32-bit numbers, which are stored at once: global address of the job's first column, from the slab's token on
     sums = U64  # address of the part of the sum of the job's first column that is of the slab's 16 tokens
     slab = I32  # 0 to 3
     first = I32  # the warp's first column
@@ -112,6 +114,8 @@ def make_write_g(
         by_chance: columns are multiplied by `columns.scales`.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
+    elements = elements_of(dtype)
+    wide, g_row_bytes, store_number = elements.wide, elements.g_row_bytes, memory.store_global_f32
     gradient = make_gradient(capped, scaled, smoothed, finished=by_chance, entropic=entropic)
     half_bytes = np.uint32(tiles.block_v * ROW_BYTES)  # of 64 of the tokens
     transpose = mma.transpose_matrix
@@ -143,6 +147,15 @@ def make_write_g(
             if lane < 4 and own < columns.stored:  # `stored` is even
                 memory.store_global_f32(place.sums + np.uint64(4 * PARTS * own), sum_0)
                 memory.store_global_f32(place.sums + np.uint64(4 * PARTS * (own + 1)), sum_1)
+        if wide:  # eight lanes have neighbouring tokens of a column: 32 bytes, as memory has them
+            own = np.int32(column + 2 * (lane & 3))
+            if own < columns.stored:  # `stored` is even
+                in_memory = np.uint64(place.g + np.uint64(g_row_bytes * own + 4 * (lane >> 2)))
+                store_number(in_memory, g_00)
+                store_number(in_memory + np.uint64(32), g_10)
+                store_number(in_memory + np.uint64(g_row_bytes), g_01)
+                store_number(in_memory + np.uint64(g_row_bytes + 32), g_11)
+            return np.int32(0)
         # Transposed, a lane has one column, and two neighbouring tokens of the first eight and of the last eight of the slab.
         word_0, word_1 = transpose(pack(g_00, g_01)), transpose(pack(g_10, g_11))
         to = np.uint32(place.staging + g_place(lane, warp & 1, place.slab, column, half_bytes))
@@ -245,6 +258,7 @@ def make_finish_rows(tiles: BackwardTiles, dtype: np.dtype) -> Any:
     add_rows, store_rows_in_float32 = make_add_rows(n, dtype), make_store_rows_in_float32(n)
     write_tile = make_write_tile(tiles, dtype)
     panels, row_turns, rows_at_once = tiles.block_v // 64, tiles.block_n // 32, 32
+    wide = elements_of(dtype).wide
     panel_bytes = np.uint32(tiles.block_n * ROW_BYTES)
 
     @cuda.jit(device=True, forceinline=True)
@@ -281,7 +295,7 @@ def make_finish_rows(tiles: BackwardTiles, dtype: np.dtype) -> Any:
             x_2 = add_rows(x_2, two_rows(output, rows, position + 32, offset), columns, output.is_float32, factor)
             x_3 = add_rows(x_3, two_rows(output, rows, position + 48, offset), columns, output.is_float32, factor)
             factor = np.float32(1)
-        if output.is_float32 != 0:
+        if wide or output.is_float32 != 0:
             offset = np.int64(4 * np.int64(d))
             store_rows_in_float32(x_0, two_rows(output, rows, position, offset), columns, factor)
             store_rows_in_float32(x_1, two_rows(output, rows, position + 16, offset), columns, factor)

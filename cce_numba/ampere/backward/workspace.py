@@ -12,7 +12,7 @@ from cce_numba.backend import Gradients
 from cce_numba.integers import ceil_div
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core import matrices
-from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS
+from cce_numba.tensor_core.backward.records import PARTS
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, LIST_TILE, SurveyLayout
 
 # Rounds whose G is there at a time: one is written, one is read, and a third gives both time to finish.
@@ -33,6 +33,7 @@ class WorkspaceLayout:
         with_e: sums of dE are kept from round to round.
         with_sums: sums of G's columns are kept, for the gradient of the bias.
         g_bytes: for G, about; G takes less where there is little to do, and more where blocks are many.
+        itemsize: bytes of a number of e, c and G.
     """
 
     N: int
@@ -41,15 +42,16 @@ class WorkspaceLayout:
     with_e: bool
     with_sums: bool
     g_bytes: int
+    itemsize: int = 2
 
     @classmethod
-    def of(cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool) -> WorkspaceLayout:
+    def of(cls, N: int, V: int, D: int, *, with_e: bool, with_sums: bool, itemsize: int = 2) -> WorkspaceLayout:
         """The layout with as much room for G as keeps the whole within its share of the gradients' bytes, if that is enough."""
-        allowed = int(_SHARE * 2 * D * (N + V))
-        without_g = _known(cls(N, V, D, with_e, with_sums, 0))
+        allowed = int(_SHARE * itemsize * D * (N + V))
+        without_g = _known(cls(N, V, D, with_e, with_sums, 0, itemsize))
         others = without_g.nbytes - BUFFERS * without_g.buffer_slots * without_g.slot_bytes
         g_bytes = min(max(allowed - others, _G_BYTES[0]), _G_BYTES[1]) >> 20 << 20
-        return _known(cls(N, V, D, with_e, with_sums, g_bytes))
+        return _known(cls(N, V, D, with_e, with_sums, g_bytes, itemsize))
 
     @property
     def blocks(self) -> int:
@@ -59,7 +61,12 @@ class WorkspaceLayout:
     @property
     def slot_bytes(self) -> int:
         """Bytes of a slot: a column of G for a block, the column's vocabulary entry, and its sums."""
-        return G_ROW_BYTES + 4 + (4 * PARTS if self.with_sums else 0)
+        return self.g_row_bytes + 4 + (4 * PARTS if self.with_sums else 0)
+
+    @property
+    def g_row_bytes(self) -> int:
+        """Bytes of a column of G of a block."""
+        return SURVIVOR_BLOCK * self.itemsize
 
     @functools.cached_property
     def buffer_slots(self) -> int:
@@ -84,7 +91,8 @@ class WorkspaceLayout:
     def survey(self) -> SurveyLayout:
         """The survey's tables, for rounds that fit the buffers."""
         cap = self.buffer_slots - self.blocks * self._overhead
-        return SurveyLayout(self.N, self.V, cap, dense_cap=cap, large_cap=cap)
+        # Lists of dense rounds are whole tiles, as long in each round, and fill a buffer.
+        return SurveyLayout(self.N, self.V, cap, dense_cap=self.buffer_slots, large_cap=self.buffer_slots)
 
     @functools.cached_property
     def offsets(self) -> dict[str, int]:
@@ -94,7 +102,7 @@ class WorkspaceLayout:
             "counters": 4 * self.counters,
             "survey": self.survey.nbytes,
             "lists": 4 * slots,
-            "g": G_ROW_BYTES * slots,
+            "g": self.g_row_bytes * slots,
             "sums": 4 * PARTS * slots if self.with_sums else 0,
             "sums_e": self.sums_e_bytes,
         }
@@ -149,12 +157,13 @@ def workspace_bytes(p: Problem) -> int:
     """
     columns = matrices.padded_columns(p.D)
     copied = (x for x in (p.e, p.c) if matrices.why_not_by_rows(x) is not None)
-    copies = sum(2 * x.shape[0] * columns for x in copied)
+    copies = sum(p.dtype.itemsize * x.shape[0] * columns for x in copied)
     if columns != p.D:
-        itemsizes = 4 if p.options.accum_e_fp32 else 2, 4 if p.options.accum_c_fp32 else 2
+        itemsizes = p.grad_e_dtype.itemsize, p.grad_c_dtype.itemsize
         copies += sum(n * rows * columns for n, rows in zip(itemsizes, (p.N, p.V), strict=True))
     return copies + _layout(p, with_e=True, with_sums=p.bias is not None).nbytes if p.N else 0
 
 
 def _layout(p: Problem, *, with_e: bool, with_sums: bool) -> WorkspaceLayout:
-    return WorkspaceLayout.of(p.N, p.V, matrices.padded_columns(p.D), with_e=with_e, with_sums=with_sums)
+    columns, itemsize = matrices.padded_columns(p.D), p.dtype.itemsize
+    return WorkspaceLayout.of(p.N, p.V, columns, with_e=with_e, with_sums=with_sums, itemsize=itemsize)

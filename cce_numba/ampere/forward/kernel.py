@@ -13,6 +13,7 @@ import numpy as np
 from numba import cuda
 
 from cce_numba.ampere.copies import ROWS_AT_ONCE, ROWS_BYTES, make_copy_row, place_of
+from cce_numba.ampere.elements import elements_of
 from cce_numba.ampere.forward.states import Me, Place, make_states
 from cce_numba.ampere.product import make_a_address, make_b_address, make_load_operands, make_multiply
 from cce_numba.ampere.tiles import ALIGNMENT_BYTES, ROW_BYTES, THREADS, AmpereTiles
@@ -36,25 +37,27 @@ def make_forward_kernel(
     whole: bool,
     folds: tuple[Fold, ...],
     fixed: bool = False,
+    allow_tf32: bool = False,
 ) -> Kernel:
-    """The kernel for 16-bit `dtype`, with what a problem asks for, so that nobody pays for what others need.
+    """The kernel for `dtype`, with what a problem asks for, so that nobody pays for what others need.
 
     bias_dtype: of the bias, or None without one. capped: with a softcap. scaled: with a logit scale for each token. whole:
     rows are a multiple of 16 bytes long. folds: what is made of the tiles; the first is `max_sum`. fixed: by a fixed schedule
-    (`schedule`). Raises ValueError if a row's
-    folds have more numbers than `tiles.row_numbers`.
+    (`schedule`). allow_tf32: float32 numbers may be rounded to tf32. Raises ValueError if a row's folds have more numbers than
+    `tiles.row_numbers`.
     """
     if (numbers := number_count(folds)) > tiles.row_numbers:
         raise ValueError(
             f"folds: their workers tell each other {numbers} numbers of a row, and shared memory has room for "
             f"{tiles.row_numbers}: fewer folds, or a larger `AmpereTiles.row_numbers`"
         )
-    block_n, block_v, block_d, n, stages = tiles.block_n, tiles.block_v, tiles.block_d, tiles.warp_v, tiles.stages
+    block_n, block_v, n, stages = tiles.block_n, tiles.block_v, tiles.warp_v, tiles.stages
+    elements = elements_of(dtype, allow_tf32)
+    itemsize, terms_of_stage, wide_numbers, ahead = elements.itemsize, elements.terms, elements.wide, not elements.split
     stage_bytes, a_bytes, ring_bytes = np.uint32(tiles.stage_bytes), np.uint32(tiles.a_bytes), np.uint32(tiles.ring_bytes)
     row_words_bytes = np.uint32(tiles.row_words_bytes)
-    name = "f16" if dtype == np.float16 else "bf16"
-    load_0, load_1, load_2, load_3 = (make_load_operands(n, step, False, False) for step in range(4))
-    multiply, zeros, copy_row = make_multiply(n, name), fragments.zeros(n), make_copy_row(whole)
+    load_0, load_1, load_2, load_3 = (make_load_operands(n, step, False, False, wide_numbers) for step in range(4))
+    multiply, zeros, copy_row = make_multiply(n, elements.name), fragments.zeros(n), make_copy_row(whole)
     a_address, b_address = make_a_address(False), make_b_address(n, False)
     states_, finish_logits = make_states(tiles, folds), make_finish_logits(n, capped, scaled)
     begin, step_slab, merge = states_.begin, states_.step, states_.merge
@@ -78,7 +81,7 @@ def make_forward_kernel(
     def copy_stage(
         smem: Any, rows_smem: Any, thread: Any, k: Any, v: Any, e: Any, c: Any, last_row: Any, row_bytes: Any
     ) -> None:  # fmt: skip
-        """By all threads: 64 terms of the block's rows of e and of the rows of c from v on, as a group of copies.
+        """By all threads: 128 bytes of the block's rows of e and of the rows of c from v on, as a group of copies.
 
         smem: of the stage. rows_smem: shared address of the block's rows of e. last_row: of c, in place of those past it.
         """
@@ -101,7 +104,7 @@ def make_forward_kernel(
         tokens: Tokens,  # a batch, which begins at a multiple of 128
         per_round: Any,  # groups of tokens, see `schedule`
         terms: LogitTerms,
-        found: Any,  # Found, or FoundOfSeveral
+        found: Any,  # Found, or FoundOfMore
         has_earlier: Any,  # whether results of earlier parts of the vocabulary are there, to go on from
         parts: Parts,
         survivors: Survivors,  # from the batch's first block on
@@ -118,8 +121,9 @@ def make_forward_kernel(
         columns_smem = np.uint32(rows_smem + row_words_bytes + np.uint32(4 * n * warp))
         n_listed = np.int32(min(max(tokens.n_valid[0] - tokens.first, 0), tokens.most))
         workers, worker = np.int32(cuda.gridDim.x), np.int32(cuda.blockIdx.x)
-        groups, k_steps = quotient(n_listed + block_n - 1, block_n), quotient(D + block_d - 1, block_d)
-        row_bytes, V, last_row = np.int32(2 * D), vocabulary.V, np.int32(vocabulary.V - 1 - vocabulary.first_row)
+        groups, k_steps = quotient(n_listed + block_n - 1, block_n), quotient(D + terms_of_stage - 1, terms_of_stage)
+        row_bytes, V, last_row = np.int32(itemsize * D), vocabulary.V, np.int32(vocabulary.V - 1 - vocabulary.first_row)
+        copying_half = np.int32(warp >> 2)  # warps w and w + 4 share tensor cores
         a_place, b_place = a_address(lane, me.warp_row), np.uint32(a_bytes + b_address(lane, me.warp_column, 0))
         own_scale = np.uint32(scales_smem + np.uint32(4 * (64 * me.warp_row + (lane >> 2))))
         index = np.int32(0)
@@ -157,7 +161,8 @@ def make_forward_kernel(
             stage = np.uint32(ring)
             wait_for_first()
             cuda.syncthreads()
-            operands = load_0(np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place)))
+            if ahead:
+                operands = load_0(np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place)))
 
             turn = np.int32(0)
             while turn < n_turns:
@@ -172,26 +177,47 @@ def make_forward_kernel(
                 k = np.int32(0)
                 while k < k_steps:
                     a, b = np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place))
-                    operands_1 = load_1(a, b)
-                    sums = multiply(sums, operands)
-                    operands_2 = load_2(a, b)
-                    sums = multiply(sums, operands_1)
-                    operands_3 = load_3(a, b)
-                    sums = multiply(sums, operands_2)
+                    if ahead:
+                        operands_1 = load_1(a, b)
+                        sums = multiply(sums, operands)
+                        operands_2 = load_2(a, b)
+                        sums = multiply(sums, operands_1)
+                        operands_3 = load_3(a, b)
+                        sums = multiply(sums, operands_2)
+                    else:
+                        sums = multiply(sums, load_0(a, b))
+                        sums = multiply(sums, load_1(a, b))
+                        sums = multiply(sums, load_2(a, b))
+                        operands_3 = load_3(a, b)
                     # The next stage has arrived, and nobody needs this one any more, once all are here.
                     wait_for_next()
                     cuda.syncthreads()
-                    if coming > 0:
-                        copy_stage(stage, rows_smem, thread, to_k, to_v, e, c, last_row, row_bytes)
-                        coming, to_k = np.int32(coming - 1), np.int32(to_k + 1)
-                        if to_k == k_steps:
-                            to_k, to_v = np.int32(0), np.int32(to_v + tile_step * block_v)
-                    memory.copy_async_commit()
+                    to_stage = stage
                     stage = np.uint32(stage + stage_bytes)
                     if stage == np.uint32(ring + ring_bytes):
                         stage = np.uint32(ring)
-                    operands = load_0(np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place)))
-                    sums = multiply(sums, operands_3)
+                    if ahead:
+                        if coming > 0:
+                            copy_stage(to_stage, rows_smem, thread, to_k, to_v, e, c, last_row, row_bytes)
+                            coming, to_k = np.int32(coming - 1), np.int32(to_k + 1)
+                            if to_k == k_steps:
+                                to_k, to_v = np.int32(0), np.int32(to_v + tile_step * block_v)
+                        operands = load_0(np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place)))
+                        sums = multiply(sums, operands_3)
+                    else:
+                        # Registers do not suffice for both at a time, so these are two turns of a loop. Of two warps that share
+                        # tensor cores one multiplies while the other copies, and then the other way round.
+                        half = arithmetic.opaque_i32(np.int32(0))
+                        while half < 2:
+                            if half != copying_half:
+                                sums = multiply(sums, operands_3)
+                            elif coming > 0:
+                                copy_stage(to_stage, rows_smem, thread, to_k, to_v, e, c, last_row, row_bytes)
+                                coming, to_k = np.int32(coming - 1), np.int32(to_k + 1)
+                                if to_k == k_steps:
+                                    to_k, to_v = np.int32(0), np.int32(to_v + tile_step * block_v)
+                            half = arithmetic.opaque_i32(np.int32(half + 1))
+                    memory.copy_async_commit()
                     k = arithmetic.opaque_i32(np.int32(k + 1))
 
                 warp_tile, is_last = np.int32(4 * v_tile + me.warp_column), v + n > V

@@ -69,6 +69,11 @@ def make_consume(
     # of `records`.
 
     @cuda.jit(device=True, forceinline=True)
+    def staging_of(smem: Any, consumer: Any) -> Any:
+        """Address of this consumer's shared memory for tiles that leave. smem: a `SharedMemory`."""
+        return np.uint32(smem.staging + np.uint32(consumer) * np.uint32(STAGING_BYTES))
+
+    @cuda.jit(device=True, forceinline=True)
     def job_columns(jobs: Any, s: Any, block: Any, tables: Any, dims: Any) -> Any:
         """The columns of a job LOGITS, for its rows' targets."""
         r = field(jobs, s, WORD.round)
@@ -78,14 +83,14 @@ def make_consume(
 
     @cuda.jit(device=True, forceinline=True)
     def store_logits(
-        upper: Any, lower: Any, smem: Any, s: Any, consumer: Any, thread: Any, staging: Any, terms: Any, chance: Any,
+        upper: Any, lower: Any, smem: Any, s: Any, consumer: Any, thread: Any, terms: Any, chance: Any,
         tables: Any, workspace: Any, placed: Any, dims: Any,
     ) -> None:  # fmt: skip
         """Turns the products of a job LOGITS into G, in the workspace.
 
         smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`. placed: a `PlacedTargets`, or `NoTargets`.
         """
-        jobs = smem.jobs
+        jobs, staging = smem.jobs, staging_of(smem, consumer)
         lane = np.int32(thread & 31)
         row = np.int32((thread >> 5) * 16 + (lane >> 2))  # the thread's rows are this one, and 8, 64, 72 further down
         ids, biases, stored = opaque(columns_smem(jobs, s)), opaque(bias_smem(jobs, s)), field(jobs, s, WORD.stored)
@@ -191,7 +196,7 @@ def make_consume(
         smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`. placed: a `PlacedTargets`, or `NoTargets`.
         """
         jobs, ring, unscale = smem.jobs, smem.ring, tables.weight_scale[1]
-        staging = np.uint32(smem.staging + np.uint32(consumer) * np.uint32(STAGING_BYTES))
+        staging = staging_of(smem, consumer)
         s, turns = np.uint32(consumer), np.uint32(0)
         while True:
             wait_job(jobs, s)
@@ -203,7 +208,7 @@ def make_consume(
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_logits(zeros(), zeros(), ring, first_use, k_steps, thread)
                 hand_over(ring, consumer, first_use, k_steps, thread)
-                store_logits(upper, lower, smem, s, consumer, thread, staging, terms, chance, tables, workspace, placed, dims)
+                store_logits(upper, lower, smem, s, consumer, thread, terms, chance, tables, workspace, placed, dims)
             elif kind == D_E:
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_d_e(zeros(), zeros(), ring, first_use, k_steps, thread)

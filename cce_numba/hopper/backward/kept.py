@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.launch.inlined import finish
 from cce_numba.launch.record import kind_of
 from cce_numba.ptx import memory
 from cce_numba.tensor_core import kept
 from cce_numba.tensor_core.backward.records import ListColumns
 from cce_numba.tensor_core.fragment import change_chunks
+from cce_numba.tensor_core.logits import make_logit_of
 from cce_numba.tensor_core.records import F32, RowWeights
 
 
@@ -25,13 +25,7 @@ def make_to_logits(n: int, capped: bool, scaled: bool) -> Any:
     `gradient.make_gradient`.
     """
 
-    @cuda.jit(device=True, forceinline=True)
-    def logit_of(x: Any, row: Any, softcap: Any) -> Any:
-        if scaled:
-            x = finish(x, None, row.scale, None)
-        if capped:
-            x = finish(x, None, None, softcap)
-        return x
+    logit_of = make_logit_of(capped, scaled)
 
     def eight_columns(x: Any, first: Any, columns: Any, row_0: Any, row_1: Any, softcap: Any) -> Any:
         """The thread's four logits in the eight columns from `first` on."""

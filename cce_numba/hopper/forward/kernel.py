@@ -62,7 +62,7 @@ def make_forward_kernel(
         tokens: Tokens,  # a batch, which begins at a multiple of group_n
         per_round: Any,  # groups of tokens, see `schedule`
         terms: LogitTerms,
-        found: Any,  # Found, or FoundOfSeveral
+        found: Any,  # Found, or FoundOfMore
         has_earlier: Any,  # whether results of earlier parts of the vocabulary are there, to go on from
         parts: Parts,
         survivors: Survivors,  # from the batch's first block on

@@ -15,7 +15,6 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from cce_numba.launch.inlined import finish
 from cce_numba.launch.record import kind_of
 from cce_numba.ptx import arithmetic, control, memory
 from cce_numba.survivors import make_scale
@@ -23,6 +22,7 @@ from cce_numba.tensor_core.backward.records import ListColumns
 from cce_numba.tensor_core.draws import draw
 from cce_numba.tensor_core.exponentials import LOG2E, exp2, fma
 from cce_numba.tensor_core.fragment import change_chunks
+from cce_numba.tensor_core.logits import make_logit_of
 from cce_numba.tensor_core.records import F32, U32, RowWeights
 
 MAXIMA = 8  # of each column: four warps have 16 of the upper 64 tokens each, and 16 of the lower
@@ -44,13 +44,7 @@ def make_find_maxima(n: int, capped: bool, scaled: bool) -> Any:
     table has for the two. maxima: shared address of the warp's (n,) float32. capped, scaled: see `gradient.make_gradient`.
     """
 
-    @cuda.jit(device=True, forceinline=True)
-    def logit_of(x: Any, row: Any, softcap: Any) -> Any:
-        if scaled:
-            x = finish(x, None, row.scale, None)
-        if capped:
-            x = finish(x, None, None, softcap)
-        return x
+    logit_of = make_logit_of(capped, scaled)
 
     @cuda.jit(device=True, forceinline=True)
     def log_probability(z: Any, entry: Any, row: Any, log_sum: Any) -> Any:

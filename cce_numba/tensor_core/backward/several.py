@@ -21,7 +21,6 @@ from cce_numba.ptx import arithmetic, memory
 from cce_numba.ptx.pointers import address_of
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core.backward.chance import INFINITY
-from cce_numba.tensor_core.backward.records import G_ROW_BYTES
 from cce_numba.tensor_core.backward.row_weights import ROW_BYTES, class_weight_of, make_row_weights
 from cce_numba.tensor_core.gradient import make_gradient
 from cce_numba.tensor_core.records import F32, I32, U32, U64, PlacedTargets, RowWeights, SeveralTargets
@@ -221,6 +220,8 @@ def make_write_targets(dtype: np.dtype, capped: bool, smoothed: bool, entropic: 
     first column of G. Options: see `gradient.make_gradient`.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
+    itemsize, in_float32 = dtype.itemsize, dtype == np.float32
+    g_row_bytes = SURVIVOR_BLOCK * itemsize
     gradient = make_gradient(capped, False, smoothed, finished=True, entropic=entropic)
     further_of, row_weights = make_row_weights(False, smoothed, entropic)
 
@@ -238,8 +239,11 @@ def make_write_targets(dtype: np.dtype, capped: bool, smoothed: bool, entropic: 
         )  # fmt: skip
         class_weight = class_weight_of(entry, terms.class_weights) if smoothed else np.float32(1)
         x = gradient(load_f32(placed.logits + place), entry, token, terms.softcap, class_weight)
-        to = np.uint64(g + np.uint64(G_ROW_BYTES * column + 2 * row))
-        memory.store_global_u16(to, pack(x, np.float32(0)))
+        to = np.uint64(g + np.uint64(g_row_bytes * column + itemsize * row))
+        if in_float32:
+            memory.store_global_f32(to, x)
+        else:
+            memory.store_global_u16(to, pack(x, np.float32(0)))
 
     @cuda.jit(device=True, forceinline=True)
     def write(columns: Any, row: Any, g: Any, terms: Any, tables: Any, placed: Any) -> None:

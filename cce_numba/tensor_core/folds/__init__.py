@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from cce_numba.tensor_core.folds.chain import Fold, Row, RowPair, Tile, chain, number_count, result_names
 from cce_numba.tensor_core.folds.entropy import ENTROPY
+from cce_numba.tensor_core.folds.group_maxima import GROUP_MAXIMA
 from cce_numba.tensor_core.folds.kept_logits import KEPT_LOGITS
 from cce_numba.tensor_core.folds.max_sum import MAX_SUM
 from cce_numba.tensor_core.folds.mean_logit import MEAN_LOGIT
@@ -43,19 +44,22 @@ from cce_numba.tensor_core.folds.several_targets import SEVERAL_TARGET_LOGITS
 from cce_numba.tensor_core.folds.sum_squares import SUM_SQUARES
 from cce_numba.tensor_core.folds.survivors import SURVIVORS, SURVIVORS_BY_CHANCE
 from cce_numba.tensor_core.folds.target_logit import TARGET_LOGIT
-from cce_numba.tensor_core.records import Found, FoundOfSeveral
+from cce_numba.tensor_core.records import Found, FoundOfMore
 
-FOLDS = {fold.name: fold for fold in (MAX_SUM, TARGET_LOGIT, MEAN_LOGIT, ENTROPY, SUM_SQUARES, SURVIVORS, KEPT_LOGITS)}
+FOLDS = {
+    fold.name: fold for fold in (MAX_SUM, TARGET_LOGIT, MEAN_LOGIT, ENTROPY, SUM_SQUARES, GROUP_MAXIMA, SURVIVORS, KEPT_LOGITS)
+}
 
 
 def found_class(folds: tuple[Fold, ...]) -> type:
-    """The record of what is found that kernels with these folds take: `records.Found`, or `records.FoundOfSeveral`."""
-    return FoundOfSeveral if SEVERAL_TARGET_LOGITS in folds else Found
+    """The record of what is found that kernels with these folds take: `records.Found`, or `records.FoundOfMore`."""
+    return FoundOfMore if SEVERAL_TARGET_LOGITS in folds or GROUP_MAXIMA in folds else Found
 
 
 __all__ = [
     "ENTROPY",
     "FOLDS",
+    "GROUP_MAXIMA",
     "KEPT_LOGITS",
     "MAX_SUM",
     "MEAN_LOGIT",

@@ -32,10 +32,10 @@ def make(n: int) -> SimpleNamespace:
     @cuda.jit(device=True, forceinline=True)
     def step(state: Any, z: Any, tile: Any, lse: Any, found: Any, at: Any) -> Any:
         """Keeps half a tile, if it is one of those that are kept."""
-        if tile.v_tile < found.kept_tiles:
-            # `opaque` hides numbers from LLVM, which would otherwise hoist addresses out of the loop, and spill them.
+        # `opaque` hides numbers from LLVM, which would otherwise hoist addresses out of the loop, and spill them.
+        block = np.int64(tile.survivors.first_block + opaque(np.int32(tile.block)))
+        if tile.v_tile < found.kept_tiles and block < found.kept_blocks:
             thread = opaque(np.int32(tile.thread))
-            block = np.int64(tile.survivors.first_block + opaque(np.int32(tile.block)))
             address = np.uint64(found.kept + np.uint64(kept.TILE_BYTES) * np.uint64(block * found.kept_tiles + tile.v_tile))
             row = np.int32((thread >> 5) * 16 + ((thread & 31) >> 2) + SURVIVOR_BLOCK // 2 * tile.half)
             bases = np.uint64(address + np.uint64(kept.BASES_BYTES + 4 * row))

@@ -15,22 +15,19 @@ if SimulatorHarness.is_active():
 from cce_numba.ampere.backward.kernel import make_backward_kernel
 from cce_numba.ampere.backward.tiles import backward_tiles_for
 from cce_numba.ampere.tiles import SLABS, smem_bytes_of
-from tests.ampere.forward.test_compile import NEWER
+from tests.ampere.forward.test_compile import MACHINES, NEWER, PRODUCTS
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
-DTYPES = {"f16": np.dtype(np.float16), "bf16": BFLOAT16}
+DTYPES = {"f16": np.dtype(np.float16), "bf16": BFLOAT16, "f32": np.dtype(np.float32)}
 SPILLED_BYTES = 64  # with all options: what a slab's tokens are multiplied by
 
 
 @pytest.mark.parametrize(
     ("cc", "dtype", "options"),
     [
-        # Each number of stages, and each generation: what is launched most. Then all options.
-        ((8, 0), "bf16", {"by_chance": True}),
-        ((8, 9), "bf16", {"by_chance": True}),
-        ((9, 0), "bf16", {"by_chance": True}),
-        ((12, 0), "bf16", {"by_chance": True}),
+        # Each machine: what is launched most. Then all options.
+        *((cc, "bf16", {"by_chance": True}) for cc in MACHINES),
         ((9, 0), "f16", {"capped": True, "with_sums": True, "scaled": True, "smoothed": True, "several": True}),
     ],
     ids=str,
@@ -50,7 +47,7 @@ def test_the_backward(cc, dtype, options):
     assert compiled.count(NEWER) == 0
 
     # Of logits, dE and dC: a stage is four times 16 terms, and a warp has six times eight columns of four slabs.
-    assert compiled.count(rf"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.{dtype}\.{dtype}\.f32") == 3 * 4 * SLABS * 6
+    assert compiled.count(PRODUCTS[dtype][0]) == 3 * 4 * SLABS * 6
     # Operands of 16 terms, once more those of the first stage. Logits have A and B along K, dE none of them, dC only A.
     a, b = 5 * SLABS, 5 * 3
     assert compiled.count(r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16") == (a + b) + a
@@ -64,4 +61,21 @@ def test_the_backward(cc, dtype, options):
     assert compiled.count(r"atom\.relaxed\.gpu\.global\.add\.u32") == 2, "the first job, and the next one"
     assert compiled.count(r"red\.release\.gpu\.global\.add\.u32") == 1, "one job more is done"
     # Sums are in the same order each time: one thread owns each number in each phase.
+    assert compiled.count(r"(atom|red)\.\S*") == 3
+
+
+def test_the_backward_in_float32():
+    """G goes to memory as it is; operands across K are loaded number by number."""
+    kernel = make_backward_kernel(backward_tiles_for((9, 0)), DTYPES["f32"], False, False, by_chance=True)
+    compiled = offline.compile_launched(kernel)
+    product, times = PRODUCTS["f32"]
+    assert compiled.notices == []
+    assert compiled.spilled_bytes <= 512  # none of it in the loops over stages, but for a few addresses
+    assert compiled.count(r"(ld|st)\.local\S*") == 0
+    assert compiled.count(product) == times * 3 * 4 * SLABS * 6
+    # Logits have A and B along K, dE none of them, dC only A.
+    assert compiled.count(r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16") == 4 * (SLABS + 3) + 4 * SLABS
+    assert compiled.count(r"ld\.shared\.b32") == 4 * 4 * (SLABS + 3) + 4 * 4 * 3
+    assert compiled.count(r"cp\.async\.cg\.shared\.global") == 3 * 2 * (128 + 192) // 32
+    assert compiled.count(r"movmatrix\S*") == 0
     assert compiled.count(r"(atom|red)\.\S*") == 3

@@ -25,6 +25,8 @@ from cce_numba.ampere.backward.records import WORD, Dimensions, Filling, Outputs
 from cce_numba.ampere.backward.scheduler import D_C, D_E, END, LOGITS
 from cce_numba.ampere.backward.tiles import BackwardTiles
 from cce_numba.ampere.backward.workspace import BUFFERS, WorkspaceLayout
+from cce_numba.ampere.elements import elements_of
+from cce_numba.ampere.product import row_of_term
 from cce_numba.ptx import memory, pointers
 from cce_numba.tensor_core.records import LogitTerms, Matrix, Output
 from cce_numba.tensor_core.survey.tables import Tables
@@ -125,13 +127,20 @@ class Plain:
         return self.known[id(x)]
 
 
-def operands(smem, across):
-    """A (128, 64) and B (192, 64) of the stage at address 0, float32; across: of A, of B."""
-    numbers = smem[: TILES.stage_bytes].view(np.float16).reshape(-1, 8, 8)
+def operands(smem, across, dtype):
+    """A (128, terms) and B (192, terms) of the stage at address 0, float32; across: of A, of B."""
+    terms = elements_of(dtype).terms
+    numbers = smem[: TILES.stage_bytes].view(dtype).reshape(-1, 8, terms // 8)
     row, part = np.ogrid[: len(numbers), :8]
-    rows = numbers[row, part ^ (row % 8)].reshape(-1, 64).astype(np.float32)
-    panels = [rows[:128], rows[128:]]
-    return [np.concatenate(np.split(x, len(x) // 64), axis=1).T if a else x for x, a in zip(panels, across, strict=True)]
+    rows = numbers[row, part ^ (row % 8)].reshape(-1, terms).astype(np.float32)
+    found = []
+    for x, is_across in zip((rows[:128], rows[128:]), across, strict=True):
+        if is_across:
+            x = np.concatenate(np.split(x, len(x) // terms), axis=1).T
+            if terms == 32 and across != (1, 1):  # beside terms in order
+                x = x[:, [row_of_term(term) for term in range(terms)]]
+        found.append(x)
+    return found
 
 
 def g_of(z):
@@ -144,15 +153,15 @@ def run(layout, found, e, c, outputs, dims, n_blocks):
     machine = Machine()
     plain = Plain(machine)
     slots = BUFFERS * layout.buffer_slots
-    g, lists = np.full((slots, 128), np.nan, np.float16), np.full(slots, -1, np.int32)
+    g, lists = np.full((slots, 128), np.nan, e.dtype), np.full(slots, -1, np.int32)
     done = np.zeros(2 * layout.survey.rounds_max, np.uint32)
     tables = Tables(**{name: found[name].reshape(-1) if name in found else None for name in Tables.declared})
     workspace = layout.at(0)._replace(done=machine.at(done), lists=machine.at(lists), g=machine.at(g))
     job, D = np.uint32(TILES.stage_bytes), dims.D
     e_rows, c_rows = (Matrix(machine.at(x), x.strides[0]) for x in (e, c))
-    schedule, begin = plain(scheduler.make_schedule(TILES, e.dtype)), plain(scheduler.begin)
+    schedule, begin = plain(scheduler.make_schedule(e.dtype)), plain(scheduler.begin)
     field = plain(scheduler.field)
-    sources = fill_module.make_fill(TILES)
+    sources = fill_module.make_fill(TILES, elements_of(e.dtype))
     of_kind = {LOGITS: (sources.logits, (0, 0)), D_E: (sources.d_e, (1, 1)), D_C: (sources.d_c, (0, 1))}
     terms = LogitTerms(*(0,) * len(LogitTerms.declared))
     d_e, d_c = np.zeros((128 * layout.blocks, D), np.float32), np.full((len(c), D), np.nan, np.float32)
@@ -180,7 +189,7 @@ def run(layout, found, e, c, outputs, dims, n_blocks):
                 fill(state, np.int32(unit), np.uint32(0), *rest, thread, units)
                 for state, thread in zip(states, threads, strict=True)
             ]
-            a, b = operands(machine.smem, across)
+            a, b = operands(machine.smem, across, e.dtype)
             sums += a @ b.T
         block, d0, stored = read["block_or_tile"], read["d0"], read["stored"]
         if kind == LOGITS:
@@ -203,22 +212,24 @@ def run(layout, found, e, c, outputs, dims, n_blocks):
 
 
 @pytest.mark.parametrize(
-    ("N", "V", "D", "named"),
+    ("N", "V", "D", "named", "dtype"),
     [
-        (300, 700, 72, {"density": 0.4, "listed": 0.9, "dead": 0.2, "coarse": 0.5}),
-        (130, 200, 200, {"density": None}),
-        (130, 300, 8, {"density": 0.02}),
-        (100, 1500, 8, {"density": 0.9, "dense_share": 1.0}),
+        (300, 700, 72, {"density": 0.4, "listed": 0.9, "dead": 0.2, "coarse": 0.5}, np.float16),
+        (130, 200, 200, {"density": None}, np.float16),
+        (130, 300, 8, {"density": 0.02}, np.float16),
+        (100, 1500, 8, {"density": 0.9, "dense_share": 1.0}, np.float16),
+        (130, 1200, 8, {"density": None}, np.float16),
+        (300, 400, 200, {"density": 0.4, "listed": 0.9, "dead": 0.2, "coarse": 0.5}, np.float32),
     ],
-    ids=["filtered", "exact", "few", "many rounds"],
+    ids=["filtered", "exact", "few", "many rounds", "exact, many rounds", "filtered, float32"],
 )
-def test_jobs_make_the_gradients(N, V, D, named):
+def test_jobs_make_the_gradients(N, V, D, named, dtype):
     """Tokens without weight; dC for some of what survives; tiles without survivors; more rounds than buffers."""
     x = make_inputs(1, N, V, jobs=(-(-D // 192),) * 2, **named)
-    layout = WorkspaceLayout(N, V, D, with_e=True, with_sums=False, g_bytes=0)
+    layout = WorkspaceLayout(N, V, D, with_e=True, with_sums=False, g_bytes=0, itemsize=np.dtype(dtype).itemsize)
     found = model(layout.survey, x)
     rng = np.random.default_rng(0)
-    e, c = (rng.integers(-2, 3, (n, D)).astype(np.float16) for n in (N, V))
+    e, c = (rng.integers(-2, 3, (n, D)).astype(dtype) for n in (N, V))
     outputs = Outputs(*(Output(1, 0, 0, x.jobs[0]),) * 2, bias=0, adds=0)
     dims = Dimensions(layout.blocks, layout.survey.block_words, layout.survey.column_tiles, D)
     n_blocks = np.int32(-(-len(x.tokens) // 128))
@@ -238,4 +249,4 @@ def test_jobs_make_the_gradients(N, V, D, named):
     np.testing.assert_array_equal(d_c, g_c.T @ np.where(row_of[:, None] >= 0, e[row_of], 0).astype(np.float32))
     assert set(kinds) == {LOGITS, D_E, D_C}
     assert len(kinds) == found["phase_end"][2 * found["n_rounds"][0] - 1]
-    assert (found["n_rounds"][0] > BUFFERS) == (V == 1500)
+    assert (found["n_rounds"][0] > BUFFERS) == (V >= 1200)

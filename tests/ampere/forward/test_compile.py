@@ -18,7 +18,14 @@ if SimulatorHarness.is_active():
 
 from cce_numba.ampere.forward.kernel import make_forward_kernel
 from cce_numba.ampere.tiles import SLABS, WARP_COLUMNS, smem_bytes_of, tiles_for
-from cce_numba.tensor_core.folds import MAX_SUM, MEAN_LOGIT, SEVERAL_TARGET_LOGITS, SURVIVORS_BY_CHANCE, TARGET_LOGIT
+from cce_numba.tensor_core.folds import (
+    GROUP_MAXIMA,
+    MAX_SUM,
+    MEAN_LOGIT,
+    SEVERAL_TARGET_LOGITS,
+    SURVIVORS_BY_CHANCE,
+    TARGET_LOGIT,
+)
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -31,21 +38,31 @@ SPILLED_BYTES = 128
 NEWER = r"(wgmma|stmatrix|mbarrier|setmaxnreg|fence\.proxy|cp\.async\.bulk|cp\.reduce|red\.\S*\.v[24])\S*"
 
 
-def check(kernel, compiled, tiles, cc, dtype):
+# Products of a step's operands: those of 16-bit numbers, of rounded ones, or of the parts of split ones.
+PRODUCTS = {
+    "bf16": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32", 1),
+    "f16": (r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32", 1),
+    "tf32": (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32", 1),
+    "f32": (r"mma\.sync\.aligned\.m16n8k8\.row\.col\.f32\.tf32\.tf32\.f32", 3),
+}
+
+
+def check(kernel, compiled, tiles, cc, name, spilled_bytes=SPILLED_BYTES):
     """All that is to be said of a kernel: compiling is what takes time."""
     assert compiled.notices == []
-    assert compiled.spilled_bytes <= SPILLED_BYTES
+    assert compiled.spilled_bytes <= spilled_bytes
     assert compiled.count(r"(ld|st)\.local\S*") == 0, "no array has an index at run time"
     assert compiled.count(r"call(\.uni)?") == 0
     assert compiled.smem_bytes == 0, "all shared memory is dynamic"
     assert kernel.smem_bytes == tiles.smem_bytes <= smem_bytes_of(cc)
     assert compiled.count(NEWER) == 0
 
-    # A stage is four times 16 terms. More would be loops written out.
-    n = tiles.block_v // WARP_COLUMNS
-    assert compiled.count(rf"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.{dtype}\.{dtype}\.f32") == 4 * SLABS * n // 8
-    loads = SLABS + n // 16  # of 16 terms; and once more those of the first stage
-    assert compiled.count(r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16") == 5 * loads
+    # A stage has four steps. More would be loops written out.
+    n, (product, times) = tiles.block_v // WARP_COLUMNS, PRODUCTS[name]
+    assert compiled.count(product) == times * 4 * SLABS * n // 8
+    # Of a step; and once more those of the first stage, unless registers are needed for the parts of numbers.
+    loads = SLABS + n // 16
+    assert compiled.count(r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16") == (4 if name == "f32" else 5) * loads
     # Rows of e and of c, 32 at a time: when the ring is filled, and when it is filled again.
     assert compiled.count(r"cp\.async\.cg\.shared\.global") == 2 * (tiles.block_n + tiles.block_v) // 32
 
@@ -57,11 +74,21 @@ def test_what_is_launched_most(cc):
     check(kernel, offline.compile_launched(kernel, cc), tiles, cc, "bf16")
 
 
-@pytest.mark.parametrize("folds", [RECORDING, (MAX_SUM, SEVERAL_TARGET_LOGITS, MEAN_LOGIT)], ids=["survivors", "mean logit"])
+@pytest.mark.parametrize(
+    "folds", [RECORDING, (MAX_SUM, SEVERAL_TARGET_LOGITS, GROUP_MAXIMA, MEAN_LOGIT)], ids=["survivors", "mean logit"]
+)
 def test_all_options(folds):
     tiles = tiles_for((9, 0))
     kernel = make_forward_kernel(tiles, F16, F32, True, True, False, folds)
     check(kernel, offline.compile_launched(kernel), tiles, (9, 0), "f16")
+
+
+@pytest.mark.parametrize("name", ["f32", "tf32"])
+def test_float32(name):
+    """None of what is spilled is in the loop over stages, which nothing here can tell: states of rows are."""
+    tiles = tiles_for((9, 0), wide=True)
+    kernel = make_forward_kernel(tiles, F32, None, False, False, True, RECORDING, allow_tf32=name == "tf32")
+    check(kernel, offline.compile_launched(kernel), tiles, (9, 0), name, 640 if name == "f32" else 0)
 
 
 def test_too_many_numbers_of_a_row():

@@ -48,7 +48,7 @@ def test_says_what_it_lacks(arguments, said, capsys):
 
 def test_volumes_of_one_rank_alone_are_nothing():
     alone = volumes((8192, 256_000, 2304), Layout(1, 1, 1), True)
-    assert (alone.gather, alone.sum_e, alone.gather_e, alone.sum_c) == (0, 0, 0, 0)
+    assert (alone.bounds, alone.gather, alone.sum_e, alone.gather_e, alone.sum_c) == (0, 0, 0, 0, 0)
 
 
 def test_shards_of_tokens_halve_the_sum_of_e_and_gather_it():

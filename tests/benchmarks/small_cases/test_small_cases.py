@@ -11,9 +11,10 @@ import cce_numba as cce
 from benchmarks.__main__ import main
 from benchmarks.measure import device
 from benchmarks.programs import sanitize
-from benchmarks.small_cases import hopper_backward, hopper_forward, simt
+from benchmarks.small_cases import ampere, hopper_backward, hopper_forward, simt
 from benchmarks.small_cases.odd import Odd
 from cce_numba import survivors
+from cce_numba.ampere.backward.workspace import WorkspaceLayout as AmpereLayout
 from cce_numba.commands import machine
 from cce_numba.hopper.backward import workspace
 from cce_numba.hopper.backward.tiles import LIST_TILE
@@ -30,6 +31,8 @@ class OddCpuHarness(Odd, CpuHarness):
 CPU, ODD = CpuHarness(), OddCpuHarness()
 BACKWARD = hopper_backward.checks(CPU, ODD)
 PARTS = {"simt": simt.checks(CPU), "hopper-forward": hopper_forward.checks(CPU, ODD), "hopper-backward": BACKWARD}
+# The same problems, so these need not run here again.
+AMPERE = {"ampere-forward": ampere.forward(CPU, ODD), "ampere-backward": ampere.backward(CPU, ODD)}
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -78,6 +81,27 @@ def test_small_rounds_are_several(filtered):
     with hopper_backward.small_rounds():
         assert rounds() >= (1 if filtered else 2), f"{pairs} pairs"
     assert rounds() == 0
+
+
+def test_small_rounds_of_ampere_are_more_than_its_buffers():
+    """So a round takes over the buffer of one that is done."""
+
+    def rounds():
+        layout = AmpereLayout.of(hopper_backward.N, hopper_backward.V, hopper_backward.PAIRED, with_e=True, with_sums=True)
+        return layout.survey.rounds_max
+
+    with ampere.small_rounds():
+        assert rounds() > 3
+    assert rounds() == 1
+
+
+def test_ampere_has_the_same_problems():
+    assert AMPERE["ampere-forward"].keys() == PARTS["hopper-forward"].keys()
+    cases = [id(check.func) for check in AMPERE["ampere-backward"].values()]
+    assert len(cases) == len([name for name in BACKWARD if "borrows" not in name])
+    assert "bfloat16 exact, two tiles a row" in AMPERE["ampere-backward"]
+    assert not [name for name in AMPERE["ampere-backward"] if "pairs" in name or "CTAs" in name]
+    assert all(ampere.small_rounds in check.args for check in AMPERE["ampere-backward"].values())
 
 
 @pytest.mark.parametrize("name", [name for name in BACKWARD if "G borrows" in name])
@@ -207,18 +231,28 @@ def test_on_another_gpu_hopper_is_left_out(monkeypatch, capsys):
     assert main(["sanitize", "--only", "hopper-backward"]) == 3
 
 
+@pytest.mark.usefixtures("on_hopper")
+def test_before_ampere_the_portable_kernels_are_left(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu(0, "T4", "7.5", 2**34)])
+    assert main(["sanitize", "--only", "float64 filter_eps=None"]) == 0
+    told = capsys.readouterr().out
+    assert "hopper-forward, hopper-backward: not run, since the GPU has compute capability 7.5" in told
+    assert "ampere-forward, ampere-backward: not run, since the GPU has compute capability 7.5" in told
+    assert main(["sanitize", "--only", "ampere-forward", "ampere-backward"]) == 3
+
+
 def test_checks_are_listed_without_a_gpu(capsys):
     pytest.importorskip("cupy", reason="harnesses of a GPU need CuPy")
     assert main(["sanitize", "--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == sum(map(len, PARTS.values()))
+    assert len(capsys.readouterr().out.splitlines()) == sum(map(len, (PARTS | AMPERE).values()))
     assert main(["sanitize", "--list", "--only", "absent"]) == 2
     assert "no check's line contains 'absent'" in capsys.readouterr().err
 
 
 def test_dtypes_are_those_that_a_backend_takes():
     assert all(sum(name.startswith(str(dtype)) for name in PARTS["simt"]) == 3 for dtype in DTYPES)
-    for part in ("hopper-forward", "hopper-backward"):
-        assert {name.split()[0] for name in PARTS[part]} == {"float16", "bfloat16"}
+    for part in ("hopper-forward", "hopper-backward", "ampere-forward", "ampere-backward"):
+        assert {name.split()[0] for name in (PARTS | AMPERE)[part]} == {"float16", "bfloat16"}
 
 
 def test_private_names_that_small_rounds_replaces_are_there():

@@ -632,7 +632,7 @@ def nearest_probable(dtype, log_p, lse, upwards):
 @pytest.fixture
 def early_bounds(monkeypatch):
     """The first tile of the vocabulary is a phase of its own, so all others know the log-sum-exp that it makes."""
-    from cce_numba.hopper.forward import layout
+    from cce_numba.tensor_core import layout
 
     monkeypatch.setattr(layout, "LEAST_TILES", 1)
     layout._known.cache_clear()

@@ -33,7 +33,7 @@ class Matrix:
 
 class Problem:
     def __init__(self, N, V, D, e=None, c=None):
-        self.N, self.V, self.D = N, V, D
+        self.N, self.V, self.D, self.dtype = N, V, D, np.dtype(np.float16)
         self.e, self.c = e or Matrix(N, D), c or Matrix(V, D)
         self.options = Options.of(np.dtype(np.float16), {})
 

@@ -1,0 +1,176 @@
+"""What a token's distribution costs beside its loss: entropy, best entries, batch invariance; and entropy's gradient.
+
+    python -m benchmarks distributions --record distributions_h100    everything, some two minutes on an H100
+    python -m benchmarks distributions --parts forward                forwards alone
+    python -m benchmarks distributions --small --rounds 2             small shapes: does it run?
+
+forward      `linear_logprobs` with more and more of what it can tell, beside the loss alone
+gradients    loss and gradients beside those of a loss that has the mean entropy as a bonus, filtered and exact
+
+X is a time over cuBLAS's for the one product `e @ c.T` in the same round. Results are validated on some tokens against float64
+before anything is timed. The error of an entropy, and of a log-probability, is relative to 1 + its value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+import cce_numba as cce
+from benchmarks import options
+from benchmarks.data import Inputs, calibrated, random
+from benchmarks.errors import Wrong
+from benchmarks.measure import cublas, device, record, timing
+from benchmarks.measure.device import Call
+from benchmarks.options import Pace
+from benchmarks.programs import backward
+from benchmarks.tables import distributions as tables
+
+PARTS = ("forward", "gradients")
+MAKERS = {"calibrated": calibrated.make, "random": random.make}
+ROUNDS = 8
+CUBLAS = "cublas"
+FORWARDS: dict[str, dict[str, Any]] = {
+    "log-probabilities": {},
+    "and entropy": {"entropy": True},
+    "and entropy, top 8": {"entropy": True, "top_k": 8},
+    "and entropy, top 64": {"entropy": True, "top_k": 64},
+    "and entropy, sum of squares": {"entropy": True, "sum_squares": True},
+    "batch invariant": {"batch_invariant": True},
+    "batch invariant, and entropy": {"batch_invariant": True, "entropy": True},
+}
+FORWARD_X_AT_MOST = {"and entropy": 1.08, "and entropy, top 8": 1.15}
+GRADIENTS: dict[str, dict[str, Any]] = {"default": {}, "exact": {"filter_eps": None}}
+BONUS = 0.01  # the weight of the mean entropy in the loss
+SLOWER_AT_MOST = 1.06  # with the gradient of entropy, where the filter is the default and the data are calibrated
+_TOKENS = 256  # that are validated
+_ERROR_AT_MOST = 2e-5  # of a log-probability and of an entropy, over 1 + its value
+_WRONG = 0.1  # an error of a gradient that no rounding and no filter makes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The program's options."""
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="these alone")
+    parser.add_argument("--small", action="store_true", help="small shapes: does it run?")
+    options.add_pace(parser, rounds=ROUNDS)
+    options.add_record(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measures, shows, records. Raises Wrong if something was wrong: nothing of these data is timed then."""
+    device.require()
+    pace = Pace(arguments.rounds, arguments.burst, warm_up_s=0.1 if arguments.small else Pace.warm_up_s)
+    console = Console(width=150)
+    results: dict[str, Any] = {"how": {"rounds": pace.rounds, "burst": pace.burst, "cublas": cublas.library()}, "data": []}
+    try:
+        for name, make in MAKERS.items():
+            with console.status(f"{name} data"):
+                device.free_memory()  # which the data before have left in the pool
+                shape = backward.SMALL_SHAPE if arguments.small else backward.SHAPES[name]
+                inputs = make(*shape, device.cupy())
+            found = {"data": name, **dict(zip("NVD", inputs.shape, strict=True))}
+            for part in arguments.parts:
+                with console.status(f"{name} data, {part}"):
+                    found[part] = {"forward": forwards, "gradients": gradients}[part](inputs, pace)
+                console.print(tables.table(found, part))
+            results["data"].append(found)
+    finally:  # what was measured before something broke was measured
+        if arguments.record and results["data"]:
+            console.print(str(record.write(arguments.record, results)))
+
+
+def timed(calls: dict[str, Call], pace: Pace) -> dict[str, Any]:
+    """Times of calls in turns, with X."""
+    device.free_memory()
+    timing.warm_up(calls.values(), pace.warm_up_s)
+    times = timing.interleaved(calls, pace.rounds, pace.burst)
+    return {name: record.summary(ms) | {"x": timing.ratios(ms, times[CUBLAS])} for name, ms in times.items()}
+
+
+# ---- forward
+
+
+def forwards(inputs: Inputs, pace: Pace) -> dict[str, Any]:
+    """Errors, then times of the loss and of all `FORWARDS`."""
+    errors = errors_of_forwards(inputs)
+    calls: dict[str, Call] = {CUBLAS: cublas.product(inputs), "loss": functools.partial(cce.linear_cross_entropy, *inputs)}
+    for name, more in FORWARDS.items():
+        calls[name] = functools.partial(cce.linear_logprobs, *inputs, **more)
+    return {"errors": errors, "calls": timed(calls, pace), "x_at_most": FORWARD_X_AT_MOST}
+
+
+def errors_of_forwards(inputs: Inputs) -> dict[str, float]:
+    """The largest errors of some tokens. Raises Wrong if they are too large, or best entries are not the best."""
+    xp = cce.interchange.array_module(inputs.e)
+    some = slice(0, _TOKENS)
+    z = float64_logits(inputs, some)
+    log_p = z - logsumexp(xp, z)[:, None]
+    exact = {"logprobs": log_p[xp.arange(len(z)), inputs.targets[some]], "entropy": -(xp.exp(log_p) * log_p).sum(axis=1)}
+    worst = dict.fromkeys(exact, 0.0)
+    for name, more in FORWARDS.items():
+        found = cce.linear_logprobs(*inputs, **more)
+        for key, expected in exact.items():
+            if (given := getattr(found, key)) is not None:
+                error = float((abs(given[some] - expected) / (1 + abs(expected))).max())
+                if not error <= _ERROR_AT_MOST:
+                    raise Wrong(f"{name}: {key} is off by {error:.3g} of 1 + its value")
+                worst[key] = max(worst[key], error)
+        if found.top_ids is not None:
+            k = found.top_ids.shape[1]
+            least = xp.sort(log_p, axis=1)[:, -k]
+            if not bool((xp.take_along_axis(log_p, found.top_ids[some], axis=1).min(axis=1) >= least - 1e-4).all()):
+                raise Wrong(f"{name}: the {k} entries are not the best")
+    return worst
+
+
+def float64_logits(inputs: Inputs, tokens: slice) -> Any:
+    """(tokens, V) float64."""
+    return inputs.e[tokens].astype(np.float64) @ inputs.c.astype(np.float64).T
+
+
+def logsumexp(xp: Any, z: Any) -> Any:
+    """Of each row."""
+    largest = z.max(axis=1)
+    return largest + xp.log(xp.exp(z - largest[:, None]).sum(axis=1))
+
+
+# ---- gradients
+
+
+def gradients(inputs: Inputs, pace: Pace) -> dict[str, Any]:
+    """Errors, then times of loss and gradients without and with the entropy, for each of `GRADIENTS`."""
+    calls: dict[str, Call] = {CUBLAS: cublas.product(inputs)}
+    errors = {}
+    for name, more in GRADIENTS.items():
+        errors[name] = error_of_d_e(inputs, more)
+        if not errors[name] <= _WRONG:
+            raise Wrong(f"{name}: the error of dE with the entropy's gradient is {errors[name]:.3g}")
+        calls[name] = functools.partial(cce.linear_cross_entropy_with_grad, *inputs, **more)
+        calls[f"{name}, with entropy"] = functools.partial(with_entropy, inputs, more)
+    found = timed(calls, pace)
+    slower = {name: round(found[f"{name}, with entropy"]["median_ms"] / found[name]["median_ms"], 4) for name in GRADIENTS}
+    return {"errors": errors, "calls": found, "slower": slower, "slower_at_most": SLOWER_AT_MOST}
+
+
+def with_entropy(inputs: Inputs, more: dict[str, Any]) -> cce.Gradients:
+    """Gradients of the mean loss less `BONUS` times the mean entropy."""
+    result = cce.forward(*inputs, entropy=True, **more)
+    return cce.backward(result, d_entropy=-BONUS / len(inputs.e))
+
+
+def error_of_d_e(inputs: Inputs, more: dict[str, Any]) -> float:
+    """The relative error of some tokens' rows of dE."""
+    xp = cce.interchange.array_module(inputs.e)
+    some = slice(0, _TOKENS)
+    z = float64_logits(inputs, some)
+    log_p = z - logsumexp(xp, z)[:, None]
+    p = xp.exp(log_p)
+    g = p * (1 + BONUS * (log_p - (p * log_p).sum(axis=1)[:, None]))
+    g[xp.arange(len(z)), inputs.targets[some]] -= 1
+    exact = (g / len(inputs.e)) @ inputs.c.astype(np.float64)
+    found = with_entropy(inputs, more).e[some].astype(np.float64)
+    return float(xp.linalg.norm(found - exact) / xp.linalg.norm(exact))

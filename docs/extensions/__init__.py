@@ -1,0 +1,1 @@
+"""What the site has that Sphinx has not: formulas without scripts, the notebooks, tables out of recorded results."""
