@@ -102,7 +102,7 @@ def stand_in(cc: tuple[int, int] = (9, 0)) -> Iterator[Counts]:
             (cupy.cuda.driver, "launchKernel", launch),
             (cupy.cuda, "get_current_stream", lambda device=0: stream),
             (interchange, "write_zeros", clear),
-            (interchange, "_stream_of_device", lambda pointer, device: stream),
+            (interchange, "stream_of_device", lambda pointer, device: stream),
             (gpu, "count", lambda: 1),
             (gpu, "_facts", lambda device: gpu.Gpu(cc, _MULTIPROCESSORS)),
             (gpu, "_missing_compiler", lambda: None),
