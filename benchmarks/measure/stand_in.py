@@ -23,6 +23,7 @@ from cce_numba.launch.kernel import Kernel
 from cce_numba.launch.program import Programs
 
 _ADDRESS = 2**60  # far from all real ones
+_ALIGNMENT_BYTES = 512  # of PyTorch's memory on CUDA
 _MULTIPROCESSORS = 132
 _OPERATORS = (
     *("add", "sub", "mul", "truediv", "eq", "ne", "lt", "le", "gt", "ge", "and", "or"),
@@ -128,7 +129,12 @@ def stand_in_for_torch() -> Iterator[None]:
     empty, device = torch.empty, torch.device("cuda", 0)
 
     def empty_on_cpu(*shape: Any, device: Any = None, **others: Any) -> Any:
-        return empty(*shape, **others)
+        if others.get("dtype") is not torch.uint8 or not isinstance(shape[0], int):
+            return empty(*shape, **others)
+        # Memory on CUDA begins at multiples of 512 bytes; elsewhere each call would have a program of its own.
+        memory = empty(shape[0] + _ALIGNMENT_BYTES, **others)
+        first = -memory.data_ptr() % _ALIGNMENT_BYTES
+        return memory[first : first + shape[0]]
 
     with ExitStack() as stack:
         for target, name, value in (
