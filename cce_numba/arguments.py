@@ -284,7 +284,7 @@ def problem(
         token_weights=None if token_weights is None else _token_weights(token_weights, native_e, checked),
         target_probs=target_probs,
         has_loss=has_loss,
-        filter_seed=_filter_seed(given.get("filter_seed", 0), native_e),
+        filter_seed=filter_seed(given.get("filter_seed", 0), native_e),
         options=checked,
         e_shape=tuple(native_e.shape),
         token_shape=token_shape,
@@ -327,24 +327,34 @@ def upstream(name: str, gradient: Any, p: Problem, shape: tuple[int, ...], flat_
     token. Raises TypeError or ValueError, naming the argument, if it is not a real number or an array of `shape` on the
     problem's device.
     """
-    xp = p.xp
-    flat = (xp.zeros if p.options.shift else xp.empty)(flat_shape or p.N, dtype=p.compute_dtype)
+    flat = (p.xp.zeros if p.options.shift else p.xp.empty)(flat_shape or p.N, dtype=p.compute_dtype)
+    p.per_token(flat)[...] = _upstream(name, gradient, p, shape)
+    return flat
+
+
+def upstream_scalar(name: str, gradient: Any, p: Problem) -> Any:
+    """An upstream gradient of a scalar as a float, or as a 0-d array of the compute dtype on the problem's device.
+
+    Raises what `upstream` does.
+    """
+    return _upstream(name, gradient, p, ())
+
+
+def _upstream(name: str, gradient: Any, p: Problem, shape: tuple[int, ...]) -> Any:
     if isinstance(gradient, numbers.Real):
         try:
-            p.per_token(flat)[...] = float(gradient)  # no array of it: that would travel from the host
+            return float(gradient)  # no array of it: that would travel from the host
         except OverflowError:
             raise ValueError(f"{name}: must fit in {p.compute_dtype}, got an integer that is too large") from None
-    else:
-        native = interchange.take(name, gradient)
-        if native.dtype.kind not in "fiu" and native.dtype != BFLOAT16:
-            raise TypeError(f"{name}: must be real numbers, got dtype {native.dtype}")
-        if native.ndim or interchange.is_on_device(native):  # a host scalar is welcome anywhere
-            _check_same_device(name, native, p.e)
-        native = xp.asarray(native).astype(p.compute_dtype, copy=False)
-        if native.shape not in ((), shape):
-            raise ValueError(f"{name}: must be a scalar or have shape {shape}, got shape {native.shape}")
-        p.per_token(flat)[...] = native
-    return flat
+    native = interchange.take(name, gradient)
+    if native.dtype.kind not in "fiu" and native.dtype != BFLOAT16:
+        raise TypeError(f"{name}: must be real numbers, got dtype {native.dtype}")
+    if native.ndim or interchange.is_on_device(native):  # a host scalar is welcome anywhere
+        _check_same_device(name, native, p.e)
+    native = p.xp.asarray(native).astype(p.compute_dtype, copy=False)
+    if native.shape not in ((), shape):
+        raise ValueError(f"{name}: must be a scalar or have shape {shape}, got shape {native.shape}")
+    return native
 
 
 def wanted(wrt: Any, p: Problem) -> frozenset[str]:
@@ -528,7 +538,7 @@ def _token_weights(token_weights: Any, e: Any, checked: Options) -> Any:
     return _flat(_shifted(native, checked, 0))
 
 
-def _filter_seed(filter_seed: Any, e: Any) -> Any:
+def filter_seed(filter_seed: Any, e: Any) -> Any:
     """An integer in [0, 2**32), or (1,) int64 where it is on e's device: to read it there would wait for the device."""
     if not hasattr(filter_seed, "dtype") or isinstance(filter_seed, np.generic):
         return integer("filter_seed", filter_seed) % 2**32

@@ -255,6 +255,13 @@ class Backend(Protocol):
         `terms.reduced_nll` does it with array operations.
         """
 
+    def nll_weight(self, p: Problem, statistics: Statistics, d_loss: Any) -> Any:
+        """(N,) of the compute dtype: what flows back into each token's `Statistics.nll` from the sum or mean of `reduced_nll`.
+
+        d_loss: what flows back into that, a float or a 0-d array of the compute dtype. For "mean" it is divided by n_valid;
+        where no token counts nobody reads the result. `terms.nll_weight` does it with array operations.
+        """
+
     def backward(self, p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
         """Writes the gradients that follow from G (see `Weights`), or adds them to what is there.
 

@@ -221,7 +221,8 @@ class DistillationPass:
         into = destination.arrays(p)
         if not destination.accumulate:
             for name in ("e", *(("c", "bias") if not p.N else ())):
-                driver._zero(getattr(into, name))
+                if (gradient := getattr(into, name)) is not None:
+                    interchange.write_zeros(gradient)
         if p.N:
             tiles = module.tiles_of(p, self.heads.teacher)
             gradients = into, destination.accumulate

@@ -18,8 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cce_numba import arguments, interchange
-from cce_numba import plan as planning
+from cce_numba import arguments, interchange, recurring
 from cce_numba.arguments import Problem, Rows
 from cce_numba.backend import Gradients, Statistics, Weights, backend_module
 from cce_numba.destination import Destination
@@ -66,11 +65,7 @@ def prepared(
     if kind is None:
         kind = interchange.kind_of(e, native_e)
     with kind.current():
-        problem = arguments.problem(native_e, c, targets, given, only, kind, rows)
-        if plan is None:
-            forced = given.get("backend")
-            plan = planning.choose(problem, backend if forced is None else forced)
-        yield problem, plan
+        yield recurring.prepare(native_e, c, targets, given, only, kind, backend, plan, rows)
 
 
 def forward(problem: Problem, plan: Plan, wrt: Collection[str] = (), ranks: Ranks | None = None) -> ForwardPass:
@@ -248,13 +243,14 @@ class ForwardPass:
             else:
                 assert isinstance(self.terms, Terms), "no other loss has a mean logit"
                 weights = replace(weights, outer=self.terms.outer_products(from_mean_logit, destination.wanted))
-        if sums_e or not adds:
-            _zero(into.e)
+        if into.e is not None and (sums_e or not adds):
+            interchange.write_zeros(into.e)
         if p.N and p.V:
             backend_module(self.plan.backend).backward(p, self.plan, self.statistics, weights, into, adds)
         elif not adds:
-            _zero(into.c)
-            _zero(into.bias)
+            for gradient in (into.c, into.bias):
+                if gradient is not None:
+                    interchange.write_zeros(gradient)
         if sums_e:
             assert self.ranks is not None, "otherwise nothing is summed"
             _finish(results.e, self.ranks.sum_of_e(into.e), adds)
@@ -269,6 +265,9 @@ class ForwardPass:
         p = self.problem
         if d_entropy is not None and not p.options.entropy:
             raise ValueError("d_entropy: needs a forward with entropy=True, which finds the entropy")
+        of_loss_alone = d_lse is None and d_logprobs is None and d_entropy is None
+        if of_loss_alone and p.logit_scale is None and isinstance(self.terms, Nll) and p.options.reduction != "none":
+            return self.terms.weights_of_scalar(arguments.upstream_scalar("d_loss", 1.0 if d_loss is None else d_loss, p)), None
         per_token_shape = tuple(p.per_token(self.statistics.lse).shape)
         loss_shape = per_token_shape if p.options.reduction == "none" else ()
         d_token = arguments.upstream("d_loss", 1.0 if d_loss is None else d_loss, p, loss_shape)
@@ -304,9 +303,3 @@ def _finish(gradient: Any, total: Any, adds: bool) -> None:
     if adds:
         total = total + gradient.astype(total.dtype, copy=False)
     gradient.view(f"u{gradient.itemsize}")[...] = total.astype(gradient.dtype).view(f"u{gradient.itemsize}")
-
-
-def _zero(gradient: Any) -> None:
-    """Writes zeros everywhere, by bits, so that CuPy needs no kernel of the dtype; nothing to do for None."""
-    if gradient is not None:
-        gradient.view(f"u{gradient.itemsize}")[...] = 0

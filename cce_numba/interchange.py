@@ -40,24 +40,15 @@ class Kind:
     device: int | None
     export: Callable[[Any], Any]
 
-    @contextlib.contextmanager
-    def current(self) -> Iterator[None]:
+    def current(self) -> contextlib.AbstractContextManager[Any]:
         """Inside, the device and the stream that the caller's library works on are current, for CuPy and for Numba.
 
         For host arrays, what `numpy.seterr` asks for does not count inside: inf and nan go where the arithmetic puts them.
         """
         if self.device is None:
-            with np.errstate(all="ignore"):
-                yield
-            return
-        with contextlib.ExitStack() as stack:
-            gpu.bind_context()
-            if gpu.count() > 1:  # else there is nothing to switch, and asking takes time
-                stack.enter_context(gpu.cupy().cuda.Device(self.device))
-                stack.enter_context(importlib.import_module("numba.cuda").gpus[self.device])
-            if self.library == "torch":
-                stack.enter_context(_torch_stream(self.device))
-            yield  # otherwise on CuPy's current stream; `take` has ordered the producer's work before it
+            return np.errstate(all="ignore")
+        gpu.bind_context()
+        return _switched(self.device, self.library) if gpu.count() > 1 else _stream_of(self.library, self.device)
 
 
 def is_on_device(array: Any) -> bool:
@@ -131,6 +122,12 @@ def take_writable(name: str, array: Any) -> Any:
     return native
 
 
+@functools.cache
+def _numpy_dtype(torch_dtype: Any) -> np.dtype | None:
+    """NumPy's dtype for PyTorch's, or None."""
+    return TORCH_DTYPES.get(str(torch_dtype))
+
+
 class _TensorMemory:
     """The memory of a PyTorch tensor on the CPU, which it keeps, by NumPy's array interface."""
 
@@ -152,7 +149,8 @@ def of_cpu_tensor(tensor: Any) -> Any:
 
     After `tensor.numpy()` PyTorch never resizes the tensor's storage again, but FSDP frees and refills those of parameters.
     """
-    dtype = TORCH_DTYPES[str(tensor.dtype)]
+    dtype = _numpy_dtype(tensor.dtype)
+    assert dtype is not None, "whoever makes such arrays has looked"
     array = np.asarray(_TensorMemory(tensor, dtype))
     return array.view(BFLOAT16) if dtype is BFLOAT16 else array
 
@@ -160,7 +158,7 @@ def of_cpu_tensor(tensor: Any) -> Any:
 def of_cuda_tensor(tensor: Any) -> Any:
     """The CuPy array in the memory of a PyTorch tensor on CUDA, which it keeps; unlike `take`, whoever may record it."""
     cupy, device = gpu.cupy(), tensor.get_device()
-    if (dtype := TORCH_DTYPES.get(str(tensor.dtype))) is None:
+    if (dtype := _numpy_dtype(tensor.dtype)) is None:
         with cupy.cuda.Device(device), _torch_stream(device):
             return cupy.from_dlpack(tensor)
     # What DLPack does, without what it takes: 60 us a tensor. Work goes to PyTorch's stream if e is a tensor, too.
@@ -186,6 +184,14 @@ def byte_range(array: Any) -> tuple[int, int]:
 def address(array: Any) -> int:
     """Where the first element of a NumPy or CuPy array lies."""
     return int(array.data.ptr if is_on_device(array) else array.__array_interface__["data"][0])
+
+
+def write_zeros(array: Any) -> None:
+    """Writes zeros everywhere in a NumPy or CuPy array, by bits, so that CuPy needs no kernel of the dtype."""
+    if is_on_device(array) and array.flags.c_contiguous:
+        array.data.memset_async(0, array.nbytes)  # takes the host a fraction of what an operation on arrays does
+    else:
+        array.view(f"u{array.itemsize}")[...] = 0
 
 
 def kind_of(array: Any, native: Any) -> Kind:
@@ -225,6 +231,18 @@ def _cupy_for(name: str, array: Any) -> Any:
             f"{name}: is a GPU array ({type(array).__module__}.{type(array).__qualname__}), and GPU arrays need CuPy: "
             "pip install 'cce_numba[cuda13]' (or cuda12, to match the driver)"
         ) from error
+
+
+@contextlib.contextmanager
+def _switched(device: int, library: str) -> Iterator[None]:
+    """Makes one of several devices current, and the library's stream there."""
+    with gpu.cupy().cuda.Device(device), importlib.import_module("numba.cuda").gpus[device], _stream_of(library, device):
+        yield
+
+
+def _stream_of(library: str, device: int) -> contextlib.AbstractContextManager[Any]:
+    """A library's current stream of the current device: PyTorch's, or CuPy's, which `take` has ordered others' work before."""
+    return _torch_stream(device) if library == "torch" else contextlib.nullcontext()
 
 
 class _Stream:
@@ -286,7 +304,7 @@ def _take_torch(name: str, tensor: Any) -> Any:
     on_cuda = tensor.is_cuda
     if not (on_cuda or tensor.is_cpu):
         raise TypeError(f"{name}: must be on the CPU or an NVIDIA GPU, got a tensor on {tensor.device}")
-    if str(tensor.dtype) not in TORCH_DTYPES:
+    if _numpy_dtype(tensor.dtype) is None:
         raise TypeError(f"{name}: must be real numbers of a dtype that NumPy has too, or bfloat16, got {tensor.dtype}")
     if tensor.untyped_storage().nbytes() == 0 and tensor.numel():
         raise ValueError(

@@ -48,7 +48,7 @@ _ELSEWHERE = {
     "reduce": ("reduction", ""),
     "accum_dtype": ("accum_c_fp32", " (and 'accum_e_fp32')"),
 }
-_IMMUTABLE = (bool, int, float, str, type(None))
+IMMUTABLE = (bool, int, float, str, type(None))
 # Options that `Options` knows nothing of: arrays, or what may be one.
 _ARRAYS = ("bias", "target_probs", "logit_scale", "class_weights", "token_weights", "filter_seed")
 
@@ -177,7 +177,7 @@ class Options:
             if name not in only:
                 raise TypeError(f"{name}: means nothing here; this function takes {', '.join(only)}")
         values = {name: value for name, value in given.items() if name not in _ARRAYS}
-        if all(type(value) in _IMMUTABLE for value in values.values()):
+        if all(type(value) in IMMUTABLE for value in values.values()):
             return _checked_once(dtype, **values)
         return _checked(dtype, DEFAULTS | values)
 

@@ -68,8 +68,13 @@ def choose(p: Problem, backend: str | None) -> Plan:
     if p.shard is not None and not p.V:
         how = "this rank has no rows of the classifier, and computes nothing"
         return Plan(name, how, None, 0, 0, 0, 0, rejected, _filter(p.options, SURVIVOR_BLOCK))
-    plan = backend_module(name).plan(p)
-    return replace(plan, rejected=rejected, filter=_filter(p.options, plan.tiles.survivor_block))
+    return _completed(backend_module(name).plan(p), tuple(rejected.items()), p.options)
+
+
+@functools.lru_cache(maxsize=256)
+def _completed(plan: Plan, rejected: tuple[tuple[str, str], ...], options: Options) -> Plan:
+    """With what no backend says of its own plan; of the same plan always the same object."""
+    return replace(plan, rejected=dict(rejected), filter=_filter(options, plan.tiles.survivor_block))
 
 
 def choose_backend(p: Outline | Problem, backend: str | None) -> tuple[str, dict[str, str]]:

@@ -94,6 +94,11 @@ class Nll:
         """0-d, of the compute dtype: the sum or the mean of the tokens' losses; the mean of none is nan."""
         return backend_module(self.plan.backend).reduced_nll(self.problem, self.statistics)
 
+    def weights_of_scalar(self, d_loss: Any) -> Weights:
+        """What flows back from the sum or the mean. d_loss: a float or a 0-d array of the compute dtype."""
+        weight = backend_module(self.plan.backend).nll_weight(self.problem, self.statistics, d_loss)
+        return Weights(softmax=weight, target=weight)
+
     def gradient_weights(self, d_loss: Any) -> tuple[Weights, None]:
         """See `Terms`. Overwrites d_loss."""
         if self.problem.options.reduction == "mean":
@@ -108,6 +113,16 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     with np.errstate(divide="ignore", invalid="ignore"):  # no token counts: 0 / 0 = nan, as PyTorch has it
         loss = total / statistics.n_valid if p.options.reduction == "mean" else total
     return p.xp.asarray(loss, dtype=p.compute_dtype)
+
+
+def nll_weight(p: Problem, statistics: Statistics, d_loss: Any) -> Any:
+    """`backend.Backend.nll_weight`, for backends that have no kernel for it."""
+    weight = p.xp.empty(p.N, p.compute_dtype)
+    weight[...] = d_loss
+    if p.options.reduction == "mean":
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weight /= statistics.n_valid
+    return weight
 
 
 @dataclass(frozen=True, eq=False)

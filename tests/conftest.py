@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 # With as many processes as cores, threads of each would only wait for those of the others. Libraries read this when they load.
@@ -73,6 +75,15 @@ def harness(request: pytest.FixtureRequest) -> Harness:
             pytest.skip(reason)
         return kind()
     return GpuHarness("simt")
+
+
+@pytest.fixture(autouse=True)
+def no_programs() -> Iterator[None]:
+    """What host functions read beside their arguments, such as sizes, tests may change: then nothing recorded holds."""
+    yield
+    for name in ("tensor_core.programs", "recurring"):
+        if (module := sys.modules.get(f"cce_numba.{name}")) is not None:
+            module.clear()
 
 
 @pytest.fixture(scope="session")

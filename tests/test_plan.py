@@ -49,7 +49,7 @@ def test_a_gpu_asked_for_and_none_there_or_arrays_not_on_it():
 @pytest.mark.parametrize("name", planning.BACKENDS)
 def test_backends_offer_what_the_protocol_asks(name):
     module = backend_module(name)
-    for function in ("why_not", "statistics_form", "plan", "indexed_dot", "forward", "reduced_nll", "backward"):
+    for function in ("why_not", "statistics_form", "plan", "indexed_dot", "forward", "reduced_nll", "nll_weight", "backward"):
         asked = list(inspect.signature(getattr(backend_.Backend, function)).parameters.values())[1:]
         offered = list(inspect.signature(getattr(module, function)).parameters.values())
         assert [(p.name, p.kind) for p in offered] == [(p.name, p.kind) for p in asked], function

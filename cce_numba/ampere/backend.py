@@ -129,7 +129,8 @@ def indexed_dot(p: Problem, plan: Any) -> Any:
 
 def forward(p: Problem, plan: Any, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
-    return _module("ampere.forward.host").forward(p, plan.layout, record_survivors)
+    launch = functools.partial(_module("ampere.forward.host").forward, layout=plan.layout, record=record_survivors)
+    return _module("tensor_core.programs").forward(p, plan, record_survivors, 0, launch)
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
@@ -137,10 +138,16 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     return _module("tensor_core.reduction").reduced_nll(p, statistics)
 
 
+def nll_weight(p: Problem, statistics: Statistics, d_loss: Any) -> Any:
+    """See `backend.Backend`."""
+    return _module("tensor_core.reduction").nll_weight(p, statistics, d_loss)
+
+
 def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
     adds = terms.write_outer(p, weights.outer, into, adds)
-    _module("ampere.backward.host").backward(p, statistics, weights, into, adds)
+    launch = _module("ampere.backward.host").backward
+    _module("tensor_core.programs").backward(p, plan, statistics, weights, into, adds, launch)
 
 
 @functools.cache

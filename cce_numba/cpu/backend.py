@@ -76,6 +76,12 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
 
 
 @_quiet
+def nll_weight(p: Problem, statistics: Statistics, d_loss: Any) -> Any:
+    """See `backend.Backend`."""
+    return terms.nll_weight(p, statistics, d_loss)
+
+
+@_quiet
 def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
     with threads.of(p):

@@ -128,7 +128,9 @@ def indexed_dot(p: Problem, plan: Any) -> Any:
 def forward(p: Problem, plan: Any, *, record_survivors: bool, keep_logits: bool = False) -> Statistics:
     """See `backend.Backend`."""
     tiles = _FORM.kept_tiles(p.N, p.V, p.options.workspace_bytes) if keep_logits else 0
-    return _module("hopper.forward.host").forward(p, plan.layout, record_survivors, kept_tiles=tiles)
+    host = _module("hopper.forward.host")
+    launch = functools.partial(host.forward, layout=plan.layout, record=record_survivors, kept_tiles=tiles)
+    return _module("tensor_core.programs").forward(p, plan, record_survivors, tiles, launch)
 
 
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
@@ -136,10 +138,16 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     return _module("tensor_core.reduction").reduced_nll(p, statistics)
 
 
+def nll_weight(p: Problem, statistics: Statistics, d_loss: Any) -> Any:
+    """See `backend.Backend`."""
+    return _module("tensor_core.reduction").nll_weight(p, statistics, d_loss)
+
+
 def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
     adds = terms.write_outer(p, weights.outer, into, adds)
-    _module("hopper.backward.host").backward(p, statistics, weights, into, adds)
+    launch = _module("hopper.backward.host").backward
+    _module("tensor_core.programs").backward(p, plan, statistics, weights, into, adds, launch)
 
 
 @functools.cache

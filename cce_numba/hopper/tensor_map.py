@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cce_numba.launch.blank import Place
 from cce_numba.tensor_core.matrices import pitch_bytes
 
 WORDS = 16  # of 64 bits
@@ -22,12 +23,19 @@ def encode(matrix: Any, box_rows: int, box_columns: int) -> tuple[int, ...]:
     The matrix is of float16 or bfloat16.
     """
     rows, columns = matrix.shape
-    return _encode(matrix.data.ptr, rows, columns, pitch_bytes(matrix), box_rows, box_columns, matrix.dtype == np.float16)
+    return _at(matrix.data.ptr, rows, columns, pitch_bytes(matrix), box_rows, box_columns, matrix.dtype == np.float16)
 
 
 def encode_matrix(pointer: int, rows: int, columns: int, pitch: int, box: int, dtype: np.dtype) -> tuple[int, ...]:
     """As `encode`, of a matrix at an address whose rows are `pitch` bytes apart, read in boxes of `box` rows and columns."""
-    return _encode(pointer, rows, columns, pitch, box, box, dtype == np.float16)
+    return _at(pointer, rows, columns, pitch, box, box, dtype == np.float16)
+
+
+def _at(pointer: int | Place, *others: Any) -> tuple[Any, ...]:
+    """The map of a matrix at an address, or of one at the address that a place will have."""
+    if isinstance(pointer, Place):
+        return pointer.mapped(lambda address: _encode(address, *others), WORDS)
+    return _encode(pointer, *others)
 
 
 @functools.lru_cache(maxsize=256)

@@ -36,7 +36,8 @@ class Array(np.lib.mixins.NDArrayOperatorsMixin):
     @property
     def data(self) -> Any:
         """Its address, as CuPy gives it."""
-        return SimpleNamespace(ptr=self._host.__array_interface__["data"][0] + _FAR)
+        ptr = self._host.__array_interface__["data"][0] + _FAR
+        return SimpleNamespace(ptr=ptr, memset_async=lambda value, n_bytes: None)
 
     @property
     def device(self) -> Any:

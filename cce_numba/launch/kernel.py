@@ -34,7 +34,9 @@ __all__ = ["Kernel", "kernel_factory", "pointer_to", "recorded"]
 _P = ParamSpec("_P")
 _K = TypeVar("_K")
 
-_recorder: ContextVar[list[Kernel] | None] = ContextVar("recorder", default=None)
+# What launches are told to, in place of the driver: the kernel, the grid, and the parameters, records taken apart.
+Recorder = Callable[["Kernel", tuple[int, int, int], list[Any]], None]
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 class Kernel:
@@ -68,14 +70,11 @@ class Kernel:
         self.function, self.signature = function, signature
         self.block = three_dimensions(threads)
         self.threads, self.ctas, self.cluster, self.smem_bytes = math.prod(self.block), ctas, cluster, smem_bytes
-        self._layout, self._depths = layout_of(signature), tuple(map(depth_of, signature.args))
+        self.layout, self._depths = layout_of(signature), tuple(map(depth_of, signature.args))
         self._by_device: dict[int, Any] = {}
         # One place for arguments, filled for each launch; the driver has copied them when it returns.
-        self._buffer, self._size_bytes = ctypes.create_string_buffer(self._layout.size), ctypes.c_size_t(self._layout.size)
-        # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END of the driver API: cuLaunchKernel
-        places = 1, ctypes.addressof(self._buffer), 2, ctypes.addressof(self._size_bytes), None
-        self._extra = (ctypes.c_void_p * 5)(*places)
-        self._extra_pointer = ctypes.addressof(self._extra)
+        self._buffer = ctypes.create_string_buffer(self.layout.size)
+        self._parameters = ParameterBlock(ctypes.addressof(self._buffer), self.layout.size)
         self._lock = threading.Lock()
 
     def launch(self, ctas: int | tuple[int, ...], *values: Any) -> None:
@@ -86,16 +85,19 @@ class Kernel:
 
     def launch_flat(self, grid: tuple[int, int, int], numbers: list[Any]) -> None:
         """Launches a grid that is not empty; `numbers` are the parameters, records taken apart."""
-        if (kernels := _recorder.get()) is not None:
-            kernels.append(self)
+        if (recorder := _recorder.get()) is not None:
+            recorder(self, grid, numbers)
             return
         cuda = gpu.cupy().cuda
         device = cuda.runtime.getDevice()
-        handle = (self._by_device.get(device) or self._compile(device))[0]
-        stream = cuda.get_current_stream(device).ptr
+        handle, stream = self.handle(device), cuda.get_current_stream(device).ptr
         with self._lock:
-            self._layout.pack_into(self._buffer, 0, *numbers)
-            cuda.driver.launchKernel(handle, *grid, *self.block, self.smem_bytes, stream, 0, self._extra_pointer)
+            self.layout.pack_into(self._buffer, 0, *numbers)
+            cuda.driver.launchKernel(handle, *grid, *self.block, self.smem_bytes, stream, 0, self._parameters.pointer)
+
+    def handle(self, device: int) -> int:
+        """The driver's handle of it on a device, which must be the current one; it is compiled there if it was not yet."""
+        return (self._by_device.get(device) or self._compile(device))[0]
 
     def _numbers(self, values: tuple[Any, ...]) -> list[Any]:
         """What is in the records, in order. Most hold scalars alone, for which this takes the least of the host's time."""
@@ -160,15 +162,37 @@ def kernel_factory(make: Callable[_P, _K]) -> Callable[_P, _K]:
     return cast(Callable[_P, _K], functools.update_wrapper(made, make))
 
 
+class ParameterBlock:
+    """Tells the driver where a kernel's parameters lie: `pointer` is what cuLaunchKernel takes as `extra`."""
+
+    def __init__(self, address: int, size_bytes: int) -> None:
+        self._size_bytes = ctypes.c_size_t(size_bytes)
+        # CU_LAUNCH_PARAM_BUFFER_POINTER, CU_LAUNCH_PARAM_BUFFER_SIZE, CU_LAUNCH_PARAM_END of the driver API
+        self._extra = (ctypes.c_void_p * 5)(1, address, 2, ctypes.addressof(self._size_bytes), None)
+        self.pointer = ctypes.addressof(self._extra)
+
+
 @contextmanager
 def recorded() -> Iterator[list[Kernel]]:
     """Inside, and in this thread, launches run nothing: the kernels that they are of are added to the list, in order."""
     kernels: list[Kernel] = []
-    token = _recorder.set(kernels)
-    try:
+    with told_to(lambda kernel, grid, numbers: kernels.append(kernel)):
         yield kernels
+
+
+@contextmanager
+def told_to(recorder: Recorder) -> Iterator[None]:
+    """Inside, and in this thread, launches run nothing, and are told to the recorder."""
+    token = _recorder.set(recorder)
+    try:
+        yield
     finally:
         _recorder.reset(token)
+
+
+def is_recorded() -> bool:
+    """Whether launches of this thread run nothing."""
+    return _recorder.get() is not None
 
 
 def machine_code(compiled: Any) -> tuple[str, bytes]:

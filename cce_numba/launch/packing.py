@@ -70,6 +70,16 @@ def layout_of(signature: Any) -> struct.Struct:
     return struct.Struct("@" + "".join(_format(kind) for kind in signature.args))
 
 
+def offsets_of(layout: struct.Struct) -> list[int]:
+    """Where each number of a layout begins, in bytes.
+
+    >>> offsets_of(layout_of(types.void(types.boolean, types.float64, types.float32)))
+    [0, 8, 16]
+    """
+    letters = layout.format.removeprefix("@")
+    return [struct.calcsize("@" + letters[: i + 1]) - struct.calcsize(letter) for i, letter in enumerate(letters)]
+
+
 def _format(kind: Any) -> str:
     """The letters of `struct` for a parameter: one for a number or an address, those of the parts for what has parts."""
     if isinstance(kind, types.BaseTuple):

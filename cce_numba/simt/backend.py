@@ -84,6 +84,11 @@ def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     return terms.reduced_nll(p, statistics)
 
 
+def nll_weight(p: Problem, statistics: Statistics, d_loss: Any) -> Any:
+    """See `backend.Backend`."""
+    return terms.nll_weight(p, statistics, d_loss)
+
+
 def backward(p: Problem, plan: Plan, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
     """See `backend.Backend`."""
     adds = terms.write_outer(p, weights.outer, into, adds)

@@ -94,7 +94,7 @@ def _make_draw_seed_kernel_of_several() -> Kernel:
 def write_draw_seed(p: Problem, tokens: Tokens, seed: int) -> None:
     """Writes the seed of a problem's draws, an int64, to the address `seed`. tokens: all that are listed."""
     given, first_entry = p.filter_seed, 0 if p.shard is None else p.shard.start
-    number, array = (given, 0) if isinstance(given, int) else (0, given.data.ptr)
+    number, array = (0, given.data.ptr) if hasattr(given, "data") else (given, 0)
     targets = p.targets if p.shard is None else p.shard.targets
     several = () if p.K is None else (p.K, p.options.ignore_index)
     make_draw_seed_kernel(p.K is not None).launch(1, tokens, targets.data.ptr, number, array, first_entry, seed, *several)

@@ -6,6 +6,7 @@ from typing import Any
 
 from cce_numba import gpu
 from cce_numba.integers import ceil_div
+from cce_numba.launch.blank import require_memory
 
 _LARGEST_PITCH_BYTES = 2**32  # what is copied row by row multiplies with 32 bits
 _ALIGNMENT_BYTES = 16  # of the address and of the distance between rows
@@ -47,6 +48,7 @@ def aligned(matrix: Any) -> Any:
     """The matrix, or a copy whose rows are whole 16 bytes, zeros at their end: so rows can be copied one by one, too."""
     if why_not_by_rows(matrix) is None:
         return matrix
+    require_memory(matrix)
     copy = gpu.cupy().zeros((matrix.shape[0], padded_columns(matrix.shape[1])), matrix.dtype)
     copy[:, : matrix.shape[1]] = matrix
     return copy[:, : matrix.shape[1]]
@@ -61,6 +63,7 @@ def whole_chunks(gradient: Any, with_values: bool) -> Any:
     padded = padded_columns(columns)
     if gradient.flags.c_contiguous and columns == padded and gradient.data.ptr % _ALIGNMENT_BYTES == 0:
         return gradient
+    require_memory(gradient)
     copy = gpu.cupy().empty((rows, padded), gradient.dtype)[:, :columns]
     if with_values:
         copy[...] = gradient

@@ -1,4 +1,4 @@
-"""The loss out of each token's log-sum-exp and target logit, in one launch."""
+"""The loss out of each token's log-sum-exp and target logit, in one launch, and what flows back from it, in another."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from numba.cuda import types
 
 from cce_numba.arguments import Problem
 from cce_numba.backend import Statistics
+from cce_numba.integers import ceil_div
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
+from cce_numba.ptx.pointers import address_of
 
 _THREADS = 1024
+_WEIGHTS = 256  # of a CTA
 
 
 @kernel_factory
@@ -54,9 +57,40 @@ def make_reduce_kernel() -> Kernel:
     return Kernel(reduce_kernel, (p_i32, p_i64, p_f32, p_f32, p_f32, types.int32, p_f32), threads=_THREADS)
 
 
+@kernel_factory
+def make_weight_kernel() -> Kernel:
+    """A thread for each token."""
+
+    def weight_kernel(
+        number: Any,  # float64, what flows back into the loss, where the host knows it
+        array: Any,  # (1,) the same, where it is on the device; else null
+        n_valid: Any,  # (1,)
+        is_mean: Any,
+        N: Any,
+        weight: Any,  # (N,)
+    ) -> None:
+        """weight[n] = what flows back into a token's negative log-likelihood, rounded once."""
+        n = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+        if n < N:
+            given = np.float32(number) if address_of(array) == 0 else array[0]
+            weight[n] = np.float32(np.float64(given) / np.float64(n_valid[0])) if is_mean and n_valid[0] > 0 else given
+
+    p_i64, p_f32 = pointer_to(np.int64), pointer_to(np.float32)
+    return Kernel(weight_kernel, (types.float64, p_f32, p_i64, types.int32, types.int32, p_f32), threads=_WEIGHTS)
+
+
 def reduced_nll(p: Problem, statistics: Statistics) -> Any:
     """See `backend.Backend`."""
     loss = p.xp.empty((), np.float32)
     arrays = (statistics.tokens, statistics.n_valid, statistics.max_logit, statistics.log_sum, statistics.target_logit)
     make_reduce_kernel().launch(1, *(x.data.ptr for x in arrays), p.options.reduction == "mean", loss.data.ptr)
     return loss
+
+
+def nll_weight(p: Problem, statistics: Statistics, d_loss: Any) -> Any:
+    """See `backend.Backend`."""
+    weight = p.xp.empty(p.N, np.float32)
+    number, array = (d_loss, 0) if isinstance(d_loss, float) else (0.0, d_loss.data.ptr)
+    is_mean, n_valid = p.options.reduction == "mean", statistics.n_valid.data.ptr
+    make_weight_kernel().launch(ceil_div(p.N, _WEIGHTS), number, array, n_valid, is_mean, p.N, weight.data.ptr)
+    return weight

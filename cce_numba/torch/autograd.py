@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch.autograd import forward_ad
 
+from cce_numba import driver
 from cce_numba.ranks import Sharing
 from cce_numba.torch import call, memory, operators
 from cce_numba.torch.call import TENSORS, Outputs, Upstream
@@ -85,19 +86,21 @@ class CutCrossEntropy(torch.autograd.Function):
         """Takes `call.TENSORS`, the other options by name, the names of the gradients that a backward is to give, `Sharing`."""
         *tensors, given, wrt, sharing = inputs
         with call.prepared(tensors, given, sharing=sharing) as (problem, plan, together):
-            loss, arrays, more = call.forward(problem, plan, wrt, together)
-            lse, *others = (memory.tensor_of(array) for array in (arrays if wrt else arrays[:1]))
-            entropy = None
-            if problem.options.entropy:
-                entropy = others[-1] if wrt else memory.tensor_of(arrays[-1])
-            logprobs, *without_gradient = (None if array is None else memory.tensor_of(array) for array in more)
-        if wrt:
+            done = driver.forward(problem, plan, wrt, together)
+            found = done.statistics
+            of_tokens = found.lse, None if problem.has_loss else done.logprobs(), found.entropy
+            without_gradient = call.without_gradient(done)
+            loss, kept = done.loss(), call.Kept.of(problem, plan, found, wrt) if wrt else None
+            lse, logprobs, entropy, *others = (
+                None if array is None else memory.tensor_of(array) for array in (*of_tokens, *without_gradient)
+            )
+        if kept is not None:
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*(x for x in without_gradient if x is not None))
-            ctx.save_for_backward(*call.for_backward(tensors), lse, *others)
-            ctx.given, ctx.plan, ctx.sharing = given, plan, sharing
+            ctx.mark_non_differentiable(*(x for x in others if x is not None))
+            ctx.save_for_backward(*call.for_backward(tensors), lse, *kept.tensors)
+            ctx.given, ctx.plan, ctx.pieces, ctx.wrt, ctx.sharing = given, plan, kept.pieces, wrt, sharing
             ctx.agreed = None if together is None else together.agreed
-        return loss, lse, logprobs, entropy, *without_gradient
+        return loss, lse, logprobs, entropy, *others
 
     @staticmethod
     def backward(ctx: Any, *d_outputs: Any) -> tuple[Any, ...]:
@@ -105,19 +108,21 @@ class CutCrossEntropy(torch.autograd.Function):
         names, upstream = operators.needed(ctx), Upstream(*d_outputs[: len(Upstream._fields)])
         if not names or upstream.is_nothing():
             return _NONE
-        kept = ctx.saved_tensors
-        tensors, saved = kept[: len(TENSORS)], kept[len(TENSORS) :]
+        all_kept = ctx.saved_tensors
+        tensors, (lse, *others) = all_kept[: len(TENSORS)], all_kept[len(TENSORS) :]
+        kept = call.Kept(others, ctx.pieces)
         is_recorded = torch.is_grad_enabled()  # for second derivatives
+        given = {**ctx.given, "check_targets": False}  # the forward has looked
         if ctx.sharing is not None and (is_recorded or any(map(_is_batched, upstream))):
             raise NotImplementedError(
                 "cce_numba.torch.linear_cross_entropy: on several ranks its gradients have no derivatives, and one upstream "
                 "gradient at a time"
             )
-        if ctx.sharing is None and (is_recorded or is_watched((*upstream, *kept)) or any(map(_is_batched, upstream))):
+        if ctx.sharing is None and (is_recorded or is_watched((*upstream, *all_kept)) or any(map(_is_batched, upstream))):
+            saved = kept.saved(tensors, given, ctx.plan, lse, ctx.wrt)
             grads = operators.backward(saved, tensors, ctx.given, upstream, names)
         else:
             grads = call.gradients_like(tensors, names)
-            given = {**ctx.given, "check_targets": False}  # the forward has looked
             with call.prepared(tensors, given, ctx.plan, ctx.sharing, ctx.agreed) as (problem, plan, together):
-                call.backward(problem, plan, saved, upstream, grads, together)
+                call.backward(problem, plan, kept.statistics(problem, plan, lse), upstream, grads, together)
         return *(grads.get(name) for name in TENSORS), None, None, None

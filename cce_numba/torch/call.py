@@ -121,15 +121,69 @@ def forward(
     """
     done = driver.forward(problem, plan, wrt, together)
     form = backend_module(plan.backend).statistics_form(problem)
-    logprobs = None if problem.has_loss else done.logprobs()
-    more = logprobs, done.statistics.sum_squares, done.top_logprobs(), done.statistics.top_ids
+    more = None if problem.has_loss else done.logprobs(), *without_gradient(done)
     return done.loss(), _saved(problem, form, done.statistics, problem.options.records_survivors(wrt)), more
+
+
+def without_gradient(done: ForwardPass) -> tuple[Any, ...]:
+    """The arrays `MORE` but for the first; None where not asked for."""
+    return done.statistics.sum_squares, done.top_logprobs(), done.statistics.top_ids
+
+
+class Kept(NamedTuple):
+    """What a backward takes of a forward, as autograd's own functions keep it: without operators, its form is nobody's concern.
+
+    Attributes:
+        tensors: on the CPU `SAVED` without the lse; on a device the blocks of memory that the statistics lie in.
+        pieces: where in the blocks; None on the CPU.
+    """
+
+    tensors: list[torch.Tensor]
+    pieces: list[memory.Piece | None] | None
+
+    @staticmethod
+    def of(problem: Problem, plan: Plan, found: Statistics, wrt: Collection[str]) -> Kept:
+        """Inside `prepared`."""
+        if problem.on_device:
+            return Kept(*memory.blocks_of([getattr(found, name) for name in SAVED]))
+        form = backend_module(plan.backend).statistics_form(problem)
+        saved = _saved(problem, form, found, problem.options.records_survivors(wrt))
+        return Kept([memory.tensor_of(array) for array in saved[1:]], None)
+
+    def statistics(self, problem: Problem, plan: Plan, lse: torch.Tensor) -> Statistics:
+        """What it was made of, inside `prepared`."""
+        form = backend_module(plan.backend).statistics_form(problem)
+        if self.pieces is None:
+            return _statistics(problem, form, [lse, *self.tensors])
+        arrays = dict(zip(SAVED, memory.arrays_in(self.tensors, self.pieces), strict=True))
+        return Statistics(**arrays, survivor_block=form.survivor_block)
+
+    def saved(
+        self,
+        tensors: Sequence[torch.Tensor | None],
+        given: Mapping[str, Any],
+        plan: Plan,
+        lse: torch.Tensor,
+        wrt: Collection[str],
+    ) -> list[torch.Tensor]:
+        """`SAVED`, for operators; arguments as of `prepared`, and the names of the gradients that the forward was told of."""
+        if self.pieces is None:
+            return [lse, *self.tensors]
+        with torch.no_grad(), prepared(tensors, given, plan) as (problem, *_):
+            found, form = self.statistics(problem, plan, lse), backend_module(plan.backend).statistics_form(problem)
+            recorded = problem.options.records_survivors(wrt)
+            return memory.tensors_of(defined(problem, _saved(problem, form, found, recorded)))
+
+
+def statistics(problem: Problem, plan: Plan, saved: Sequence[torch.Tensor]) -> Statistics:
+    """The statistics that the tensors `SAVED` were made of, inside `prepared`."""
+    return _statistics(problem, backend_module(plan.backend).statistics_form(problem), saved)
 
 
 def backward(
     problem: Problem,
     plan: Plan,
-    saved: Sequence[torch.Tensor],
+    found: Statistics,
     upstream: Upstream,
     grads: dict[str, torch.Tensor],
     together: Ranks | None = None,
@@ -138,11 +192,10 @@ def backward(
     of_caller = problem if together is None else together.problem_of_results(problem)
     flat = {name: interchange.take(name, grad).reshape(getattr(of_caller, name).shape) for name, grad in grads.items()}
     destination = Destination(frozenset(grads), Gradients(**grads), Gradients(**flat), False)  # fresh: nothing to check
-    form = backend_module(plan.backend).statistics_form(problem)
     d_lse, d_logprobs, d_entropy = (
         None if x is None else problem.per_token(interchange.take("an upstream gradient", x)) for x in upstream[1:]
     )
-    done = ForwardPass.of(problem, plan, _statistics(problem, form, saved), together)
+    done = ForwardPass.of(problem, plan, found, together)
     d_loss = 0.0 if upstream.loss is None else upstream.loss
     done.backward(d_loss, d_lse, destination, d_logprobs=d_logprobs, d_entropy=d_entropy)
 

@@ -140,7 +140,7 @@ def backward_op(*arguments: Any) -> tuple[torch.Tensor, ...]:
     given = call.given(_decoded(*options)) | {"check_targets": False}  # the forward has looked
     grads = call.gradients_like(tensors, wrt.split(","))
     with call.prepared(tensors, given) as (problem, plan, _):
-        call.backward(problem, plan, saved, upstream, grads)
+        call.backward(problem, plan, call.statistics(problem, plan, saved), upstream, grads)
     return _all_of(grads, tensors)
 
 

@@ -128,7 +128,7 @@ class Outer(Record):
 def test_records_lie_as_their_fields_would():
     kernel = Kernel(lambda: None, (types.int32, Inner, Outer), threads=32)
     flat = Kernel(lambda: None, (types.int32, *_INNER, *_INNER, types.int32), threads=32)
-    assert kernel._layout.format == flat._layout.format
+    assert kernel.layout.format == flat.layout.format
     assert kernel._numbers((1, Inner(2.0, 3), Outer(inner=Inner(4.0, 5), count=6))) == [1, 2.0, 3, 4.0, 5, 6]
 
 

@@ -549,7 +549,7 @@ def test_launches_are_few_and_take_these_arguments(monkeypatch, keep_all, coarse
     grids = {}
 
     def launch(kernel, ctas, *values):
-        kernel._layout.pack(*kernel._numbers(values))  # raises if they are too many, too few, or too large
+        kernel.layout.pack(*kernel._numbers(values))  # raises if they are too many, too few, or too large
         grids[kernel.function.__name__] = ctas
 
     monkeypatch.setattr(Kernel, "launch", launch)

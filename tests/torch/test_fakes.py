@@ -33,7 +33,7 @@ def nothing_runs(monkeypatch):
         raise AssertionError("something ran")
 
     for name in BACKENDS:
-        for function in ("plan", "indexed_dot", "forward", "reduced_nll", "backward"):
+        for function in ("plan", "indexed_dot", "forward", "reduced_nll", "nll_weight", "backward"):
             monkeypatch.setattr(backend_module(name), function, refused)
     monkeypatch.setattr(arguments, "problem", refused)
 

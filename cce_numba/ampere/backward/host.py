@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cce_numba import gpu
+from cce_numba import gpu, interchange
 from cce_numba.ampere.backward.kernel import make_backward_kernel
 from cce_numba.ampere.backward.records import Outputs, Shape
 from cce_numba.ampere.backward.tiles import backward_tiles_for
@@ -42,7 +42,7 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
     )
     layout = layout_of(p, into)
     scratch = p.xp.empty(layout.nbytes, np.uint8)
-    scratch[: 4 * layout.counters] = 0  # they are the first
+    interchange.write_zeros(scratch[: 4 * layout.counters])  # they are the first
     base = scratch.data.ptr
     tables = base + layout.offsets["survey"]
     products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)

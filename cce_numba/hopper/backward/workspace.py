@@ -165,7 +165,8 @@ class WorkspaceLayout:
 
     def borrowed_at(self, c_address: int) -> int:
         """The address of the buffers in dC's memory, which begins at `c_address`."""
-        return (c_address + self.c_bytes - self.borrowed_bytes) // _ALIGNMENT_BYTES * _ALIGNMENT_BYTES
+        latest = c_address + (self.c_bytes - self.borrowed_bytes)
+        return latest - latest % _ALIGNMENT_BYTES
 
     def at(self, base: int, c_address: int, kept: int = 0, kept_tiles: int = 0) -> Any:
         """The kernel's record of a workspace that begins at address `base`.

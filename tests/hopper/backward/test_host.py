@@ -62,7 +62,7 @@ def launches(monkeypatch):
     seen = []
 
     def launch(kernel, ctas, *values):
-        kernel._layout.pack(*kernel._numbers(values))  # raises if they are too many, too few, or too large
+        kernel.layout.pack(*kernel._numbers(values))  # raises if they are too many, too few, or too large
         seen.append((kernel.function.__name__.removesuffix("_kernel"), kernel, ctas, values))
 
     monkeypatch.setattr(Kernel, "launch", launch)
