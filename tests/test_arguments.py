@@ -150,7 +150,7 @@ def test_options_that_do_not_fit(kind, options, says):
 
 
 def test_options_that_mean_nothing_to_a_building_block():
-    takes = "bias, softcap, logit_scale, shift, backend"
+    takes = "bias, softcap, logit_scale, shift, allow_tf32, backend"
     with pytest.raises(TypeError, match=f"reduction: means nothing here; this function takes {takes}"):
         cce.linear_logsumexp(e, c, reduction="sum")
     for name in ("label_smoothing", "z_loss", "class_weights", "token_weights"):
