@@ -382,7 +382,7 @@ def indexed_dot(e: Any, c: Any, targets: Any, **options: Unpack[LossOptions]) ->
 def linear_logsumexp(e: Any, c: Any, **options: Unpack[LossOptions]) -> Any:
     """Each token's natural-log log-sum-exp of `e @ c.T + bias`: paper section 4.2.
 
-    Takes `bias`, `softcap`, `logit_scale`, `shift`, `allow_tf32` and `backend` of `linear_cross_entropy`, and raises its errors.
+    Takes `bias`, `softcap`, `logit_scale`, `shift`, `allow_tf32` and `backend` of `linear_cross_entropy`. Raises its errors.
 
     Returns an array in the shape of `e[..., :-shift, 0]`; float32, or float64 for float64 inputs.
 
