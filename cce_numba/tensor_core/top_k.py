@@ -146,7 +146,8 @@ def make_best_kernel(n: int, dtype: np.dtype, bias_dtype: np.dtype | None, align
             threshold = lower_bound(best_of, groups, np.int32(k), stripes, chosen)
         for begin in range(0, groups, _CHUNK):
             some = np.int32(0)
-            for group in range(begin + t, min(begin + _CHUNK, groups), threads):
+            end: Any = min(begin + _CHUNK, groups)
+            for group in range(begin + t, end, threads):
                 best = load_f32(best_of + np.uint64(4 * group))
                 if best >= threshold:
                     some = np.int32(1)
