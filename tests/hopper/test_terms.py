@@ -15,6 +15,7 @@ from cce_numba import gpu
 from cce_numba import plan as planning
 from cce_numba.interchange import BFLOAT16
 from cce_numba.options import Options
+from cce_numba.tensor_core.backward.form import GradientForm
 from tests.helpers import offline
 from tests.helpers.cases import DROPPING, DTYPES, cases, filters, make_case, with_terms
 from tests.helpers.checks import check_forward, check_gradients, check_survivors, expect
@@ -103,22 +104,22 @@ def test_the_forward(dtype, bias, capped, scaled, folds):
 
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
-    ("dtype", "capped", "with_sums", "scaled", "smoothed", "by_chance", "entropic", "several"),
+    ("dtype", "form"),
     [
-        (BFLOAT16, False, False, True, False, False, False, False),
-        (FLOAT16, True, True, True, True, False, True, False),
-        (BFLOAT16, True, False, True, False, True, False, False),
-        (BFLOAT16, False, False, False, False, True, False, False),
-        (BFLOAT16, False, False, False, False, True, True, False),
-        (BFLOAT16, True, True, True, False, True, True, True),
+        (BFLOAT16, GradientForm(scaled=True)),
+        (FLOAT16, GradientForm(capped=True, with_sums=True, scaled=True, smoothed=True, entropic=True)),
+        (BFLOAT16, GradientForm(capped=True, scaled=True, by_chance=True)),
+        (BFLOAT16, GradientForm(by_chance=True)),
+        (BFLOAT16, GradientForm(by_chance=True, entropic=True)),
+        (BFLOAT16, GradientForm(capped=True, with_sums=True, scaled=True, by_chance=True, entropic=True, several=True)),
     ],
+    ids=str,
 )
-def test_the_backward(dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, several):
-    options = capped, with_sums, scaled, smoothed, by_chance, entropic, several
-    compiled = offline.compile_hopper(make_backward_kernel(BackwardTiles(), dtype, *options))
+def test_the_backward(dtype, form):
+    compiled = offline.compile_hopper(make_backward_kernel(BackwardTiles(), dtype, form))
     assert compiled.notices == []
     assert compiled.registers == 168
-    is_default = by_chance and not (capped or with_sums or scaled or entropic)
+    is_default = form == GradientForm(by_chance=True)
     assert compiled.spilled_bytes <= (DEFAULT_SPILLED_BYTES if is_default else BACKWARD_SPILLED_BYTES)
     assert compiled.count(r"(ld|st)\.local\S*") == 0
     assert compiled.count(r"call(\.uni)?") == 0
@@ -143,11 +144,14 @@ def test_what_is_small(kernel):
     assert compiled.count(r"(atom|red)\.(?!global\.or|shared)\S*") == 0, "sums are in the same order each time"
 
 
+PAIRS = list(itertools.product((False, True), repeat=2))
+
+
 @pytest.mark.parametrize(
     ("make", "told", "more"),
     [
         (make_forward_kernel, (TILES, BFLOAT16, None, True), list(itertools.product((False, True), (PLAIN, SMOOTHED)))),
-        (make_backward_kernel, (BackwardTiles(), BFLOAT16, True, False), [(), (True,), (False, True), (True, True)]),
+        (make_backward_kernel, (BackwardTiles(), BFLOAT16), [(GradientForm(*terms),) for terms in PAIRS]),
         (make_indexed_dot_kernel, (BFLOAT16, None, True), [(), (True,)]),
         (make_merge_kernel, (TILES.group_n,), [(PLAIN,), (SMOOTHED,)]),
         (make_list_kernel, (), [(), (True,)]),

@@ -28,6 +28,7 @@ from cce_numba.hopper.backward.tiles import BackwardTiles
 from cce_numba.interchange import BFLOAT16
 from cce_numba.ptx import arithmetic, control, memory
 from cce_numba.tensor_core.backward import several
+from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.draws import make_draw_seed_kernel
 from cce_numba.tensor_core.folds import several_targets
 from cce_numba.tensor_core.fragment import column_of, row_of
@@ -287,7 +288,7 @@ def test_logits_leave_the_tile(n, several_k):
 @pytest.mark.usefixtures("compiler")
 def test_the_backward():
     """Kernels with all options, and those of `ampere`, are compiled with several targets where they are compiled anyway."""
-    kernel = make_backward_kernel(BackwardTiles(cluster=2), BFLOAT16, False, False, by_chance=True, several=True)
+    kernel = make_backward_kernel(BackwardTiles(cluster=2), BFLOAT16, GradientForm(by_chance=True, several=True))
     compiled = offline.compile_launched(kernel)
     assert compiled.notices == []
     assert compiled.spilled_bytes <= 1400  # and 1224 where a token has one target

@@ -15,6 +15,7 @@ from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.integers import ceil_div
 from cce_numba.tensor_core import matrices
+from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.backward.passes import Call, in_passes, output_of, place_targets, run_survey, take_targets_from
 from cce_numba.tensor_core.problem import matrix_of, terms_of
 from cce_numba.tensor_core.survey import Products
@@ -48,11 +49,9 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
     products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)
     run_survey(call, layout.survey, tables, keep_all, products, leaves_dense)
     placed, bias_sums = place_targets(call, layout.survey, tables, d_bias)
-    capped, scaled = p.options.softcap is not None, p.logit_scale is not None
-    smoothed, entropic = weights.uniform is not None, weights.entropy is not None
-    with_sums, several, tf32 = d_bias is not None, p.K is not None, p.options.allow_tf32
     for by_chance, runs, chance in call.runs(keep_all, leaves_dense):
-        kernel = make_backward_kernel(tiles, p.dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, several, tf32)
+        form = GradientForm.of(p, weights, with_sums=d_bias is not None, by_chance=by_chance)
+        kernel = make_backward_kernel(tiles, p.dtype, form, p.options.allow_tf32)
         kernel.launch(
             device.multiprocessors,
             matrix_of(call.e),

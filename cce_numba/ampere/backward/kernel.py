@@ -39,6 +39,7 @@ from cce_numba.ptx.pointers import address_of
 from cce_numba.survivors import SURVIVOR_BLOCK
 from cce_numba.tensor_core.backward.chance import make_decide, make_find_maxima
 from cce_numba.tensor_core.backward.column_sums import sum_of_column
+from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.backward.phases import has_jobs_for
 from cce_numba.tensor_core.backward.records import PARTS, ListColumns
 from cce_numba.tensor_core.backward.row_weights import ROW_BYTES, make_two_row_weights
@@ -51,39 +52,24 @@ _MAXIMA_BYTES = 8 * 1024  # of the ring, for what the unbiased filter finds of a
 
 
 @kernel_factory
-def make_backward_kernel(
-    tiles: BackwardTiles,
-    dtype: np.dtype,
-    capped: bool,
-    with_sums: bool,
-    scaled: bool = False,
-    smoothed: bool = False,
-    by_chance: bool = False,
-    entropic: bool = False,
-    several: bool = False,
-    allow_tf32: bool = False,
-) -> Kernel:
+def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, allow_tf32: bool = False) -> Kernel:
     """The kernel for `dtype`, which looks at no option that it was not made for.
 
     Args:
         tiles: the tile sizes.
         dtype: of e and c.
-        capped: logits have a softcap.
-        with_sums: the gradient of the bias is wanted: the sum of each column of G.
-        scaled: logits have a scale for each token.
-        smoothed: G is less by a uniform weight of each token times class weights.
-        by_chance: columns survive by chance, see `tensor_core.backward.chance`. Nothing is filtered where logits are smoothed.
-        entropic: G has p * log(p) times a weight of each token.
-        several: tokens have several targets.
+        form: of G's entries.
         allow_tf32: float32 numbers may be rounded to tf32.
     """
+    capped, scaled, smoothed, entropic = form.capped, form.scaled, form.smoothed, form.entropic
+    by_chance, several, with_sums = form.by_chance, form.several, form.with_sums
     n, block_v, elements = tiles.warp_v, tiles.block_v, elements_of(dtype, allow_tf32)
     wide, g_row_bytes = elements.wide, elements.g_row_bytes
     schedule, fill, opaque = make_schedule(dtype), make_fill(tiles, elements), arithmetic.opaque_u32
     multiply_logits = make_loop(tiles, elements, fill.logits, False, False)
     multiply_d_e = make_loop(tiles, elements, fill.d_e, True, True)
     multiply_d_c = make_loop(tiles, elements, fill.d_c, False, True)
-    write_g, store_g = make_write_g(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic), make_store_g(tiles)
+    write_g, store_g = make_write_g(tiles, dtype, form), make_store_g(tiles)
     find_maxima, decide = make_find_maxima(n, capped, scaled), make_decide(block_v, THREADS)
     mark_targets, write_targets = make_mark_targets(block_v), make_write_targets(dtype, capped, smoothed, entropic)
     two_row_weights, finish_rows = make_two_row_weights(scaled, smoothed, entropic), make_finish_rows(tiles, dtype)

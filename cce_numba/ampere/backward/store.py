@@ -19,6 +19,7 @@ from cce_numba.ampere.tiles import ROW_BYTES, THREADS
 from cce_numba.launch.record import Record, kind_of
 from cce_numba.ptx import arithmetic, memory, mma
 from cce_numba.survivors import SURVIVOR_BLOCK
+from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.backward.gradient_rows import make_add_rows, make_store_rows_in_float32
 from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP, make_add_sums, make_store_sums
 from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
@@ -89,16 +90,7 @@ def tile_source(thread: Any) -> Any:
 
 
 @functools.cache
-def make_write_g(
-    tiles: BackwardTiles,
-    dtype: np.dtype,
-    capped: bool,
-    with_sums: bool,
-    scaled: bool,
-    smoothed: bool,
-    by_chance: bool,
-    entropic: bool,
-) -> Any:
+def make_write_g(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm) -> Any:
     """`write_g(x, columns, place, row_0, row_1, softcap, class_weights)`: a slab's products become G, in shared memory.
 
     x, a fragment of the warp's columns, holds products of rows of e and of c, without biases; logits if by_chance. `columns` is
@@ -106,17 +98,14 @@ def make_write_g(
     `place` is a `GPlace`. row_0 and row_1 are the `RowWeights` of the thread's two rows. class_weights: address of (V,)
     float32, or 0 if all are 1.
 
-    Args:
-        tiles: the tiles.
-        dtype: of G.
-        capped, scaled, smoothed, entropic: see `gradient.make_gradient`.
-        with_sums: the sum of each column of G over the slab's 16 tokens is stored, for the gradient of the bias.
-        by_chance: columns are multiplied by `columns.scales`.
+    By the form, the sum of each column of G over the slab's 16 tokens is stored, for the gradient of the bias, and columns are
+    multiplied by `columns.scales`, where chance decides. dtype: of G.
     """
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
     elements = elements_of(dtype)
     wide, g_row_bytes, store_number = elements.wide, elements.g_row_bytes, memory.store_global_f32
-    gradient = make_gradient(capped, scaled, smoothed, finished=by_chance, entropic=entropic)
+    smoothed, by_chance, with_sums = form.smoothed, form.by_chance, form.with_sums
+    gradient = make_gradient(form.capped, form.scaled, smoothed, finished=by_chance, entropic=form.entropic)
     half_bytes = np.uint32(tiles.block_v * ROW_BYTES)  # of 64 of the tokens
     transpose = mma.transpose_matrix
 

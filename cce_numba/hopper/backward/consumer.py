@@ -20,6 +20,7 @@ from cce_numba.ptx import fragment as fragments
 from cce_numba.ptx.pointers import address_of
 from cce_numba.tensor_core.backward.chance import make_decide, make_find_maxima
 from cce_numba.tensor_core.backward.column_sums import sum_of_column
+from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP, make_add_sums, make_add_to_sums, make_store_sums
 from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
 from cce_numba.tensor_core.backward.row_weights import ROW_BYTES, make_two_row_weights
@@ -30,19 +31,10 @@ from cce_numba.tensor_core.survey.tables import COLUMN_TILE
 
 
 @functools.cache
-def make_consume(
-    tiles: BackwardTiles,
-    dtype: np.dtype,
-    capped: bool,
-    with_sums: bool,
-    scaled: bool,
-    smoothed: bool,
-    by_chance: bool,
-    entropic: bool,
-    keeps: bool,
-    several: bool,
-) -> Any:
+def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keeps: bool) -> Any:
     """The device function of a consumer warpgroup; see `kernel.make_backward_kernel`."""
+    capped, scaled, smoothed, entropic = form.capped, form.scaled, form.smoothed, form.entropic
+    by_chance, several, with_sums = form.by_chance, form.several, form.with_sums
     jobs_, turns_ = make_job_ring(tiles), make_turns(tiles)
     field, wait_job, job_empty = jobs_.field, jobs_.wait_full, jobs_.empty
     columns_smem, bias_smem = jobs_.columns_smem, jobs_.bias_smem
@@ -51,9 +43,7 @@ def make_consume(
     multiply_logits = make_multiply(tiles, name, a_m_major=False, b_n_major=False)
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
-    store_g = make_store_g(
-        block_v, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, finished=by_chance or keeps
-    )
+    store_g = make_store_g(block_v, dtype, form, finished=by_chance or keeps)
     logits_of = make_logits_of(block_v, capped, scaled)
     find_maxima, decide = make_find_maxima(block_v, capped, scaled), make_decide(block_v)
     mark_targets, write_targets = make_mark_targets(block_v), make_write_targets(dtype, capped, smoothed, entropic)

@@ -17,6 +17,7 @@ from cce_numba.hopper.backward.tiles import PANEL, BackwardTiles
 from cce_numba.hopper.backward.workspace import layout_of
 from cce_numba.integers import ceil_div
 from cce_numba.tensor_core import matrices
+from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.backward.passes import Call, in_passes, output_of, place_targets, run_survey, take_targets_from
 from cce_numba.tensor_core.kept import bytes_of
 from cce_numba.tensor_core.problem import matrix_of, terms_of
@@ -57,17 +58,15 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
     products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)
     run_survey(call, layout.survey, tables, keep_all, products, leaves_dense, layout.fixed_tiles)
     placed, bias_sums = place_targets(call, layout.survey, tables, d_bias)
-    scaled, smoothed, entropic = p.logit_scale is not None, weights.uniform is not None, weights.entropy is not None
     # The neighbouring jobs of a cluster must take equally many stages, so those of dE and dC must be tiles of the same rows.
     tiles = CLUSTER_TILES if d_tiles_c % 2 == 0 and d_tiles_e % 2 == 0 else TILES
-    capped, with_sums = p.options.softcap is not None, d_bias is not None
     kept, kept_tiles = call.statistics.kept_logits, 0
     if kept is not None and keep_all:
         kept_tiles = kept.nbytes // bytes_of(layout.blocks, 1)
     workspace = layout.at(base, c_address, kept.data.ptr if kept_tiles else 0, kept_tiles)
     for by_chance, runs, chance in call.runs(keep_all, leaves_dense):
-        options = capped, with_sums, scaled, smoothed, by_chance, entropic, kept_tiles > 0, p.K is not None
-        kernel = make_backward_kernel(tiles, p.dtype, *options)
+        form = GradientForm.of(p, weights, with_sums=d_bias is not None, by_chance=by_chance)
+        kernel = make_backward_kernel(tiles, p.dtype, form, kept_tiles > 0)
         kernel.launch(
             gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
             maps,

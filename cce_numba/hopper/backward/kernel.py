@@ -26,6 +26,7 @@ from cce_numba.hopper.backward.tiles import STAGING_BYTES, BackwardTiles
 from cce_numba.hopper.ring import make_ring
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import cluster, control, memory
+from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.records import I32, U64, Chance, LogitTerms, Matrix, NoTargets, PlacedTargets
 from cce_numba.tensor_core.schedule import quotient
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, Tables
@@ -40,34 +41,17 @@ def dims_of(shape: Any) -> Any:
 
 
 @kernel_factory
-def make_backward_kernel(
-    tiles: BackwardTiles,
-    dtype: np.dtype,
-    capped: bool,
-    with_sums: bool,
-    scaled: bool = False,
-    smoothed: bool = False,
-    by_chance: bool = False,
-    entropic: bool = False,
-    keeps: bool = False,
-    several: bool = False,
-) -> Kernel:
+def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keeps: bool = False) -> Kernel:
     """The kernel for 16-bit `dtype`, which looks at no option that it was not made for.
 
     Args:
         tiles: the tile sizes.
         dtype: of e and c.
-        capped: logits have a softcap.
-        with_sums: the gradient of the bias is wanted: the sum of each column of G.
-        scaled: logits have a scale for each token.
-        smoothed: G is less by a uniform weight of each token times class weights.
-        by_chance: columns survive by chance, see `chance`. Nothing is filtered where logits are smoothed.
-        entropic: G has p * log(p) times a weight of each token.
+        form: of G's entries.
         keeps: the forward may have kept logits (`tensor_core.kept`); chance decides nothing then.
-        several: tokens have several targets.
     """
     copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype, keeps)
-    consume = make_consume(tiles, dtype, capped, with_sums, scaled, smoothed, by_chance, entropic, keeps, several)
+    consume = make_consume(tiles, dtype, form, keeps)
     staging_bytes = np.uint32(tiles.consumers * STAGING_BYTES)
     init_ring, init_jobs, ring_bytes = make_ring(tiles).init, make_job_ring(tiles).init, np.uint32(tiles.ring_bytes)
     jobs_bytes = np.uint32(tiles.jobs_bytes)
@@ -117,7 +101,7 @@ def make_backward_kernel(
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while the other still writes to its shared memory
 
-    targets = PlacedTargets if several else NoTargets
+    targets = PlacedTargets if form.several else NoTargets
     return Kernel(
         backward_kernel,
         (U64, Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, I32, Workspace, Outputs, Shape, targets),

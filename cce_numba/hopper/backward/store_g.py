@@ -12,6 +12,7 @@ from cce_numba.hopper.backward.records import GTile
 from cce_numba.hopper.backward.tiles import G_BOX, PANEL
 from cce_numba.launch.record import kind_of
 from cce_numba.ptx import arithmetic, control, memory
+from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
 from cce_numba.tensor_core.backward.row_weights import class_weight_of
 from cce_numba.tensor_core.fragment import visit_chunks
@@ -32,17 +33,7 @@ def store_words(address: Any, words: Any) -> None:
 
 
 @functools.cache
-def make_store_g(
-    n: int,
-    dtype: np.dtype,
-    capped: bool,
-    with_sums: bool,
-    scaled: bool,
-    smoothed: bool,
-    by_chance: bool,
-    entropic: bool,
-    finished: bool,
-) -> Any:
+def make_store_g(n: int, dtype: np.dtype, form: GradientForm, finished: bool) -> Any:
     """The function `store_g(x, columns, to, row_0, row_1, softcap, class_weights)` for a fragment of 64 tokens x n columns.
 
     x holds products of rows of e and of c, without biases; logits if finished. `columns` is a `ListColumns`, whose addresses
@@ -51,14 +42,12 @@ def make_store_g(
 
     G_BOX columns at a time are transposed in shared memory, and stored in rows of 128 bytes while the next ones are computed.
 
-    Args:
-        capped, scaled, smoothed, entropic: see `gradient.make_gradient`.
-        with_sums: the sum of each column of G over the 16 tokens of a warp is stored, for the gradient of the bias.
-        by_chance: columns are multiplied by `columns.scales`.
-        finished: the function is given logits.
+    By the form, the sum of each column of G over the 16 tokens of a warp is stored, for the gradient of the bias, and columns
+    are multiplied by `columns.scales`, where chance decides. finished: the function is given logits.
     """
+    smoothed, by_chance, with_sums = form.smoothed, form.by_chance, form.with_sums
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
-    gradient = make_gradient(capped, scaled, smoothed, finished=finished, entropic=entropic)
+    gradient = make_gradient(form.capped, form.scaled, smoothed, finished=finished, entropic=form.entropic)
 
     @cuda.jit(device=True, forceinline=True)
     def eight_columns(

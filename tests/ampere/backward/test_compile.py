@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cce_numba.interchange import BFLOAT16
+from cce_numba.tensor_core.backward.form import GradientForm
 from tests.helpers import offline
 from tests.helpers.harness import SimulatorHarness
 
@@ -34,8 +35,8 @@ SPILLED_BYTES = 64  # with all options: what a slab's tokens are multiplied by
 )
 def test_the_backward(cc, dtype, options):
     """One test for each, with all that is to be said of it: compiling is what takes time."""
-    tiles, given = backward_tiles_for(cc), {"capped": False, "with_sums": False} | options
-    kernel = make_backward_kernel(tiles, DTYPES[dtype], **given)
+    tiles = backward_tiles_for(cc)
+    kernel = make_backward_kernel(tiles, DTYPES[dtype], GradientForm(**options))
     compiled = offline.compile_launched(kernel, cc)
 
     assert compiled.notices == []
@@ -66,7 +67,7 @@ def test_the_backward(cc, dtype, options):
 
 def test_the_backward_in_float32():
     """G goes to memory as it is; operands across K are loaded number by number."""
-    kernel = make_backward_kernel(backward_tiles_for((9, 0)), DTYPES["f32"], False, False, by_chance=True)
+    kernel = make_backward_kernel(backward_tiles_for((9, 0)), DTYPES["f32"], GradientForm(by_chance=True))
     compiled = offline.compile_launched(kernel)
     product, times = PRODUCTS["f32"]
     assert compiled.notices == []

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from cce_numba.interchange import BFLOAT16
+from cce_numba.tensor_core.backward.form import GradientForm
 from tests.helpers import offline
 from tests.helpers.harness import SimulatorHarness
 
@@ -39,7 +40,7 @@ SPILLED_BYTES = 1024
 def test_the_backward(cluster, dtype, capped, with_sums):
     """Each pair of options; one test for each, with all that is to be said of it: compiling is what takes time."""
     tiles = BackwardTiles(cluster=cluster)
-    kernel = make_backward_kernel(tiles, DTYPES[dtype], capped, with_sums)
+    kernel = make_backward_kernel(tiles, DTYPES[dtype], GradientForm(capped=capped, with_sums=with_sums))
     compiled = offline.compile_hopper(kernel)
 
     assert compiled.notices == []

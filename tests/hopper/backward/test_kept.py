@@ -18,6 +18,7 @@ from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.tiles import BackwardTiles
 from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import HopperTiles
+from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.folds import KEPT_LOGITS, MAX_SUM, TARGET_LOGIT
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -43,7 +44,7 @@ def test_the_forward(bias, capped, scaled):
 
 @pytest.mark.usefixtures("compiler")
 def test_the_backward():
-    compiled = offline.compile_hopper(make_backward_kernel(BackwardTiles(cluster=2), BFLOAT16, False, False, keeps=True))
+    compiled = offline.compile_hopper(make_backward_kernel(BackwardTiles(cluster=2), BFLOAT16, GradientForm(), keeps=True))
     assert compiled.notices == []
     assert compiled.spilled_bytes <= 1024
     assert compiled.count(r"(ld|st)\.local\S*") == 0
