@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import cce_numba as cce
+from cce_numba.backend import StatisticsForm
+from cce_numba.parallel.numbers import of_no_rows
 from tests.helpers.cases import make_case
 
 CASE = make_case(0, (3, 50), 61, 6, np.dtype(np.float64), ignored=0.2, filter="unbiased", filter_eps=0.05, shift=1)
@@ -18,6 +20,17 @@ def parts_of(case, **more):
         cce.forward_shard(case.e, case.c[a:b], case.targets, vocab_start=a, vocab_size=61, backend="cpu", **options)
         for a, b in CUTS
     ]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_a_shard_without_rows_lists_its_tokens_as_its_backend_does(dtype):
+    """Kernels that reduce the loss read the list."""
+    problem = parts_of(CASE)[1]._partial.problem
+    found = of_no_rows(problem, StatisticsForm(np.dtype(dtype), survivor_block=64))
+    assert found.tokens.dtype == dtype
+    assert found.survivor_block == 64
+    counting = np.pad(CASE.targets[:, 1:] >= 0, ((0, 0), (0, 1)))  # the last token of a row has no target
+    np.testing.assert_array_equal(found.tokens[: found.n_valid], np.flatnonzero(counting))
 
 
 @pytest.mark.parametrize("how", ["list", "array"])

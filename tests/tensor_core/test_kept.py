@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ if SimulatorHarness.is_active():
 from cce_numba.hopper import backend
 from cce_numba.hopper.backward import scheduler
 from cce_numba.tensor_core import kept
+from cce_numba.tensor_core.folds import kept_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 F32 = np.float32
@@ -99,3 +100,21 @@ def test_both_ctas_of_a_cluster_find_their_tiles_kept_or_neither_does(tiles, fir
         found = [kept_tile(np.int32(192 * (first + r) + off), np.int32(r), workspace) for r in range(2)]
     expected = off == 0 and first + 1 < tiles
     assert found == ([first, first + 1] if expected else [-1, -1])
+
+
+@pytest.mark.parametrize(("block", "tile", "kept_here"), [(2, 3, True), (3, 3, False), (2, 4, False)])
+def test_nothing_is_stored_past_what_is_kept(block, tile, kept_here, monkeypatch):
+    """A worker of Hopper's forward has two blocks; where they are odd in number, the last one has no tokens and no memory."""
+    stored = []
+    monkeypatch.setattr(kept, "make_store", lambda: lambda z, address, base_0, base_1: stored.append(int(address)))
+    step = kept_logits.make.__wrapped__(kept.TILE_V).step.py_func
+    instructions = {"store_global_f32": lambda address, x: stored.append(int(address))}
+    names = {"memory": SimpleNamespace(**instructions), "opaque": lambda x: x}
+    step = FunctionType(step.__code__, step.__globals__ | names, "step", None, step.__closure__)
+    tile = SimpleNamespace(
+        v_tile=tile, block=block, half=1, thread=np.int32(0), survivors=SimpleNamespace(first_block=0)
+    )  # fmt: skip
+    found = SimpleNamespace(kept=2**20, kept_tiles=4, kept_blocks=3)
+    step((), None, tile, (np.float32(0), np.float32(0)), found, 0)
+    assert len(stored) == (3 if kept_here else 0)
+    assert all(2**20 <= address < 2**20 + kept.bytes_of(3, 4) for address in stored)

@@ -96,6 +96,19 @@ def make_forward_kernel(
             entry = np.int32(min(v + row + ROWS_AT_ONCE * i, last_row))
             copy_row(np.uint32(place + np.uint32(ROWS_BYTES * i)), source, entry, c.pitch_bytes, left_bytes)
 
+    @cuda.jit(device=True, forceinline=True)
+    def copy_next(
+        smem: Any, rows_smem: Any, thread: Any, coming: Any, k: Any, v: Any, v_step: Any, k_steps: Any, e: Any, c: Any,
+        last_row: Any, row_bytes: Any,
+    ) -> Any:  # fmt: skip
+        """Copies the stage (k, v), if any is still coming; `(coming, k, v)` of the one after it, v_step columns further on."""
+        if coming > 0:
+            copy_stage(smem, rows_smem, thread, k, v, e, c, last_row, row_bytes)
+            coming, k = np.int32(coming - 1), np.int32(k + 1)
+            if k == k_steps:
+                k, v = np.int32(0), np.int32(v + v_step)
+        return coming, k, v
+
     segment_of = fixed_segment if fixed else segment
 
     def forward_kernel(
@@ -147,14 +160,13 @@ def make_forward_kernel(
             # The ring is filled. `coming` counts uses of the ring whose copies are still to begin; `to_k`, `to_v` are theirs.
             n_turns = quotient(last - first + tile_step - 1, tile_step)
             coming, to_k, to_stage = np.int32(n_turns * k_steps), np.int32(0), np.uint32(ring)
+            v_step = np.int32(tile_step * block_v)
             to_v = np.int32((vocabulary.first_tile + first) * block_v - vocabulary.first_row)
             turn = np.int32(0)
             while turn < stages:
-                if coming > 0:
-                    copy_stage(to_stage, rows_smem, thread, to_k, to_v, e, c, last_row, row_bytes)
-                    coming, to_k = np.int32(coming - 1), np.int32(to_k + 1)
-                    if to_k == k_steps:
-                        to_k, to_v = np.int32(0), np.int32(to_v + tile_step * block_v)
+                coming, to_k, to_v = copy_next(
+                    to_stage, rows_smem, thread, coming, to_k, to_v, v_step, k_steps, e, c, last_row, row_bytes
+                )
                 memory.copy_async_commit()
                 to_stage = np.uint32(to_stage + stage_bytes)
                 turn = arithmetic.opaque_i32(np.int32(turn + 1))  # `opaque` keeps LLVM from writing the loop out
@@ -197,11 +209,9 @@ def make_forward_kernel(
                     if stage == np.uint32(ring + ring_bytes):
                         stage = np.uint32(ring)
                     if ahead:
-                        if coming > 0:
-                            copy_stage(to_stage, rows_smem, thread, to_k, to_v, e, c, last_row, row_bytes)
-                            coming, to_k = np.int32(coming - 1), np.int32(to_k + 1)
-                            if to_k == k_steps:
-                                to_k, to_v = np.int32(0), np.int32(to_v + tile_step * block_v)
+                        coming, to_k, to_v = copy_next(
+                            to_stage, rows_smem, thread, coming, to_k, to_v, v_step, k_steps, e, c, last_row, row_bytes
+                        )
                         operands = load_0(np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place)))
                         sums = multiply(sums, operands_3)
                     else:
@@ -211,11 +221,10 @@ def make_forward_kernel(
                         while half < 2:
                             if half != copying_half:
                                 sums = multiply(sums, operands_3)
-                            elif coming > 0:
-                                copy_stage(to_stage, rows_smem, thread, to_k, to_v, e, c, last_row, row_bytes)
-                                coming, to_k = np.int32(coming - 1), np.int32(to_k + 1)
-                                if to_k == k_steps:
-                                    to_k, to_v = np.int32(0), np.int32(to_v + tile_step * block_v)
+                            else:
+                                coming, to_k, to_v = copy_next(
+                                    to_stage, rows_smem, thread, coming, to_k, to_v, v_step, k_steps, e, c, last_row, row_bytes
+                                )
                             half = arithmetic.opaque_i32(np.int32(half + 1))
                     memory.copy_async_commit()
                     k = arithmetic.opaque_i32(np.int32(k + 1))
