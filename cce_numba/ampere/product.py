@@ -38,7 +38,7 @@ _WIDE_PANEL_BYTES, _WIDE_STEP_BYTES, _EIGHT_BYTES, _NEXT_ROW_FLIPS = 32 * ROW_BY
 
 
 _TF32_UNIT = 2**13  # of the last bit of a tf32 number among the bits of a float32
-_LARGEST_BITS = 0x7F7FFFFF  # of the largest float32
+_LARGEST_BITS, _ONE_BITS, _SIGN_BIT = 0x7F7FFFFF, 0x3F800000, 2**31  # of the largest float32, of 1, of a negative number
 
 
 def row_of_term(term: int) -> int:
@@ -261,18 +261,20 @@ def _add_split(builder: Any, slabs: list[Any], a: list[Any], b: list[Any]) -> _S
 def _split(builder: Any, words: list[Any]) -> tuple[list[Any], list[Any]]:
     """The high and the low parts of words of float32 numbers.
 
-    The high part is the nearest finite tf32 number, by integer arithmetic, which takes fewer instructions than the conversion.
-    The low part is what is left; tensor cores cut it off after 11 significant bits. What they cut off has either sign. Infinity
-    and NaN are in the low part, so that they meet the other number's high part alone, which has its sign.
+    The high part is the nearest tf32 number, by integer arithmetic, which takes fewer instructions than the conversion. The low
+    part is what is left; tensor cores cut it off after 11 significant bits. What they cut off has either sign. Infinity and NaN
+    are in the low part, so that they meet the other number's high part alone, which has its sign. The high part is 1 or -1
+    then: no product of it with the other number's low part, which may have the other sign, is infinite.
     """
     real, bits = ir.FloatType(), ir.IntType(32)
     half, mask = ir.Constant(bits, _TF32_UNIT // 2), ir.Constant(bits, 2**32 - _TF32_UNIT)
-    largest, least = ir.Constant(bits, _LARGEST_BITS), ir.Constant(bits, _LARGEST_BITS + 2**31)
+    largest, least = ir.Constant(bits, _LARGEST_BITS), ir.Constant(bits, _LARGEST_BITS + _SIGN_BIT)
+    one, minus_one = ir.Constant(bits, _ONE_BITS), ir.Constant(bits, _ONE_BITS + _SIGN_BIT)
 
     def high_of(word: Any) -> Any:
         rounded = builder.add(word, half)
-        rounded = builder.select(builder.icmp_signed("<", rounded, largest), rounded, largest)  # of positive numbers
-        rounded = builder.select(builder.icmp_unsigned("<", rounded, least), rounded, least)  # of negative ones
+        rounded = builder.select(builder.icmp_signed("<", rounded, largest), rounded, one)  # of positive numbers
+        rounded = builder.select(builder.icmp_unsigned("<", rounded, least), rounded, minus_one)  # of negative ones
         return builder.and_(rounded, mask)
 
     high = [high_of(word) for word in words]

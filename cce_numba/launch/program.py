@@ -13,14 +13,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from cce_numba import gpu
 from cce_numba.integers import ceil_div
-from cce_numba.launch.blank import KNOWN_BYTES, Blank, NotBlank, Place, contiguous_form, form_of
+from cce_numba.launch.blank import KNOWN_BYTES, Blank, NotBlank, Place, contiguous_form, form_of, require_memory
 from cce_numba.launch.kernel import Kernel, ParameterBlock, is_recorded, told_to
 from cce_numba.launch.packing import offsets_of
 
@@ -49,7 +49,8 @@ class Programs:
             integers: in [0, 2**64), which the function passes to kernels and looks at in no other way.
             function: gets both, or blanks and places for them. It asks CuPy for nothing but allocations (of
                 `library` of a blank), and computes by launches alone. If it cannot do without, it is run each time. It returns
-                None, or a dataclass some of whose fields are arrays, all of which it has allocated.
+                None, or a dataclass some of whose fields are arrays, all of which it has allocated. If it returns arrays in a
+                mapping, it is run each time.
         """
         if is_recorded():
             return function(*arrays, *integers)
@@ -240,6 +241,10 @@ def _words(kernel: Kernel) -> int:
 def _views_of(result: Any) -> tuple[dict[str, tuple[Any, ...]], dict[str, Any]]:
     """Of the fields of a dataclass those that are blanks, by base, offset, shape, dtype and strides; and the others."""
     fields = {} if result is None else {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    for x in fields.values():
+        if isinstance(x, Mapping):
+            for value in x.values():
+                require_memory(value)
     blanks = {name: x for name, x in fields.items() if isinstance(x, Blank)}
     views = {name: (x.place.base, x.place.offset, x.shape, x.dtype, x.strides) for name, x in blanks.items()}
     return views, {name: x for name, x in fields.items() if name not in blanks}

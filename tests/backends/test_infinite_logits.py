@@ -89,6 +89,16 @@ def test_what_is_finite_is_so_where_the_reference_has_it(harness, edges, data):
         assert_same(f"grads.{name}", ours, wanted, case.e.dtype, without)
 
 
+def test_an_infinite_row_meets_entries_of_g_of_all_sizes(harness, edges):
+    """Parts of a number, where a backend splits it, have either sign; G's come from scales that are no short fractions."""
+    n = 4 * edges.n[1] + 1
+    case = make_case(2, (n,), edges.v[1] + 2, edges.d[-1], edges.dtype, reduction="sum", filter_eps=None)
+    case.targets[:] = 0
+    case.c[0, 0], case.e[:, 0] = -np.inf, 1
+    case = case.with_options(logit_scale=np.random.default_rng(3).uniform(0.5, 2, n).astype(np.float32))
+    assert np.isposinf(harness.backward(harness.forward(case)).e[:, 0].astype(np.float64)).all()
+
+
 @pytest.mark.parametrize("filter_eps", [None, 2.0**-4])
 def test_a_lost_token_that_only_the_z_loss_reaches_is_lost(harness, edges, filter_eps):
     """Its target's class weighs nothing, so that no other weight makes it take part."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 
 from cce_numba.launch.blank import Blank, NotBlank, Place, form_of, require_memory
+from cce_numba.launch.program import _views_of
 
 
 class Library:
@@ -72,3 +75,17 @@ def test_a_blank_refuses_what_needs_numbers():
         with pytest.raises(NotBlank):
             asked()
     require_memory(np.zeros(3))
+
+
+@dataclass
+class Found:
+    lse: object
+    folded: dict
+
+
+def test_arrays_in_a_mapping_are_no_program_s():
+    """They would be handed out as blanks."""
+    array = blank(np.zeros(4, np.float32))
+    assert list(_views_of(Found(array, {}))[0]) == ["lse"]
+    with pytest.raises(NotBlank):
+        _views_of(Found(array, {"expected": array}))

@@ -126,8 +126,9 @@ def test_what_a_backward_would_want_is_made_for_one_alone(inputs, with_grad, way
     from cce_numba.torch import memory
 
     made = []
-    original = memory.tensor_of
-    monkeypatch.setattr(memory, "tensor_of", lambda array: made.append(array) or original(array))
+    of_one, of_blocks = memory.tensor_of, memory.blocks_of
+    monkeypatch.setattr(memory, "tensor_of", lambda array: made.append(array) or of_one(array))
+    monkeypatch.setattr(memory, "blocks_of", lambda arrays: made.extend(arrays) or of_blocks(arrays))  # on a device
     with torch.set_grad_enabled(with_grad):
         cct.linear_cross_entropy(*leaves(inputs))
     assert (len(made) > 2) == (with_grad or way == "operator")
