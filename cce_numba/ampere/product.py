@@ -196,6 +196,29 @@ def make_load_operands(n: int, step: int, a_across: bool, b_across: bool, wide: 
 
 
 @functools.cache
+def make_hold_back(n: int) -> Any:
+    """`operands = hold_back(operands, mask)`: the same, for products that are not to be moved up before `mask` is there.
+
+    mask: all bits. A word of each slab is combined with it, and all products of a slab need that word.
+    """
+    operands = operands_type(n)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands("hold_back", (operands, U32), given)
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            result = values[0]
+            for slab in range(SLABS):
+                word = builder.and_(builder.extract_value(result, 4 * slab), values[1])
+                result = builder.insert_value(result, word, 4 * slab)
+            return result
+
+        return operands(operands, U32), generate
+
+    return as_intrinsic(define, 2, f"hold_back_{n}")
+
+
+@functools.cache
 def make_multiply(n: int, name: str) -> Any:
     """`sums = multiply(sums, operands)`: adds the products of a step, by a warp. name: as in `elements.Elements`."""
     sums, operands = sums_type(n), operands_type(n)

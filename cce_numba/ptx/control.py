@@ -29,6 +29,14 @@ def _set_registers(how: str, count: int) -> Any:
 barrier_sync = instruction(
     "bar.sync $0, $1;", (U32, U32), doc="(number, threads): waits for so many threads at barrier 1 to 15. ISA 9.7.13.1."
 )
+barrier_mask = instruction(
+    "{ .reg .pred all; setp.eq.u32 all, $1, $1; bar.red.and.pred all, $1, $2, all; selp.u32 $0, 0xffffffff, 0, all; }",
+    (U32, U32),
+    U32,
+    name="bar.red.and.pred",
+    doc="(number, threads): waits as `barrier_sync`. The result has all bits set, which no assembler knows: what is made with it "
+    "stands after the barrier. ISA 9.7.13.1.",
+)
 warp_sync = instruction(
     "bar.warp.sync 0xffffffff;", (), doc="(): waits for all lanes; no access to memory moves across it. ISA 9.7.13.2."
 )

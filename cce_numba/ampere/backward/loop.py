@@ -10,7 +10,7 @@ from numba import cuda
 
 from cce_numba.ampere.backward.tiles import BackwardTiles
 from cce_numba.ampere.elements import Elements
-from cce_numba.ampere.product import make_a_address, make_b_address, make_load_operands, make_multiply
+from cce_numba.ampere.product import make_a_address, make_b_address, make_hold_back, make_load_operands, make_multiply
 from cce_numba.ampere.tiles import THREADS
 from cce_numba.ptx import arithmetic, control, memory
 
@@ -34,7 +34,7 @@ def make_loop(tiles: BackwardTiles, elements: Elements, source: SimpleNamespace,
     stage_bytes, a_bytes, ring_bytes = np.uint32(tiles.stage_bytes), np.uint32(tiles.a_bytes), np.uint32(tiles.ring_bytes)
     wide, ahead = elements.wide, not elements.split
     load_0, load_1, load_2, load_3 = (make_load_operands(n, step, a_across, b_across, wide) for step in range(4))
-    multiply = make_multiply(n, elements.name)
+    multiply, hold_back = make_multiply(n, elements.name), make_hold_back(n)
     a_address, b_address = make_a_address(a_across, wide), make_b_address(n, b_across, wide)
     wait_for_first, wait_for_next = memory.copy_async_wait(stages - 1), memory.copy_async_wait(stages - 2)
     wait_for_all = memory.copy_async_wait(0)
@@ -73,26 +73,29 @@ def make_loop(tiles: BackwardTiles, elements: Elements, source: SimpleNamespace,
                 operands_2 = load_2(a, b)
                 sums = multiply(sums, operands_1)
                 operands_3 = load_3(a, b)
-                sums = multiply(sums, operands_2)
             else:
                 sums = multiply(sums, load_0(a, b))
                 sums = multiply(sums, load_1(a, b))
                 sums = multiply(sums, load_2(a, b))
                 operands_3 = load_3(a, b)
-            # The next stage has arrived, and nobody needs this one any more, once all are here.
+            # The next stage has arrived, and nobody reads this one any more, once all are here. Two steps are still to be
+            # multiplied, so that tensor cores do not wait for the first operands of the next stage.
             wait_for_next()
-            meet()
-            if coming < units:
-                state = fill(state, coming, stage, filling, workspace, tables, dims, thread, units)
-                coming = np.int32(coming + 1)
-            memory.copy_async_commit()
+            mask = control.barrier_mask(EIGHT_WARPS, ALL_OF_THEM)
+            filled = stage
             stage = np.uint32(stage + stage_bytes)
             if stage == np.uint32(ring + ring_bytes):
                 stage = np.uint32(ring)
             if ahead:
                 b = np.uint32(stage + b_0), np.uint32(stage + b_1), np.uint32(stage + b_2)
                 operands = load_0(np.uint32(stage + a_place), b)
-            sums = multiply(sums, operands_3)
+            if coming < units:
+                state = fill(state, coming, filled, filling, workspace, tables, dims, thread, units)
+                coming = np.int32(coming + 1)
+            memory.copy_async_commit()
+            if ahead:
+                sums = multiply(sums, hold_back(operands_2, mask))
+            sums = multiply(sums, hold_back(operands_3, mask))
             unit = arithmetic.opaque_i32(np.int32(unit + 1))
         wait_for_all()
         meet()

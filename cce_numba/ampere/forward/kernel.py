@@ -15,16 +15,29 @@ from numba import cuda
 from cce_numba.ampere.copies import ROWS_AT_ONCE, ROWS_BYTES, make_copy_row, place_of
 from cce_numba.ampere.elements import elements_of
 from cce_numba.ampere.forward.states import Me, Place, make_states
-from cce_numba.ampere.product import make_a_address, make_b_address, make_load_operands, make_multiply
+from cce_numba.ampere.product import make_a_address, make_b_address, make_hold_back, make_load_operands, make_multiply
 from cce_numba.ampere.tiles import ALIGNMENT_BYTES, ROW_BYTES, THREADS, AmpereTiles
 from cce_numba.launch.kernel import Kernel, kernel_factory
-from cce_numba.ptx import arithmetic, memory
+from cce_numba.launch.record import Record
+from cce_numba.ptx import arithmetic, control, memory
 from cce_numba.ptx import fragment as fragments
 from cce_numba.tensor_core.folds import Fold, found_class, number_count
 from cce_numba.tensor_core.logits import make_bias_fragment, make_finish_logits
-from cce_numba.tensor_core.records import I32, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
+from cce_numba.tensor_core.records import I32, U32, LogitTerms, Matrix, Parts, Survivors, Tokens, Vocabulary
 from cce_numba.tensor_core.schedule import NO_SLOT, fixed_segment, quotient, segment
 from cce_numba.tensor_core.tokens import token_at
+
+PARTS = 4  # in which a stage is copied
+FIRST_BARRIER, EIGHT_WARPS = np.uint32(0), np.uint32(THREADS)  # of all threads
+
+
+class Coming(Record):
+    """The stage whose copies are still to begin."""
+
+    smem = U32  # shared address
+    left = I32  # how many there are, this one included
+    k = I32  # which 128 bytes of the rows
+    v = I32  # the first row of c
 
 
 @kernel_factory
@@ -57,17 +70,17 @@ def make_forward_kernel(
     stage_bytes, a_bytes, ring_bytes = np.uint32(tiles.stage_bytes), np.uint32(tiles.a_bytes), np.uint32(tiles.ring_bytes)
     row_words_bytes = np.uint32(tiles.row_words_bytes)
     load_0, load_1, load_2, load_3 = (make_load_operands(n, step, False, False, wide_numbers) for step in range(4))
+    hold_back = make_hold_back(n)
     multiply, zeros, copy_row = make_multiply(n, elements.name), fragments.zeros(n), make_copy_row(whole)
     a_address, b_address = make_a_address(False), make_b_address(n, False)
     states_, finish_logits = make_states(tiles, folds), make_finish_logits(n, capped, scaled)
     begin, step_slab, merge = states_.begin, states_.step, states_.merge
     has_bias = bias_dtype is not None
     bias_fragment: Any = make_bias_fragment(n, bias_dtype) if bias_dtype is not None else None
-    wait_for_first, wait_for_next = memory.copy_async_wait(stages - 1), memory.copy_async_wait(stages - 2)
-    wait_for_all = memory.copy_async_wait(0)
+    wait_for_next, wait_for_all = memory.copy_async_wait(stages - 2), memory.copy_async_wait(0)
     load_row = memory.load_shared_i32
     alignment = np.uint32(ALIGNMENT_BYTES - 1)
-    a_turns, b_turns = block_n // ROWS_AT_ONCE, block_v // ROWS_AT_ONCE
+    a_turns, b_turns = block_n // ROWS_AT_ONCE // PARTS, block_v // ROWS_AT_ONCE // PARTS
     wide = n == 64
 
     @cuda.jit(device=True, forceinline=True)
@@ -78,36 +91,32 @@ def make_forward_kernel(
         return b, np.uint32(b + np.uint32(2048))
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_stage(
-        smem: Any, rows_smem: Any, thread: Any, k: Any, v: Any, e: Any, c: Any, last_row: Any, row_bytes: Any
-    ) -> None:  # fmt: skip
-        """By all threads: 128 bytes of the block's rows of e and of the rows of c from v on, as a group of copies.
+    def copy_part(part: Any, coming: Any, rows_smem: Any, thread: Any, e: Any, c: Any, last_row: Any, row_bytes: Any) -> None:
+        """By all threads: copies a fourth of the rows of the stage `coming`, or zeros if none is.
 
-        smem: of the stage. rows_smem: shared address of the block's rows of e. last_row: of c, in place of those past it.
+        rows_smem: shared address of the block's rows of e. last_row: of c, in place of those past it.
         """
-        row, offset = np.int32(thread >> 3), np.int32(ROW_BYTES * k + 16 * (thread & 7))
-        left_bytes = np.int32(row_bytes - offset)
-        place, source = np.uint32(smem + place_of(thread)), np.uint64(e.address + np.uint64(offset))
-        for i in range(a_turns):
+        row, offset = np.int32(thread >> 3), np.int32(ROW_BYTES * coming.k + 16 * (thread & 7))
+        left_bytes = np.int32(row_bytes - offset) if coming.left > 0 else np.int32(0)
+        place, source = np.uint32(coming.smem + place_of(thread)), np.uint64(e.address + np.uint64(offset))
+        for i in range(part * a_turns, part * a_turns + a_turns):
             token = load_row(np.uint32(rows_smem + np.uint32(4 * (row + ROWS_AT_ONCE * i))))
             copy_row(np.uint32(place + np.uint32(ROWS_BYTES * i)), source, token, e.pitch_bytes, left_bytes)
         place, source = np.uint32(place + a_bytes), np.uint64(c.address + np.uint64(offset))
-        for i in range(b_turns):
-            entry = np.int32(min(v + row + ROWS_AT_ONCE * i, last_row))
+        first = np.int32(coming.v + row)
+        for i in range(part * b_turns, part * b_turns + b_turns):
+            entry = min(np.int32(first + ROWS_AT_ONCE * i), last_row)  # of 64 bits it would take three times the instructions
             copy_row(np.uint32(place + np.uint32(ROWS_BYTES * i)), source, entry, c.pitch_bytes, left_bytes)
 
     @cuda.jit(device=True, forceinline=True)
-    def copy_next(
-        smem: Any, rows_smem: Any, thread: Any, coming: Any, k: Any, v: Any, v_step: Any, k_steps: Any, e: Any, c: Any,
-        last_row: Any, row_bytes: Any,
-    ) -> Any:  # fmt: skip
-        """Copies the stage (k, v), if any is still coming; `(coming, k, v)` of the one after it, v_step columns further on."""
-        if coming > 0:
-            copy_stage(smem, rows_smem, thread, k, v, e, c, last_row, row_bytes)
-            coming, k = np.int32(coming - 1), np.int32(k + 1)
-            if k == k_steps:
-                k, v = np.int32(0), np.int32(v + v_step)
-        return coming, k, v
+    def after(coming: Any, ring: Any, k_steps: Any, v_step: Any) -> Any:
+        """The stage that comes after this one; v_step: columns from one tile of the worker to the next."""
+        smem, k, v = np.uint32(coming.smem + stage_bytes), np.int32(coming.k + 1), coming.v
+        if smem == np.uint32(ring + ring_bytes):
+            smem = np.uint32(ring)
+        if k == k_steps:
+            k, v = np.int32(0), np.int32(v + v_step)
+        return Coming(smem, np.int32(coming.left - 1), k, v)
 
     segment_of = fixed_segment if fixed else segment
 
@@ -136,7 +145,6 @@ def make_forward_kernel(
         workers, worker = np.int32(cuda.gridDim.x), np.int32(cuda.blockIdx.x)
         groups, k_steps = quotient(n_listed + block_n - 1, block_n), quotient(D + terms_of_stage - 1, terms_of_stage)
         row_bytes, V, last_row = np.int32(itemsize * D), vocabulary.V, np.int32(vocabulary.V - 1 - vocabulary.first_row)
-        copying_half = np.int32(warp >> 2)  # warps w and w + 4 share tensor cores
         a_place, b_place = a_address(lane, me.warp_row), np.uint32(a_bytes + b_address(lane, me.warp_column, 0))
         own_scale = np.uint32(scales_smem + np.uint32(4 * (64 * me.warp_row + (lane >> 2))))
         index = np.int32(0)
@@ -157,21 +165,20 @@ def make_forward_kernel(
             state_0, state_1, state_2, state_3 = states[0], states[1], states[2], states[3]
             cuda.syncthreads()
 
-            # The ring is filled. `coming` counts uses of the ring whose copies are still to begin; `to_k`, `to_v` are theirs.
+            # The ring is filled but for its last stage, which is copied while the first is multiplied.
             n_turns = quotient(last - first + tile_step - 1, tile_step)
-            coming, to_k, to_stage = np.int32(n_turns * k_steps), np.int32(0), np.uint32(ring)
             v_step = np.int32(tile_step * block_v)
-            to_v = np.int32((vocabulary.first_tile + first) * block_v - vocabulary.first_row)
+            v = np.int32((vocabulary.first_tile + first) * block_v - vocabulary.first_row)
+            coming = Coming(np.uint32(ring), np.int32(n_turns * k_steps), np.int32(0), v)
             turn = np.int32(0)
-            while turn < stages:
-                coming, to_k, to_v = copy_next(
-                    to_stage, rows_smem, thread, coming, to_k, to_v, v_step, k_steps, e, c, last_row, row_bytes
-                )
+            while turn < stages - 1:
+                for part in range(PARTS):
+                    copy_part(part, coming, rows_smem, thread, e, c, last_row, row_bytes)
                 memory.copy_async_commit()
-                to_stage = np.uint32(to_stage + stage_bytes)
+                coming = after(coming, ring, k_steps, v_step)
                 turn = arithmetic.opaque_i32(np.int32(turn + 1))  # `opaque` keeps LLVM from writing the loop out
             stage = np.uint32(ring)
-            wait_for_first()
+            wait_for_next()
             cuda.syncthreads()
             if ahead:
                 operands = load_0(np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place)))
@@ -188,45 +195,41 @@ def make_forward_kernel(
                     sums = (zeros(), zeros(), zeros(), zeros())
                 k = np.int32(0)
                 while k < k_steps:
+                    # Nobody needs the stage before any more, so its memory is that of the stage that is copied. Copies are spread
+                    # among the products: where they stand together, tensor cores wait for their instructions.
                     a, b = np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place))
                     if ahead:
                         operands_1 = load_1(a, b)
+                        copy_part(0, coming, rows_smem, thread, e, c, last_row, row_bytes)
                         sums = multiply(sums, operands)
                         operands_2 = load_2(a, b)
+                        copy_part(1, coming, rows_smem, thread, e, c, last_row, row_bytes)
+                        copy_part(2, coming, rows_smem, thread, e, c, last_row, row_bytes)
                         sums = multiply(sums, operands_1)
                         operands_3 = load_3(a, b)
-                        sums = multiply(sums, operands_2)
+                        copy_part(3, coming, rows_smem, thread, e, c, last_row, row_bytes)
                     else:
                         sums = multiply(sums, load_0(a, b))
+                        copy_part(0, coming, rows_smem, thread, e, c, last_row, row_bytes)
                         sums = multiply(sums, load_1(a, b))
+                        copy_part(1, coming, rows_smem, thread, e, c, last_row, row_bytes)
                         sums = multiply(sums, load_2(a, b))
+                        copy_part(2, coming, rows_smem, thread, e, c, last_row, row_bytes)
                         operands_3 = load_3(a, b)
-                    # The next stage has arrived, and nobody needs this one any more, once all are here.
+                        copy_part(3, coming, rows_smem, thread, e, c, last_row, row_bytes)
+                    memory.copy_async_commit()
+                    coming = after(coming, ring, k_steps, v_step)
+                    # The next stage has arrived, and nobody reads this one any more, once all are here. Two steps are still to be
+                    # multiplied, so that tensor cores do not wait for the first operands of the next stage.
                     wait_for_next()
-                    cuda.syncthreads()
-                    to_stage = stage
+                    mask = control.barrier_mask(FIRST_BARRIER, EIGHT_WARPS)
                     stage = np.uint32(stage + stage_bytes)
                     if stage == np.uint32(ring + ring_bytes):
                         stage = np.uint32(ring)
                     if ahead:
-                        coming, to_k, to_v = copy_next(
-                            to_stage, rows_smem, thread, coming, to_k, to_v, v_step, k_steps, e, c, last_row, row_bytes
-                        )
+                        sums = multiply(sums, operands_2)
                         operands = load_0(np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place)))
-                        sums = multiply(sums, operands_3)
-                    else:
-                        # Registers do not suffice for both at a time, so these are two turns of a loop. Of two warps that share
-                        # tensor cores one multiplies while the other copies, and then the other way round.
-                        half = arithmetic.opaque_i32(np.int32(0))
-                        while half < 2:
-                            if half != copying_half:
-                                sums = multiply(sums, operands_3)
-                            else:
-                                coming, to_k, to_v = copy_next(
-                                    to_stage, rows_smem, thread, coming, to_k, to_v, v_step, k_steps, e, c, last_row, row_bytes
-                                )
-                            half = arithmetic.opaque_i32(np.int32(half + 1))
-                    memory.copy_async_commit()
+                    sums = multiply(sums, hold_back(operands_3, mask))
                     k = arithmetic.opaque_i32(np.int32(k + 1))
 
                 warp_tile, is_last = np.int32(4 * v_tile + me.warp_column), v + n > V
