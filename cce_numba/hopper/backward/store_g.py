@@ -17,7 +17,7 @@ from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColum
 from cce_numba.tensor_core.backward.row_weights import class_weight_of
 from cce_numba.tensor_core.fragment import visit_chunks
 from cce_numba.tensor_core.gradient import make_gradient
-from cce_numba.tensor_core.records import F32, U64, RowWeights
+from cce_numba.tensor_core.records import F32, U64, DivergenceRow, RowWeights
 from cce_numba.tensor_core.sums import sums_of_rows
 
 _ROW_BYTES = np.uint32(2 * PANEL)
@@ -38,14 +38,15 @@ def make_store_g(n: int, dtype: np.dtype, form: GradientForm, finished: bool) ->
 
     x holds products of rows of e and of c, without biases; logits if finished. `columns` is a `ListColumns`, whose addresses
     must come out of an ordered instruction (see `memory.load_shared_2_i32_freely`). `to` is a `GTile`. row_0 and row_1 are the
-    `RowWeights` of the thread's two rows. class_weights: address of (V,) float32, or 0 if all are 1.
+    `RowWeights` of the thread's two rows, or their `DivergenceRow`. class_weights: address of (V,) float32, or 0 if all are 1.
 
     G_BOX columns at a time are transposed in shared memory, and stored in rows of 128 bytes while the next ones are computed.
 
     By the form, the sum of each column of G over the 16 tokens of a warp is stored, for the gradient of the bias, and columns
-    are multiplied by `columns.scales`, where chance decides. finished: the function is given logits.
+    are multiplied by `columns.scales`, where chance decides. finished: the function is given logits. Of a divergence it is given
+    G itself (`divergence`).
     """
-    smoothed, by_chance, with_sums = form.smoothed, form.by_chance, form.with_sums
+    smoothed, by_chance, with_sums, is_g = form.smoothed, form.by_chance, form.with_sums, form.teacher is not None
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
     gradient = make_gradient(form.capped, form.scaled, smoothed, finished=finished, entropic=form.entropic)
 
@@ -66,10 +67,13 @@ def make_store_g(n: int, dtype: np.dtype, form: GradientForm, finished: bool) ->
         weight_0 = weight_1 = np.float32(1)
         if smoothed:
             weight_0, weight_1 = class_weight_of(v[0], class_weights), class_weight_of(v[1], class_weights)
-        g_00 = gradient(x[0] + bias[0], v[0], row_0, softcap, weight_0)
-        g_01 = gradient(x[1] + bias[1], v[1], row_0, softcap, weight_1)
-        g_10 = gradient(x[2] + bias[0], v[0], row_1, softcap, weight_0)
-        g_11 = gradient(x[3] + bias[1], v[1], row_1, softcap, weight_1)
+        if is_g:
+            g_00, g_01, g_10, g_11 = x[0], x[1], x[2], x[3]
+        else:
+            g_00 = gradient(x[0] + bias[0], v[0], row_0, softcap, weight_0)
+            g_01 = gradient(x[1] + bias[1], v[1], row_0, softcap, weight_1)
+            g_10 = gradient(x[2] + bias[0], v[0], row_1, softcap, weight_0)
+            g_11 = gradient(x[3] + bias[1], v[1], row_1, softcap, weight_1)
         if by_chance:
             scale = memory.load_shared_2_f32_freely(columns.scales + place)
             g_00, g_01, g_10, g_11 = g_00 * scale[0], g_01 * scale[1], g_10 * scale[0], g_11 * scale[1]
@@ -110,5 +114,5 @@ def make_store_g(n: int, dtype: np.dtype, form: GradientForm, finished: bool) ->
             store_words(address + np.uint64(16 * G_ROW_BYTES), load_shared_4(place + np.uint32(16) * _ROW_BYTES))
         return np.int32(0)
 
-    row = kind_of(RowWeights)
+    row = kind_of(DivergenceRow if is_g else RowWeights)
     return visit_chunks(n, G_BOX, store, kind_of(ListColumns), kind_of(GTile), row, row, F32, U64)
