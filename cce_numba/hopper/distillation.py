@@ -96,7 +96,14 @@ def _launch(student: Head, teacher: Head, which: Divergence, tiles: HopperTiles,
 
 
 def backward(
-    student: Head, teacher: Head, which: Divergence, of_student: Any, d_token: Any, tiles: HopperTiles, into: Gradients, adds: bool
+    student: Head,
+    teacher: Head,
+    which: Divergence,
+    of_student: Any,
+    d_token: Any,
+    tiles: HopperTiles,
+    into: Gradients,
+    adds: bool,
 ) -> None:
     """Writes the student's gradients, or adds them, as `backend.Backend.backward` does.
 

@@ -33,9 +33,8 @@ def make_begin_kernel(has_teacher: bool = False) -> Kernel:
             maps[words + t] = c_map[t]
             maps[2 * words + t] = g_map[t]
             maps[3 * words + t] = borrowed_map[t]
-        if has_teacher:
-            if t < more_words:
-                maps[4 * words + t] = teacher_maps[t]
+        if has_teacher and t < more_words:
+            maps[4 * words + t] = teacher_maps[t]
         for i in range(t, n_counters, threads):
             counters[i] = np.int32(0)
 

@@ -38,15 +38,16 @@ def make_store_g(n: int, dtype: np.dtype, form: GradientForm, finished: bool) ->
 
     x holds products of rows of e and of c, without biases; logits if finished. `columns` is a `ListColumns`, whose addresses
     must come out of an ordered instruction (see `memory.load_shared_2_i32_freely`). `to` is a `GTile`. row_0 and row_1 are the
-    `RowWeights` of the thread's two rows, or their `DivergenceRow`. class_weights: address of (V,) float32, or 0 if all are 1.
+    `RowWeights` of the thread's two rows, or their `DivergenceRow`. class_weights: address of (V,) float32, or 0 if they are 1.
 
     G_BOX columns at a time are transposed in shared memory, and stored in rows of 128 bytes while the next ones are computed.
 
     By the form, the sum of each column of G over the 16 tokens of a warp is stored, for the gradient of the bias, and columns
-    are multiplied by `columns.scales`, where chance decides. finished: the function is given logits. Of a divergence it is given
-    G itself (`divergence`).
+    are multiplied by `columns.scales`, where chance decides. finished: the function is given logits. With a teacher it is given
+    G itself (`backward.divergence`).
     """
-    smoothed, by_chance, with_sums, is_g = form.smoothed, form.by_chance, form.with_sums, form.teacher is not None
+    smoothed, by_chance, with_sums = form.smoothed, form.by_chance, form.with_sums
+    is_g = form.teacher is not None  # what it is given
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
     gradient = make_gradient(form.capped, form.scaled, smoothed, finished=finished, entropic=form.entropic)
 

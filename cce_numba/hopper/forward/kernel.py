@@ -113,6 +113,6 @@ def make_forward_kernel(
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while others still write to its shared memory
 
-    parameters = U64, Matrix, Tokens, I32, LogitTerms, found_class(folds), I32, Parts, Survivors, Vocabulary, I32
-    parameters = *parameters, Teacher if has_teacher else NoTeacher
+    found, of_teacher = found_class(folds), Teacher if has_teacher else NoTeacher
+    parameters = U64, Matrix, Tokens, I32, LogitTerms, found, I32, Parts, Survivors, Vocabulary, I32, of_teacher
     return Kernel(forward_kernel, parameters, threads=tiles.threads, cluster=tiles.cluster, smem_bytes=tiles.smem_bytes)

@@ -105,8 +105,8 @@ def make_gather(tiles: HopperTiles, fixed: bool, has_teacher: bool = False) -> A
     """The device function of the warps that fetch rows of e one by one, 16 bytes a lane, and swizzle them by hand.
 
     `gather(ring, thread, e, teacher, batch, n_tiles, k_teacher, k_steps, D)`: thread is 0 to 63 among those of these warps, e
-    is a `Matrix` (N, D), and teacher a `Teacher` or `NoTeacher`; the others are as in `make_produce`. In a block whose tokens are neighbours there is nothing to fetch, and the warps
-    only arrive at the stages' barriers.
+    is a `Matrix` (N, D), and teacher a `Teacher` or `NoTeacher`; the others are as in `make_produce`. In a block whose tokens
+    are neighbours there is nothing to fetch, and the warps only arrive at the stages' barriers.
     """
     ring_ = make_ring(tiles)
     wait_empty, stage_of, full, e_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem
@@ -150,10 +150,9 @@ def make_gather(tiles: HopperTiles, fixed: bool, has_teacher: bool = False) -> A
                 if rows > 0:
                     stage_smem = np.uint32(e_smem(ring, stage_of(use)) + swizzled)
                     source, pitch_bytes, of_row_bytes, stage_k = source_0, e.pitch_bytes, row_bytes, k
-                    if has_teacher:
-                        if k < 0:
-                            source, pitch_bytes = teacher.e.address + np.uint64(16 * part), teacher.e.pitch_bytes
-                            of_row_bytes, stage_k = np.int32(2 * teacher.D - 16 * part), np.int32(k + k_teacher)
+                    if has_teacher and k < 0:
+                        source, pitch_bytes = teacher.e.address + np.uint64(16 * part), teacher.e.pitch_bytes
+                        of_row_bytes, stage_k = np.int32(2 * teacher.D - 16 * part), np.int32(k + k_teacher)
                     present_bytes = np.uint32(min(16, max(0, of_row_bytes - 128 * stage_k)))
                     row = first_row
                     while row < rows:

@@ -127,8 +127,8 @@ def chain(folds: tuple[Fold, ...], n: int) -> SimpleNamespace:
     """The device functions of all folds as of one: states and numbers of each follow each other in tuples.
 
     `begin(rows, found)`, `step(states, z, tile, found)`, `numbers(states)`, `nothing()`, `merge(numbers, numbers)` and
-    `store(numbers, row, found, survivors)`; see `tensor_core.folds`. Raises ValueError if the first fold is neither `max_sum` nor one that stands
-    alone.
+    `store(numbers, row, found, survivors)`; see `tensor_core.folds`. Raises ValueError if the first fold is neither
+    `max_sum` nor one that stands alone.
     """
     if not folds or not (folds[0].alone or folds[0].results[:1] == ("lse",)):
         raise ValueError(

@@ -71,17 +71,17 @@ def make(which: Divergence, n: int) -> SimpleNamespace:
         x_01, y_01 = terms(log_p[1], parked.log_probability(z[1], sums_0))
         x_10, y_10 = terms(log_p[2], parked.log_probability(z[2], sums_1))
         x_11, y_11 = terms(log_p[3], parked.log_probability(z[3], sums_1))
-        of_first = state[0] + (x_00 + x_01), state[1] + (x_10 + x_11)
+        first_0, first_1 = state[0] + (x_00 + x_01), state[1] + (x_10 + x_11)
         if two_terms:
-            return of_first + (state[2] + (y_00 + y_01), state[3] + (y_10 + y_11))
-        return of_first
+            return first_0, first_1, state[2] + (y_00 + y_01), state[3] + (y_10 + y_11)
+        return first_0, first_1
 
     row = kind_of(LogSum)
     add_all = fold_chunks(n, parked.CHUNK, 2 * count, add, U64, row, row)
 
     @cuda.jit(device=True, forceinline=True)
     def begin(rows: Any, found: Any, at: Any) -> Any:
-        """Nothing so far. One of the four lanes that share a row keeps its token in shared memory; some token if it has none."""
+        """Nothing so far. One of the four lanes that share a row keeps its token in shared memory; some if it has none."""
         cuda.syncwarp()  # all lanes have read the tokens of the block before
         if cuda.threadIdx.x & 3 == 0:
             smem, last = np.uint32(rows.rows_smem + np.uint32(4 * rows.row)), np.int32(rows.n_listed - 1)

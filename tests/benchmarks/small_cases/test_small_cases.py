@@ -11,7 +11,7 @@ import cce_numba as cce
 from benchmarks.__main__ import main
 from benchmarks.measure import device
 from benchmarks.programs import sanitize
-from benchmarks.small_cases import ampere, hopper_backward, hopper_forward, simt
+from benchmarks.small_cases import ampere, distillation, hopper_backward, hopper_forward, simt
 from benchmarks.small_cases.odd import Odd
 from cce_numba import survivors
 from cce_numba.ampere.backward.workspace import WorkspaceLayout as AmpereLayout
@@ -31,6 +31,7 @@ class OddCpuHarness(Odd, CpuHarness):
 CPU, ODD = CpuHarness(), OddCpuHarness()
 BACKWARD = hopper_backward.checks(CPU, ODD)
 PARTS = {"simt": simt.checks(CPU), "hopper-forward": hopper_forward.checks(CPU, ODD), "hopper-backward": BACKWARD}
+PARTS["hopper-distillation"] = distillation.checks(CPU, ODD)
 # The same problems, so these need not run here again.
 AMPERE = {"ampere-forward": ampere.forward(CPU, ODD), "ampere-backward": ampere.backward(CPU, ODD)}
 
