@@ -21,7 +21,7 @@ from cce_numba.ptx.pointers import address_of
 from cce_numba.tensor_core import parked
 from cce_numba.tensor_core.backward.chance import make_decide, make_find_maxima
 from cce_numba.tensor_core.backward.column_sums import sum_of_column
-from cce_numba.tensor_core.backward.divergence import make_park_products, make_to_gradients, make_two_rows
+from cce_numba.tensor_core.backward.divergence import make_park_products, make_two_rows
 from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.backward.partial_sums import SUMS_STEP, make_add_sums, make_add_to_sums, make_store_sums
 from cce_numba.tensor_core.backward.records import G_ROW_BYTES, PARTS, ListColumns
@@ -46,7 +46,7 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keep
     multiply_d_e = make_multiply(tiles, name, a_m_major=True, b_n_major=True)
     multiply_d_c = make_multiply(tiles, name, a_m_major=False, b_n_major=True)
     has_teacher = form.teacher is not None
-    store_g = make_store_g(block_v, dtype, form, finished=by_chance or keeps or has_teacher)
+    store_g = make_store_g(block_v, dtype, form, finished=by_chance or keeps)
     logits_of = make_logits_of(block_v, capped, scaled)
     find_maxima, decide = make_find_maxima(block_v, capped, scaled), make_decide(block_v)
     mark_targets, write_targets = make_mark_targets(block_v), make_write_targets(dtype, capped, smoothed, entropic)
@@ -55,13 +55,11 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keep
     two_row_weights = make_two_row_weights(scaled, smoothed, entropic)
     multiply_teacher: Any = None
     park: Any = None
-    to_gradients: Any = None
     teacher_rows, divergence_rows = make_two_rows(scaled)
     if form.teacher is not None:
         name = "f16" if form.teacher.dtype == np.float16 else "bf16"
         multiply_teacher = make_multiply(tiles, name, a_m_major=False, b_n_major=False)
         park = make_park_products(block_v, form.teacher, scaled)
-        to_gradients = make_to_gradients(block_v, form.teacher, capped, scaled)
     store_sums, add_to_sums, add_sums = make_store_sums(block_v), make_add_to_sums(block_v), make_add_sums(block_v)
     half_bytes = np.uint64(SUMS_STEP * (block_v // 8))  # of 64 rows of a tile of dE that is not complete
     finish_rows, zeros, opaque = make_finish_rows(block_v, dtype), fragments.zeros(block_v), arithmetic.opaque_u32
@@ -106,6 +104,13 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keep
         if has_teacher:
             return divergence_rows(position, terms, tables, distillation)
         return two_row_weights(position, row_of_weights, terms, tables)
+
+    @cuda.jit(device=True, forceinline=True)
+    def beside(half: Any, consumer: Any, thread: Any, terms: Any, distillation: Any) -> Any:
+        """What `store_g` takes beside: the address of class weights, or where the teacher's half is parked."""
+        if has_teacher:
+            return parking_place(half, consumer, thread, distillation)
+        return terms.class_weights
 
     @cuda.jit(device=True, forceinline=True)
     def staging_of(smem: Any, consumer: Any) -> Any:
@@ -165,18 +170,12 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keep
         kept = np.uint64(workspace.kept + np.uint64(TILE_BYTES) * np.uint64(block * workspace.kept_tiles))
         if keeps:
             upper = logits_of(upper, np.int32(0), tile, kept, thread, columns, row_0, row_1, terms.softcap)
-        if has_teacher:
-            place = parking_place(0, consumer, thread, distillation)
-            upper = to_gradients(upper, columns, row_0, row_1, terms.softcap, place)
-        store_g(upper, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
+        store_g(upper, columns, to, row_0, row_1, terms.softcap, beside(0, consumer, thread, terms, distillation))
         to = GTile(g=np.uint64(g + np.uint64(128)), sums=np.uint64(sums + np.uint64(16)), staging=staging, consumer=consumer)
         row_0, row_1 = rows_at(position + 64, next_half, terms, tables, distillation)
         if keeps:
             lower = logits_of(lower, np.int32(1), tile, kept, thread, columns, row_0, row_1, terms.softcap)
-        if has_teacher:
-            place = parking_place(1, consumer, thread, distillation)
-            lower = to_gradients(lower, columns, row_0, row_1, terms.softcap, place)
-        store_g(lower, columns, to, row_0, row_1, terms.softcap, terms.class_weights)
+        store_g(lower, columns, to, row_0, row_1, terms.softcap, beside(1, consumer, thread, terms, distillation))
         if several:
             control.barrier_sync(np.uint32(1 + consumer), ONE_CONSUMER)  # all have stored G
             write_targets(job_columns(jobs, s, block, tables, dims), thread, g, terms, tables, placed)

@@ -22,7 +22,7 @@ from cce_numba.ptx import memory
 from cce_numba.tensor_core import parked
 from cce_numba.tensor_core.backward.records import ListColumns
 from cce_numba.tensor_core.divergence import TeacherForm, make_functions
-from cce_numba.tensor_core.fragment import change_chunks, visit_chunks
+from cce_numba.tensor_core.fragment import visit_chunks
 from cce_numba.tensor_core.logits import make_logit_of
 from cce_numba.tensor_core.numbers import make_load
 from cce_numba.tensor_core.records import F32, U64, DivergenceRow, HeadRow
@@ -101,27 +101,29 @@ def make_park_products(n: int, teacher: TeacherForm, scaled: bool) -> Any:
 
 
 @functools.cache
-def make_to_gradients(n: int, teacher: TeacherForm, capped: bool, scaled: bool) -> Any:
-    """The function `g = to_gradients(x, columns, row_0, row_1, softcap, place)` for a fragment of 64 tokens x n columns.
+def make_divergence_gradients(teacher: TeacherForm, capped: bool, scaled: bool) -> Any:
+    """The function `(g_00, g_01, g_10, g_11) = gradients(x, column, columns, row_0, row_1, softcap, place)`.
 
-    x: the student's products, without biases. columns: a `ListColumns`. row_0, row_1: `DivergenceRow`. capped, scaled, softcap:
-    of the student. place: of what the teacher's products have left, see `parked.place_of`.
+    It takes the thread's four numbers in the eight columns from `column` on, two of each of its rows. x: the student's
+    products, without biases. columns: a `ListColumns`. row_0, row_1: `DivergenceRow`. capped, scaled, softcap: of the student.
+    place: of what the teacher's products have left, see `parked.place_of`.
     """
     logit_of, gradient = make_logit_of(capped, scaled), make_functions(teacher.which).gradient
 
     @cuda.jit(device=True, forceinline=True)
     def gradient_of(x: Any, log_p: Any, entry: Any, row: Any, softcap: Any) -> Any:
+        """One of the four."""
         z = logit_of(x, row.student, softcap)
         g = row.weight * gradient(log_p, parked.log_probability(z, row.student.sums), row.of_student)
         if capped:
             g *= slope_of_cap(z / softcap)
         return g if entry >= 0 and row.weight != _ZERO else _ZERO
 
-    def eight_columns(x: Any, first: Any, columns: Any, row_0: Any, row_1: Any, softcap: Any, place: Any) -> Any:
-        """The thread's four gradients in the 8 columns from `first` on."""
-        at = np.uint32(4 * (first + 2 * (np.int32(cuda.threadIdx.x) & 3)))
+    @cuda.jit(device=True, forceinline=True)
+    def gradients(x: Any, column: Any, columns: Any, row_0: Any, row_1: Any, softcap: Any, place: Any) -> Any:
+        at = np.uint32(4 * (column + 2 * (np.int32(cuda.threadIdx.x) & 3)))
         v, bias = memory.load_shared_2_i32_freely(columns.ids + at), memory.load_shared_2_f32_freely(columns.biases + at)
-        log_p = parked.parked_at(place, first)
+        log_p = parked.parked_at(place, column)
         return (
             gradient_of(x[0] + bias[0], log_p[0], v[0], row_0, softcap),
             gradient_of(x[1] + bias[1], log_p[1], v[1], row_0, softcap),
@@ -129,5 +131,4 @@ def make_to_gradients(n: int, teacher: TeacherForm, capped: bool, scaled: bool) 
             gradient_of(x[3] + bias[1], log_p[3], v[1], row_1, softcap),
         )
 
-    row = kind_of(DivergenceRow)
-    return change_chunks(n, parked.CHUNK, eight_columns, kind_of(ListColumns), row, row, F32, U64)
+    return gradients
