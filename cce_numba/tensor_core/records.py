@@ -214,16 +214,12 @@ class PlacedTargets(Record):
 
 
 class Distillation(Record):
-    """What makes G of the logits of two heads. Arrays are by row of e."""
+    """In place of `PlacedTargets`: what makes G of the logits of two heads. Arrays are by row of e."""
 
     teacher = Teacher
     heads = Heads
     weight = U64  # address of (N,) float32: what flows into each token's divergence, times its logit scale
     of_student = U64  # address of (N,) float32: the sum of the second of `divergence.Functions.terms`
-
-
-class NoDistillation(Record):
-    """In place of `Distillation`, where there is none."""
 
 
 class LogSum(Record):

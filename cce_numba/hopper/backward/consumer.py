@@ -67,7 +67,7 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keep
     # Below, `upper` and `lower` are fragments of the first and last 64 rows of a job's tile; `jobs` is the address of the job
     # ring; `s` is the number of a job of this CTA; `consumer` is 0 or 1; `thread` is 0 to 127; `staging` is the address of this
     # consumer's shared memory for tiles that leave; `tables` is the survey's `Tables`; `dims`, `workspace` and `outputs` are
-    # of `records`; `distillation` is a `Distillation`, or `NoDistillation`.
+    # of `records`; `distillation` is what `consume` takes as `instead`.
 
     @cuda.jit(device=True, forceinline=True)
     def parking_place(half: Any, consumer: Any, thread: Any, distillation: Any) -> Any:
@@ -128,11 +128,11 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keep
     @cuda.jit(device=True, forceinline=True)
     def store_logits(
         upper: Any, lower: Any, smem: Any, s: Any, consumer: Any, thread: Any, terms: Any, chance: Any,
-        tables: Any, workspace: Any, placed: Any, dims: Any, distillation: Any,
+        tables: Any, workspace: Any, instead: Any, dims: Any,
     ) -> None:  # fmt: skip
         """Turns the products of a job LOGITS into G, in the workspace.
 
-        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`. placed: a `PlacedTargets`, or `NoTargets`.
+        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`. instead: see `consume`.
         """
         jobs, staging = smem.jobs, staging_of(smem, consumer)
         lane = np.int32(thread & 31)
@@ -162,23 +162,23 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keep
             if several:
                 cuda.syncwarp()  # the warp's maxima are there
                 row = np.int32((thread >> 5) * 16 + (lane & 15) + 64 * (lane >> 4))
-                mark_targets(job_columns(jobs, s, block, tables, dims), row, staging, placed)
+                mark_targets(job_columns(jobs, s, block, tables, dims), row, staging, instead)
             decide(columns, staging, chance, block, consumer, thread)
             columns = ListColumns(ids=ids, biases=biases, scales=opaque(scales), stored=stored)
-        row_0, row_1 = rows_at(position, row_of_weights, terms, tables, distillation)
+        row_0, row_1 = rows_at(position, row_of_weights, terms, tables, instead)
         tile = field(jobs, s, WORD.kept) if keeps else np.int32(-1)
         kept = np.uint64(workspace.kept + np.uint64(TILE_BYTES) * np.uint64(block * workspace.kept_tiles))
         if keeps:
             upper = logits_of(upper, np.int32(0), tile, kept, thread, columns, row_0, row_1, terms.softcap)
-        store_g(upper, columns, to, row_0, row_1, terms.softcap, beside(0, consumer, thread, terms, distillation))
+        store_g(upper, columns, to, row_0, row_1, terms.softcap, beside(0, consumer, thread, terms, instead))
         to = GTile(g=np.uint64(g + np.uint64(128)), sums=np.uint64(sums + np.uint64(16)), staging=staging, consumer=consumer)
-        row_0, row_1 = rows_at(position + 64, next_half, terms, tables, distillation)
+        row_0, row_1 = rows_at(position + 64, next_half, terms, tables, instead)
         if keeps:
             lower = logits_of(lower, np.int32(1), tile, kept, thread, columns, row_0, row_1, terms.softcap)
-        store_g(lower, columns, to, row_0, row_1, terms.softcap, beside(1, consumer, thread, terms, distillation))
+        store_g(lower, columns, to, row_0, row_1, terms.softcap, beside(1, consumer, thread, terms, instead))
         if several:
             control.barrier_sync(np.uint32(1 + consumer), ONE_CONSUMER)  # all have stored G
-            write_targets(job_columns(jobs, s, block, tables, dims), thread, g, terms, tables, placed)
+            write_targets(job_columns(jobs, s, block, tables, dims), thread, g, terms, tables, instead)
         memory.fence_proxy_async_all()  # the bulk copy engine will read G
 
     @cuda.jit(device=True, forceinline=True)
@@ -233,12 +233,12 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keep
     @cuda.jit(device=True, forceinline=True)
     def consume(
         smem: Any, consumer: Any, thread: Any, terms: Any, chance: Any, tables: Any, workspace: Any, outputs: Any, dims: Any,
-        placed: Any, distillation: Any, k_teacher: Any,
+        instead: Any, k_teacher: Any,
     ) -> None:  # fmt: skip
         """By a consumer: computes every other job of this CTA, the first consumer from job 0 on, the second from job 1 on.
 
-        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`. placed: a `PlacedTargets`, or `NoTargets`.
-        k_teacher: stages of a job LOGITS that are the teacher's, its first ones.
+        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`. instead: of one target a token, a `PlacedTargets` or a
+        `Distillation`; or `NoTargets`. k_teacher: stages of a job LOGITS that are the teacher's, its first ones.
         """
         jobs, ring, unscale = smem.jobs, smem.ring, tables.weight_scale[1]
         staging = staging_of(smem, consumer)
@@ -252,13 +252,11 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keep
             if kind == LOGITS:
                 turns = await_turn(ring, consumer, s, turns)
                 if has_teacher:
-                    teach(ring, first_use, k_teacher, jobs, s, consumer, thread, terms, tables, distillation)
+                    teach(ring, first_use, k_teacher, jobs, s, consumer, thread, terms, tables, instead)
                     first_use, k_steps = np.uint32(first_use + np.uint32(k_teacher)), np.int32(k_steps - k_teacher)
                 upper, lower = multiply_logits(zeros(), zeros(), ring, first_use, k_steps, thread)
                 hand_over(ring, consumer, first_use, k_steps, thread)
-                store_logits(
-                    upper, lower, smem, s, consumer, thread, terms, chance, tables, workspace, placed, dims, distillation
-                )  # fmt: skip
+                store_logits(upper, lower, smem, s, consumer, thread, terms, chance, tables, workspace, instead, dims)
             elif kind == D_E:
                 turns = await_turn(ring, consumer, s, turns)
                 upper, lower = multiply_d_e(zeros(), zeros(), ring, first_use, k_steps, thread)

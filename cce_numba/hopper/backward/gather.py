@@ -277,8 +277,8 @@ def make_gather(tiles: BackwardTiles, has_teacher: bool = False) -> Any:
     ) -> None:  # fmt: skip
         """By the gathering warps, threads 0 to 63: copies, for each job of this CTA, what the bulk copy engine cannot fetch.
 
-        e, c: `Matrix`. workspace: a `records.Workspace`. distillation: a `Distillation`, or `NoDistillation`. k_teacher: stages
-        of a teacher's product.
+        e, c: `Matrix`. workspace: a `records.Workspace`. distillation: a `Distillation`, if there is a teacher. k_teacher: the
+        stages of its products.
         """
         jobs, ring, is_dense = smem.jobs, smem.ring, tables.dense[0] != 0
         s, use = np.uint32(0), np.uint32(0)

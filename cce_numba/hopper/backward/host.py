@@ -22,7 +22,6 @@ from cce_numba.tensor_core.backward.passes import Call, in_passes, output_of, pl
 from cce_numba.tensor_core.distillation import Taught
 from cce_numba.tensor_core.kept import bytes_of
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import NoDistillation
 from cce_numba.tensor_core.survey import Products
 
 TILES, CLUSTER_TILES = BackwardTiles(cluster=1), BackwardTiles(cluster=2)
@@ -59,11 +58,10 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
         *layout.g_maps(base, c_address, p.dtype),
     )
     teacher_maps: tuple[Any, ...] = ()
-    distillation: Any = NoDistillation()
     if taught is not None:
         teacher_maps = tensor_map.encode(taught.e, PANEL, PANEL) + tensor_map.encode(taught.c, PANEL, PANEL)
         all_maps = p.xp.empty(6 * tensor_map.WORDS, np.uint64)
-        maps, distillation = all_maps.data.ptr, taught.distillation(weights.softmax)
+        maps = all_maps.data.ptr
     make_begin_kernel(taught is not None).launch(1, *a_map, teacher_maps, maps, counters, layout.counters)
     products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)
     run_survey(call, layout.survey, tables, keep_all, products, leaves_dense, layout.fixed_tiles)
@@ -91,8 +89,7 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
             workspace,
             outputs,
             Shape(blocks=layout.blocks, V=p.V, D=p.D),
-            placed.addresses,
-            distillation,
+            placed.addresses if taught is None else taught.distillation(weights.softmax),
         )
     if bias_sums is not None:
         take_targets_from(d_bias, bias_sums, layout.survey.at(tables))

@@ -34,7 +34,6 @@ from cce_numba.tensor_core.records import (
     Distillation,
     LogitTerms,
     Matrix,
-    NoDistillation,
     NoTargets,
     PlacedTargets,
 )
@@ -83,8 +82,7 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, form: GradientFo
         workspace: Any,  # Workspace, whose counters are zeros
         outputs: Any,  # Outputs
         shape: Any,  # Shape
-        placed: Any,  # PlacedTargets, or NoTargets
-        distillation: Any,  # Distillation, or NoDistillation
+        instead: Any,  # of one target a token: PlacedTargets or Distillation; or NoTargets
     ) -> None:
         """Any grid of clusters: writes or adds to the outputs; of dE, the rows of listed tokens with weight."""
         staging = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
@@ -95,7 +93,7 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, form: GradientFo
         warpgroup, rank = thread >> 7, np.int32(cluster.cta_rank())
         dims, k_teacher = dims_of(shape), np.int32(0)
         if has_teacher:
-            k_teacher = quotient(distillation.teacher.D + K_STEP - 1, np.int32(K_STEP))
+            k_teacher = quotient(instead.teacher.D + K_STEP - 1, np.int32(K_STEP))
         if thread == 0:
             init_ring(ring)
             init_jobs(jobs)
@@ -111,21 +109,18 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, form: GradientFo
                 )  # fmt: skip
             elif thread >= first_gatherer:
                 thread = np.int32(thread - first_gatherer)
-                gather(smem, thread, e, c, tables, workspace, dims, distillation, k_teacher)
+                gather(smem, thread, e, c, tables, workspace, dims, instead, k_teacher)
         else:
             raise_registers()
             number, thread = np.int32(warpgroup - 1), np.int32(thread & 127)
-            consume(
-                smem, number, thread, terms, chance, tables, workspace, outputs, dims, placed, distillation, k_teacher
-            )  # fmt: skip
+            consume(smem, number, thread, terms, chance, tables, workspace, outputs, dims, instead, k_teacher)
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while the other still writes to its shared memory
 
-    matrices, found = (Matrix, Matrix, LogitTerms), (Chance, pointer_to(np.int64), Tables)
-    kinds = PlacedTargets if form.several else NoTargets, Distillation if has_teacher else NoDistillation
+    targets = Distillation if has_teacher else PlacedTargets if form.several else NoTargets
     return Kernel(
         backward_kernel,
-        (U64, *matrices, *found, I32, Workspace, Outputs, Shape, *kinds),
+        (U64, Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, I32, Workspace, Outputs, Shape, targets),
         threads=tiles.threads,
         cluster=tiles.cluster,
         smem_bytes=tiles.smem_bytes,
