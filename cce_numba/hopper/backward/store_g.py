@@ -80,9 +80,9 @@ def make_store_g(n: int, dtype: np.dtype, form: GradientForm, finished: bool) ->
     by_chance, with_sums = form.by_chance, form.with_sums
     pack = arithmetic.pack_f16 if dtype == np.float16 else arithmetic.pack_bf16
     if form.teacher is None:
-        gradients, kind_of_row = make_gradients(form, finished), RowWeights
+        gradients, row = make_gradients(form, finished), kind_of(RowWeights)
     else:
-        gradients, kind_of_row = make_divergence_gradients(form.teacher, form.capped, form.scaled), DivergenceRow
+        gradients, row = make_divergence_gradients(form.teacher, form.capped, form.scaled), kind_of(DivergenceRow)
 
     @cuda.jit(device=True, forceinline=True)
     def eight_columns(
@@ -134,5 +134,4 @@ def make_store_g(n: int, dtype: np.dtype, form: GradientForm, finished: bool) ->
             store_words(address + np.uint64(16 * G_ROW_BYTES), load_shared_4(place + np.uint32(16) * _ROW_BYTES))
         return np.int32(0)
 
-    row = kind_of(kind_of_row)
     return visit_chunks(n, G_BOX, store, kind_of(ListColumns), kind_of(GTile), row, row, F32, U64)
