@@ -19,9 +19,10 @@ import numpy as np
 
 from cce_numba import arguments, driver, interchange
 from cce_numba.arguments import DISTILLATION, Problem
-from cce_numba.backend import Gradients, backend_module
+from cce_numba.backend import BACKENDS, BackendUnavailable, Gradients, backend_module
 from cce_numba.destination import Destination
 from cce_numba.options import DEFAULTS, integer, positive
+from cce_numba.plan import Plan
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
 
@@ -53,7 +54,7 @@ _OF_LOSS = ("reduction", "accum_e_fp32", "accum_c_fp32")
 def linear_distillation(e: Any, c: Any, teacher_e: Any, teacher_c: Any, **options: Unpack[DistillationOptions]) -> Any:
     """The divergence of `Q = softmax(e @ c.T / temperature)` from a teacher's `P`, with neither's logits stored.
 
-    Backends "cpu" and "simt" have it, for arrays of the host and of a GPU. Its gradients are exact: nothing is filtered.
+    Backends "hopper", "simt" and "cpu" have it. Its gradients are exact: nothing is filtered.
 
     Args:
         e: (..., D) the student's embeddings, as in `linear_cross_entropy`.
@@ -116,7 +117,7 @@ class Heads:
 
     student: Problem
     teacher: Problem
-    plans: tuple[Any, Any]
+    plans: tuple[Plan, Plan]
     kind: str
     beta: float
 
@@ -142,24 +143,47 @@ def prepared(e: Any, c: Any, teacher_e: Any, teacher_c: Any, given: Mapping[str,
     both = {name: given[name] for name in _OF_BOTH if name in given} | {"filter_eps": None, "logit_scale": 1 / temperature}
     own = {name: given[name] for name in (*_OF_LOSS, *_OF_STUDENT) if name in given}
     of_teacher = {name: given[f"teacher_{name}"] for name in _OF_STUDENT if f"teacher_{name}" in given}
+    of_student, of_teacher = (_heated(options, temperature) for options in (both | own, both | of_teacher))
     with contextlib.ExitStack() as stack:
-        backend = "simt" if interchange.is_on_device(interchange.take("e", e)) else "cpu"
-        student, plan = stack.enter_context(driver.prepared(e, c, targets, _heated(both | own, temperature), backend=backend))
-        try:
-            teacher, other = stack.enter_context(
-                driver.prepared(teacher_e, teacher_c, targets, _heated(both | of_teacher, temperature), backend=plan.backend)
-            )
-        except (TypeError, ValueError) as error:
-            ours = str(error).startswith(("e:", "c:", "bias:", "softcap:"))
-            raise type(error)(f"teacher_{error}" if ours else str(error)) from None
+        for backend in _backends(e, given.get("backend")):
+            try:
+                student, plan = stack.enter_context(driver.prepared(e, c, targets, of_student, backend=backend))
+                teacher, other = stack.enter_context(_teacher(teacher_e, teacher_c, targets, of_teacher, plan.backend))
+                break
+            except BackendUnavailable as error:
+                unavailable = error
+        else:
+            raise unavailable
         if student.token_shape != teacher.token_shape:
             raise ValueError(f"teacher_e: must be of e's tokens, {student.token_shape}, got {teacher.token_shape}")
         if student.V != teacher.V:
             raise ValueError(f"teacher_c: must have the vocabulary of c, V = {student.V}, got {teacher.V} entries")
-        for each in (plan, other):
-            if DISTILLATION not in backend_module(each.backend).EXTRAS:
-                raise NotImplementedError(f"distillation: backend {each.backend!r} does not have it yet; 'cpu' and 'simt' have")
         yield Heads(student, teacher, (plan, other), kind, float(beta))
+
+
+def _backends(e: Any, asked: str | None) -> list[str]:
+    """Those to try, in order: the one that was asked for; else, for arrays of a GPU, all for GPUs that have distillation."""
+    having = [name for name in BACKENDS if DISTILLATION in backend_module(name).EXTRAS]
+    if asked is None:
+        return having[:-1] if interchange.is_on_device(interchange.take("e", e)) else having[-1:]
+    if asked in BACKENDS and asked not in having:
+        has = ", ".join(map(repr, having))
+        raise NotImplementedError(f"distillation: backend {asked!r} does not have it yet; those that have are {has}")
+    return [asked]
+
+
+@contextlib.contextmanager
+def _teacher(e: Any, c: Any, targets: Any, options: Mapping[str, Any], backend: str) -> Iterator[tuple[Problem, Plan]]:
+    """`driver.prepared` of the teacher, whose errors name the teacher's arguments."""
+    with contextlib.ExitStack() as stack:
+        try:
+            found = stack.enter_context(driver.prepared(e, c, targets, options, backend=backend))
+        except (TypeError, ValueError) as error:
+            ours = str(error).startswith(("e:", "c:", "bias:", "softcap:"))
+            raise type(error)(f"teacher_{error}" if ours else str(error)) from None
+        except BackendUnavailable as error:
+            raise BackendUnavailable(f"teacher_e: {error}") from None
+        yield found
 
 
 def _heated(options: dict[str, Any], temperature: float) -> dict[str, Any]:

@@ -23,6 +23,7 @@ SURVIVORS = "survivors"  # which vocabulary entries the backward must look at
 # w_i = exp(d_i), and as nothing where m_i = -inf.
 ENTROPY = "entropy"  # t = sum of exp(y) * y; of parts the sum of w_i * (t_i + d_i * s_i); the entropy is log(s) - t / s
 SUM_SQUARES = "sum_squares"  # q = sum of exp(y)**2; of parts the sum of w_i**2 * q_i; the result is q / s**2
+DIVERGENCE = "divergence"  # of a student's head from a teacher's, once the log-sum-exps of both are known; no forward wants it
 TOP_K = "top_k"  # the k largest logits and their entries, by descending logit, and by ascending entry where logits are equal
 
 

@@ -136,7 +136,8 @@ def stamped(address: int) -> Iterator[None]:
     with (
         mock.patch.object(consumer, "make_ring", with_stamps),
         mock.patch.object(producer, "make_ring", with_stamps),
-        mock.patch.object(kernel, "make_produce", producer.make_produce.__wrapped__),  # not from its cache
+        mock.patch.object(consumer, "make_products", consumer.make_products.__wrapped__),  # not from its cache
+        mock.patch.object(kernel, "make_produce", producer.make_produce.__wrapped__),
     ):
         yield
 

@@ -105,7 +105,7 @@ def test_more_best_entries_than_tensor_cores_find_go_to_portable_kernels(absent,
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_distillation(absent, kind):
-    """By portable kernels on all GPUs, whatever each head's dtype is."""
+    """By portable kernels where the teacher is none for tensor cores, whatever each head's dtype is."""
     cupy, launched = absent
     student = cupy.zeros((N, D), BFLOAT16), cupy.zeros((V, D), BFLOAT16)
     teacher = cupy.zeros((N, 32), np.float64), cupy.zeros((V, 32), np.float64)
@@ -115,14 +115,37 @@ def test_distillation(absent, kind):
     assert "gradient_of_logits" not in names(launched)
 
 
-def test_distillation_that_asks_for_tensor_cores(absent, backend):
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("wrt", [("e", "c", "bias"), ("e",), ("c",), ("bias",)], ids="".join)
+def test_distillation_on_tensor_cores(absent, backend, kind, wrt):
+    """On Hopper by the kernels of the forward and the backward, which are made for the teacher; its dtype may be another."""
+    cupy, launched = absent
+    student = cupy.zeros((N, D), BFLOAT16), cupy.zeros((V, D), BFLOAT16)
+    teacher = cupy.zeros((N, 33), np.float16), cupy.zeros((V, 33), np.float16)
+    options = {"kind": kind, "temperature": 2.0, "bias": cupy.zeros(V, np.float32), "teacher_softcap": 9.0}
+    _, grads = cce.linear_distillation_with_grad(*student, *teacher, wrt=wrt, **options)
+    assert {name for name in ("e", "c", "bias") if getattr(grads, name) is not None} == set(wrt)
+    kernels = [kernel for kernel in launched if kernel.function.__name__ in ("forward_kernel", "backward_kernel")]
+    if backend != "hopper":
+        assert "log_probabilities" in names(launched)
+    else:
+        assert [kernel.function.__name__ for kernel in kernels] == ["forward_kernel"] * 3 + ["backward_kernel"]
+        assert ["TeacherForm" in kernel.identity for kernel in kernels] == [False, False, True, True]
+        assert all(kind in kernel.identity for kernel in kernels[2:])
+
+
+def test_distillation_that_asks_for_a_backend(absent, backend):
     cupy, _ = absent
     arrays = [cupy.zeros(shape, BFLOAT16) for shape in ((N, D), (V, D), (N, 32), (V, 32))]
-    if backend != "simt":
+    if backend == "ampere":
         with pytest.raises(
-            NotImplementedError, match=f"distillation: backend '{backend}' does not have it yet; 'cpu' and 'simt'"
+            NotImplementedError, match="distillation: backend 'ampere' does not have it yet; those that have are"
         ):
             cce.linear_distillation(*arrays, backend=backend)
+    if backend == "hopper":
+        wide = [cupy.zeros(shape, np.float32) for shape in ((N, 32), (V, 32))]
+        with pytest.raises(cce.BackendUnavailable, match="teacher_e: backend: 'hopper' cannot run this: its tensor cores take"):
+            cce.linear_distillation(*arrays[:2], *wide, backend=backend)
 
 
 @pytest.mark.usefixtures("compiler")

@@ -1,4 +1,4 @@
-"""What a token's distribution costs beside its loss: entropy, best entries, batch invariance; and entropy's gradient.
+"""What a token's distribution costs beside its loss: entropy, best entries, batch invariance, entropy's gradient; a teacher's.
 
     python -m benchmarks distributions --record distributions_h100    everything, some two minutes on an H100
     python -m benchmarks distributions --parts forward                forwards alone
@@ -6,6 +6,7 @@
 
 forward      `linear_logprobs` with more and more of what it can tell, beside the loss alone
 gradients    loss and gradients beside those of a loss that has the mean entropy as a bonus, filtered and exact
+distillation divergences from a teacher of the same sizes, and their gradients: four products of the loss, four more of these
 
 X is a time over cuBLAS's for the one product `e @ c.T` in the same round. Results are validated on some tokens against float64
 before anything is timed. The error of an entropy, and of a log-probability, is relative to 1 + its value.
@@ -30,7 +31,7 @@ from benchmarks.options import Pace
 from benchmarks.programs import backward
 from benchmarks.tables import distributions as tables
 
-PARTS = ("forward", "gradients")
+PARTS = ("forward", "gradients", "distillation")
 MAKERS = {"calibrated": calibrated.make, "random": random.make}
 ROUNDS = 8
 CUBLAS = "cublas"
@@ -45,6 +46,8 @@ FORWARDS: dict[str, dict[str, Any]] = {
 }
 FORWARD_X_AT_MOST = {"and entropy": 1.08, "and entropy, top 8": 1.15}
 GRADIENTS: dict[str, dict[str, Any]] = {"default": {}, "exact": {"filter_eps": None}}
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+SHARPER = 1.25  # than the student: what a teacher's logits are multiplied by
 BONUS = 0.01  # the weight of the mean entropy in the loss
 SLOWER_AT_MOST = 1.06  # with the gradient of entropy, where the filter is the default and the data are calibrated
 _TOKENS = 256  # that are validated
@@ -75,7 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
             found = {"data": name, **dict(zip("NVD", inputs.shape, strict=True))}
             for part in arguments.parts:
                 with console.status(f"{name} data, {part}"):
-                    found[part] = {"forward": forwards, "gradients": gradients}[part](inputs, pace)
+                    measure = {"forward": forwards, "gradients": gradients, "distillation": distillation}[part]
+                    found[part] = measure(inputs, pace)
                 console.print(tables.table(found, part))
             results["data"].append(found)
     finally:  # what was measured before something broke was measured
@@ -176,3 +180,48 @@ def error_of_d_e(inputs: Inputs, more: dict[str, Any]) -> float:
     assert d_e is not None, "all gradients are wanted"
     found = d_e[some].astype(np.float64)
     return float(xp.linalg.norm(found - exact) / xp.linalg.norm(exact))
+
+
+# ---- distillation
+
+
+def distillation(inputs: Inputs, pace: Pace) -> dict[str, Any]:
+    """Errors, then times of the divergences from a teacher, and of these with gradients for the student, which are exact."""
+    heads = *inputs[:2], (inputs.e * SHARPER).astype(inputs.e.dtype), inputs.c.copy()
+    exact = functools.partial(cce.linear_cross_entropy_with_grad, *inputs, filter_eps=None)
+    calls: dict[str, Call] = {CUBLAS: cublas.product(inputs), "exact gradients without a teacher": exact}
+    errors = {}
+    for kind in DIVERGENCES:
+        errors[kind] = error_of_divergence(heads, kind)
+        calls[kind] = functools.partial(cce.linear_distillation, *heads, kind=kind)
+        calls[f"{kind}, with gradients"] = functools.partial(cce.linear_distillation_with_grad, *heads, kind=kind)
+    return {"errors": errors, "calls": timed(calls, pace)}
+
+
+def error_of_divergence(heads: tuple[Any, Any, Any, Any], kind: str) -> float:
+    """The relative error of some tokens' rows of dE. Raises Wrong if it is large, or that of a token's loss is."""
+    e, c, teacher_e, teacher_c = heads
+    xp, some = cce.interchange.array_module(e), slice(0, _TOKENS)
+    log_q, log_p = (float64_log_probabilities(xp, *head, some) for head in ((e, c), (teacher_e, teacher_c)))
+    log_other = {"forward_kl": log_q, "reverse_kl": log_p, "jsd": xp.logaddexp(log_p, log_q) - np.log(2)}[kind]
+    p, q = xp.exp(log_p), xp.exp(log_q)
+    of_teacher, of_student = (p * (log_p - log_other)).sum(axis=1), q * (log_q - log_other)
+    mean = of_student.sum(axis=1)
+    loss = {"forward_kl": of_teacher, "reverse_kl": mean, "jsd": (of_teacher + mean) / 2}[kind]
+    g = q - p if kind == "forward_kl" else (of_student - q * mean[:, None]) / (1 if kind == "reverse_kl" else 2)
+    found, grads = cce.linear_distillation_with_grad(*heads, kind=kind, reduction="none")
+    error = float((abs(found[some] - loss) / (1 + loss)).max())
+    if not error <= _ERROR_AT_MOST:
+        raise Wrong(f"{kind}: a token's divergence is off by {error:.3g} of 1 + its value")
+    exact = g @ c.astype(np.float64)
+    assert grads.e is not None, "all gradients are wanted"
+    error = float(xp.linalg.norm(grads.e[some].astype(np.float64) - exact) / xp.linalg.norm(exact))
+    if not error <= _WRONG:
+        raise Wrong(f"{kind}: the error of dE is {error:.3g}")
+    return error
+
+
+def float64_log_probabilities(xp: Any, e: Any, c: Any, tokens: slice) -> Any:
+    """(tokens, V) float64, of a head."""
+    z = e[tokens].astype(np.float64) @ c.astype(np.float64).T
+    return z - logsumexp(xp, z)[:, None]

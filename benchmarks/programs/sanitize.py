@@ -20,7 +20,7 @@ from benchmarks.measure import device
 from benchmarks.small_cases import Check
 from cce_numba.commands import UsageError, machine
 
-HOPPER, AMPERE = ("hopper-forward", "hopper-backward"), ("ampere-forward", "ampere-backward")
+HOPPER, AMPERE = ("hopper-forward", "hopper-backward", "hopper-distillation"), ("ampere-forward", "ampere-backward")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +89,12 @@ def _parts() -> dict[str, Callable[[], dict[str, Check]]]:
 
         return hopper_backward.checks(HopperHarness(), odd.OddGpuHarness("hopper"))
 
+    def hopper_distillation() -> dict[str, Check]:
+        from benchmarks.small_cases import distillation, odd
+        from tests.helpers.harness import HopperHarness
+
+        return distillation.checks(HopperHarness(), odd.OddGpuHarness("hopper"))
+
     def ampere_forward() -> dict[str, Check]:
         from benchmarks.small_cases import ampere, odd
         from tests.helpers.harness import AmpereHarness
@@ -105,6 +111,7 @@ def _parts() -> dict[str, Callable[[], dict[str, Check]]]:
         "simt": simt,
         "hopper-forward": hopper_forward,
         "hopper-backward": hopper_backward,
+        "hopper-distillation": hopper_distillation,
         "ampere-forward": ampere_forward,
         "ampere-backward": ampere_backward,
     }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cce_numba import gpu, terms
-from cce_numba.arguments import SEVERAL_TARGETS, Outline, Problem
+from cce_numba.arguments import DISTILLATION, SEVERAL_TARGETS, Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.hopper.tiles import HopperTiles
 from cce_numba.interchange import BFLOAT16
@@ -18,7 +18,7 @@ from cce_numba.plan import Plan
 from cce_numba.survivors import coarse_eps_of
 from cce_numba.tensor_core import matrices
 
-EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS})
+EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS, DISTILLATION})
 ON_REQUEST: frozenset[np.dtype] = frozenset()
 _DTYPES = (np.dtype(np.float16), BFLOAT16)
 _LARGEST = 2**31 - 2**10

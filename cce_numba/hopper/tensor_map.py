@@ -15,6 +15,7 @@ from cce_numba.launch.blank import Place
 from cce_numba.tensor_core.matrices import pitch_bytes
 
 WORDS = 16  # of 64 bits
+MAP_BYTES = np.uint64(8 * WORDS)
 
 
 def encode(matrix: Any, box_rows: int, box_columns: int) -> tuple[int, ...]:

@@ -58,7 +58,9 @@ def kind_of(declared: Any) -> Any:
     if isinstance(declared, types.Type):
         return declared
     if isinstance(declared, type):
-        return types.NamedTuple([kind_of(field) for field in cast(Any, declared).declared.values()], declared)
+        kinds = tuple(kind_of(field) for field in cast(Any, declared).declared.values())
+        # As numba types a record that a kernel builds: fields of one type make another kind of tuple.
+        return types.BaseTuple.from_types(kinds, declared) if kinds else types.NamedTuple((), declared)
     return declared.kind
 
 

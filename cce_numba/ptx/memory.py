@@ -177,6 +177,12 @@ add_4_f32 = instruction(
 store_4_f32 = instruction(
     "st.global.v4.f32 [$0], {$1, $2, $3, $4};", (U64, F32, F32, F32, F32), doc="(address, four numbers). ISA 9.7.9, st."
 )
+load_4_f32 = instruction(
+    "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];",
+    (U64,),
+    types.UniTuple(F32, 4),
+    doc="(address): four numbers that this thread may have written itself. ISA 9.7.9, ld.",
+)
 store_once_if_4_u32 = instruction(
     "{ .reg .pred p; setp.ne.u32 p, $5, 0; @p st.global.cs.v4.u32 [$0], {$1, $2, $3, $4}; }",
     (U64, U32, U32, U32, U32, U32),

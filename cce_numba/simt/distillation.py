@@ -8,7 +8,6 @@ filtered.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from cce_numba.backend import Gradients, Statistics
 from cce_numba.gpu import SIMULATED
 from cce_numba.integers import ceil_div
 from cce_numba.launch.array_kernel import ArrayKernel, argument
+from cce_numba.launch.divergence import Divergence, functions
 from cce_numba.launch.inlined import slope_of_cap
 from cce_numba.launch.kernel import kernel_factory
 from cce_numba.simt import backward as backward_kernels
@@ -52,14 +52,6 @@ class Head:
         return Tokens(self.statistics.tokens, self.statistics.n_valid.reshape(1))
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """Which one: "forward_kl", "reverse_kl" or "jsd", and the weight of the teacher in the mixture of the last."""
-
-    kind: str
-    beta: float
-
-
 class Of(NamedTuple):
     """A head."""
 
@@ -75,56 +67,6 @@ class Flow(NamedTuple):
 
     d_token: Any  # (N,) real: into its divergence, times its logit scale
     of_student: Any  # (N,) real: see `divergence`
-
-
-class _Functions(NamedTuple):
-    """Device functions of a divergence, of log_p, the teacher's, and log_q."""
-
-    terms: Any  # what is summed up to the divergence; and what is, times Q, in the gradient
-    gradient: Any  # gradient(log_p, log_q, of_student): the derivative with respect to the student's logits
-
-
-def _functions(which: Divergence, real: Any) -> _Functions:
-    kind, zero = which.kind, real(0)
-    beta, rest = real(which.beta), real(1 - which.beta)
-    log_beta, log_rest, minus_infinity = real(math.log(which.beta)), real(math.log1p(-which.beta)), real(-math.inf)
-
-    @cuda.jit(device=True)
-    def times(probability: Any, x: Any) -> Any:
-        """Their product, 0 where the probability is 0."""
-        return probability if probability == zero else probability * x
-
-    @cuda.jit(device=True)
-    def log_of_mixture(log_p: Any, log_q: Any) -> Any:
-        of_p, of_q = log_beta + log_p, log_rest + log_q
-        largest = max(of_p, of_q)
-        if of_p != of_p or of_q != of_q:
-            largest = of_p + of_q
-        elif largest > minus_infinity:
-            largest += real(math.log(math.exp(of_p - largest) + math.exp(of_q - largest)))
-        return largest
-
-    @cuda.jit(device=True)
-    def terms(log_p: Any, log_q: Any) -> Any:
-        p, q = real(math.exp(log_p)), real(math.exp(log_q))
-        if kind == "forward_kl":
-            return times(p, log_p - log_q), zero
-        if kind == "reverse_kl":
-            own = times(q, log_q - log_p)
-            return own, own
-        log_m = log_of_mixture(log_p, log_q)
-        own = times(q, log_q - log_m)
-        return beta * times(p, log_p - log_m) + rest * own, own
-
-    @cuda.jit(device=True)
-    def gradient(log_p: Any, log_q: Any, of_student: Any) -> Any:
-        q = real(math.exp(log_q))
-        if kind == "forward_kl":
-            return q - real(math.exp(log_p))
-        g = terms(log_p, log_q)[1] - times(q, of_student)
-        return g if kind == "reverse_kl" else rest * g
-
-    return _Functions(terms, gradient)
 
 
 @kernel_factory
@@ -143,7 +85,7 @@ def make_log_probabilities_kernel(
     e_shape, c_shape, acc_shape = product.a_shape, product.b_shape, product.acc_shape
     block_n, block_v, threads, threads_v = tiles.block_n, tiles.block_v, tiles.threads, tiles.threads_v
     thread_n, thread_v, alignment, is_gradient = tiles.thread_n, tiles.thread_v, ALIGNMENT, which is not None
-    gradient = _functions(which or Divergence("forward_kl", 0.5), real).gradient
+    gradient = functions(which or Divergence("forward_kl", 0.5), real).gradient
     convert = stored.type
 
     def log_probabilities_kernel(
@@ -194,14 +136,14 @@ def make_log_probabilities_kernel(
 @kernel_factory
 def make_divergence_kernel(real: np.dtype, which: Divergence) -> ArrayKernel:
     """The kernel that sums up a chunk, for logarithms of probabilities of dtype `real`."""
-    terms, parts = _functions(which, real.type).terms, _PARTS
+    terms, parts = functions(which, real.type).terms, _PARTS
 
     def divergence_kernel(
         log_p: Any,  # (entries of a chunk, N) the teacher's: row v - v0, at the token's position in the list
         log_q: Any,  # the student's
         entries: Any,  # of the chunk
         tokens: Any,  # Tokens
-        totals: Any,  # (2, parts, N) float64, by token: to which the sums of both `_Functions.terms` are added
+        totals: Any,  # (2, parts, N) float64, by token: to which the sums of both `Functions.terms` are added
     ) -> None:
         """Grid (enough CTAs for all tokens, parts)."""
         position, part = cuda.grid(1), cuda.blockIdx.y

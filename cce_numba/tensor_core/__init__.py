@@ -7,6 +7,9 @@ matrices       what rows must be like to be read 16 bytes at a time, and copies 
 indexed_dot    the target's logit of each token
 fragment       functions of one logit, applied to a thread's part of a tile
 logits         products become logits: bias, scale, softcap, padding
+divergence     what kernels know of a teacher, and one entry's part in a divergence
+parked         where a teacher's logarithms of probabilities wait for the student's logits
+distillation   the host's part of a student and a teacher
 folds/         what becomes of a tile of logits
 merge          what several workers found for the same tokens
 layout         how a forward is cut into launches

@@ -251,6 +251,30 @@ def visit_chunks(n: int, chunk: int, visit: Callable[..., Any], *extras: Any) ->
     return as_intrinsic(define, len(operands), f"visit_chunks_{visit.__name__}")
 
 
+def fold_chunks(n: int, chunk: int, count: int, step: Callable[..., Any], *extras: Any) -> Any:
+    """Folds `chunk` columns at a time into `count` float32: `step(state, numbers, first, *extras) -> state`, tuples of float32.
+
+    In a kernel: `state = fold(fragment, state, *extras)`, with numbers, `first` and `extras` as in `change_chunks`.
+    """
+    state = types.UniTuple(F32, count)
+    operands, numbers = (fragment_type(n), state, *extras), fragment_type(chunk)
+
+    def define(_: Any, *given: Any) -> Any:
+        check_operands(step.__name__, operands[:2], given[:2])
+
+        def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            call = _inlined(context, builder, step, state(state, numbers, I32, *extras))
+            so_far = values[1]
+            for first in range(0, n, chunk):
+                part = _part(context, builder, values[0], first, chunk)
+                so_far = call(so_far, part, ir.Constant(ir.IntType(32), first), *values[2:])
+            return so_far
+
+        return state(*operands), generate
+
+    return as_intrinsic(define, len(operands), f"fold_chunks_{step.__name__}")
+
+
 def _part(context: Any, builder: Any, fragment: Any, first: int, columns: int) -> Any:
     """The fragment of so many columns from the first on."""
     part = ir.Constant(context.get_value_type(fragment_type(columns)), ir.Undefined)

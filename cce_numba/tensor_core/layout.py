@@ -60,12 +60,12 @@ class Layout:
     with_best: bool = False
 
     @classmethod
-    def of(cls, p: Problem, tiles: Any) -> Any:
-        """The layout for a problem on CuPy's current device."""
+    def of(cls, p: Problem, tiles: Any, D_beside: int = 0) -> Any:
+        """The layout for a problem on CuPy's current device; D_beside: the hidden size of another head that is read beside."""
         device, itemsize, fixed = gpu.current(), p.dtype.itemsize, p.options.batch_invariant
         workers = device.multiprocessors // tiles.cluster
         cached_bytes = min(_CACHED_BYTES, device.l2_bytes * _CACHED_PERCENT // 100)
-        per_round = groups_per_round(workers, cached_bytes // (itemsize * p.D * tiles.group_n))
+        per_round = groups_per_round(workers, cached_bytes // (itemsize * (p.D + D_beside) * tiles.group_n))
         if fixed:
             per_round = min(per_round, _FIXED_GROUPS)
         c_copied, c_rows = matrices.why_not(p.c), p.V

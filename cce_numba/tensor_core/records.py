@@ -89,6 +89,43 @@ class FoundOfMore(Record):
     maxima = GroupMaxima
 
 
+class LogSums(Record):
+    """What the log-sum-exps of a head's tokens are made of, by row of e."""
+
+    max_logit = U64  # address of (N,) float32: the largest logit
+    log_sum = U64  # address of (N,) float32: natural logarithm of the sum of exp(z - max_logit)
+
+
+class Heads(Record):
+    """A student's head and its teacher's, once both forwards are done."""
+
+    student = LogSums
+    teacher = LogSums
+    parked = U64  # address of the teacher's parked logarithms (`tensor_core.parked`), one slot for each consumer of each CTA
+
+
+class FoundOfHeads(Record):
+    """`Found`, of a divergence between two heads (`folds.divergence`)."""
+
+    results = pointer_to(np.float32)
+    pitch = I64
+    heads = Heads
+
+
+class Teacher(Record):
+    """The teacher's head, whose products a kernel computes before the student's. Its logit scales are the student's."""
+
+    e = Matrix  # (N, D)
+    c = Matrix  # (V, D)
+    D = I32  # its hidden size
+    bias = U64  # address of (V,), or 0
+    softcap = F32
+
+
+class NoTeacher(Record):
+    """In place of `Teacher`, where there is none."""
+
+
 class Parts(Record):
     """What workers have found of their parts of the vocabulary, before it is merged."""
 
@@ -174,6 +211,37 @@ class PlacedTargets(Record):
     weights = U64  # address of float32: the sum of the weights of equal targets, times the survey's scale
     logits = U64  # address of float32: as the forward found it
     K = I32  # a multiple of 4
+
+
+class Distillation(Record):
+    """In place of `PlacedTargets`: what makes G of the logits of two heads. Arrays are by row of e."""
+
+    teacher = Teacher
+    heads = Heads
+    weight = U64  # address of (N,) float32: what flows into each token's divergence, times its logit scale
+    of_student = U64  # address of (N,) float32: the sum of the second of `divergence.Functions.terms`
+
+
+class LogSum(Record):
+    """What a token's log-sum-exp is made of; a logit less the one and then the other is the logarithm of a probability."""
+
+    max_logit = F32
+    log_sum = F32
+
+
+class HeadRow(Record):
+    """What makes logarithms of probabilities of one token's products."""
+
+    sums = LogSum
+    scale = F32  # of the logits
+
+
+class DivergenceRow(Record):
+    """What makes the gradient of one token's divergence of the logarithms of two probabilities."""
+
+    student = HeadRow
+    weight = F32  # what flows into the divergence, times the survey's scale; 0 for a row that is nobody's
+    of_student = F32
 
 
 class RowWeights(Record):

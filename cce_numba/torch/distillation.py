@@ -26,7 +26,7 @@ def linear_distillation(
 ) -> torch.Tensor:
     """`cce_numba.linear_distillation` with gradients for e, c and bias by autograd; the teacher's tensors get none.
 
-    Tensors are on the CPU (backend "cpu") or on a GPU (backend "simt"). Under autocast both heads are cast, as by
+    Tensors are on the CPU (backend "cpu") or on a GPU ("hopper" or "simt"). Under autocast both heads are cast, as by
     `linear_cross_entropy`. Compilers do not look into it: a compiled program breaks here, so `fullgraph=True` refuses it.
 
     Args:

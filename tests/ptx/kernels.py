@@ -395,7 +395,10 @@ def make_conditional_vectors(store):
 
 
 def make_stores_to_global():
-    """out_u32 = x_u32, out_f32 = x_f32, by their addresses; and out_4_f32 = x_f32, by a quarter of the threads."""
+    """out_u32 = x_u32, out_f32 = x_f32, by their addresses; and out_4_f32 = x_f32, by a quarter of the threads.
+
+    These read what they stored, and store it once more.
+    """
 
     def stores_to_global_kernel(x_u32, x_f32, out_u32, out_f32, out_4_f32):
         i = cuda.threadIdx.x
@@ -405,6 +408,8 @@ def make_stores_to_global():
             memory.store_4_f32(
                 out_4_f32 + np.uint64(16 * i), x_f32[4 * i], x_f32[4 * i + 1], x_f32[4 * i + 2], x_f32[4 * i + 3]
             )
+            x_0, x_1, x_2, x_3 = memory.load_4_f32(out_4_f32 + np.uint64(16 * i))
+            memory.store_4_f32(out_4_f32 + np.uint64(16 * i), x_0, x_1, x_2, x_3)
 
     parameters = (U32_ARRAY, F32_ARRAY, types.uint64, types.uint64, types.uint64)
     return Kernel(stores_to_global_kernel, parameters, threads=32)

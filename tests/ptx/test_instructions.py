@@ -151,6 +151,7 @@ TABLE = [
     Row("memory.store_once_if_4_u32", rf"@p st\.global\.cs\.v4\.u32 \[%rd\d+\], {several('%r', 4)}", (U64, *(U32,) * 5)),
     Row("memory.store_if_2_f32", rf"@p st\.global\.v2\.f32 \[%rd\d+\], {several('%f', 2)}", (U64, F32, F32, U32)),
     Row("memory.store_4_f32", rf"st\.global\.v4\.f32 \[%rd\d+\], {several('%f', 4)}", (U64, *(F32,) * 4)),
+    Row("memory.load_4_f32", rf"ld\.global\.v4\.f32 {several('%f', 4)}, \[%rd\d+\]", (U64,), FOUR_F32),
     Row("memory.add_4_f32", rf"red\.relaxed\.gpu\.global\.add\.v4\.f32 \[%rd\d+\], {several('%f', 4)}", (U64, *(F32,) * 4)),
     Row("memory.store_global_u32", r"st\.global\.u32 \[%rd\d+\], %r\d+", (U64, U32)),
     Row("memory.store_global_f32", r"st\.global\.f32 \[%rd\d+\], %f\d+", (U64, F32)),

@@ -18,6 +18,8 @@ stores their G in the workspace, and multiplies G: by e, which completes rows of
     producer    the warpgroup that fills stages: the copying thread, the scheduling warp, the gathering warps
     consumer    one of two warpgroups that multiply what is in stages. They take *turns* at the tensor cores
     part        the sum of a column of G over 16 tokens, for the gradient of the bias
+    parked      a teacher's logarithms of probabilities are parked in memory until the student's logits are there. A job LOGITS
+                then has the teacher's stages first
     lost        a token is lost if its target is out of range or its logits are no numbers. Its gradient is NaN
 
 Read in this order:
@@ -31,7 +33,8 @@ Read in this order:
     gather      the gathering warps copy all other rows; `rows` is what one thread does
     multiply    a consumer's loop over stages, and its turns
     consumer    what a consumer does for each kind of job
-    store_g     a tile of logits becomes G; `tensor_core.gradient` says what G is
+    store_g     a tile of logits becomes G; `tensor_core.gradient` says what G is, and `tensor_core.backward.divergence` what it
+                is of a divergence from a teacher
     partial_sums, finish_rows
                 what becomes of tiles of dE that are not complete, and of complete tiles of dE and dC
     column_sums the gradient of the bias

@@ -16,21 +16,29 @@ _THREADS = 1024
 
 
 @kernel_factory
-def make_begin_kernel() -> Kernel:
+def make_begin_kernel(has_teacher: bool = False) -> Kernel:
     """One CTA, which writes tensor maps to memory and zeros to counters."""
-    threads, words = _THREADS, tensor_map.WORDS
+    threads, words, more_words = _THREADS, tensor_map.WORDS, 2 * tensor_map.WORDS
 
-    def begin_kernel(e_map: Any, c_map: Any, g_map: Any, borrowed_map: Any, maps: Any, counters: Any, n_counters: Any) -> None:
-        """maps (64,) = e_map, c_map, g_map, borrowed_map of 16 words each; counters[:n_counters] = 0."""
+    def begin_kernel(
+        e_map: Any, c_map: Any, g_map: Any, borrowed_map: Any, teacher_maps: Any, maps: Any, counters: Any, n_counters: Any
+    ) -> None:  # fmt: skip
+        """maps (64,) = e_map, c_map, g_map, borrowed_map of 16 words each, then the 32 of teacher_maps, if there are any.
+
+        counters[:n_counters] = 0.
+        """
         t = cuda.threadIdx.x
         if t < words:
             maps[t] = e_map[t]
             maps[words + t] = c_map[t]
             maps[2 * words + t] = g_map[t]
             maps[3 * words + t] = borrowed_map[t]
+        if has_teacher and t < more_words:
+            maps[4 * words + t] = teacher_maps[t]
         for i in range(t, n_counters, threads):
             counters[i] = np.int32(0)
 
     a_map = types.UniTuple(U64, tensor_map.WORDS)
-    parameters = a_map, a_map, a_map, a_map, pointer_to(np.uint64), pointer_to(np.int32), I32
+    of_teacher = types.UniTuple(U64, 2 * tensor_map.WORDS if has_teacher else 0)
+    parameters = a_map, a_map, a_map, a_map, of_teacher, pointer_to(np.uint64), pointer_to(np.int32), I32
     return Kernel(begin_kernel, parameters, threads=_THREADS)

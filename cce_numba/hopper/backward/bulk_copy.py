@@ -20,17 +20,16 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from cce_numba.hopper import tensor_map
 from cce_numba.hopper.backward.jobs import D_E, END, LOGITS, make_job_ring
 from cce_numba.hopper.backward.records import WORD
 from cce_numba.hopper.backward.tiles import LEAD, PANEL, BackwardTiles
 from cce_numba.hopper.ring import make_ring
+from cce_numba.hopper.tensor_map import MAP_BYTES
 from cce_numba.ptx import mbarrier, memory, tma
 from cce_numba.ptx.wgmma import PANEL_BYTES
 from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP
 
 _A_BYTES, _B_BYTES, _PANEL_BYTES = np.uint32(2 * PANEL_BYTES), np.uint32(3 * PANEL_BYTES), np.uint32(PANEL_BYTES)
-_MAP_BYTES = np.uint64(8 * tensor_map.WORDS)
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -56,7 +55,7 @@ def next_block(needed: Any, row: Any, block_words: Any, word: Any, left: Any) ->
 
 
 @functools.cache
-def make_copy(tiles: BackwardTiles) -> Any:
+def make_copy(tiles: BackwardTiles, has_teacher: bool = False) -> Any:
     """The device function of the copying thread."""
     ring_, jobs_ = make_ring(tiles), make_job_ring(tiles)
     wait_empty, stage_of, full, a_smem, b_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem, ring_.c_smem
@@ -102,20 +101,49 @@ def make_copy(tiles: BackwardTiles) -> Any:
             tma.load_2d(place, tensor_map, barrier, np.int32(x + x_step * p), np.int32(y + y_step * p))
 
     @cuda.jit(device=True, forceinline=True)
-    def copy(smem: Any, rank: Any, maps: Any, tables: Any, dims: Any) -> None:
+    def copy_logits(
+        smem: Any, use: Any, k_steps: Any, later: Any, e_map: Any, c_map: Any, is_whole: Any, row: Any, is_dense: Any,
+        first_column: Any, shared: Any, rank: Any,
+    ) -> Any:  # fmt: skip
+        """Fetches k_steps stages of a job LOGITS, from use `use` on, and returns the use after them.
+
+        later: stages of the job that follow these. row: the row of e with which the block begins, if it is whole.
+        """
+        ring, expected = smem.ring, np.uint32(0)
+        if is_whole:
+            expected += _A_BYTES
+        if is_dense:
+            expected += _B_BYTES
+        for k in range(k_steps):
+            stage = begin(smem, use, later + k_steps - k, expected)
+            if is_whole:
+                panels_of_a(
+                    a_smem(ring, stage), e_map, full(ring, stage), k * K_STEP, row, 0, PANEL, shared, rank
+                )  # fmt: skip
+            if is_dense:
+                panels_of_b(b_smem(ring, stage), c_map, full(ring, stage), k * K_STEP, first_column, 0, PANEL)
+            use = np.uint32(use + np.uint32(1))
+        return use
+
+    @cuda.jit(device=True, forceinline=True)
+    def copy(smem: Any, rank: Any, maps: Any, tables: Any, dims: Any, k_teacher: Any) -> None:
         """By one thread: fetches, for each job of this CTA, what the bulk copy engine can fetch.
 
-        smem: a `SharedMemory`. rank: of this CTA in its cluster. maps: address of the tensor maps of e, c and g. tables: the
-        survey's. dims: a `Dimensions`.
+        smem: a `SharedMemory`. rank: of this CTA in its cluster. maps: address of the tensor maps of e, c and g, and of the
+        teacher's e and c. tables: the survey's. dims: a `Dimensions`. k_teacher: stages of a teacher's product.
         """
         jobs, ring = smem.jobs, smem.ring
-        e_map, c_map = maps, maps + _MAP_BYTES
-        g_map, borrowed_map = maps + np.uint64(2) * _MAP_BYTES, maps + np.uint64(3) * _MAP_BYTES
+        e_map, c_map = maps, maps + MAP_BYTES
+        g_map, borrowed_map = maps + np.uint64(2) * MAP_BYTES, maps + np.uint64(3) * MAP_BYTES
         whole, row_of, needed, block_words = tables.whole, tables.row_of, tables.needed, dims.block_words
         tma.fence_tensor_map(e_map)
         tma.fence_tensor_map(c_map)
         tma.fence_tensor_map(g_map)
         tma.fence_tensor_map(borrowed_map)
+        teacher_e_map, teacher_c_map = maps + np.uint64(4) * MAP_BYTES, maps + np.uint64(5) * MAP_BYTES
+        if has_teacher:
+            tma.fence_tensor_map(teacher_e_map)
+            tma.fence_tensor_map(teacher_c_map)
         is_dense, n_borrowed = tables.dense[0] != 0, tables.n_borrowed[0]
         s, use = np.uint32(0), np.uint32(0)
         while True:
@@ -134,20 +162,15 @@ def make_copy(tiles: BackwardTiles) -> Any:
             if kind == LOGITS:
                 is_whole = has_bit(whole, block_or_tile)
                 row = row_of[block_or_tile * COLUMN_TILE]
-                expected = np.uint32(0)
-                if is_whole:
-                    expected += _A_BYTES
-                if is_dense:
-                    expected += _B_BYTES
-                for k in range(k_steps):
-                    stage = begin(smem, use, k_steps - k, expected)
-                    if is_whole:
-                        panels_of_a(
-                            a_smem(ring, stage), e_map, full(ring, stage), k * K_STEP, row, 0, PANEL, shared, rank
-                        )  # fmt: skip
-                    if is_dense:
-                        panels_of_b(b_smem(ring, stage), c_map, full(ring, stage), k * K_STEP, first_column, 0, PANEL)
-                    use = np.uint32(use + np.uint32(1))
+                if has_teacher:
+                    k_steps = np.int32(k_steps - k_teacher)
+                    use = copy_logits(
+                        smem, use, k_teacher, k_steps, teacher_e_map, teacher_c_map, is_whole, row, is_dense, first_column,
+                        shared, rank,
+                    )  # fmt: skip
+                use = copy_logits(
+                    smem, use, k_steps, np.int32(0), e_map, c_map, is_whole, row, is_dense, first_column, shared, rank
+                )  # fmt: skip
             elif kind == D_E:
                 expected = _A_BYTES
                 if is_dense:

@@ -100,7 +100,7 @@ def piece_of(thread: Any, D: Any) -> Any:
 
 
 @functools.cache
-def make_gather(tiles: BackwardTiles) -> Any:
+def make_gather(tiles: BackwardTiles, has_teacher: bool = False) -> Any:
     """The device function of the gathering warps."""
     ring_, jobs_ = make_ring(tiles), make_job_ring(tiles)
     wait_empty, stage_of, full, a_smem, b_smem = ring_.wait_empty, ring_.stage_of, ring_.full, ring_.e_smem, ring_.c_smem
@@ -272,10 +272,13 @@ def make_gather(tiles: BackwardTiles) -> Any:
         return use
 
     @cuda.jit(device=True, forceinline=True)
-    def gather(smem: Any, thread: Any, e: Any, c: Any, tables: Any, workspace: Any, dims: Any) -> None:
+    def gather(
+        smem: Any, thread: Any, e: Any, c: Any, tables: Any, workspace: Any, dims: Any, distillation: Any, k_teacher: Any
+    ) -> None:  # fmt: skip
         """By the gathering warps, threads 0 to 63: copies, for each job of this CTA, what the bulk copy engine cannot fetch.
 
-        e, c: `Matrix`. workspace: a `records.Workspace`.
+        e, c: `Matrix`. workspace: a `records.Workspace`. distillation: a `Distillation`, if there is a teacher. k_teacher: the
+        stages of its products.
         """
         jobs, ring, is_dense = smem.jobs, smem.ring, tables.dense[0] != 0
         s, use = np.uint32(0), np.uint32(0)
@@ -290,6 +293,12 @@ def make_gather(tiles: BackwardTiles) -> Any:
             k_steps, block_or_tile = field(jobs, s, WORD.k_steps), field(jobs, s, WORD.block_or_tile)
             d0, slot = field(jobs, s, WORD.d0), field(jobs, s, WORD.slot)
             if kind == LOGITS:
+                if has_teacher:
+                    k_steps, teacher = np.int32(k_steps - k_teacher), distillation.teacher
+                    use = gather_logits(
+                        smem, s, use, piece_of(arithmetic.opaque_i32(thread), teacher.D), k_teacher, block_or_tile, is_dense,
+                        teacher.e, teacher.c, tables,
+                    )  # fmt: skip
                 use = gather_logits(smem, s, use, piece, k_steps, block_or_tile, is_dense, e, c, tables)
             elif kind == D_E:
                 use = gather_d_e(ring, use, piece, k_steps, slot, d0, is_dense, c, workspace.lists)

@@ -19,6 +19,7 @@ from cce_numba.integers import ceil_div
 from cce_numba.tensor_core import matrices
 from cce_numba.tensor_core.backward.form import GradientForm
 from cce_numba.tensor_core.backward.passes import Call, in_passes, output_of, place_targets, run_survey, take_targets_from
+from cce_numba.tensor_core.distillation import Taught
 from cce_numba.tensor_core.kept import bytes_of
 from cce_numba.tensor_core.problem import matrix_of, terms_of
 from cce_numba.tensor_core.survey import Products
@@ -26,14 +27,16 @@ from cce_numba.tensor_core.survey import Products
 TILES, CLUSTER_TILES = BackwardTiles(cluster=1), BackwardTiles(cluster=2)
 
 
-def backward(p: Problem, statistics: Statistics, weights: Weights, into: Gradients, adds: bool) -> None:
-    """See `backend.Backend`. Where dE and dC have filters of their own, each takes a pass of its own."""
-    in_passes(p, statistics, weights, into, adds, _pass)
+def backward(
+    p: Problem, statistics: Statistics, weights: Weights, into: Gradients, adds: bool, taught: Taught | None = None
+) -> None:  # fmt: skip
+    """See `backend.Backend`. Where dE and dC have filters of their own, each takes a pass of its own. taught: see `Call`."""
+    in_passes(p, statistics, weights, into, adds, _pass, taught)
 
 
 def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = None, e_if: Any = None) -> None:
     """Makes gradients that share a filter; see `passes.in_passes`. Rows of dE of tokens that take no part stay as they are."""
-    p, weights, adds = call.p, call.weights, call.adds
+    p, weights, adds, taught = call.p, call.weights, call.adds, call.taught
     d_e = None if into.e is None else matrices.whole_chunks(into.e, with_values=True)
     d_c = None if into.c is None else matrices.whole_chunks(into.c, with_values=adds)
     d_bias = None if into.bias is None else p.xp.zeros(p.V, np.float32)
@@ -54,7 +57,12 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
         tensor_map.encode(call.c, PANEL, PANEL),
         *layout.g_maps(base, c_address, p.dtype),
     )
-    make_begin_kernel().launch(1, *a_map, maps, counters, layout.counters)
+    teacher_maps: tuple[Any, ...] = ()
+    if taught is not None:
+        teacher_maps = tensor_map.encode(taught.e, PANEL, PANEL) + tensor_map.encode(taught.c, PANEL, PANEL)
+        all_maps = p.xp.empty(6 * tensor_map.WORDS, np.uint64)
+        maps = all_maps.data.ptr
+    make_begin_kernel(taught is not None).launch(1, *a_map, teacher_maps, maps, counters, layout.counters)
     products = Products(d_tiles_c, d_tiles_e, d_tiles_c > 0 and not adds, 0 if e_if is None else e_if.data.ptr)
     run_survey(call, layout.survey, tables, keep_all, products, leaves_dense, layout.fixed_tiles)
     placed, bias_sums = place_targets(call, layout.survey, tables, d_bias)
@@ -65,7 +73,8 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
         kept_tiles = kept.nbytes // bytes_of(layout.blocks, 1)
     workspace = layout.at(base, c_address, kept.data.ptr if kept_tiles else 0, kept_tiles)
     for by_chance, runs, chance in call.runs(keep_all, leaves_dense):
-        form = GradientForm.of(p, weights, with_sums=d_bias is not None, by_chance=by_chance)
+        teacher = None if taught is None else taught.form
+        form = GradientForm.of(p, weights, with_sums=d_bias is not None, by_chance=by_chance, teacher=teacher)
         kernel = make_backward_kernel(tiles, p.dtype, form, kept_tiles > 0)
         kernel.launch(
             gpu.current().multiprocessors // tiles.cluster * tiles.cluster,
@@ -80,7 +89,7 @@ def _pass(call: Call, into: Gradients, keep_all: bool, *, leaves_dense: Any = No
             workspace,
             outputs,
             Shape(blocks=layout.blocks, V=p.V, D=p.D),
-            placed.addresses,
+            placed.addresses if taught is None else taught.distillation(weights.softmax),
         )
     if bias_sums is not None:
         take_targets_from(d_bias, bias_sums, layout.survey.at(tables))

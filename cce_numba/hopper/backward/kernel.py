@@ -27,9 +27,18 @@ from cce_numba.hopper.ring import make_ring
 from cce_numba.launch.kernel import Kernel, kernel_factory, pointer_to
 from cce_numba.ptx import cluster, control, memory
 from cce_numba.tensor_core.backward.form import GradientForm
-from cce_numba.tensor_core.records import I32, U64, Chance, LogitTerms, Matrix, NoTargets, PlacedTargets
+from cce_numba.tensor_core.records import (
+    I32,
+    U64,
+    Chance,
+    Distillation,
+    LogitTerms,
+    Matrix,
+    NoTargets,
+    PlacedTargets,
+)
 from cce_numba.tensor_core.schedule import quotient
-from cce_numba.tensor_core.survey.tables import COLUMN_TILE, Tables
+from cce_numba.tensor_core.survey.tables import COLUMN_TILE, K_STEP, Tables
 
 
 @cuda.jit(device=True, forceinline=True)
@@ -50,7 +59,9 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, form: GradientFo
         form: of G's entries.
         keeps: the forward may have kept logits (`tensor_core.kept`); chance decides nothing then.
     """
-    copy, gather, schedule = make_copy(tiles), make_gather(tiles), make_schedule(tiles, dtype, keeps)
+    has_teacher = form.teacher is not None
+    copy, gather = make_copy(tiles, has_teacher), make_gather(tiles, has_teacher)
+    schedule = make_schedule(tiles, dtype, keeps)
     consume = make_consume(tiles, dtype, form, keeps)
     staging_bytes = np.uint32(tiles.consumers * STAGING_BYTES)
     init_ring, init_jobs, ring_bytes = make_ring(tiles).init, make_job_ring(tiles).init, np.uint32(tiles.ring_bytes)
@@ -60,7 +71,7 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, form: GradientFo
     block_n, first_gatherer = tiles.block_n, 128 - 32 * tiles.gatherers
 
     def backward_kernel(
-        maps: Any,  # address of the tensor maps of e, c and g, 128 bytes each
+        maps: Any,  # address of the tensor maps of e, c and g, and of the teacher's e and c, 128 bytes each
         e: Any,  # Matrix (N, D)
         c: Any,  # Matrix (V, D)
         terms: Any,  # LogitTerms
@@ -71,7 +82,7 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, form: GradientFo
         workspace: Any,  # Workspace, whose counters are zeros
         outputs: Any,  # Outputs
         shape: Any,  # Shape
-        placed: Any,  # PlacedTargets, or NoTargets
+        instead: Any,  # of one target a token: PlacedTargets or Distillation; or NoTargets
     ) -> None:
         """Any grid of clusters: writes or adds to the outputs; of dE, the rows of listed tokens with weight."""
         staging = (memory.shared_address(cuda.shared.array(0, np.uint8)) + np.uint32(1023)) & np.uint32(0xFFFFFC00)
@@ -80,7 +91,9 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, form: GradientFo
         smem = SharedMemory(staging=staging, ring=ring, jobs=jobs, scales=np.uint32(jobs + jobs_bytes))
         thread = np.int32(cuda.threadIdx.x)
         warpgroup, rank = thread >> 7, np.int32(cluster.cta_rank())
-        dims = dims_of(shape)
+        dims, k_teacher = dims_of(shape), np.int32(0)
+        if has_teacher:
+            k_teacher = quotient(instead.teacher.D + K_STEP - 1, np.int32(K_STEP))
         if thread == 0:
             init_ring(ring)
             init_jobs(jobs)
@@ -88,20 +101,23 @@ def make_backward_kernel(tiles: BackwardTiles, dtype: np.dtype, form: GradientFo
         if warpgroup == 0:
             lower_registers()
             if thread == 0:
-                copy(smem, rank, maps, tables, dims)
+                copy(smem, rank, maps, tables, dims, k_teacher)
             elif thread >= 32 and thread < 64:
                 n_blocks = np.int32((n_valid[0] + block_n - 1) // block_n)
-                schedule(jobs, np.int32(thread & 31), rank, terms, n_blocks, tables, runs, workspace, outputs, dims)
+                schedule(
+                    jobs, np.int32(thread & 31), rank, terms, n_blocks, tables, runs, workspace, outputs, dims, k_teacher
+                )  # fmt: skip
             elif thread >= first_gatherer:
-                gather(smem, np.int32(thread - first_gatherer), e, c, tables, workspace, dims)
+                thread = np.int32(thread - first_gatherer)
+                gather(smem, thread, e, c, tables, workspace, dims, instead, k_teacher)
         else:
             raise_registers()
             number, thread = np.int32(warpgroup - 1), np.int32(thread & 127)
-            consume(smem, number, thread, terms, chance, tables, workspace, outputs, dims, placed)
+            consume(smem, number, thread, terms, chance, tables, workspace, outputs, dims, instead, k_teacher)
         cuda.syncwarp()
         cluster.sync()  # nobody leaves while the other still writes to its shared memory
 
-    targets = PlacedTargets if form.several else NoTargets
+    targets = Distillation if has_teacher else PlacedTargets if form.several else NoTargets
     return Kernel(
         backward_kernel,
         (U64, Matrix, Matrix, LogitTerms, Chance, pointer_to(np.int64), Tables, I32, Workspace, Outputs, Shape, targets),

@@ -89,6 +89,13 @@ def make_turns(tiles: BackwardTiles) -> SimpleNamespace:
         return turns
 
     @cuda.jit(device=True, forceinline=True)
+    def await_products(ring: Any, first_use: Any, k_steps: Any, thread: Any) -> None:
+        """Waits for this consumer's products, and lets go of the last stage; see `hand_over`."""
+        wait_all()
+        if k_steps > 0:
+            release(ring, first_use + np.uint32(k_steps - 1), thread)
+
+    @cuda.jit(device=True, forceinline=True)
     def hand_over(ring: Any, consumer: Any, first_use: Any, k_steps: Any, thread: Any) -> None:
         """Gives the other consumer its turn, then waits for this one's products, and lets go of the last stage.
 
@@ -96,8 +103,6 @@ def make_turns(tiles: BackwardTiles) -> SimpleNamespace:
         """
         if thread == 0:
             mbarrier.arrive(turn(ring, np.int32(1 - consumer)))
-        wait_all()
-        if k_steps > 0:
-            release(ring, first_use + np.uint32(k_steps - 1), thread)
+        await_products(ring, first_use, k_steps, thread)
 
-    return SimpleNamespace(await_turn=await_turn, hand_over=hand_over)
+    return SimpleNamespace(await_turn=await_turn, await_products=await_products, hand_over=hand_over)

@@ -244,16 +244,17 @@ def make_schedule(tiles: BackwardTiles, dtype: np.dtype, keeps: bool) -> Any:
     @cuda.jit(device=True, forceinline=True)
     def schedule(
         jobs: Any, lane: Any, rank: Any, terms: Any, n_blocks: Any, tables: Any, runs: Any, workspace: Any, outputs: Any,
-        dims: Any,
+        dims: Any, k_teacher: Any,
     ) -> None:  # fmt: skip
         """By a warp: takes and describes jobs until none is left, then describes that.
 
         jobs: address of the job ring. rank: of this CTA in its cluster. terms: a `LogitTerms`. n_blocks: of listed tokens.
-        runs: see `phases.has_jobs_for`.
+        runs: see `phases.has_jobs_for`. k_teacher: stages that a job LOGITS takes beside those of its own product.
         """
         done, done_e, phase_end, buffers = workspace.done, workspace.done_e, tables.phase_end, np.int32(BUFFERS)
         d_tiles_c, d_tiles_e = outputs.c.tiles, tables.d_tiles_e[0]
-        zero_fill, k_steps_d = d_tiles_c > 0 and not outputs.adds, quotient(dims.D + K_STEP - 1, _K_STEP)
+        zero_fill = d_tiles_c > 0 and not outputs.adds
+        k_steps_d = np.int32(k_teacher + quotient(dims.D + K_STEP - 1, _K_STEP))
         rounds, is_dense, live_tiles = tables.n_rounds[0], tables.dense[0] != 0, tables.n_live_tiles[0]
         n_borrowed, slots = tables.n_borrowed[0], workspace.buffer_slots
         if is_dense and d_tiles_e > 0:

@@ -15,4 +15,6 @@ stage       64 terms of a tile's sum: rows of e and of c, 64 numbers of each
 use         a stage's passage through the ring; uses are numbered
 slot        the place of a worker's partial results for a group
 turn        a consumer's time to multiply, while the other folds
+teacher     another head, whose stages of each tile come before the student's; its logarithms of probabilities are parked
+            (`tensor_core.parked`) until the student's logits are there
 """

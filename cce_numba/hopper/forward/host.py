@@ -17,7 +17,7 @@ from cce_numba.tensor_core.found import NO_SURVIVORS, Arrays, batch_of, begin, l
 from cce_numba.tensor_core.layout import copy_rows
 from cce_numba.tensor_core.merge import Split, ctas_for, make_merge_kernel
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import Parts, Vocabulary
+from cce_numba.tensor_core.records import NoTeacher, Parts, Vocabulary
 from cce_numba.tensor_core.top_k import find_best
 
 
@@ -70,6 +70,7 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: Arrays)
             kept,
             vocabulary,
             p.D,
+            NoTeacher(),
         )
         # What is lost is only known once all of the vocabulary is in.
         at_last = kept if last_tile == layout.n_tiles else NO_SURVIVORS

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cce_numba.arguments import Problem
 from cce_numba.backend import Weights
+from cce_numba.tensor_core.divergence import TeacherForm
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class GradientForm:
         several: tokens have several targets.
         with_sums: the gradient of the bias is wanted: the sum of each column of G.
         by_chance: columns survive by chance, see `chance`. Nothing is filtered where logits are smoothed.
+        teacher: G is that of a divergence from this teacher, see `divergence`; nothing else goes into it then, and nothing is
+            filtered. None without a teacher.
     """
 
     capped: bool = False
@@ -29,9 +32,12 @@ class GradientForm:
     several: bool = False
     with_sums: bool = False
     by_chance: bool = False
+    teacher: TeacherForm | None = None
 
     @staticmethod
-    def of(p: Problem, weights: Weights, *, with_sums: bool, by_chance: bool) -> GradientForm:
+    def of(
+        p: Problem, weights: Weights, *, with_sums: bool, by_chance: bool, teacher: TeacherForm | None = None
+    ) -> GradientForm:  # fmt: skip
         """That of a problem's backward."""
         return GradientForm(
             capped=p.options.softcap is not None,
@@ -41,4 +47,5 @@ class GradientForm:
             several=p.K is not None,
             with_sums=with_sums,
             by_chance=by_chance,
+            teacher=teacher,
         )

@@ -22,6 +22,7 @@ from cce_numba.tensor_core.backward.several import (
     make_place_kernel,
     make_take_from_bias_kernel,
 )
+from cce_numba.tensor_core.distillation import Taught
 from cce_numba.tensor_core.records import (
     Chance,
     NoTargets,
@@ -46,6 +47,7 @@ class Call:
         e: (N, D) as the kernel reads it: p.e, or a copy in rows that can be copied 16 bytes at a time.
         c: (V, D) as the kernel reads it.
         adds: whether gradients are added to what is there.
+        taught: the teacher, if the loss is a divergence from one (`tensor_core.distillation.Taught`).
     """
 
     p: Problem
@@ -54,6 +56,7 @@ class Call:
     e: Any
     c: Any
     adds: bool
+    taught: Taught | None = None
 
     def runs(self, keep_all: bool, leaves_dense: Any) -> Iterator[tuple[bool, Any, Chance]]:
         """The launches of a pass: whether chance decides, for which surveys the kernel has jobs (`phases`), and a `Chance`.
@@ -70,8 +73,14 @@ class Call:
 
 
 def in_passes(
-    p: Problem, statistics: Statistics, weights: Weights, into: Gradients, adds: bool, make: Callable[..., None]
-) -> None:  # fmt: skip
+    p: Problem,
+    statistics: Statistics,
+    weights: Weights,
+    into: Gradients,
+    adds: bool,
+    make: Callable[..., None],
+    taught: Taught | None = None,
+) -> None:
     """Makes all gradients by calls of `make`. Where dE and dC have filters of their own, each takes a pass of its own.
 
     One case does better: if dC is exact and so much survives that computing all of dE is faster than picking, which the device
@@ -80,8 +89,9 @@ def in_passes(
     make: `make(call, into, keep_all, leaves_dense=None, e_if=None)` makes gradients that share a filter. call: a `Call`.
         keep_all: whether all columns survive, whatever is recorded. leaves_dense: (1,) int32, which says afterwards whether the
         survey was dense; the pass did nothing then. e_if: (1,) int32: dE is computed only if this is not 0.
+    taught: see `Call`.
     """
-    call = Call(p, statistics, weights, matrices.aligned(p.e), matrices.aligned(p.c), adds)
+    call = Call(p, statistics, weights, matrices.aligned(p.e), matrices.aligned(p.c), adds, taught)
     if p.options.batch_invariant and p.dtype == np.float16 and into.e is not None:
         _make_e_by_token(call, into.e, make)
         into = Gradients(c=into.c, bias=into.bias)

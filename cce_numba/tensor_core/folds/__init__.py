@@ -29,12 +29,14 @@ of step, merge and store,
     store_beside(numbers, first, row, found, at)
 
 `chain` makes one fold of several: the first is `max_sum`, which gives the others the log-sum-exp by two functions more,
-`lse_of_state` and `lse_of_numbers`.
+`lse_of_state` and `lse_of_numbers`. A fold that needs no log-sum-exp may stand alone (`divergence`).
 """
 
 from __future__ import annotations
 
+from cce_numba.folds import DIVERGENCE
 from cce_numba.tensor_core.folds.chain import Fold, Row, RowPair, Tile, chain, number_count, result_names
+from cce_numba.tensor_core.folds.divergence import divergence_of
 from cce_numba.tensor_core.folds.entropy import ENTROPY
 from cce_numba.tensor_core.folds.group_maxima import GROUP_MAXIMA
 from cce_numba.tensor_core.folds.kept_logits import KEPT_LOGITS
@@ -44,7 +46,7 @@ from cce_numba.tensor_core.folds.several_targets import SEVERAL_TARGET_LOGITS
 from cce_numba.tensor_core.folds.sum_squares import SUM_SQUARES
 from cce_numba.tensor_core.folds.survivors import SURVIVORS, SURVIVORS_BY_CHANCE
 from cce_numba.tensor_core.folds.target_logit import TARGET_LOGIT
-from cce_numba.tensor_core.records import Found, FoundOfMore
+from cce_numba.tensor_core.records import Found, FoundOfHeads, FoundOfMore
 
 FOLDS = {
     fold.name: fold for fold in (MAX_SUM, TARGET_LOGIT, MEAN_LOGIT, ENTROPY, SUM_SQUARES, GROUP_MAXIMA, SURVIVORS, KEPT_LOGITS)
@@ -52,7 +54,9 @@ FOLDS = {
 
 
 def found_class(folds: tuple[Fold, ...]) -> type:
-    """The record of what is found that kernels with these folds take: `records.Found`, or `records.FoundOfMore`."""
+    """The record of what is found that kernels with these folds take: `Found`, `FoundOfMore` or `FoundOfHeads` of `records`."""
+    if any(fold.name == DIVERGENCE for fold in folds):
+        return FoundOfHeads
     return FoundOfMore if SEVERAL_TARGET_LOGITS in folds or GROUP_MAXIMA in folds else Found
 
 
@@ -73,6 +77,7 @@ __all__ = [
     "RowPair",
     "Tile",
     "chain",
+    "divergence_of",
     "found_class",
     "number_count",
     "result_names",

@@ -25,12 +25,14 @@ class Fold:
         make: see `tensor_core.folds`.
         numbers: how many float32 of a row workers tell each other.
         results: names of what it stores for each token, float32 each.
+        alone: it needs no log-sum-exp, so it need not follow `max_sum`.
     """
 
     name: str
     make: Callable[[int], SimpleNamespace]
     numbers: int = 1
     results: tuple[str, ...] = ()
+    alone: bool = False
 
 
 class RowPair(Record):
@@ -125,9 +127,10 @@ def chain(folds: tuple[Fold, ...], n: int) -> SimpleNamespace:
     """The device functions of all folds as of one: states and numbers of each follow each other in tuples.
 
     `begin(rows, found)`, `step(states, z, tile, found)`, `numbers(states)`, `nothing()`, `merge(numbers, numbers)` and
-    `store(numbers, row, found, survivors)`; see `tensor_core.folds`. Raises ValueError if the first fold is not `max_sum`.
+    `store(numbers, row, found, survivors)`; see `tensor_core.folds`. Raises ValueError if the first fold is neither
+    `max_sum` nor one that stands alone.
     """
-    if not folds or folds[0].results[:1] != ("lse",):
+    if not folds or not (folds[0].alone or folds[0].results[:1] == ("lse",)):
         raise ValueError(
             f"folds: must begin with max_sum, which gives the others the log-sum-exp, got {[x.name for x in folds]}"
         )

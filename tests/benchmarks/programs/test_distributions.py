@@ -36,6 +36,8 @@ def test_it_validates_times_shows_and_records(tmp_path, capsys):
         assert 0 < found["gradients"]["errors"]["exact"] < 4e-3
         assert 0 < found["gradients"]["errors"]["default"] < 0.1
         assert set(found["gradients"]["slower"]) == {"default", "exact"}
+        assert all(0 < error < 4e-3 for error in found["distillation"]["errors"].values())
+        assert len(found["distillation"]["calls"]) == 2 + 2 * len(distributions.DIVERGENCES)
 
 
 def off(name, factor):
@@ -52,20 +54,37 @@ def off(name, factor):
     return change
 
 
+def of_divergence(of_loss, of_gradient):
+    def change(function):
+        def changed(*arrays, **options):
+            loss, grads = function(*arrays, **options)
+            return loss * of_loss, dataclasses.replace(grads, e=grads.e * of_gradient)
+
+        return changed
+
+    return change
+
+
 @pytest.mark.usefixtures("without_gpu")
 @pytest.mark.parametrize(
-    ("function", "change", "told"),
+    ("part", "function", "change", "told"),
     [
-        ("linear_logprobs", off("entropy", 1.001), "and entropy: entropy is off by"),
-        ("linear_logprobs", off("logprobs", 1.001), "log-probabilities: logprobs is off by"),
-        ("linear_logprobs", off("top_ids", 0), "top 8: the 8 entries are not the best"),
-        ("backward", off("e", 1.2), "default: the error of dE"),
+        ("forward", "linear_logprobs", off("entropy", 1.001), "and entropy: entropy is off by"),
+        ("forward", "linear_logprobs", off("logprobs", 1.001), "log-probabilities: logprobs is off by"),
+        ("forward", "linear_logprobs", off("top_ids", 0), "top 8: the 8 entries are not the best"),
+        ("gradients", "backward", off("e", 1.2), "default: the error of dE"),
+        (
+            "distillation",
+            "linear_distillation_with_grad",
+            of_divergence(1.001, 1),
+            "forward_kl: a token's divergence is off by",
+        ),
+        ("distillation", "linear_distillation_with_grad", of_divergence(1, 1.2), "forward_kl: the error of dE"),
     ],
-    ids=["entropy", "logprobs", "best", "gradient"],
+    ids=["entropy", "logprobs", "best", "gradient", "divergence", "gradient of divergence"],
 )
-def test_what_is_wrong_is_not_timed(function, change, told, monkeypatch, capsys):
+def test_what_is_wrong_is_not_timed(part, function, change, told, monkeypatch, capsys):
     monkeypatch.setattr(distributions.cce, function, change(getattr(cce, function)))
     monkeypatch.setattr(timing, "interleaved", lambda *_: pytest.fail("timed"))
-    part = "gradients" if function == "backward" else "forward"
     assert main(["distributions", "--small", "--parts", part]) == 1
     assert told in capsys.readouterr().err

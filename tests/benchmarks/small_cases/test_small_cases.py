@@ -11,7 +11,7 @@ import cce_numba as cce
 from benchmarks.__main__ import main
 from benchmarks.measure import device
 from benchmarks.programs import sanitize
-from benchmarks.small_cases import ampere, hopper_backward, hopper_forward, simt
+from benchmarks.small_cases import ampere, distillation, hopper_backward, hopper_forward, simt
 from benchmarks.small_cases.odd import Odd
 from cce_numba import survivors
 from cce_numba.ampere.backward.workspace import WorkspaceLayout as AmpereLayout
@@ -31,6 +31,7 @@ class OddCpuHarness(Odd, CpuHarness):
 CPU, ODD = CpuHarness(), OddCpuHarness()
 BACKWARD = hopper_backward.checks(CPU, ODD)
 PARTS = {"simt": simt.checks(CPU), "hopper-forward": hopper_forward.checks(CPU, ODD), "hopper-backward": BACKWARD}
+PARTS["hopper-distillation"] = distillation.checks(CPU, ODD)
 # The same problems, so these need not run here again.
 AMPERE = {"ampere-forward": ampere.forward(CPU, ODD), "ampere-backward": ampere.backward(CPU, ODD)}
 
@@ -226,7 +227,7 @@ def test_on_another_gpu_hopper_is_left_out(monkeypatch, capsys):
     monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu(0, "A100", "8.0", 2**36)])
     assert main(["sanitize", "--only", "float64 filter_eps=None"]) == 0
     told = capsys.readouterr().out
-    assert "hopper-forward, hopper-backward: not run, since the GPU has compute capability 8.0" in told
+    assert "hopper-forward, hopper-backward, hopper-distillation: not run, since the GPU has compute capability 8.0" in told
     assert "simt float64 filter_eps=None: right" in told
     assert main(["sanitize", "--only", "hopper-backward"]) == 3
 
@@ -236,7 +237,7 @@ def test_before_ampere_the_portable_kernels_are_left(monkeypatch, capsys):
     monkeypatch.setattr(machine, "gpus", lambda: [machine.Gpu(0, "T4", "7.5", 2**34)])
     assert main(["sanitize", "--only", "float64 filter_eps=None"]) == 0
     told = capsys.readouterr().out
-    assert "hopper-forward, hopper-backward: not run, since the GPU has compute capability 7.5" in told
+    assert "hopper-forward, hopper-backward, hopper-distillation: not run, since the GPU has compute capability 7.5" in told
     assert "ampere-forward, ampere-backward: not run, since the GPU has compute capability 7.5" in told
     assert main(["sanitize", "--only", "ampere-forward", "ampere-backward"]) == 3
 

@@ -23,6 +23,8 @@ from cce_numba.hopper.backward.begin import make_begin_kernel
 from cce_numba.hopper.backward.kernel import make_backward_kernel
 from cce_numba.hopper.backward.tiles import BackwardTiles
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES
+from cce_numba.launch.divergence import Divergence
+from cce_numba.tensor_core.divergence import TeacherForm
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -95,8 +97,33 @@ def test_the_backward(cluster, dtype, capped, with_sums):
     assert compiled.count(r"(atom|red)\.\S*") == 2 + groups
 
 
-def test_the_beginning():
-    compiled = offline.compile_hopper(make_begin_kernel())
+@pytest.mark.parametrize(
+    ("cluster", "kind", "dtype", "everything"),
+    [(2, "forward_kl", "bf16", False), (1, "reverse_kl", "f16", False), (2, "jsd", "bf16", True)],
+)
+def test_the_backward_of_a_divergence(cluster, kind, dtype, everything):
+    """Everything: biases, softcaps, scales, sums, and a teacher of another dtype."""
+    bias_dtype = np.dtype(np.float32) if everything else None
+    teacher = TeacherForm(Divergence(kind, 0.3), DTYPES["f16"] if everything else DTYPES[dtype], bias_dtype, everything)
+    form = GradientForm(capped=everything, scaled=everything, with_sums=everything, teacher=teacher)
+    compiled = offline.compile_hopper(make_backward_kernel(BackwardTiles(cluster=cluster), DTYPES[dtype], form))
+    assert compiled.notices == []
+    assert compiled.registers == 168
+    assert compiled.spilled_bytes <= 2 * SPILLED_BYTES
+    assert compiled.count(r"(ld|st)\.local\S*") == 0
+    assert compiled.count(r"call(\.uni)?") == 0
+    assert compiled.smem_bytes == 0
+    # Of the teacher's logits, the student's, dE and dC.
+    assert compiled.count(r"wgmma\.mma_async\S+") == 4 * 8
+    # The teacher's logarithms are parked and read; sums of dE are stored alike.
+    groups = 24 * 2
+    assert compiled.count(r"ld\.global\.v4\.f32") == groups
+    assert compiled.count(r"st\.global\.v4\.f32") == 2 * groups
+
+
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_the_beginning(has_teacher):
+    compiled = offline.compile_hopper(make_begin_kernel(has_teacher))
     assert compiled.spilled_bytes == compiled.stack_bytes == 0
     assert compiled.notices == []
     assert compiled.registers <= 65536 // 1024

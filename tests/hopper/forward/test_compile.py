@@ -18,7 +18,9 @@ if SimulatorHarness.is_active():
 
 from cce_numba.hopper.forward.kernel import make_forward_kernel
 from cce_numba.hopper.tiles import MAX_SMEM_BYTES, HopperTiles
-from cce_numba.tensor_core.folds import KEPT_LOGITS, MAX_SUM, SURVIVORS, TARGET_LOGIT
+from cce_numba.launch.divergence import Divergence
+from cce_numba.tensor_core.divergence import TeacherForm
+from cce_numba.tensor_core.folds import KEPT_LOGITS, MAX_SUM, SURVIVORS, TARGET_LOGIT, divergence_of
 from cce_numba.tensor_core.indexed_dot import make_indexed_dot_kernel
 from cce_numba.tensor_core.merge import make_merge_kernel
 from cce_numba.tensor_core.reduction import make_reduce_kernel
@@ -30,6 +32,8 @@ DTYPES = {"f16": np.dtype(np.float16), "bf16": BFLOAT16}
 BIASES = {"none": lambda dtype: None, "float32": lambda dtype: np.dtype(np.float32), "same": lambda dtype: dtype}
 TENSOR_COPY = r"cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global\.tile\.mbarrier::complete_tx::bytes"
 LOSS_ALONE, RECORDING = (MAX_SUM, TARGET_LOGIT), (MAX_SUM, TARGET_LOGIT, SURVIVORS)
+# A dozen numbers of a thread that a loop over stages does not touch: rows' sums, and what they are multiplied by.
+SPILLED_WITH_A_TEACHER = 512
 REGISTERS = 65536 // 384 // 8 * 8  # each of the threads' share of a multiprocessor's, in units of 8
 
 
@@ -116,6 +120,35 @@ def test_the_merge_of_partial_results(folds):
 
 def test_the_reduction():
     check_fits(offline.compile_hopper(make_reduce_kernel()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "bias", "capped", "scaled"),
+    [
+        ("forward_kl", "bf16", "none", False, False),
+        ("reverse_kl", "f16", "none", False, True),
+        ("jsd", "bf16", "float32", True, True),
+    ],
+)
+def test_the_divergence_from_a_teacher(kind, dtype, bias, capped, scaled):
+    """The forward's kernel with a second head: twice the products, and nothing of the log-sum-exp."""
+    tiles, which = HopperTiles(), Divergence(kind, 0.3)
+    teacher = TeacherForm(which, DTYPES["bf16"], BIASES[bias](DTYPES["bf16"]), capped)
+    own = DTYPES[dtype], BIASES[bias](DTYPES[dtype]), capped, scaled
+    compiled = offline.compile_hopper(make_forward_kernel(tiles, *own, (divergence_of(which),), False, teacher))
+    check_fits(compiled, SPILLED_WITH_A_TEACHER)
+    assert compiled.registers == REGISTERS
+    assert compiled.count(r"(ld|st)\.local\S*") == 0
+    assert compiled.count(r"wgmma\.mma_async\S+") == 2 * 8
+    assert compiled.count(rf"{TENSOR_COPY}\.multicast::cluster") == compiled.count(TENSOR_COPY) == 2, "of each head"
+    # Four logarithms for each 8 columns of both halves, parked and read.
+    groups = 2 * tiles.block_v // 8
+    assert compiled.count(r"st\.global\.v4\.f32") == compiled.count(r"ld\.global\.v4\.f32") == groups
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_the_merge_of_divergences(kind):
+    check_fits(offline.compile_hopper(make_merge_kernel(HopperTiles().group_n, (divergence_of(Divergence(kind, 0.3)),))))
 
 
 def test_a_cluster_of_one_fetches_all_of_c_itself():
