@@ -5,7 +5,8 @@
     python -m benchmarks distributions --small --rounds 2             small shapes: does it run?
 
 forward      `linear_logprobs` with more and more of what it can tell, beside the loss alone
-gradients    loss and gradients beside those of a loss that has the mean entropy as a bonus, filtered and exact
+gradients    loss and gradients beside those of a loss that has the mean entropy as a bonus, filtered and exact; the latter by
+             Liger's kernel for Hopper, too, where `liger_kernel` is installed
 distillation divergences from a teacher of the same sizes, and their gradients: four products of the loss, four more of these
 
 X is a time over cuBLAS's for the one product `e @ c.T` in the same round. Results are validated on some tokens against float64
@@ -34,7 +35,7 @@ from benchmarks.tables import distributions as tables
 PARTS = ("forward", "gradients", "distillation")
 MAKERS = {"calibrated": calibrated.make, "random": random.make}
 ROUNDS = 8
-CUBLAS = "cublas"
+CUBLAS, LIGER = "cublas", "Liger, exact, with entropy"
 FORWARDS: dict[str, dict[str, Any]] = {
     "log-probabilities": {},
     "and entropy": {"entropy": True},
@@ -155,9 +156,34 @@ def gradients(inputs: Inputs, pace: Pace) -> dict[str, Any]:
             raise Wrong(f"{name}: the error of dE with the entropy's gradient is {errors[name]:.3g}")
         calls[name] = functools.partial(cce.linear_cross_entropy_with_grad, *inputs, **more)
         calls[f"{name}, with entropy"] = functools.partial(with_entropy, inputs, more)
+    its, beside = of_liger(inputs), {}
+    if callable(its):
+        errors[LIGER] = relative_error(cce.interchange.take("dE", its()), exact_d_e(inputs))
+        if errors[LIGER] <= _WRONG:
+            calls[LIGER] = its
+    else:
+        beside["no_liger"] = its
     found = timed(calls, pace)
     slower = {name: round(found[f"{name}, with entropy"]["median_ms"] / found[name]["median_ms"], 4) for name in GRADIENTS}
-    return {"errors": errors, "calls": found, "slower": slower, "slower_at_most": SLOWER_AT_MOST}
+    return {"errors": errors, "calls": found, "slower": slower, "slower_at_most": SLOWER_AT_MOST, **beside}
+
+
+def of_liger(inputs: Inputs) -> Call | str:
+    """The call by Liger's kernel, or why there is none."""
+    if (torch := device.torch_with_cuda()) is None:
+        return "no PyTorch with CUDA"
+    from benchmarks.peers import liger
+
+    if reason := liger.why_none():
+        return f"liger_kernel {reason}"
+    e, c, targets = map(device.as_torch, inputs)
+    call = liger.with_entropy(e, c, targets, BONUS)
+    try:
+        call()
+        torch.cuda.synchronize()
+    except Exception as error:  # a peer that fails does not keep ours from being measured
+        return f"liger_kernel fails: {type(error).__name__}: {error}"[:200]
+    return call
 
 
 def with_entropy(inputs: Inputs, more: dict[str, Any]) -> cce.Gradients:
@@ -168,6 +194,13 @@ def with_entropy(inputs: Inputs, more: dict[str, Any]) -> cce.Gradients:
 
 def error_of_d_e(inputs: Inputs, more: dict[str, Any]) -> float:
     """The relative error of some tokens' rows of dE."""
+    d_e = with_entropy(inputs, more).e
+    assert d_e is not None, "all gradients are wanted"
+    return relative_error(d_e, exact_d_e(inputs))
+
+
+def exact_d_e(inputs: Inputs) -> Any:
+    """(_TOKENS, D) float64: some tokens' rows of dE."""
     xp = cce.interchange.array_module(inputs.e)
     some = slice(0, _TOKENS)
     z = float64_logits(inputs, some)
@@ -175,11 +208,13 @@ def error_of_d_e(inputs: Inputs, more: dict[str, Any]) -> float:
     p = xp.exp(log_p)
     g = p * (1 + BONUS * (log_p - (p * log_p).sum(axis=1)[:, None]))
     g[xp.arange(len(z)), inputs.targets[some]] -= 1
-    exact = (g / len(inputs.e)) @ inputs.c.astype(np.float64)
-    d_e = with_entropy(inputs, more).e
-    assert d_e is not None, "all gradients are wanted"
-    found = d_e[some].astype(np.float64)
-    return float(xp.linalg.norm(found - exact) / xp.linalg.norm(exact))
+    return (g / len(inputs.e)) @ inputs.c.astype(np.float64)
+
+
+def relative_error(d_e: Any, exact: Any) -> float:
+    """Of the first rows of dE, those that `exact` has."""
+    xp = cce.interchange.array_module(exact)
+    return float(xp.linalg.norm(d_e[: len(exact)].astype(np.float64) - exact) / xp.linalg.norm(exact))
 
 
 # ---- distillation

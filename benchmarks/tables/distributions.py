@@ -20,6 +20,8 @@ def table(found: dict[str, Any], part: str) -> Table:
         slower = its.get("slower", {}).get(name.removesuffix(", with entropy")) if name.endswith(", with entropy") else None
         told = "" if slower is None else judged(slower, limit_of(found, name, its), 3)
         result.add_row(name, f"{call['median_ms']:.3f}", judged(call["x"]["median"], limit, 3), told)
+    if reason := its.get("no_liger"):
+        result.caption = f"Liger's kernel: {reason}"
     return result
 
 
