@@ -145,6 +145,7 @@ def make_forward_kernel(
         workers, worker = np.int32(cuda.gridDim.x), np.int32(cuda.blockIdx.x)
         groups, k_steps = quotient(n_listed + block_n - 1, block_n), quotient(D + terms_of_stage - 1, terms_of_stage)
         row_bytes, V, last_row = np.int32(itemsize * D), vocabulary.V, np.int32(vocabulary.V - 1 - vocabulary.first_row)
+        copying_half = np.int32(warp >> 2)  # warps w and w + 4 share tensor cores
         a_place, b_place = a_address(lane, me.warp_row), np.uint32(a_bytes + b_address(lane, me.warp_column, 0))
         own_scale = np.uint32(scales_smem + np.uint32(4 * (64 * me.warp_row + (lane >> 2))))
         index = np.int32(0)
@@ -209,14 +210,19 @@ def make_forward_kernel(
                         operands_3 = load_3(a, b)
                         copy_part(3, coming, rows_smem, thread, e, c, last_row, row_bytes)
                     else:
-                        sums = multiply(sums, load_0(a, b))
-                        copy_part(0, coming, rows_smem, thread, e, c, last_row, row_bytes)
+                        # Registers do not suffice for copies among products, so these are two turns of a loop. Of two warps that share
+                        # tensor cores one multiplies while the other copies, and then the other way round.
+                        half = arithmetic.opaque_i32(np.int32(0))
+                        while half < 2:
+                            if half != copying_half:
+                                sums = multiply(sums, load_0(a, b))
+                            else:
+                                for part in range(PARTS):
+                                    copy_part(part, coming, rows_smem, thread, e, c, last_row, row_bytes)
+                            half = arithmetic.opaque_i32(np.int32(half + 1))
                         sums = multiply(sums, load_1(a, b))
-                        copy_part(1, coming, rows_smem, thread, e, c, last_row, row_bytes)
                         sums = multiply(sums, load_2(a, b))
-                        copy_part(2, coming, rows_smem, thread, e, c, last_row, row_bytes)
                         operands_3 = load_3(a, b)
-                        copy_part(3, coming, rows_smem, thread, e, c, last_row, row_bytes)
                     memory.copy_async_commit()
                     coming = after(coming, ring, k_steps, v_step)
                     # The next stage has arrived, and nobody reads this one any more, once all are here. Two steps are still to be
