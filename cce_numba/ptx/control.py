@@ -34,7 +34,7 @@ barrier_mask = instruction(
     (U32, U32),
     U32,
     name="bar.red.and.pred",
-    doc="(number, threads): waits as `barrier_sync`. The result has all bits set, which no assembler knows: what is made with it "
+    doc="(number, threads): waits as `barrier_sync`, and gives all bits, which no assembler knows: what is made with them "
     "stands after the barrier. ISA 9.7.13.1.",
 )
 warp_sync = instruction(

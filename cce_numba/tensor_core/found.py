@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,6 @@ from cce_numba import folds as fold_names
 from cce_numba.arguments import Problem
 from cce_numba.backend import Statistics
 from cce_numba.integers import ceil_div
-from cce_numba.parallel.bounds import phase_of_exchange
 from cce_numba.survivors import coarse_eps_of, log_threshold
 from cce_numba.tensor_core.draws import write_draw_seed
 from cce_numba.tensor_core.folds import (
@@ -193,30 +192,6 @@ def begin(p: Problem, arrays: Arrays, e: Any, constants: tuple[int, ...] = (), c
         launch_indexed_dot(p, matrix_of(e), terms_of(p), every, arrays.found.bound, arrays.survivors)
         if arrays.seed is not None:
             write_draw_seed(p, every, arrays.survivors.seed)
-
-
-def launches_of(p: Problem, layout: Layout, arrays: Arrays) -> Iterator[tuple[tuple[int, int, int], tuple[int, int]]]:
-    """`Layout.launches`; before one of them ranks tell each other what bounds the log-sum-exps of all from below."""
-    launches, bounds = layout.launches(arrays.bits is not None), p.bounds
-    if bounds is None or arrays.bounds is None:
-        yield from launches
-        return
-    phases, is_told = layout.phases(True), False
-    exchange = 0 if layout.with_best else phase_of_exchange([first_tile for _, first_tile, _ in phases], layout.n_tiles)
-    for phase, batch in launches:
-        if not is_told and phase == phases[exchange]:
-            lse = arrays.numbers[arrays.names.index("lse")] if exchange else None
-            arrays.bounds[...] = bounds.of_all(arrays.bounds, lse)
-            is_told = True
-        yield phase, batch
-
-
-def batch_of(arrays: Arrays, first_token: int, n_tokens: int, block_n: int) -> tuple[Tokens, Survivors]:
-    """The tokens of a launch, of all that are listed, and their survivor bits."""
-    survivors, first_block = arrays.survivors, first_token // block_n
-    batch = Tokens(arrays.tokens + 4 * first_token, arrays.n_valid, first_token, n_tokens)
-    first_word = survivors.pitch_words * first_block
-    return batch, survivors._replace(bits=survivors.bits + 4 * first_word, first_block=first_block)
 
 
 def indexed_dot(p: Problem, layout: Layout) -> Any:

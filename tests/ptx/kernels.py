@@ -504,15 +504,19 @@ def make_handover(rounds):
     return Kernel(handover_kernel, (F32_ARRAY,), threads=64, smem_bytes=_ALIGNMENT_BYTES + 128 + 2 * _BARRIER_BYTES)
 
 
-def make_named_barrier():
-    """out[i] = 63 - i through shared memory; a third warp never comes to the barrier."""
+def make_named_barrier(masked):
+    """out[i] = 63 - i through shared memory; a third warp never comes to the barrier. masked: the barrier gives all bits."""
 
     def named_barrier_kernel(out):
         thread, smem = cuda.threadIdx.x, aligned_smem()
         if thread < 64:
             memory.store_shared_f32(smem + np.uint32(4 * thread), np.float32(thread))
-            control.barrier_sync(1, 64)
-            out[thread] = memory.load_shared_f32(smem + np.uint32(4 * (63 - thread)))
+            mask = np.uint32(0xFFFFFFFF)
+            if masked:
+                mask = control.barrier_mask(1, 64)
+            else:
+                control.barrier_sync(1, 64)
+            out[thread] = memory.load_shared_f32(smem + np.uint32(np.uint32(4 * (63 - thread)) & mask))
 
     return Kernel(named_barrier_kernel, (F32_ARRAY,), threads=96, smem_bytes=_ALIGNMENT_BYTES + 64 * 4)
 

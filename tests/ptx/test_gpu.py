@@ -186,9 +186,10 @@ def test_a_barrier_orders_what_warps_write_and_read(cupy):
     np.testing.assert_array_equal(out.get(), 100 * np.arange(5)[:, None] + np.arange(31, -1, -1))
 
 
-def test_a_named_barrier_waits_for_its_warps_alone(cupy):
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_named_barrier_waits_for_its_warps_alone(cupy, masked):
     out = cupy.full(64, np.nan, np.float32)
-    kernels.make_named_barrier().launch(1, out.data.ptr)
+    kernels.make_named_barrier(masked).launch(1, out.data.ptr)
     np.testing.assert_array_equal(out.get(), np.arange(63, -1, -1))
 
 

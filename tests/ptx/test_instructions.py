@@ -89,6 +89,7 @@ TABLE = [
     Row("control.raise_registers", r"setmaxnreg\.inc\.sync\.aligned\.u32 232", made_with=(232,)),
     Row("control.lower_registers", r"setmaxnreg\.dec\.sync\.aligned\.u32 24", made_with=(24,)),
     Row("control.barrier_sync", r"bar\.sync", (U32, U32)),
+    Row("control.barrier_mask", r"bar\.red\.and\.pred", (U32, U32), U32),
     Row("control.or_of_warp", r"redux\.sync\.or\.b32", (U32,), U32),
     Row("control.max_of_warp", r"redux\.sync\.max\.u32", (U32,), U32),
     Row("control.warp_sync", r"bar\.warp\.sync"),

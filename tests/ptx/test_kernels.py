@@ -16,6 +16,7 @@ ARGUMENTS = {
     "make_conditional_vectors": (memory.store_if_4_u32,),
     "make_copy_async": (memory.copy_async_16_or_zeros,),
     "make_handover": (5,),
+    "make_named_barrier": (True,),
     "make_warp_product": ("bf16",),
     "make_load_matrices": (4, True),
     "make_store_matrices": (memory.store_matrices_transposed,),

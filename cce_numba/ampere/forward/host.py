@@ -11,12 +11,11 @@ from cce_numba.arguments import Problem
 from cce_numba.backend import Statistics
 from cce_numba.tensor_core import found as tensor_core_found
 from cce_numba.tensor_core.folds import Fold, number_count
-from cce_numba.tensor_core.found import NO_SURVIVORS, Arrays, batch_of, begin, launches_of
-from cce_numba.tensor_core.layout import Layout, copy_rows
-from cce_numba.tensor_core.merge import Split, ctas_for, make_merge_kernel
+from cce_numba.tensor_core.found import Arrays, begin
+from cce_numba.tensor_core.launches import Part, launch_parts
+from cce_numba.tensor_core.layout import Layout
 from cce_numba.tensor_core.problem import matrix_of, terms_of
-from cce_numba.tensor_core.records import Parts, Vocabulary
-from cce_numba.tensor_core.top_k import find_best
+from cce_numba.tensor_core.records import Parts
 
 
 def forward(p: Problem, layout: Layout, record: bool, folds: tuple[Fold, ...] | None = None) -> Statistics:
@@ -40,31 +39,21 @@ def _launch(p: Problem, layout: Layout, folds: tuple[Fold, ...], arrays: Arrays)
     capped, scaled, whole = p.options.softcap is not None, p.logit_scale is not None, p.D * p.dtype.itemsize % 16 == 0
     tf32 = p.options.allow_tf32
     kernel = make_forward_kernel(tiles, p.dtype, bias_dtype, capped, scaled, whole, folds, layout.fixed, tf32)
-    merge_kernel = make_merge_kernel(tiles.group_n, folds, layout.fixed)
-    in_reach = None
-    for (first_row, first_tile, last_tile), (first_token, n_tokens) in launches_of(p, layout, arrays):
-        if c is not p.c and first_row != in_reach:
-            copy_rows(p.c[first_row : first_row + layout.c_rows], c)
-            in_reach = first_row
-        vocabulary = Vocabulary(first_tile, last_tile - first_tile, first_row, p.V)
-        split = Split(layout.workers, layout.per_round, last_tile - first_tile, p.V)
-        batch, kept = batch_of(arrays, first_token, n_tokens, tiles.block_n)
+
+    def launch(part: Part) -> None:
         kernel.launch(
             layout.workers,
             e_rows,
             c_rows,
-            batch,
+            part.batch,
             layout.per_round,
             terms,
             found,
-            first_tile > 0,
+            part.has_earlier,
             parts,
-            kept,
-            vocabulary,
+            part.survivors,
+            part.vocabulary,
             p.D,
         )
-        # What is lost is only known once all of the vocabulary is in.
-        at_last = kept if last_tile == layout.n_tiles else NO_SURVIVORS
-        merge_kernel.launch(ctas_for(n_tokens), parts, split, batch, found, at_last)
-        if layout.with_best and last_tile == layout.n_tiles:
-            find_best(p, layout, e, terms, batch, arrays)
+
+    launch_parts(p, layout, folds, arrays, e, c, parts, launch)

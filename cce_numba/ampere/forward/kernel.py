@@ -105,7 +105,8 @@ def make_forward_kernel(
         place, source = np.uint32(place + a_bytes), np.uint64(c.address + np.uint64(offset))
         first = np.int32(coming.v + row)
         for i in range(part * b_turns, part * b_turns + b_turns):
-            entry = min(np.int32(first + ROWS_AT_ONCE * i), last_row)  # of 64 bits it would take three times the instructions
+            # In 64 bits it would take three times the instructions.
+            entry = min(np.int32(first + ROWS_AT_ONCE * i), last_row)
             copy_row(np.uint32(place + np.uint32(ROWS_BYTES * i)), source, entry, c.pitch_bytes, left_bytes)
 
     @cuda.jit(device=True, forceinline=True)
@@ -196,8 +197,8 @@ def make_forward_kernel(
                     sums = (zeros(), zeros(), zeros(), zeros())
                 k = np.int32(0)
                 while k < k_steps:
-                    # Nobody needs the stage before any more, so its memory is that of the stage that is copied. Copies are spread
-                    # among the products: where they stand together, tensor cores wait for their instructions.
+                    # Nobody needs the stage before any more, so its memory is that of the stage that is copied. Copies are
+                    # spread among the products: where they stand together, tensor cores wait for their instructions.
                     a, b = np.uint32(stage + a_place), b_addresses(np.uint32(stage + b_place))
                     if ahead:
                         operands_1 = load_1(a, b)
@@ -210,8 +211,8 @@ def make_forward_kernel(
                         operands_3 = load_3(a, b)
                         copy_part(3, coming, rows_smem, thread, e, c, last_row, row_bytes)
                     else:
-                        # Registers do not suffice for copies among products, so these are two turns of a loop. Of two warps that share
-                        # tensor cores one multiplies while the other copies, and then the other way round.
+                        # Registers do not suffice for copies among products, so these are two turns of a loop. Of two warps
+                        # that share tensor cores one multiplies while the other copies, and then the other way round.
                         half = arithmetic.opaque_i32(np.int32(0))
                         while half < 2:
                             if half != copying_half:
@@ -225,8 +226,8 @@ def make_forward_kernel(
                         operands_3 = load_3(a, b)
                     memory.copy_async_commit()
                     coming = after(coming, ring, k_steps, v_step)
-                    # The next stage has arrived, and nobody reads this one any more, once all are here. Two steps are still to be
-                    # multiplied, so that tensor cores do not wait for the first operands of the next stage.
+                    # The next stage has arrived, and nobody reads this one any more, once all are here. Two steps are still to
+                    # be multiplied, so that tensor cores do not wait for the first operands of the next stage.
                     wait_for_next()
                     mask = control.barrier_mask(FIRST_BARRIER, EIGHT_WARPS)
                     stage = np.uint32(stage + stage_bytes)
