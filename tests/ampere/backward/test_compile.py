@@ -21,7 +21,7 @@ from tests.ampere.forward.test_compile import MACHINES, NEWER, PRODUCTS
 pytestmark = pytest.mark.usefixtures("compiler")
 
 DTYPES = {"f16": np.dtype(np.float16), "bf16": BFLOAT16, "f32": np.dtype(np.float32)}
-SPILLED_BYTES = 64  # with all options: what a slab's tokens are multiplied by
+SPILLED_BYTES = 256  # with all options: what a slab's tokens are multiplied by, and what the loops over stages do not touch
 
 
 @pytest.mark.parametrize(
