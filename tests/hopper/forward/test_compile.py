@@ -126,8 +126,7 @@ def test_the_reduction():
     ("kind", "dtype", "bias", "capped", "scaled"),
     [
         ("forward_kl", "bf16", "none", False, False),
-        ("reverse_kl", "f16", "none", False, True),
-        ("jsd", "bf16", "float32", True, True),
+        ("jsd", "f16", "float32", True, True),
     ],
 )
 def test_the_divergence_from_a_teacher(kind, dtype, bias, capped, scaled):
@@ -146,9 +145,9 @@ def test_the_divergence_from_a_teacher(kind, dtype, bias, capped, scaled):
     assert compiled.count(r"st\.global\.v4\.f32") == compiled.count(r"ld\.global\.v4\.f32") == groups
 
 
-@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
-def test_the_merge_of_divergences(kind):
-    check_fits(offline.compile_hopper(make_merge_kernel(HopperTiles().group_n, (divergence_of(Divergence(kind, 0.3)),))))
+def test_the_merge_of_divergences():
+    """Of two sums."""
+    check_fits(offline.compile_hopper(make_merge_kernel(HopperTiles().group_n, (divergence_of(Divergence("jsd", 0.3)),))))
 
 
 def test_a_cluster_of_one_fetches_all_of_c_itself():
