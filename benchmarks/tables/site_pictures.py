@@ -12,7 +12,8 @@ from benchmarks.tables.images import TEXT, save
 
 OURS, OTHERS = "#2f81f7", "#9aa3ad"  # visible on white and on black
 _ROW_INCHES, _TITLE_INCHES, _WIDTH_INCHES = 0.27, 0.62, 9.6
-_NAMES_SHARE = 0.30  # of the width, for the names at the left
+_NAMES_SHARE = 0.30  # of the width, for the names at the left, at least
+_CHARACTER_SHARE = 0.0077  # of the width, for each character of the longest name
 
 
 @dataclass(frozen=True)
@@ -131,11 +132,12 @@ def _figure(panels: list[Panel], where: str) -> Any:
     rows = len(panels[0].bars)
     height = _TITLE_INCHES + _ROW_INCHES * (rows + 1)
     figure = Figure(figsize=(_WIDTH_INCHES, height))
-    width = (1 - _NAMES_SHARE) / len(panels)
+    names_share = max(_NAMES_SHARE, _CHARACTER_SHARE * max(len(bar.name) for bar in panels[0].bars))
+    width = (1 - names_share) / len(panels)
     for i, panel in enumerate(panels):
         assert [bar.name for bar in panel.bars] == [bar.name for bar in panels[0].bars], "panels share their names"
         bottom = 1.2 * _ROW_INCHES / height
-        axes = figure.add_axes((_NAMES_SHARE + width * i, bottom, width * 0.96, 1 - bottom - _TITLE_INCHES / height * 0.6))
+        axes = figure.add_axes((names_share + width * i, bottom, width * 0.96, 1 - bottom - _TITLE_INCHES / height * 0.6))
         _draw(axes, panel, with_names=i == 0)
     figure.text(0.995, 0.02, where, ha="right", va="bottom", fontsize=8.5, color=TEXT)
     return figure

@@ -17,6 +17,7 @@ from benchmarks.tables import table1_pictures
 from benchmarks.tables.cells import add_columns
 
 _TIMES = "loss", "gradient", "both"
+_REASON_LETTERS = 80  # of the reason why a method has no figures, on a page
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def one_line(cell: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any], section: str = TABLE1) -> str:
-    """A section's rows for a page, those with times first, the fastest first."""
+    """A section's rows for a page, the fastest first. Methods without figures stand below, with the beginning of the reason."""
     head = "method", "loss", "gradient", "loss + gradient", "memory: loss", "loss + gradient", "error of dE", "of dC"
     lines = []
     for rows in of_section(results, section).values():
@@ -86,8 +87,10 @@ def markdown(results: dict[str, Any], section: str = TABLE1) -> str:
         ignored = f", {first['ignored']:.0%} of the tokens ignored" if first["ignored"] else ""
         lines += ["", f"{first['problem']}: {sizes}{ignored}, {first['data']} data", "", f"| {' | '.join(head)} |"]
         lines.append("|---|" + "---|" * (len(head) - 1))
-        for cell in sorted(rows, key=_order):
-            lines.append(f"| {' | '.join(_markdown_cells(cell))} |")
+        shown = sorted((cell for cell in rows if cell["status"] == "ok"), key=_order)
+        lines += [f"| {' | '.join(_markdown_cells(cell))} |" for cell in shown]
+        if len(shown) < len(rows):
+            lines += ["", f"Without figures: {_without_figures(rows)}."]
     return "\n".join(lines[1:])
 
 
@@ -101,10 +104,19 @@ def _order(cell: dict[str, Any]) -> tuple[bool, float]:
     return (figures is None, 0.0 if figures is None else figures.ms["both"])
 
 
+def _without_figures(rows: list[dict[str, Any]]) -> str:
+    """The methods that failed or are missing, by reason. A reason is cut: it may be a page, and the record has all of it."""
+    by_reason: dict[str, list[str]] = {}
+    for cell in rows:
+        if cell["status"] != "ok":
+            why = " ".join(cell["why"].replace("`", "'").split())
+            why = why if len(why) <= _REASON_LETTERS else f"{why[: _REASON_LETTERS - 3]}..."
+            by_reason.setdefault(f"{cell['status']}: `{why}`", []).append(cell["method"])
+    return "; ".join(f"{', '.join(methods)} ({reason})" for reason, methods in by_reason.items())
+
+
 def _markdown_cells(cell: dict[str, Any]) -> list[str]:
     name = f"**{cell['method']}**" if cell["method"].startswith("cce_numba") else cell["method"]
-    if cell["status"] != "ok":
-        return [name, f"{cell['status']}: {cell['why'].replace('|', '/')}", *[""] * 6]
     figures = Figures.of(cell)
     times = ["" if figures is None or what not in figures.ms else _time(figures, what) for what in _TIMES]
     if cell["in_forward"]:

@@ -13,6 +13,7 @@ import pytest
 
 import cce_numba
 from benchmarks.measure import record
+from benchmarks.tables.table1 import Figures
 from tests.helpers.harness import SimulatorHarness
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +130,9 @@ def test_tables_are_those_of_the_records(site):
     for row in record.read("backward_h100")["rows"]:
         assert f"{row['call']['median_ms']:.2f} ms" in text
     assert record.read("forward_h100")["surroundings"]["commit"] in text
+    for cell in record.read("table1_h100")["cells"]:
+        if (figures := Figures.of(cell)) is not None:
+            assert f"{figures.ms['both']:.1f} ms, {figures.x['both']['median']:.2f} X" in text
 
 
 def test_what_the_package_chooses():
