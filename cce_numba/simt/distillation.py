@@ -167,8 +167,10 @@ def tiles_of(student: Problem, teacher: Problem) -> SimtTiles:
     return choose_tiles(student.compute_dtype, SIMULATED)
 
 
-def divergence(student: Head, teacher: Head, which: Divergence, tiles: SimtTiles) -> tuple[Any, Any]:
-    """(N,) each token's divergence, and the sum of what is the student's in its gradient; 0 where ignored."""
+def divergence(
+    student: Head, teacher: Head, which: Divergence, tiles: SimtTiles, record: bool = False
+) -> tuple[Any, Any, Head]:
+    """(N,) each token's divergence, and the sum of what is the student's in its gradient; 0 where ignored; and the student."""
     p, xp = student.problem, student.problem.xp
     totals = xp.zeros((2, _PARTS, p.N), np.float64)
     if p.N:
@@ -183,7 +185,7 @@ def divergence(student: Head, teacher: Head, which: Divergence, tiles: SimtTiles
                 of_head.launch(_grid(p, of_tiles, v0, v1), head, tokens, v0, v1, nothing, array)
             kernel.launch((ceil_div(p.N, _THREADS), _PARTS), log_p, log_q, v1 - v0, tokens, totals)
     total, of_student = totals.sum(axis=1).astype(p.compute_dtype)
-    return total, of_student
+    return total, of_student, student
 
 
 def backward(
