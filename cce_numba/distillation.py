@@ -59,9 +59,9 @@ _FILTER_EPS = {"forward_kl": "auto", "reverse_kl": None, "jsd": "auto"}
 def linear_distillation(e: Any, c: Any, teacher_e: Any, teacher_c: Any, **options: Unpack[DistillationOptions]) -> Any:
     """The divergence of `Q = softmax(e @ c.T / temperature)` from a teacher's `P`, with neither's logits stored.
 
-    Backends "hopper", "simt" and "cpu" have it. On "cpu" gradients are filtered as those of `linear_cross_entropy`, by the
-    larger of P and Q: an entry of the vocabulary survives in a block of tokens if one of them gives it a P or a Q of at least
-    `filter_eps`. On the others they are exact, whatever filter is asked for.
+    Backends "hopper", "simt" and "cpu" have it. On "simt" and "cpu" gradients are filtered as those of `linear_cross_entropy`,
+    by the larger of P and Q: an entry of the vocabulary survives in a block of tokens if one of them gives it a P or a Q of at
+    least `filter_eps`. On "hopper" they are exact, whatever filter is asked for.
 
     Args:
         e: (..., D) the student's embeddings, as in `linear_cross_entropy`.

@@ -106,7 +106,7 @@ def test_a_long_vocabulary_and_masked_entries(harness, edges, kind):
 
 
 @pytest.mark.usefixtures("_has_it")
-@pytest.mark.parametrize(("options", "kind"), zip(FILTERS[2:], (*KINDS, *KINDS[::2]), strict=True), ids=str)
+@pytest.mark.parametrize(("options", "kind"), list(zip(FILTERS[2:], (*KINDS, *KINDS[::2]), strict=True)), ids=str)
 def test_a_long_vocabulary_that_is_filtered(harness, edges, options, kind):
     """Several blocks of tokens, some of which take no part, and several blocks of the vocabulary."""
     rng = np.random.default_rng(5)
