@@ -25,7 +25,13 @@ NO_TARGETS = object()  # in place of targets, where only the log-sum-exp is want
 # What a problem may ask for that not every backend has.
 SEVERAL_TARGETS = "several targets of a token"
 DISTILLATION = "distillation"  # which no problem asks for by itself, but two of them together
-EXTRAS = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", "allow_tf32", SEVERAL_TARGETS, DISTILLATION})
+FILTERED_DISTILLATION = "a filter of `linear_distillation`"  # likewise
+EXTRAS = frozenset(
+    {
+        *("entropy", "sum_squares", "top_k", "batch_invariant", "allow_tf32"),
+        *(SEVERAL_TARGETS, DISTILLATION, FILTERED_DISTILLATION),
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from cce_numba import arguments, driver, interchange
-from cce_numba.arguments import DISTILLATION, Problem
+from cce_numba import arguments, driver, interchange, survivors
+from cce_numba.arguments import DISTILLATION, FILTERED_DISTILLATION, Problem
 from cce_numba.backend import BACKENDS, BackendUnavailable, Gradients, backend_module
 from cce_numba.destination import Destination
-from cce_numba.options import DEFAULTS, integer, positive
+from cce_numba.options import DEFAULTS, Filter, integer, positive
 from cce_numba.plan import Plan
 
 KINDS = ("forward_kl", "reverse_kl", "jsd")
@@ -41,6 +41,9 @@ class DistillationOptions(TypedDict, total=False):
     ignore_index: int
     shift: int | bool
     reduction: str
+    filter: Filter
+    filter_eps: float | str | None
+    filter_seed: Any
     accum_e_fp32: bool
     accum_c_fp32: bool
     backend: str | None
@@ -48,13 +51,17 @@ class DistillationOptions(TypedDict, total=False):
 
 _OF_STUDENT = ("bias", "softcap")
 _OF_BOTH = ("shift", "backend")
-_OF_LOSS = ("reduction", "accum_e_fp32", "accum_c_fp32")
+_OF_LOSS = ("reduction", "filter", "filter_eps", "filter_seed", "accum_e_fp32", "accum_c_fp32")
+# The filter's threshold, where it is not given. Where a gradient is not bounded by the larger probability, nothing is filtered.
+_FILTER_EPS = {"forward_kl": "auto", "reverse_kl": None, "jsd": "auto"}
 
 
 def linear_distillation(e: Any, c: Any, teacher_e: Any, teacher_c: Any, **options: Unpack[DistillationOptions]) -> Any:
     """The divergence of `Q = softmax(e @ c.T / temperature)` from a teacher's `P`, with neither's logits stored.
 
-    Backends "hopper", "simt" and "cpu" have it. Its gradients are exact: nothing is filtered.
+    Backends "hopper", "simt" and "cpu" have it. On "simt" and "cpu" gradients are filtered as those of `linear_cross_entropy`,
+    by the larger of P and Q: an entry of the vocabulary survives in a block of tokens if one of them gives it a P or a Q of at
+    least `filter_eps`. On "hopper" they are exact, whatever filter is asked for.
 
     Args:
         e: (..., D) the student's embeddings, as in `linear_cross_entropy`.
@@ -68,6 +75,12 @@ def linear_distillation(e: Any, c: Any, teacher_e: Any, teacher_c: Any, **option
         bias, teacher_bias: (V,) added to the logits.
         softcap, teacher_softcap: as in `linear_cross_entropy`.
         targets: (...) integers that only say which tokens are ignored: those that are `ignore_index`. None ignores none.
+        filter_eps: the threshold; None makes gradients exact. Let G be the gradient with respect to the student's logits, for
+            an upstream gradient and a temperature of 1. Below the threshold |G| < `filter_eps` for "forward_kl", where G is
+            Q - P, and for "jsd". So the default for these is "auto", as in `linear_cross_entropy`. For "reverse_kl" G is
+            Q * (log(Q / P) - KL), whose logarithm has no bound where P is small: `filter_eps` bounds Q and P and not G. So the
+            default is None; "auto" and numbers are taken there too.
+        filter, filter_seed: as in `linear_cross_entropy`. Draws follow from the teacher's log-sum-exps and `filter_seed`.
         ignore_index, shift, reduction, accum_e_fp32, accum_c_fp32, backend: as in `linear_cross_entropy`.
 
     Returns the loss, in nats, as `linear_cross_entropy` does.
@@ -107,7 +120,7 @@ def linear_distillation_with_grad(
     """
     with prepared(e, c, teacher_e, teacher_c, options) as heads:
         destination = Destination.of(out, accumulate, arguments.wanted(wrt, heads.student), heads.student)
-        done = forward(heads)
+        done = forward(heads, destination.wanted)
         return done.loss(), done.backward(d_loss, destination)
 
 
@@ -140,9 +153,9 @@ def prepared(e: Any, c: Any, teacher_e: Any, teacher_c: Any, given: Mapping[str,
         raise ValueError(f'beta: must be a number between 0 and 1 (at these take "forward_kl" and "reverse_kl"), got {beta!r}')
     temperature = positive("temperature", given.get("temperature", 1.0), np.dtype(np.float32), "a positive number")
     targets = _mask(e, given.get("targets"), given.get("ignore_index", DEFAULTS["ignore_index"]))
-    both = {name: given[name] for name in _OF_BOTH if name in given} | {"filter_eps": None, "logit_scale": 1 / temperature}
-    own = {name: given[name] for name in (*_OF_LOSS, *_OF_STUDENT) if name in given}
-    of_teacher = {name: given[f"teacher_{name}"] for name in _OF_STUDENT if f"teacher_{name}" in given}
+    both = {name: given[name] for name in _OF_BOTH if name in given} | {"logit_scale": 1 / temperature}
+    own = {"filter_eps": _FILTER_EPS[kind]} | {name: given[name] for name in (*_OF_LOSS, *_OF_STUDENT) if name in given}
+    of_teacher = {name: given[f"teacher_{name}"] for name in _OF_STUDENT if f"teacher_{name}" in given} | {"filter_eps": None}
     of_student, of_teacher = (_heated(options, temperature) for options in (both | own, both | of_teacher))
     with contextlib.ExitStack() as stack:
         for backend in _backends(e, given.get("backend")):
@@ -158,7 +171,7 @@ def prepared(e: Any, c: Any, teacher_e: Any, teacher_c: Any, given: Mapping[str,
             raise ValueError(f"teacher_e: must be of e's tokens, {student.token_shape}, got {teacher.token_shape}")
         if student.V != teacher.V:
             raise ValueError(f"teacher_c: must have the vocabulary of c, V = {student.V}, got {teacher.V} entries")
-        yield Heads(student, teacher, (plan, other), kind, float(beta))
+        yield Heads(_filtered(student, plan.backend), teacher, (plan, other), kind, float(beta))
 
 
 def _backends(e: Any, asked: str | None) -> list[str]:
@@ -186,6 +199,16 @@ def _teacher(e: Any, c: Any, targets: Any, options: Mapping[str, Any], backend: 
         yield found
 
 
+def _filtered(student: Problem, backend: str) -> Problem:
+    """With the threshold that the backend takes: none where it has no filter of distillation.
+
+    What costs no accuracy beyond the threshold is known of a cross-entropy alone, so "auto" leaves a backend no choice.
+    """
+    has = FILTERED_DISTILLATION in backend_module(backend).EXTRAS
+    eps = student.options.filter_eps if has else None
+    return replace(student, options=replace(student.options, filter_eps=eps, filter_is_auto=False))
+
+
 def _heated(options: dict[str, Any], temperature: float) -> dict[str, Any]:
     """With the softcap of logits that are divided: a temperature divides softcap * tanh(x / softcap), the finished logit."""
     softcap = options.get("softcap")
@@ -210,7 +233,8 @@ class DistillationPass:
 
     Attributes:
         heads: both.
-        student, teacher: `Head` of the backend's module: with what their forwards found.
+        student, teacher: `Head` of the backend's module: with what their forwards found, and of the student's also with the
+            survivors, if a backward is to come that filters.
         which: the backend's `Divergence`.
         divergence: (N,) of each token, 0 where ignored.
         of_student: (N,) see the backend's `distillation.divergence`.
@@ -254,13 +278,22 @@ class DistillationPass:
         return destination.returned(p, into)
 
 
-def forward(heads: Heads) -> DistillationPass:
-    """Goes forward, inside `prepared`."""
+def forward(heads: Heads, wrt: Collection[str] = ()) -> DistillationPass:
+    """Goes forward, inside `prepared`. `wrt` names the gradients that a backward may be asked for, out of "e", "c", "bias"."""
     module = heads.module
     student, teacher = (
         module.Head(problem, driver.forward(problem, plan).statistics)
         for problem, plan in zip((heads.student, heads.teacher), heads.plans, strict=True)
     )
-    which = module.Divergence(heads.kind, heads.beta)
-    found = module.divergence(student, teacher, which, module.tiles_of(heads.student, heads.teacher))
-    return DistillationPass(heads, student, teacher, which, *found)
+    which, p = module.Divergence(heads.kind, heads.beta), heads.student
+    record = p.options.records_survivors(wrt)
+    if record and p.options.is_unbiased:
+        seed = survivors.seed_of_numbers(teacher.statistics.lse, p.filter_seed)
+        student = replace(student, statistics=replace(student.statistics, draw_seed=seed))
+    tiles = module.tiles_of(p, heads.teacher)
+    divergence, of_student, student = module.divergence(student, teacher, which, tiles, record)
+    if record:
+        own = () if heads.kind == "forward_kl" else (of_student,)  # whose gradient does not have it
+        lost = ~p.xp.isfinite(sum(0 * x for x in (student.statistics.lse, teacher.statistics.lse, *own)))
+        survivors.keep_blocks_with(lost, p, student.statistics)
+    return DistillationPass(heads, student, teacher, which, divergence, of_student)

@@ -37,6 +37,10 @@ Where several ranks share a vocabulary (`parallel/`), v is the entry's number in
 entry, so that number travels with the seed: `seed + (first entry << 32)` is what they are handed, and their draws add the high
 word to v. Without ranks it is 0.
 `reference/roulette.py` defines the same apart from this package.
+
+Two heads of a distillation share a filter. It takes the larger of both probabilities, and there are no targets. Both
+log-sum-exps are known before the logits are seen again, so what is flagged is what survives, but for rounding. The seed of the
+draws follows from the log-sum-exps of the teacher (`seed_of_numbers`).
 """
 
 from __future__ import annotations
@@ -184,6 +188,18 @@ def draw_seed(targets: np.ndarray, filter_seed: int) -> np.ndarray:
     return np.array(_mix(_mix(filter_seed) + int(_mix(targets).sum())))
 
 
+def seed_of_numbers(numbers: Any, filter_seed: Any) -> Any:
+    """0-d int64 in [0, 2**32), a seed that follows from the numbers, on their device; 0 and -0 of the numbers add nothing.
+
+    numbers: an array of floats. filter_seed: the caller's, as `arguments.Problem` has it.
+
+    >>> int(seed_of_numbers(np.array([0.0, 1.5, 0.0]), 0))
+    2658690768
+    """
+    words = (numbers + 0).astype(np.float32).view(np.uint32).astype(np.int64)
+    return _mix(_mix(filter_seed) + _mix(words).sum()).reshape(())
+
+
 def draws(blocks: Any, entries: Any, seed: Any) -> Any:
     """The draws u of blocks and entries, int64 arrays that broadcast: float32. With array operations.
 
@@ -209,6 +225,29 @@ def coarse_eps_of(options: Options) -> float | None:
     if options.is_unbiased or options.filter_eps is None or not (options.filter_is_auto and options.filter_c_grad):
         return None
     return _COARSER * options.filter_eps
+
+
+def keep_blocks_with(lost: Any, p: Problem, statistics: Statistics) -> None:
+    """Sets, in place, all survivor bits of the blocks with a token that is lost: lost (N,) bool.
+
+    With array operations, which wait for no device.
+    """
+    bits = statistics.survivors
+    if bits is None or not p.N:
+        return
+    xp: Any = p.xp
+    block, tokens = statistics.survivor_block, statistics.tokens
+    places = xp.arange(len(tokens))
+    by_place = lost[xp.where(places < statistics.n_valid, tokens, 0)] & (places < statistics.n_valid)
+    n_blocks = ceil_div(len(tokens), block)
+    padded = xp.zeros(n_blocks * block, bool)
+    padded[: len(tokens)] = by_place
+    of_block = padded.reshape(n_blocks, block).any(axis=1)
+    every = xp.full(ceil_div(p.V, 8), 0xFF, np.uint8)  # made on the device: nothing travels there, so a graph can capture it
+    every[-1] = 0xFF >> (-p.V % 8)
+    for first in range(0, len(bits), n_blocks) if n_blocks else ():  # planes, one after the other (`StatisticsForm`)
+        plane = bits[first : first + n_blocks]
+        plane |= xp.where(of_block[: len(plane), None], every, np.uint8(0))
 
 
 def unpack_survivors(statistics: Statistics, V: int) -> np.ndarray:

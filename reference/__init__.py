@@ -36,7 +36,7 @@ from .building_blocks import (
     target_logit,
     weighted,
 )
-from .distillation import Distillation, Head, distillation, distillation_backward, divergence_and_gradient
+from .distillation import Distillation, Head, distillation, distillation_backward, divergence_and_gradient, union
 from .distribution import Distribution, distribution, distribution_backward
 from .filters import auto_eps, column_filter, column_flags, dropped_mass, forward_flags, tile_filter
 from .loss import Forward, Gradients, backward, forward, weights

@@ -88,6 +88,28 @@ def divergence_and_gradient(log_p, log_q, kind="forward_kl", beta=0.5):
     return divergence, (1 - beta) * (terms - weighted(q, of_student[:, None]))
 
 
+@quiet
+def union(log_p, log_q, kind="forward_kl", beta=0.5):
+    """What a filter compares with its threshold, `(n, V)`: the larger of both probabilities; NaN for a lost token.
+
+    A token is lost if its gradient has a number that is not finite. The filters of `filters` and `roulette` take this in the
+    place of probabilities, without targets. A filter drops entries where it is below eps, and it bounds the gradient g there:
+
+        forward_kl    |g| = |Q - P| <= union
+        jsd           |g| <= 2 / e * union, whatever beta is
+        reverse_kl    |g| <= Q * (|log(Q / P)| + KL(Q || P)), of which the first factor alone is at most union
+
+    For jsd, with L = -log(1 - beta): log(Q / M) <= L, KL(Q || M) <= L, and Q * log(M / Q) <= M / e, since x * log(1 / x) is at
+    most 1 / e. So |g| is at most (1 - beta) * (Q * L + M / e), and (1 - beta) * L is at most 1 / e too.
+
+    >>> union(np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])).round(3).tolist()
+    [[0.5, 0.75]]
+    """
+    _, g = divergence_and_gradient(log_p, log_q, kind, beta)
+    lost = ~np.isfinite(g).all(axis=-1, keepdims=True)
+    return np.where(lost, np.nan, np.exp(np.maximum(log_p, log_q)))
+
+
 def heads(student, teacher, targets, temperature, shift, ignore_index):
     """The tokens that take part, the student's logits, and the log-probabilities of both, student and teacher, `(n_valid, V)`.
 
@@ -161,7 +183,7 @@ def distillation_backward(
     """Gradients of `sum(d_loss * loss)` with respect to the student's e, c and bias; the teacher gets none.
 
     d_loss: a scalar, or for "none" also of the shape of the loss; None is 1. A token to which nothing flows back takes no part.
-    keep_e, keep_c `(n_valid, V)`: see `loss.backward`.
+    keep_e, keep_c `(n_valid, V)`: see `loss.backward`. What a filter keeps follows from `union`.
 
     >>> student, teacher = Head(np.ones((1, 1)), np.zeros((2, 1))), Head(np.ones((1, 2)), np.log([[0.25, 1.0], [0.75, 1.0]]))
     >>> distillation_backward(student, teacher).c.round(3).tolist()

@@ -1,6 +1,7 @@
 """Which entries of the gradient are too small to matter: the survivors, and how the forward knows them in advance.
 
-Shapes: `probabilities (n, V)` are the softmax of n valid tokens, `targets (n,)` int, keep masks `(n, V)` bool.
+Shapes: `probabilities (n, V)` are the softmax of n valid tokens, `targets (n,)` int or None, keep masks `(n, V)` bool.
+Two distributions share a filter by the larger of their probabilities (`distillation.union`), which has no targets.
 A NaN always survives, and so does all of a block with a target outside `[0, V)`: what is wrong must stay visible.
 `eps=None` keeps everything. Source: the gradient filter of Wijmans et al., ICLR 2025, arXiv 2411.09009, section 4.3,
 which keeps whole tiles (`tile_filter`). Keeping the columns of a token block (`column_filter`) drops far more.
@@ -37,7 +38,9 @@ def column_flags(probabilities, targets, eps, block_n=128):
     n, vocabulary = probabilities.shape
     survives = np.ones((n, vocabulary), bool)
     if eps is not None:
-        survives = ~(probabilities < eps) | (onehot(targets, vocabulary) != 0)  # both true for NaN
+        survives = ~(probabilities < eps)  # true for NaN
+        if targets is not None:
+            survives |= onehot(targets, vocabulary) != 0  # likewise
     return np.logical_or.reduceat(survives, np.arange(0, n, block_n), axis=0)  # any() of each block of rows
 
 

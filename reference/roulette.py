@@ -8,7 +8,10 @@ gradient is right on average ("Russian roulette" of Monte Carlo methods).
 A draw is no state: it is a function of the block, the entry and a seed. The seed follows from the targets and from a number of
 the caller's. So the same inputs give the same bits, wherever and how often they are computed.
 
-Shapes: `probabilities (n, V)`, `targets (n,)` int, draws and scales `(n_blocks, V)`.
+Two distributions share a filter by the larger of their probabilities (`distillation.union`), which has no targets. Any seed
+will do for them.
+
+Shapes: `probabilities (n, V)`, `targets (n,)` int or None, draws and scales `(n_blocks, V)`.
 """
 
 import numpy as np
@@ -70,7 +73,7 @@ def roulette(probabilities, targets, eps, u, block_n=128, part=None):
     scales = np.ones((len(blocks(n, block_n)), vocabulary))
     if eps is None:
         return scales
-    hot = onehot(targets, vocabulary)
+    hot = np.zeros((n, vocabulary)) if targets is None else onehot(targets, vocabulary)
     for scale, draw, n_block in zip(scales, u, blocks(n, block_n), strict=True):
         who = slice(None) if part is None else part[n_block]
         largest = np.max(probabilities[n_block][who] + 0 * hot[n_block][who], axis=0, initial=0.0)  # NaN for a lost token

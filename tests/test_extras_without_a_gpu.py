@@ -149,14 +149,17 @@ def test_distillation_that_asks_for_a_backend(absent, backend):
 
 
 @pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("options", [{"filter_eps": None}, {"filter": "drop"}, {"filter": "unbiased"}], ids=str)
 @pytest.mark.parametrize("kind", ["jsd"])
-def test_kernels_of_distillation_compile(kind):
+def test_kernels_of_distillation_compile(kind, options):
     with absent_gpu((8, 0)) as (cupy, launched):
         student = cupy.zeros((N, D), np.float32), cupy.zeros((V, D), np.float32)
         teacher = cupy.zeros((N, 32), BFLOAT16), cupy.zeros((V, 32), BFLOAT16)
-        cce.linear_distillation_with_grad(*student, *teacher, kind=kind)
-        kernels = {x for x in launched if x.function.__name__ in ("log_probabilities_kernel", "divergence_kernel")}
-    assert len(kernels) == 4, "the teacher's, the student's in both directions, and the sum"
+        cce.linear_distillation_with_grad(*student, *teacher, kind=kind, **options)
+        names = "log_probabilities_kernel", "divergence_kernel", "flag_kernel"
+        kernels = {x for x in launched if x.function.__name__ in names}
+    # The teacher's, the student's in both directions, and the sum. A filter has lists of its own, and the kernel of its bits.
+    assert len(kernels) == (4 if options == {"filter_eps": None} else 6)
     for kernel in kernels:
         compiled = offline.compile_launched(kernel, (8, 0))
         # Of a tile's last loop, which reads the teacher's numbers; the products themselves spill nothing.

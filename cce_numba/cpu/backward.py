@@ -15,7 +15,7 @@ from cce_numba.arguments import Problem
 from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.cpu import invariant
 from cce_numba.cpu.blocks import class_weights, finish_logits, ranges, rows
-from cce_numba.cpu.elements import add_rows, column_scales, gradient_block
+from cce_numba.cpu.elements import add_rows, column_scales, gradient_block, scales_of_columns
 from cce_numba.cpu.threads import at_most, for_each, multiply, spans
 from cce_numba.cpu.tiles import CpuTiles
 from cce_numba.integers import ceil_div
@@ -57,12 +57,13 @@ def backward(
     weights: Weights,
     into: Gradients,
     adds: bool,
-    fill: Callable[[Any, Any, slice], None] | None = None,
+    fill: Callable[[Any, Any, Any], Any] | None = None,
 ) -> None:
     """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`.
 
-    fill(z, tokens, block): turns logits (n, v) of these tokens and a block of the vocabulary into G, in place of what the
-        weights say, which then only tell which tokens take part. For problems that filter nothing.
+    fill(z, tokens, entries): turns logits (n, v) of these tokens and entries, a slice or integers, into G, in place of what the
+        weights say, which then only tell which tokens take part. It returns (v,) what the unbiased filter decides by: the
+        natural logarithm of the largest probability of each entry, NaN if a token is lost.
     """
     tokens = statistics.tokens
     if into.e is None or into.e.dtype == p.compute_dtype or tiles.dE_group >= len(tokens):
@@ -85,7 +86,7 @@ def _sweep(
     statistics: Statistics,
     weights: Weights,
     adds: bool,
-    fill: Callable[[Any, Any, slice], None] | None,
+    fill: Callable[[Any, Any, Any], Any] | None,
     first: int,
     last: int,
     d_e: Any,
@@ -127,10 +128,16 @@ def _sweep(
             part.e, block = rows(p.e, part.tokens, dtype), slice(v0, v0 + len(c))
             present = _rows(c, part.columns)
             g = product(part.e, present.T)
-            finish_logits(g, p, part.tokens, block if part.columns is None else part.columns + v0)
+            entries = block if part.columns is None else part.columns + v0
+            finish_logits(g, p, part.tokens, entries)
+            largest = None if fill is None else fill(g, part.tokens, entries)
             scales = None
             if by_chance:
-                scales = _scales(p, statistics, part, g, block)
+                if largest is None:
+                    scales = _scales(p, statistics, part, g, block)
+                else:
+                    scales = np.ones(g.shape[1], dtype)
+                    scales_of_columns(largest, _draws(statistics, part, block), p.options.filter_eps, scales)
                 survives = np.flatnonzero(scales)
                 if len(survives) < len(scales):
                     g, scales, present = g[:, survives], scales[survives], present[survives]
@@ -138,8 +145,6 @@ def _sweep(
                     part.for_e, part.for_c = (part.columns if filters else None for filters in (filter_e, filter_c))
             if fill is None:
                 _make_gradient(g, p, statistics, weights, part, block)
-            else:
-                fill(g, part.tokens, block)
             if scales is not None:
                 g *= scales
             if d_e is not None:
@@ -237,13 +242,17 @@ def _scales(p: Problem, statistics: Statistics, part: _Part, z: Any, block: slic
     max_logit, log_sum = statistics.max_logit[tokens], statistics.log_sum[tokens]
     if not np.isfinite(max_logit + log_sum).all() or np.isnan(statistics.target_logit[tokens]).any():  # of any target
         return scales  # a token is lost
-    entries = np.arange(block.start, block.stop) if columns is None else block.start + columns
-    u = draws(part.block, entries, statistics.draw_seed)
     assert p.options.filter_eps is not None, "otherwise there is no seed"
-    column_scales(z, max_logit, log_sum, u, p.options.filter_eps, scales)
+    column_scales(z, max_logit, log_sum, _draws(statistics, part, block), p.options.filter_eps, scales)
     target_column = _target_columns(p, tokens, columns, block)
     scales[target_column[target_column >= 0]] = 1
     return scales
+
+
+def _draws(statistics: Statistics, part: _Part, block: slice) -> Any:
+    """(k,) the draws of the part's columns."""
+    entries = np.arange(block.start, block.stop) if part.columns is None else block.start + part.columns
+    return draws(part.block, entries, statistics.draw_seed)
 
 
 def _target_columns(p: Problem, tokens: Any, columns: Any, block: slice) -> Any:

@@ -1,23 +1,27 @@
 """The divergence of a student's head from a teacher's on the CPU: a block of both heads' logits at a time.
 
 The log-sum-exps of both heads are known (`forward`). So a block has the logarithms of both probabilities, P of the teacher and
-Q of the student, and each kind of divergence is a sum over the vocabulary. `reference/distillation.py` has the formulas.
+Q of the student, and each kind of divergence is a sum over the vocabulary. `reference/distillation.py` has the formulas. The
+same pass finds the survivors, by the larger of P and Q (`cce_numba/survivors.py`), and the backward looks at no others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from cce_numba import survivors as rule
 from cce_numba.arguments import Outline, Problem
 from cce_numba.backend import Gradients, Statistics, Weights
 from cce_numba.cpu import backward as backward_loops
 from cce_numba.cpu import threads
 from cce_numba.cpu.blocks import finish_logits, ranges, rows
+from cce_numba.cpu.folds.survivors import unless_dense
 from cce_numba.cpu.threads import for_each, multiply
 from cce_numba.cpu.tiles import CpuTiles, choose_tiles
+from cce_numba.integers import ceil_div
 
 _TOKENS = 256  # whose logits are there together, of the teacher and, in the forward, of the student
 _ROWS = 64  # of these, whose elements are looked at together
@@ -30,11 +34,11 @@ class Head:
     problem: Problem
     statistics: Statistics
 
-    def rows_of_c(self, columns: slice) -> Any:
-        """(v, D) of the classifier, in the compute dtype."""
+    def rows_of_c(self, columns: Any) -> Any:
+        """(v, D) of the classifier, in the compute dtype. columns: a slice or integers."""
         return self.problem.c[columns].astype(self.problem.compute_dtype, copy=False)
 
-    def log_probabilities(self, tokens: Any, c: Any, columns: slice) -> Any:
+    def log_probabilities(self, tokens: Any, c: Any, columns: Any) -> Any:
         """(n, v) natural logarithms of the probabilities of these tokens and entries, whose rows are c."""
         p = self.problem
         z = multiply(rows(p.e, tokens, p.compute_dtype), c.T)
@@ -89,31 +93,62 @@ def tiles_of(student: Problem, teacher: Problem) -> CpuTiles:
     return choose_tiles(Outline(student.N, student.V, D, student.dtype, False, "cpu", student.options))
 
 
-def divergence(student: Head, teacher: Head, which: Divergence, tiles: CpuTiles) -> tuple[Any, Any]:
-    """(N,) each token's divergence, and the sum of what is the student's in its gradient; 0 where ignored."""
+def divergence(student: Head, teacher: Head, which: Divergence, tiles: CpuTiles, record: bool = False) -> tuple[Any, Any, Head]:
+    """(N,) each token's divergence, and the sum of what is the student's in its gradient; 0 where ignored; and the student.
+
+    record: it comes back with survivors of the union, by its options and the draws' seed in its statistics.
+    """
     with threads.of(student.problem):
-        return _divergence(student, teacher, which, tiles)
+        total, of_student, bits = _divergence(student, teacher, which, tiles, record)
+    if record:
+        found = replace(student.statistics, survivors=bits, survivor_block=tiles.survivor_block)
+        student = replace(student, statistics=found)
+    return total, of_student, student
 
 
-def _divergence(student: Head, teacher: Head, which: Divergence, tiles: CpuTiles) -> tuple[Any, Any]:
+def _divergence(student: Head, teacher: Head, which: Divergence, tiles: CpuTiles, record: bool) -> tuple[Any, Any, Any]:
     p, tokens = student.problem, student.statistics.tokens
     total, of_student = np.zeros(p.N), np.zeros(p.N)
+    block = tiles.survivor_block
+    bits = np.zeros((ceil_div(len(tokens), block), ceil_div(p.V, 8)), np.uint8) if record else None
+    step = min(_ROWS, block)  # of one block
 
-    def add(block: Any, log_p: Any, log_q: Any) -> None:
-        terms, own = which.terms(log_p.astype(log_q.dtype, copy=False), log_q)
-        total[block] += terms.sum(axis=1, dtype=np.float64)
+    def add(span: tuple[int, int], flags: Any, log_p: Any, log_q: Any, columns: slice) -> None:
+        """Of these positions in the list of tokens; flags (v,) are written if survivors are recorded."""
+        some, log_p = tokens[slice(*span)], log_p.astype(log_q.dtype, copy=False)
+        terms, own = which.terms(log_p, log_q)
+        total[some] += terms.sum(axis=1, dtype=np.float64)
         if own is not None:
-            of_student[block] += own.sum(axis=1, dtype=np.float64)
+            of_student[some] += own.sum(axis=1, dtype=np.float64)
+        if record:
+            largest = np.maximum(log_p, log_q).max(axis=0)
+            flags[:] = ~(largest < _log_threshold(student, span[0] // block, columns))  # NaN is not below anything
 
     for v0, v1 in ranges(p.V, tiles.block_v):
         columns = slice(v0, v1)
         both = [(head, head.rows_of_c(columns)) for head in (student, teacher)]
         for n0, n1 in ranges(len(tokens), _TOKENS):
-            block = tokens[n0:n1]
-            log_q, log_p = (head.log_probabilities(block, c, columns) for head, c in both)
-            some = [slice(*span) for span in ranges(len(block), _ROWS)]
-            for_each(lambda args: add(*args), [(block[x], log_p[x], log_q[x]) for x in some])
-    return total.astype(p.compute_dtype), of_student.astype(p.compute_dtype)
+            log_q, log_p = (head.log_probabilities(tokens[n0:n1], c, columns) for head, c in both)
+            flags = np.zeros((ceil_div(n1 - n0, step), v1 - v0), bool)
+            spans = list(ranges(n1 - n0, step))
+            for_each(
+                lambda args: add(*args, columns),  # noqa: B023 - it is called before the next one is made
+                [((n0 + a, n0 + b), flags[i], log_p[a:b], log_q[a:b]) for i, (a, b) in enumerate(spans)],
+            )
+            if bits is not None:
+                for (first, _), packed in zip(spans, np.packbits(flags, axis=1, bitorder="little"), strict=True):
+                    bits[(n0 + first) // block, v0 // 8 : v0 // 8 + len(packed)] |= packed
+    if bits is not None and student.statistics.draw_seed is None:
+        bits = unless_dense(bits, p.V)
+    return total.astype(p.compute_dtype), of_student.astype(p.compute_dtype), bits
+
+
+def _log_threshold(student: Head, n_block: int, columns: slice) -> Any:
+    """What the logarithm of a probability must reach to survive, in a block of tokens: one number, or (v,) by chance."""
+    log_eps, seed = rule.log_threshold(student.problem.options.filter_eps), student.statistics.draw_seed
+    if seed is None:
+        return log_eps
+    return log_eps + np.log(rule.draws(n_block, np.arange(columns.start, columns.stop), seed).astype(np.float64))
 
 
 def backward(
@@ -121,23 +156,30 @@ def backward(
 ) -> None:
     """Writes the student's gradients, or adds them, as `backend.Backend.backward` does.
 
-    of_student: of `divergence`. d_token (N,): what flows into each token's divergence, times its logit scale.
+    student, of_student: of `divergence`. d_token (N,): what flows into each token's divergence, times its logit scale.
     """
-    p = student.problem
+    p, by_chance = student.problem, student.statistics.draw_seed is not None
 
-    def fill(z: Any, tokens: Any, columns: slice) -> None:
+    def fill(z: Any, tokens: Any, entries: Any) -> Any:
         """Turns the student's logits into G, some tokens at a time, so that the teacher's take little room."""
-        c = teacher.rows_of_c(columns)
+        c = teacher.rows_of_c(entries)
+        largest = np.full(z.shape[1], -np.inf, z.dtype)
         for n0, n1 in ranges(len(tokens), _TOKENS):
             block, own = tokens[n0:n1], z[n0:n1]
-            log_p = teacher.log_probabilities(block, c, columns)
+            log_p = teacher.log_probabilities(block, c, entries).astype(z.dtype, copy=False)
             some = [slice(*span) for span in ranges(len(block), _ROWS)]
-            for_each(lambda args: to_gradient(*args), [(block[x], log_p[x], own[x]) for x in some])
+            maxima = np.full((len(some), z.shape[1]), -np.inf, z.dtype)
+            for_each(lambda args: to_gradient(*args), [(block[x], log_p[x], own[x], maxima[i]) for i, x in enumerate(some)])
+            largest = np.maximum(largest, maxima.max(axis=0))
+        return largest
 
-    def to_gradient(tokens: Any, log_p: Any, z: Any) -> None:
+    def to_gradient(tokens: Any, log_p: Any, z: Any, largest: Any) -> None:
         slope = None if p.options.softcap is None else 1 - (z / z.dtype.type(p.options.softcap)) ** 2
         student.subtract_lse(z, tokens)
-        g = which.gradient(log_p.astype(z.dtype, copy=False), z, of_student[tokens])
+        if by_chance:
+            lost = 0 * of_student[tokens]  # NaN where that is not finite
+            np.max(np.maximum(log_p, z) + lost[:, None], axis=0, out=largest)
+        g = which.gradient(log_p, z, of_student[tokens])
         np.multiply(g, d_token[tokens][:, None], out=z)
         if slope is not None:
             z *= slope

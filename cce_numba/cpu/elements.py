@@ -120,6 +120,16 @@ def gradient_block(
 
 
 @compiled(nogil=True)
+def scales_of_columns(largest: Any, u: Any, eps: float, scales: Any) -> None:
+    """Writes to scales (v,) what the unbiased filter multiplies columns of G by: `survivors.make_scale`.
+
+    largest (v,): natural logarithms of the largest probabilities; NaN for a column that is kept as it is. u (v,): the draws.
+    """
+    for v in range(largest.shape[0]):
+        scales[v] = _scale_of(math.exp(np.float64(largest[v])), eps, np.float64(u[v]))
+
+
+@compiled(nogil=True)
 def column_scales(z: Any, max_logit: Any, log_sum: Any, u: Any, eps: float, scales: Any) -> None:
     """Writes to scales (v,) what the unbiased filter multiplies columns of G by: `survivors.make_scale`.
 
@@ -131,8 +141,7 @@ def column_scales(z: Any, max_logit: Any, log_sum: Any, u: Any, eps: float, scal
         for v in range(row.shape[0]):
             log_probability = (row[v] - max_logit[n]) - log_sum[n]
             largest[v] = log_probability if log_probability > largest[v] else largest[v]
-    for v in range(z.shape[1]):
-        scales[v] = _scale_of(math.exp(np.float64(largest[v])), eps, np.float64(u[v]))
+    scales_of_columns(largest, u, eps, scales)
 
 
 @compiled(nogil=True)

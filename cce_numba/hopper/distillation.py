@@ -39,17 +39,19 @@ def tiles_of(student: Problem, teacher: Problem) -> HopperTiles:
     return HopperTiles()
 
 
-def divergence(student: Head, teacher: Head, which: Divergence, tiles: HopperTiles) -> tuple[Any, Any]:
-    """(N,) each token's divergence, and the sum of what is the student's in its gradient; 0 where ignored.
+def divergence(
+    student: Head, teacher: Head, which: Divergence, tiles: HopperTiles, record: bool = False
+) -> tuple[Any, Any, Head]:
+    """(N,) each token's divergence, and the sum of what is the student's in its gradient; 0 where ignored; and the student.
 
-    The forward KL has no such sum; anything is returned for it.
+    The forward KL has no such sum; anything is returned for it. Nothing is recorded.
     """
     p = student.problem
     p, fold = replace(p, e=matrices.aligned(p.e), c=matrices.aligned(p.c)), divergence_of(which)
     results = p.xp.zeros((len(fold.results), p.N), np.float32)
     if p.N:
         _launch(replace(student, problem=p), teacher, which, tiles, results)
-    return results[0], results[-1]
+    return results[0], results[-1], student
 
 
 def _launch(student: Head, teacher: Head, which: Divergence, tiles: HopperTiles, results: Any) -> None:

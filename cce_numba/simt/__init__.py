@@ -16,6 +16,7 @@ Reading order:
     forward               tiles of logits, folded; then splits merged
 
     columns               which columns each block of tokens keeps, as a list
+    chance                which of these survive by chance, and what they are multiplied by
     gradient_of_logits    G, for those alone
     gradient_of_c, _e, _bias    the gradients from G
     backward              all of it, chunk by chunk

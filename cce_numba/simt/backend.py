@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cce_numba import gpu, terms
-from cce_numba.arguments import DISTILLATION, SEVERAL_TARGETS, Outline, Problem
+from cce_numba.arguments import DISTILLATION, FILTERED_DISTILLATION, SEVERAL_TARGETS, Outline, Problem
 from cce_numba.backend import Gradients, Statistics, StatisticsForm, Weights
 from cce_numba.gpu import SIMULATED
 from cce_numba.integers import ceil_div
@@ -20,7 +20,9 @@ from cce_numba.simt.records import LogitTerms
 from cce_numba.simt.tiles import choose_tiles
 from cce_numba.simt.tokens import list_tokens
 
-EXTRAS: frozenset[str] = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS, DISTILLATION})
+EXTRAS: frozenset[str] = frozenset(
+    {"entropy", "sum_squares", "top_k", "batch_invariant", SEVERAL_TARGETS, DISTILLATION, FILTERED_DISTILLATION}
+)
 ON_REQUEST: frozenset[np.dtype] = frozenset()
 
 

@@ -58,12 +58,12 @@ def backward(
     given: backend.Weights,
     into: Gradients,
     adds: bool,
-    fill: Callable[[int, int, Any], None] | None = None,
+    fill: Callable[[Columns, Any], None] | None = None,
 ) -> None:
     """Writes the gradients `into` arrays, or adds to what is in there; see `backend.Backend`.
 
-    fill: `fill(v0, v1, g)` writes all of G of the entries [v0, v1), in place of the kernel of a cross-entropy, for a problem
-    that filters nothing. g (entries of a chunk, N) is as in `gradient_of_logits_kernel`.
+    fill: `fill(columns, g)` writes G of a chunk where it survives, in place of the kernel of a cross-entropy. Both are as in
+    `gradient_of_logits_kernel`.
     """
     xp: Any = p.xp
     d_e, d_c, d_bias = into.e, into.c, into.bias
@@ -98,7 +98,7 @@ def backward(
         if len(lists) > 1:
             list_columns_kernel.launch(n_blocks, kept_e, tokens, weights, columns_e)
         if fill is not None:
-            fill(v0, v1, g)
+            fill(columns, g)
         else:
             terms_of_g = given.uniform is not None, unbiased, given.entropy is not None, p.K is not None
             g_kernel = make_gradient_of_logits_kernel(tiles, p.dtype, bias_dtype_of(p), *terms_of_g)

@@ -19,14 +19,13 @@ from numba import cuda
 from cce_numba.launch.array_kernel import ArrayKernel
 from cce_numba.launch.inlined import slope_of_cap
 from cce_numba.launch.kernel import kernel_factory
-from cce_numba.simt.draws import draw
+from cce_numba.simt.chance import make_decide
 from cce_numba.simt.logits import make_products_tile, make_terms
 from cce_numba.simt.numbers import conversions, real_of
 from cce_numba.simt.product import make_product
 from cce_numba.simt.records import takes_part
 from cce_numba.simt.staging import ALIGNMENT, Operand
 from cce_numba.simt.tiles import SimtTiles
-from cce_numba.survivors import make_scale
 
 
 class OfToken(NamedTuple):
@@ -58,7 +57,7 @@ def make_gradient_of_logits_kernel(
     uniform, entropy: whether G has these terms. unbiased: whether by that filter. several: whether tokens have several targets.
     """
     real = real_of(dtype)
-    scale_of_column = cuda.jit(device=True)(make_scale(real))
+    decide = make_decide(tiles, real)
     load, _ = conversions(dtype)
     product, products_tile = make_product(tiles, real), make_products_tile(tiles, load, real)
     bias_of, scale_of, logit_of = make_terms(bias_dtype, real)
@@ -174,14 +173,7 @@ def make_gradient_of_logits_kernel(
                         v = columns.listed[n_block, min(first + column_of(j), count - 1)]
                         z = logit_of(acc[i, j], bias_of(terms, v), scale, terms)
                         largest[y, column_of(j)] = max(largest[y, column_of(j)], probability_of(z, v, of_token, found))
-            cuda.syncthreads()
-            for r in range(t, block_v, threads):
-                most = largest[0, r]
-                for other in range(1, threads_n):
-                    most = max(most, largest[other, r])
-                v = columns.listed[n_block, min(first + r, count - 1)]
-                scales[r] = scale_of_column(most, chance.eps, real(draw(n_block, v, chance.draw_seed[0])))
-            cuda.syncthreads()
+            decide(largest, scales, n_block, first, columns, chance)
 
         for i in range(thread_n):
             position = n0 + y * thread_n + i

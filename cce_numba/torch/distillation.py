@@ -33,8 +33,8 @@ def linear_distillation(
         e, c, bias: the student's, as in `linear_cross_entropy`.
         teacher_e, teacher_c, teacher_bias: the teacher's. They need not be detached, and get no gradient.
         targets: (...) integers that say which tokens are ignored.
-        options: kind, beta, temperature, softcap, teacher_softcap, ignore_index, shift, reduction, backend of
-            `cce_numba.linear_distillation`.
+        options: kind, beta, temperature, softcap, teacher_softcap, ignore_index, shift, reduction, filter, filter_eps,
+            filter_seed, backend of `cce_numba.linear_distillation`.
 
     Returns the loss, and raises what that function does.
 
@@ -63,7 +63,7 @@ class _LinearDistillation(torch.autograd.Function):
         given = {"bias": bias, "teacher_bias": teacher_bias, "targets": targets}
         given = {name: x for name, x in given.items() if x is not None} | options
         with distillation.prepared(e, c, teacher_e, teacher_c, given) as heads:
-            done = distillation.forward(heads)
+            done = distillation.forward(heads, _names(ctx))
             loss = done.loss()
         ctx.save_for_backward(e, c, bias, teacher_e, teacher_c, teacher_bias)  # so that changes in place are noticed
         ctx.done = done
@@ -74,8 +74,12 @@ class _LinearDistillation(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Any) -> tuple[Any, ...]:
         """The gradients that are needed."""
         _ = ctx.saved_tensors
-        names = frozenset(name for name, needed in zip(GRADIENTS, ctx.needs_input_grad, strict=False) if needed)
         problem = ctx.done.heads.student
         with problem.kind.current():
-            grads = ctx.done.backward(d_loss, Destination.of(None, False, names, problem))
+            grads = ctx.done.backward(d_loss, Destination.of(None, False, _names(ctx), problem))
         return grads.e, grads.c, grads.bias, *[None] * 5
+
+
+def _names(ctx: Any) -> frozenset[str]:
+    """Of the gradients that are needed."""
+    return frozenset(name for name, needed in zip(GRADIENTS, ctx.needs_input_grad, strict=False) if needed)

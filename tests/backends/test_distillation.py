@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import cce_numba as cce
 import reference
-from cce_numba.arguments import DISTILLATION
+from cce_numba.arguments import DISTILLATION, FILTERED_DISTILLATION
 from cce_numba.backend import backend_module
 from reference.distillation import KINDS
 from tests.helpers.cases import sizes
@@ -17,6 +17,16 @@ from tests.helpers.checks import assert_within
 from tests.helpers.distillation import check, heads, options_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+FILTERS = [
+    {},
+    {"filter_eps": None},
+    {"filter_eps": "auto", "filter": "drop"},
+    {"filter_eps": 0.3, "filter": "drop"},
+    {"filter_eps": 0.02, "filter": "drop"},
+    {"filter_eps": 0.3, "filter_seed": 5},
+    {"filter_eps": 0.02},
+]
 
 
 @pytest.fixture
@@ -51,8 +61,10 @@ def test_any_heads(harness, edges, data):
     shift = data.draw(st.sampled_from([0, 1] if shape[1] > 1 else [0]), label="shift")
     reduction = data.draw(st.sampled_from(["mean", "sum", "none"]), label="reduction")
     tokens = (rows, shape[1] - shift)
-    d_loss = rng.normal(size=tokens) if reduction == "none" else data.draw(st.sampled_from([None, -0.5]), label="d_loss")
-    options = {} if targets is None else {"targets": targets}
+    d_loss = data.draw(st.sampled_from([None, -0.5]), label="d_loss")
+    if reduction == "none":
+        d_loss = rng.normal(size=tokens) * (rng.random(tokens) < 0.9)
+    options = data.draw(st.sampled_from(FILTERS), label="filter") | ({} if targets is None else {"targets": targets})
     check(
         harness,
         *made,
@@ -94,6 +106,77 @@ def test_a_long_vocabulary_and_masked_entries(harness, edges, kind):
 
 
 @pytest.mark.usefixtures("_has_it")
+@pytest.mark.parametrize(("options", "kind"), list(zip(FILTERS[2:], (*KINDS, *KINDS[::2]), strict=True)), ids=str)
+def test_a_long_vocabulary_that_is_filtered(harness, edges, options, kind):
+    """Several blocks of tokens, some of which take no part, and several blocks of the vocabulary."""
+    rng = np.random.default_rng(5)
+    N = edges.n[-1] + 3
+    student, teacher = (
+        heads(rng, (N,), edges.long_v, D, edges.dtype, 3.0, bias, cap)
+        for D, bias, cap in ((edges.d[-1], True, None), (edges.d[-2] + 1, False, 9.0))
+    )
+    targets = np.where(rng.random(N) < 0.2, -100, 0)
+    eps = options["filter_eps"]
+    if isinstance(eps, float):  # what so many entries have
+        options = options | {"filter_eps": eps * 100 / edges.long_v}
+    d_loss = rng.normal(size=N) * (rng.random(N) < 0.8)
+    check(harness, student, teacher, d_loss, kind=kind, reduction="none", targets=targets, temperature=1.5, **options)
+
+
+@pytest.mark.usefixtures("_has_it")
+def test_the_filter_s_defaults(harness, edges):
+    """What bounds a gradient is filtered; what does not is exact. Numbers of the caller change draws, and not the loss."""
+    rng = np.random.default_rng(6)
+    student, teacher = (heads(rng, (edges.n[0] + 1,), edges.v[-1] + 5, D, edges.dtype) for D in edges.d[-2:])
+    arrays = [harness.device(x) for x in (student.e, student.c, teacher.e, teacher.c)]
+
+    def gradient(**options):
+        loss, grads = cce.linear_distillation_with_grad(*arrays, backend=harness.backend, **options)
+        return harness.host(loss), harness.host(grads.c)
+
+    has = FILTERED_DISTILLATION in backend_module(harness.backend).EXTRAS
+    for kind in KINDS:
+        loss, given = gradient(kind=kind)
+        explicit, drawn, exact = (
+            gradient(kind=kind, **options) for options in ({"filter_eps": "auto"}, {"filter_seed": 1}, {"filter_eps": None})
+        )
+        assert loss == explicit[0] == drawn[0] == exact[0]
+        np.testing.assert_array_equal(given, (exact if kind == "reverse_kl" else explicit)[1])
+        seeds = [gradient(kind=kind, filter_eps=0.2, filter_seed=k)[1] for k in (0, 0, 1)]
+        np.testing.assert_array_equal(*seeds[:2])
+        assert (seeds[0] != seeds[2]).any() == has
+
+
+@pytest.mark.usefixtures("_has_it")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_block_with_a_lost_token_is_whole(harness, edges, kind):
+    """Its gradient is NaN in every row that the token reaches, and no filter makes it finite."""
+    rng = np.random.default_rng(7)
+    student, teacher = (heads(rng, (edges.n[0] + 1,), edges.v[-1] + 5, D, edges.dtype) for D in edges.d[-2:])
+    student.e[0, 0] = np.nan
+    arrays = [harness.device(x) for x in (student.e, student.c, teacher.e, teacher.c)]
+    for options in ({"filter_eps": 0.5, "filter": "drop"}, {"filter_eps": 0.5}):
+        _, grads = cce.linear_distillation_with_grad(*arrays, kind=kind, backend=harness.backend, **options)
+        assert np.isnan(harness.host(grads.c)).all()
+        assert np.isnan(harness.host(grads.e)[0]).all()
+
+
+@pytest.mark.usefixtures("_has_it")
+def test_an_infinite_divergence_is_not_filtered(harness, edges):
+    """Of the reverse KL, where the teacher masks an entry: G is infinite in every column."""
+    rng = np.random.default_rng(8)
+    student, teacher = (heads(rng, (edges.n[0] + 1,), edges.v[-1] + 5, D, edges.dtype) for D in edges.d[-2:])
+    arrays = [harness.device(x) for x in (student.e, student.c, teacher.e, teacher.c)]
+    bias = np.zeros(edges.v[-1] + 5, edges.dtype)
+    bias[3] = -np.inf
+    named = {"kind": "reverse_kl", "teacher_bias": harness.device(bias), "backend": harness.backend}
+    for options in ({"filter_eps": 0.5, "filter": "drop"}, {"filter_eps": 0.5}):
+        loss, grads = cce.linear_distillation_with_grad(*arrays, **named, **options)
+        assert harness.host(loss) == np.inf
+        assert not np.isfinite(harness.host(grads.c)).any()
+
+
+@pytest.mark.usefixtures("_has_it")
 def test_a_lost_token_leaves_the_others_alone(harness, edges):
     rng = np.random.default_rng(2)
     student, teacher = (heads(rng, (edges.n[-1],), edges.v[-1], D, edges.dtype) for D in edges.d[-2:])
@@ -116,6 +199,9 @@ def test_a_lost_token_leaves_the_others_alone(harness, edges):
         (ValueError, {"beta": 1.0}, "beta: must be a number between 0 and 1"),
         (ValueError, {"temperature": 0}, "temperature: must be positive"),
         (TypeError, {"z_loss": 0.1}, "z_loss: is not an option"),
+        (ValueError, {"filter": "keep"}, "filter: must be one of"),
+        (ValueError, {"filter_eps": 2.0}, "filter_eps: must be 'auto'"),
+        (TypeError, {"filter_seed": 0.5}, "filter_seed: must be an integer"),
         (ValueError, {"teacher_bias": np.zeros(3, np.float32)}, "teacher_bias: must have shape"),
     ],
 )

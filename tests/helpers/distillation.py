@@ -6,6 +6,8 @@ import numpy as np
 
 import cce_numba as cce
 import reference
+from cce_numba import distillation
+from cce_numba.survivors import unpack_survivors
 from reference.distillation import Head
 from reference.distillation import heads as reference_heads
 from tests.helpers.checks import assert_within, compute_unit, rounded, rounding_of_g
@@ -40,9 +42,8 @@ def check(harness, student, teacher, d_loss=None, **options):
     loss, grads = cce.linear_distillation_with_grad(*arrays, d_loss=d, backend=harness.backend, **given)
     alone = cce.linear_distillation(*arrays, backend=harness.backend, **given)
     np.testing.assert_array_equal(harness.host(alone), harness.host(loss))
-    known = {name: x for name, x in options.items() if not name.startswith("accum")}
+    known = {name: x for name, x in options.items() if not name.startswith(("accum", "filter"))}
     exact = reference.distillation(student, teacher, **known)
-    wanted = reference.distillation_backward(student, teacher, d_loss=d_loss, **known)
 
     unit, V = max(compute_unit(head.e.dtype) for head in (student, teacher)), len(student.c)
     temperature, shift, reduction = (
@@ -66,11 +67,16 @@ def check(harness, student, teacher, d_loss=None, **options):
     assert_within("loss", harness.host(loss), np.asarray(exact.loss), full)
 
     d_token = np.abs(tokens.select(1.0 if d_loss is None else d_loss)) / temperature
+    with distillation.prepared(*arrays, {"backend": harness.backend, **given}) as prepared:
+        done = distillation.forward(prepared, ("e", "c"))
+    scales, unsure = filtered(harness, done, log_p, log_q, np.exp(error[tokens.valid])[:, None], d_token != 0)
+    wanted = reference.distillation_backward(student, teacher, d_loss=d_loss, keep_e=scales, keep_c=scales, **known)
     d_token = d_token / max(exact.n_valid, 1) if reduction == "mean" else d_token
     p, q = np.exp(log_p), np.exp(log_q)
     g_error = (d_token * of_token)[:, None] * (p + q) * (2 + np.abs(log_p - log_q)) + 1e-37
     g = (d_token * apart)[:, None] * (p + q)
-    g_error = 2 * g_error + 16 * unit * g
+    g_error = scales * (2 * g_error + (16 * unit + error[tokens.valid][:, None]) * g) + unsure * g
+    g = scales * g
     rounded_error = g_error + rounding_of_g(g, d_token, student.e.dtype)
     bounds = {
         "e": tokens.gradient_of_e(
@@ -85,3 +91,34 @@ def check(harness, student, teacher, d_loss=None, **options):
             expected = getattr(wanted, name)
             assert_within(f"grads.{name}", actual, expected, rounded(bound, expected, actual.dtype))
     return grads
+
+
+def filtered(harness, done, log_p, log_q, margin, part):
+    """What the filter multiplies G by, and what more or less it may be, `(n_valid, V)` both; after a look at the survivors.
+
+    done: a `DistillationPass`. margin (n_valid, 1): by what factor a probability may seem larger or smaller. part (n_valid,):
+    which tokens take part.
+    """
+    found, options = done.student.statistics, done.heads.student.options
+    (n, V), eps, which = log_p.shape, options.filter_eps, (done.heads.kind, done.heads.beta)
+    if eps is None or found.survivors is None or not n:
+        return np.ones((n, V)), np.zeros((n, V))
+    block = found.survivor_block
+    kept = np.repeat(unpack_survivors(found, V), block, axis=0)[:n]
+    union = reference.union(log_p, log_q, *which)
+    u, unbiased = np.ones((-(-n // block), V)), options.is_unbiased
+    if unbiased:
+        u = reference.draws(len(u), V, int(harness.host(found.draw_seed)))
+
+    def of_tokens(probabilities, who=None):
+        scales = reference.roulette(probabilities, None, eps, u, block, who)
+        return reference.of_tokens(scales, n, block)
+
+    slack = 1.002 * np.nanmax(margin)  # with what a forward takes off the threshold
+    certain, possible = of_tokens(union / slack) != 0, of_tokens(np.minimum(union * slack, 1)) != 0
+    assert not (certain & ~kept).any(), "what reaches the threshold is kept"
+    assert not (kept & ~possible).any(), "what is below it is dropped"
+    if not unbiased:
+        return kept.astype(np.float64), np.zeros((n, V))
+    scales, low, high = (of_tokens(x, part) for x in (union, union / margin, union * margin))
+    return scales, np.where((low == 0) != (high == 0), np.maximum(low, high) * np.nanmax(margin), 0)

@@ -8,7 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reference import Head, backward, distillation, distillation_backward, divergence_and_gradient, log_softmax, softmax
+from reference import (
+    Head,
+    backward,
+    column_filter,
+    distillation,
+    distillation_backward,
+    divergence_and_gradient,
+    draws,
+    log_softmax,
+    of_tokens,
+    roulette,
+    softmax,
+    union,
+)
 from tests.helpers.dense import assert_close, assert_near, assert_same_gradients, finite_difference
 
 pytestmark = pytest.mark.filterwarnings("error")  # NaN and inf pass through silently
@@ -162,6 +175,58 @@ def test_keep_masks_choose_entries_of_g():
     assert_close(grads.e[valid], (g * keep_e) @ student.c)
     assert_close(grads.c, (g * keep_c).T @ student.e[valid])
     assert_close(grads.bias, (g * keep_c).sum(axis=0))
+
+
+# ---------------------------------------------------------------- filters
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 8), st.floats(1e-3, 0.999), st.sampled_from([0.1, 1.0, 30.0, 300.0]))
+def test_the_union_bounds_the_gradient(seed, vocabulary, beta, spread):
+    """Of the reverse KL up to the logarithm, without which it does not: see below."""
+    rng = np.random.default_rng(seed)
+    log_p, log_q = log_softmax(spread * rng.normal(size=(2, 3, vocabulary)))
+    larger = union(log_p, log_q)
+    assert_close(larger, np.maximum(np.exp(log_p), np.exp(log_q)))
+    for kind, most in (("forward_kl", 1.0), ("jsd", 2 / math.e)):
+        assert np.all(np.abs(divergence_and_gradient(log_p, log_q, kind, beta)[1]) <= most * larger + 1e-15)
+    value, g = divergence_and_gradient(log_p, log_q, "reverse_kl")
+    assert np.all(np.abs(g) <= larger * (np.abs(log_q - log_p) + value[:, None]) + 1e-12)
+
+
+def test_the_union_does_not_bound_the_gradient_of_the_reverse_kl():
+    log_p, log_q = np.log([[1e-30, 1.0]]), np.log([[1e-3, 1 - 1e-3]])
+    assert abs(divergence_and_gradient(log_p, log_q, "reverse_kl")[1][0, 0]) > 50 * union(log_p, log_q)[0, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_dropped_columns_are_below_eps_in_both(kind):
+    """And a lost token keeps all of its block."""
+    rng = np.random.default_rng(1)
+    log_p, log_q = log_softmax(3 * rng.normal(size=(2, 7, 20)))
+    log_q[5] = np.nan
+    kept, eps = column_filter(union(log_p, log_q, **kind), None, 0.05, block_n=2), 0.05
+    below = ~((np.exp(log_p) >= eps) | (np.exp(log_q) >= eps))
+    for n in range(7):
+        block = slice(n // 2 * 2, n // 2 * 2 + 2)
+        assert (kept[n] == (np.full(20, True) if 5 in range(7)[block] else ~below[block].all(axis=0))).all()
+    assert kept.any()
+    assert not kept.all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_roulette_is_right_on_average(kind):
+    """Over draws that are spread evenly, whichever the seed is."""
+    student, teacher, _ = problem(vocabulary=20)
+    log_q, log_p = (log_softmax(2 * finished_logits(head, 1.0).reshape(-1, 20)) for head in (student, teacher))
+    student, teacher = (replace(head, c=2 * head.c, bias=2 * head.bias) for head in (student, teacher))
+    exact, mean, seeds = distillation_backward(student, teacher, **kind), 0.0, 2000
+    for seed in range(seeds):
+        scales = roulette(union(log_p, log_q, **kind), None, 0.2, draws(3, 20, seed), block_n=4)
+        keep = of_tokens(scales, 10, block_n=4)
+        assert keep.min() == 0
+        mean = mean + distillation_backward(student, teacher, keep_e=keep, keep_c=keep, **kind).c / seeds
+    assert np.linalg.norm(mean - exact.c) < 0.03 * np.linalg.norm(exact.c)
 
 
 # ---------------------------------------------------------------- hard cases

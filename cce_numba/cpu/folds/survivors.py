@@ -83,8 +83,12 @@ class Survivors:
         np.bitwise_or.at(bits, (block, targets >> 3), (1 << (targets & 7)).astype(np.uint8))
         if state.seed is not None:
             return {"survivors": bits, "draw_seed": state.seed}
-        share = np.bitwise_count(bits).sum(dtype=np.int64)
-        return {"survivors": None if share > rule.DENSE_SHARE * len(bits) * p.V else bits}
+        return {"survivors": unless_dense(bits, p.V)}
+
+
+def unless_dense(bits: Any, V: int) -> Any:
+    """The bits (n_blocks, ceil(V / 8)) of the filter that drops, or None if nearly all survive: then all do."""
+    return None if np.bitwise_count(bits).sum(dtype=np.int64) > rule.DENSE_SHARE * len(bits) * V else bits
 
 
 def _draw_seed(p: Problem) -> Any:
