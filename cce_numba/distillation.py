@@ -76,7 +76,7 @@ def linear_distillation(e: Any, c: Any, teacher_e: Any, teacher_c: Any, **option
         softcap, teacher_softcap: as in `linear_cross_entropy`.
         targets: (...) integers that only say which tokens are ignored: those that are `ignore_index`. None ignores none.
         filter_eps: the threshold; None makes gradients exact. Let G be the gradient with respect to the student's logits, for
-            an upstream gradient and a temperature of 1. Below the threshold |G| < `filter_eps` for "forward_kl", where G is
+            an upstream gradient and a temperature of 1. Below the threshold abs(G) < `filter_eps` for "forward_kl", where G is
             Q - P, and for "jsd". So the default for these is "auto", as in `linear_cross_entropy`. For "reverse_kl" G is
             Q * (log(Q / P) - KL), whose logarithm has no bound where P is small: `filter_eps` bounds Q and P and not G. So the
             default is None; "auto" and numbers are taken there too.

@@ -93,14 +93,14 @@ def union(log_p, log_q, kind="forward_kl", beta=0.5):
     """What a filter compares with its threshold, `(n, V)`: the larger of both probabilities; NaN for a lost token.
 
     A token is lost if its gradient has a number that is not finite. The filters of `filters` and `roulette` take this in the
-    place of probabilities, without targets. A filter drops entries where it is below eps, and it bounds the gradient g there:
+    place of probabilities, without targets. A filter drops entries where it is below eps, and it bounds the gradient g there::
 
         forward_kl    |g| = |Q - P| <= union
         jsd           |g| <= 2 / e * union, whatever beta is
         reverse_kl    |g| <= Q * (|log(Q / P)| + KL(Q || P)), of which the first factor alone is at most union
 
     For jsd, with L = -log(1 - beta): log(Q / M) <= L, KL(Q || M) <= L, and Q * log(M / Q) <= M / e, since x * log(1 / x) is at
-    most 1 / e. So |g| is at most (1 - beta) * (Q * L + M / e), and (1 - beta) * L is at most 1 / e too.
+    most 1 / e. So abs(g) is at most (1 - beta) * (Q * L + M / e), and (1 - beta) * L is at most 1 / e too.
 
     >>> union(np.log([[0.5, 0.5]]), np.log([[0.25, 0.75]])).round(3).tolist()
     [[0.5, 0.75]]

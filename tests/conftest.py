@@ -33,7 +33,7 @@ TENSOR_CORES = {"hopper": HopperHarness, "ampere": AmpereHarness, "ampere in flo
 # quick is for every commit; long, on a GPU, looks around far more. Deadlines mean nothing where kernels are compiled.
 _CALM = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 settings.register_profile("quick", max_examples=100, **_CALM)
-settings.register_profile("simulator", max_examples=16, **_CALM)
+settings.register_profile("simulator", max_examples=12, **_CALM)
 settings.register_profile("long", max_examples=500, **_CALM)
 settings.load_profile(os.environ.get("CCE_TEST_PROFILE", "simulator" if SimulatorHarness.is_active() else "quick"))
 

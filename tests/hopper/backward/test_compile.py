@@ -97,16 +97,10 @@ def test_the_backward(cluster, dtype, capped, with_sums):
     assert compiled.count(r"(atom|red)\.\S*") == 2 + groups
 
 
-@pytest.mark.parametrize(
-    ("cluster", "kind", "dtype", "everything"),
-    [(2, "forward_kl", "bf16", False), (1, "jsd", "bf16", True)],
-)
-def test_the_backward_of_a_divergence(cluster, kind, dtype, everything):
-    """Everything: biases, softcaps, scales, sums, and a teacher of another dtype."""
-    bias_dtype = np.dtype(np.float32) if everything else None
-    teacher = TeacherForm(Divergence(kind, 0.3), DTYPES["f16"] if everything else DTYPES[dtype], bias_dtype, everything)
-    form = GradientForm(capped=everything, scaled=everything, with_sums=everything, teacher=teacher)
-    compiled = offline.compile_hopper(make_backward_kernel(BackwardTiles(cluster=cluster), DTYPES[dtype], form))
+def test_the_backward_of_a_divergence():
+    """From a teacher of another dtype. One alone: compiling it takes half a minute."""
+    form = GradientForm(teacher=TeacherForm(Divergence("forward_kl", 0.3), DTYPES["f16"]))
+    compiled = offline.compile_hopper(make_backward_kernel(BackwardTiles(cluster=2), DTYPES["bf16"], form))
     assert compiled.notices == []
     assert compiled.registers == 168
     assert compiled.spilled_bytes <= 2 * SPILLED_BYTES
