@@ -251,7 +251,10 @@ def test_the_dropped_mass_is_that_of_these_draws(harness, edges):
 
 
 def shares(case, expected, d_loss, d_lse, block):
-    """What each column of each block adds to the gradients, in float64: (V, ..., D) to dE, (n_blocks, V, D) to dC."""
+    """What each column of each block adds to the gradients, in float64: (V, ..., D) to dE, (n_blocks, V, D) to dC.
+
+    A block of one token gives what each token adds to dC.
+    """
     n, V = expected.forward.logits.shape
     given = {"d_loss": d_loss, "d_lse": d_lse, **expected.options}
 
@@ -285,7 +288,9 @@ def check_mean(harness, case, K, d_loss=None, d_lse=None):
     each = [harness.backward(harness.forward(case.with_options(filter_seed=k)), d_loss, d_lse) for k in range(K)]
     exact = harness.backward(harness.forward(case.with_options(filter_eps=None)), d_loss, d_lse)
     errors = []
-    added_e, added_c = np.abs(to_e).sum(axis=0), np.abs(to_c).sum(axis=0)  # of which G and the gradients are rounded
+    # Of what is summed up, G and the gradients are rounded, if they have 16 bits.
+    of_each = 0 if case.e.dtype == FLOAT64 else shares(case, expected, d_loss, d_lse, 1)[1]
+    added_e, added_c = np.abs(to_e).sum(axis=0), np.sum(np.abs(of_each), axis=0)
     for name, allowed, added in (("e", allowed_e, added_e), ("c", allowed_c, added_c)):
         mean = np.mean([getattr(grads, name).astype(np.float64) for grads in each], axis=0)
         true = getattr(exact, name).astype(np.float64)
