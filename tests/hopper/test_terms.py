@@ -106,9 +106,7 @@ def test_the_forward(dtype, bias, capped, scaled, folds):
 @pytest.mark.parametrize(
     ("dtype", "form"),
     [
-        (BFLOAT16, GradientForm(scaled=True)),
         (FLOAT16, GradientForm(capped=True, with_sums=True, scaled=True, smoothed=True, entropic=True)),
-        (BFLOAT16, GradientForm(capped=True, scaled=True, by_chance=True)),
         (BFLOAT16, GradientForm(by_chance=True)),
         (BFLOAT16, GradientForm(by_chance=True, entropic=True)),
         (BFLOAT16, GradientForm(capped=True, with_sums=True, scaled=True, by_chance=True, entropic=True, several=True)),
