@@ -26,12 +26,8 @@ NO_TARGETS = object()  # in place of targets, where only the log-sum-exp is want
 SEVERAL_TARGETS = "several targets of a token"
 DISTILLATION = "distillation"  # which no problem asks for by itself, but two of them together
 FILTERED_DISTILLATION = "a filter of `linear_distillation`"  # likewise
-EXTRAS = frozenset(
-    {
-        *("entropy", "sum_squares", "top_k", "batch_invariant", "allow_tf32"),
-        *(SEVERAL_TARGETS, DISTILLATION, FILTERED_DISTILLATION),
-    }
-)
+_OPTIONS = frozenset({"entropy", "sum_squares", "top_k", "batch_invariant", "allow_tf32"})
+EXTRAS = _OPTIONS | {SEVERAL_TARGETS, DISTILLATION, FILTERED_DISTILLATION}
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ def make_loop(tiles: BackwardTiles, elements: Elements, source: SimpleNamespace,
                 sums = multiply(sums, load_1(a, b))
                 sums = multiply(sums, load_2(a, b))
                 operands_3 = load_3(a, b)
-            # The next stage has arrived, and nobody reads this one any more, once all are here. Two steps are still to be
-            # multiplied, so that tensor cores do not wait for the first operands of the next stage.
+            # The next stage has arrived, and nobody reads this one any more, once all are here. Two steps (of split numbers
+            # one) are still to be multiplied, so that tensor cores do not wait for the next stage's operands.
             wait_for_next()
             mask = control.barrier_mask(EIGHT_WARPS, ALL_OF_THEM)
             filled = stage

@@ -28,7 +28,7 @@ from cce_numba.tensor_core.schedule import NO_SLOT, fixed_segment, quotient, seg
 from cce_numba.tensor_core.tokens import token_at
 
 PARTS = 4  # in which a stage is copied
-FIRST_BARRIER, EIGHT_WARPS = np.uint32(0), np.uint32(THREADS)  # of all threads
+BARRIER, ALL_THREADS = np.uint32(0), np.uint32(THREADS)  # that of `cuda.syncthreads`
 
 
 class Coming(Record):
@@ -226,10 +226,10 @@ def make_forward_kernel(
                         operands_3 = load_3(a, b)
                     memory.copy_async_commit()
                     coming = after(coming, ring, k_steps, v_step)
-                    # The next stage has arrived, and nobody reads this one any more, once all are here. Two steps are still to
-                    # be multiplied, so that tensor cores do not wait for the first operands of the next stage.
+                    # The next stage has arrived, and nobody reads this one any more, once all are here. Two steps (of split
+                    # numbers one) are still to be multiplied, so that tensor cores do not wait for the next stage's operands.
                     wait_for_next()
-                    mask = control.barrier_mask(FIRST_BARRIER, EIGHT_WARPS)
+                    mask = control.barrier_mask(BARRIER, ALL_THREADS)
                     stage = np.uint32(stage + stage_bytes)
                     if stage == np.uint32(ring + ring_bytes):
                         stage = np.uint32(ring)

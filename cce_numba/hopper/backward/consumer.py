@@ -237,8 +237,9 @@ def make_consume(tiles: BackwardTiles, dtype: np.dtype, form: GradientForm, keep
     ) -> None:  # fmt: skip
         """By a consumer: computes every other job of this CTA, the first consumer from job 0 on, the second from job 1 on.
 
-        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`. instead: of one target a token, a `PlacedTargets`
-        or a `Distillation`; or `NoTargets`. k_teacher: stages of a job LOGITS that are the teacher's, its first ones.
+        smem: a `SharedMemory`. terms: a `LogitTerms`. chance: a `Chance`. instead: what takes the place of one target for each
+        token: a `PlacedTargets` or a `Distillation`; a `NoTargets` if nothing does. k_teacher: how many stages of a job LOGITS,
+        its first ones, are the teacher's.
         """
         jobs, ring, unscale = smem.jobs, smem.ring, tables.weight_scale[1]
         staging = staging_of(smem, consumer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import cce_numba as cce
@@ -88,3 +89,18 @@ def test_what_is_wrong_is_not_timed(part, function, change, told, monkeypatch, c
     monkeypatch.setattr(timing, "interleaved", lambda *_: pytest.fail("timed"))
     assert main(["distributions", "--small", "--parts", part]) == 1
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize(("factor", "is_timed"), [(1, True), (0, False)])
+def test_a_peer_is_timed_if_it_is_right(factor, is_timed, monkeypatch, tmp_path):
+    """Its dE is compared with float64, as ours is."""
+
+    def call_of(inputs):
+        return lambda: distributions.with_entropy(inputs, {"filter_eps": None}).e * np.float32(factor)
+
+    monkeypatch.setattr(distributions, "of_liger", call_of)
+    assert main(["distributions", "--small", "--rounds", "2", "--parts", "gradients", "--record", "name"]) == 0
+    for found in json.loads((tmp_path / "name.json").read_text())["data"]:
+        assert (distributions.LIGER in found["gradients"]["calls"]) == is_timed
+        assert (found["gradients"]["errors"][distributions.LIGER] < 0.1) == is_timed
